@@ -1,0 +1,109 @@
+# make bench    the speed-vs-k curve            make test      lint and the whole test suite
+# make lint     the checks alone                make format    reformat the sources
+# make sanitize tests/ops under the sanitizers  make kernels-bench   each kernel alone
+# make clean    remove what was built           make distclean       and the environment
+#
+# Everything is installed into .venv, in the versions of constraints.txt.
+
+PYTHON ?= python3
+VENV ?= .venv
+# More arguments for installing torch, such as the package index of one build of it.
+TORCH_ARGS ?=
+BENCH_ARGS ?=
+TEST_ARGS ?=
+SANITIZE_ARGS ?=
+SANITIZE_TESTS ?= tests/ops
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help bench test lint format sanitize kernels-bench clean distclean
+
+BIN := $(abspath $(VENV))/bin
+PY := $(BIN)/python
+INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(CSRC)
+
+# The tools of the build come first, so that the build itself needs no isolation and the versions
+# of constraints.txt hold for it too.
+define install_package
+echo "== building and installing variator_kernels [$(1)]"
+$(INSTALL) --no-build-isolation --editable '.[$(1)]'
+$(PY) -c 'import json; print(json.dumps(json.load(open("variator_kernels/_build_info.json"))))'
+touch $@
+endef
+
+help:
+	@sed -n '/^# make /s/^# //p' Makefile
+
+$(VENV)/.stamp-base: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt is for Python 3.11 or newer: set PYTHON=<path>")'
+	@test -x $(PY) || { echo "== creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "== installing torch and the build tools (the first time, this takes minutes)"
+	@$(INSTALL) $(TORCH_ARGS) torch
+	@$(INSTALL) setuptools cmake ninja pybind11
+	@touch $@
+
+$(VENV)/.stamp-bench: $(VENV)/.stamp-base $(BUILD_FILES)
+	@$(call install_package,bench)
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-base $(BUILD_FILES)
+	@$(call install_package,bench$(,)test$(,)train$(,)dev)
+
+, := ,
+
+bench: $(VENV)/.stamp-bench
+	@touch $(VENV)/.bench-start
+	@$(PY) -m bench.speed_vs_k $(BENCH_ARGS)
+	@echo "== written:"
+	@find . -path ./$(VENV) -prune -o -path ./build -prune -o -newer $(VENV)/.bench-start \
+	    -type f \( -name '*.png' -o -name '*.json' \) -print
+
+kernels-bench: $(VENV)/.stamp-test
+	@$(PY) -m pytest bench/kernels --benchmark-only $(BENCH_ARGS)
+
+lint: $(VENV)/.stamp-test
+	@echo "== ruff check";    $(BIN)/ruff check .
+	@echo "== ruff format";   $(BIN)/ruff format --check .
+	@echo "== mypy";          $(BIN)/mypy
+	@echo "== clang-format";  $(BIN)/clang-format --dry-run --Werror $(CSRC)
+
+format: $(VENV)/.stamp-test
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(CSRC)
+
+test: lint
+	@echo "== pytest"
+	@$(PY) -m pytest $(TEST_ARGS)
+
+# A second build of the extension, with GCC's sanitizers. They, and libstdc++ for the exceptions they
+# intercept, must be in the process before Python is. Leaks are not looked for: Python keeps memory.
+# pytest captures no file descriptors, or the sanitizers' reports would be lost with the process.
+SANITIZE_BUILD := build/sanitize
+library = $$($(CXX) -print-file-name=lib$(1).so)
+SANITIZED = VARIATOR_CPU_EXTENSION="$$(ls $(CURDIR)/$(SANITIZE_BUILD)/_cpu*.so)" \
+	LD_PRELOAD="$(call library,asan):$(call library,ubsan):$(call library,stdc++)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+
+sanitize: $(VENV)/.stamp-test
+	@echo "== building with the sanitizers"
+	@mkdir -p $(SANITIZE_BUILD)
+	@{ CXX='$(CXX)' $(BIN)/cmake -S . -B $(SANITIZE_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
+	    -DPython_EXECUTABLE=$(PY) -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)" \
+	    -DVARIATOR_SANITIZE=ON && $(BIN)/cmake --build $(SANITIZE_BUILD); } \
+	    >$(SANITIZE_BUILD)/log 2>&1 || { cat $(SANITIZE_BUILD)/log; exit 1; }
+	@echo "== $(SANITIZE_TESTS) under the sanitizers"
+	@$(SANITIZED) $(PY) -c 'import sys; from variator_kernels import extension; \
+	    sys.exit(None if extension.load() else extension.why_missing())'
+	@$(SANITIZED) $(PY) -m pytest --capture=sys -p no:cacheprovider $(SANITIZE_TESTS) $(SANITIZE_ARGS)
+
+clean:
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	@rm -f variator_kernels/_cpu*.so variator_kernels/_build_info.json $(VENV)/.stamp-*
+
+distclean: clean
+	@rm -rf $(VENV)

@@ -1,0 +1,75 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <stdexcept>
+
+namespace variator {
+
+Kernels portable_kernels();
+#ifdef VARIATOR_HAVE_AVX2
+Kernels avx2_kernels();
+#endif
+#ifdef VARIATOR_HAVE_AVX512
+Kernels avx512_kernels();
+#endif
+#ifdef VARIATOR_HAVE_AVX512_BF16
+Kernels avx512_bf16_kernels();
+#endif
+
+namespace {
+
+const std::vector<Kernels>& available() {
+    static const std::vector<Kernels> tables = [] {
+        std::vector<Kernels> found{portable_kernels()};
+#if defined(__x86_64__)
+        __builtin_cpu_init();
+#endif
+#ifdef VARIATOR_HAVE_AVX2
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+            __builtin_cpu_supports("f16c"))
+            found.push_back(avx2_kernels());
+#endif
+#ifdef VARIATOR_HAVE_AVX512
+        const bool avx512 =
+            __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        if (avx512) found.push_back(avx512_kernels());
+#ifdef VARIATOR_HAVE_AVX512_BF16
+        if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(avx512_bf16_kernels());
+#endif
+#endif
+        return found;
+    }();
+    return tables;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+    std::vector<std::string> names;
+    for (const Kernels& kernels : available()) names.emplace_back(kernels.name);
+    return names;
+}
+
+const Kernels& active_kernels() {
+    const Kernels* kernels = chosen.load(std::memory_order_relaxed);
+    return kernels ? *kernels : available().back();
+}
+
+const Kernels& double_kernels() { return available().front(); }
+
+void set_isa(const std::string& name) {
+    std::string known;
+    for (const Kernels& kernels : available()) {
+        if (name == kernels.name) {
+            chosen.store(&kernels);
+            return;
+        }
+        known += (known.empty() ? "" : ", ") + std::string(kernels.name);
+    }
+    throw std::invalid_argument("instruction set must be one of " + known + ", got " + name);
+}
+
+}  // namespace variator

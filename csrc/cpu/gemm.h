@@ -1,0 +1,179 @@
+// Small matrix products on one thread, C [+]= A · B, for cache-sized operands.
+//
+// B comes as panels of `Panel::columns` columns, or as plain rows in scratch memory. C and B are
+// padded to whole vectors, so a tile never needs a mask. A is read by broadcasting one element
+// (one bf16 pair) at a time, which takes any row and inner stride, transposed A included.
+#pragma once
+
+#include "params.h"
+
+namespace variator {
+namespace VARIATOR_ISA {
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Products of acc elements, one inner step at a time.
+template <class V>
+struct Plain {
+    using Element = typename V::Scalar;
+    static constexpr int step = 1;
+    static inline __attribute__((always_inline)) V multiply_add(V sum, const Element* a, V b) {
+        return V::fma(V::set(*a), b, sum);
+    }
+    static V load(const Element* b) { return V::load(b); }
+};
+
+// B of a product: `ld` elements from one inner step to the next, or 0 for packed panels.
+template <class E>
+struct Operand {
+    const E* data;
+    int64_t ld;
+};
+
+template <class P, class V, int rows, int vectors>
+inline __attribute__((always_inline)) void tile(const typename P::Element* a, int64_t row_stride,
+                                                int64_t inner_stride, const typename P::Element* b,
+                                                int64_t ld, typename V::Scalar* c, int64_t ldc,
+                                                int64_t inner, bool add) {
+    V sum[rows][vectors];
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < vectors; ++n)
+            sum[m][n] = add ? V::load(c + m * ldc + n * V::width) : V::zero();
+    for (int64_t k = 0; k < inner; k += P::step) {
+        const typename P::Element* bk = b + k / P::step * ld;
+#pragma GCC unroll 8
+        for (int m = 0; m < rows; ++m) {
+            const typename P::Element* am = a + m * row_stride + k * inner_stride;
+#pragma GCC unroll 4
+            for (int n = 0; n < vectors; ++n)
+                sum[m][n] = P::multiply_add(sum[m][n], am, P::load(bk + n * V::width * P::step));
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < vectors; ++n) sum[m][n].store(c + m * ldc + n * V::width);
+}
+
+template <class P, class V, int vectors>
+void tile_rows(int rows, const typename P::Element* a, int64_t row_stride, int64_t inner_stride,
+               const typename P::Element* b, int64_t ld, typename V::Scalar* c, int64_t ldc,
+               int64_t inner, bool add) {
+#define VARIATOR_TILE(R)                                                                     \
+    case R:                                                                                  \
+        if constexpr (R <= V::tile_rows)                                                     \
+            tile<P, V, R, vectors>(a, row_stride, inner_stride, b, ld, c, ldc, inner, add); \
+        break
+    switch (rows) {
+        VARIATOR_TILE(1);
+        VARIATOR_TILE(2);
+        VARIATOR_TILE(3);
+        VARIATOR_TILE(4);
+        VARIATOR_TILE(5);
+        VARIATOR_TILE(6);
+    }
+#undef VARIATOR_TILE
+}
+
+// One panel of B, columns a multiple of V::width and at most a tile's.
+template <class P, class V>
+void panel_product(const typename P::Element* a, int64_t row_stride, int64_t inner_stride,
+                   int64_t rows, const typename P::Element* b, int64_t ld, int64_t columns,
+                   typename V::Scalar* c, int64_t ldc, int64_t inner, bool add) {
+    for (int64_t m = 0; m < rows; m += V::tile_rows) {
+        int count = static_cast<int>(smaller(V::tile_rows, rows - m));
+        const typename P::Element* am = a + m * row_stride;
+        typename V::Scalar* cm = c + m * ldc;
+#define VARIATOR_VECTORS(N)                                                                 \
+    case N:                                                                                 \
+        if constexpr (N <= V::tile_vectors)                                                 \
+            tile_rows<P, V, N>(count, am, row_stride, inner_stride, b, ld, cm, ldc, inner, add); \
+        break
+        switch (columns / V::width) {
+            VARIATOR_VECTORS(1);
+            VARIATOR_VECTORS(2);
+            VARIATOR_VECTORS(3);
+            VARIATOR_VECTORS(4);
+        }
+#undef VARIATOR_VECTORS
+    }
+}
+
+template <class V>
+constexpr int64_t panel_columns() {
+    return V::width * V::tile_vectors;
+}
+
+// C [rows, columns] [+]= A · B; columns a multiple of V::width, inner one of P::step.
+template <class P, class V>
+void product(const typename P::Element* a, int64_t row_stride, int64_t inner_stride, int64_t rows,
+             Operand<typename P::Element> b, int64_t columns, typename V::Scalar* c, int64_t ldc,
+             int64_t inner, bool add) {
+    if (inner == 0 && !add) {
+        for (int64_t m = 0; m < rows; ++m)
+            for (int64_t n = 0; n < columns; ++n) c[m * ldc + n] = 0;
+        return;
+    }
+    // So much of a panel as stays in the first-level cache beside A and C.
+    constexpr int64_t block = 24576 / (panel_columns<V>() * sizeof(typename P::Element)) / 2 * 2;
+    for (int64_t k = 0; k < inner; k += block) {
+        int64_t depth = smaller(block, inner - k);
+        for (int64_t n = 0; n < columns; n += panel_columns<V>()) {
+            int64_t width = smaller(panel_columns<V>(), columns - n);
+            int64_t ld = b.ld ? b.ld * P::step : width * P::step;
+            const typename P::Element* panel = b.ld ? b.data + n * P::step : b.data + n * inner;
+            panel_product<P, V>(a + k * inner_stride, row_stride, inner_stride, rows,
+                                panel + k / P::step * ld, ld, width, c + n, ldc, depth,
+                                add || k > 0);
+        }
+    }
+}
+
+#ifdef VARIATOR_BF16_PRODUCTS
+// Products of bf16 pairs with fp32 sums.
+struct Pairs {
+    using Element = uint16_t;
+    static constexpr int step = 2;
+    struct Loaded {
+        const uint16_t* b;
+    };
+    static inline __attribute__((always_inline)) Vec multiply_add(Vec sum, const Element* a,
+                                                                  Loaded b) {
+        return dot_pairs(sum, a, b.b);
+    }
+    static Loaded load(const Element* b) { return {b}; }
+};
+#endif
+
+template <class E>
+inline int64_t packed_elements(const PackParams& p, int width, int step) {
+    return round_up(p.columns, width) * round_up(p.inner, step);
+}
+
+// The layout `product` reads: panels one after the other, each [inner / step][columns][step].
+template <class V, class E, int step, class Convert>
+void pack_panels(const PackParams& p, Convert convert) {
+    using S = typename V::Scalar;
+    const int64_t columns = round_up(p.columns, V::width), inner = round_up(p.inner, step);
+    for (int64_t m = 0; m < p.matrices; ++m) {
+        const S* source = static_cast<const S*>(p.source) + m * p.matrix_stride;
+        E* packed = static_cast<E*>(p.packed) + m * columns * inner;
+        for (int64_t c = 0; c < columns; ++c) {
+            int64_t first = c / panel_columns<V>() * panel_columns<V>();
+            int64_t width = smaller(panel_columns<V>(), columns - first);
+            E* out = packed + first * inner + (c - first) * step;
+            for (int64_t i = 0; i < inner; ++i) {
+                bool inside = c < p.columns && i < p.inner;
+                out[i / step * width * step + i % step] =
+                    convert(inside ? source[i * p.inner_stride + c * p.column_stride] : S(0));
+            }
+        }
+    }
+}
+
+}  // namespace VARIATOR_ISA
+}  // namespace variator

@@ -1,0 +1,87 @@
+// The kernels of one instruction set as a table; isa_*.cpp defines VARIATOR_ISA and includes this.
+#pragma once
+
+#include "decompress_backward.h"
+#include "merge_backward.h"
+
+namespace variator {
+namespace VARIATOR_ISA {
+
+#ifdef VARIATOR_HAS_DOUBLE
+#define VARIATOR_DOUBLE(kernel) \
+    case DType::f64:            \
+        return kernel<VecDouble, DType::f64>(p)
+#else
+#define VARIATOR_DOUBLE(kernel) \
+    case DType::f64:            \
+        return
+#endif
+
+#define VARIATOR_BY_DTYPE(kernel, Params)              \
+    inline void kernel##_any(const Params& p) {        \
+        switch (p.dtype) {                             \
+            case DType::f32:                           \
+                return kernel<Vec, DType::f32>(p);     \
+            case DType::bf16:                          \
+                return kernel<Vec, DType::bf16>(p);    \
+            case DType::f16:                           \
+                return kernel<Vec, DType::f16>(p);     \
+                VARIATOR_DOUBLE(kernel);               \
+        }                                              \
+    }
+VARIATOR_BY_DTYPE(merge, MergeParams)
+VARIATOR_BY_DTYPE(merge_backward, MergeBackwardParams)
+VARIATOR_BY_DTYPE(decompress, DecompressParams)
+VARIATOR_BY_DTYPE(decompress_backward, DecompressBackwardParams)
+#undef VARIATOR_BY_DTYPE
+#undef VARIATOR_DOUBLE
+
+inline int64_t packed_bytes(const PackParams& p) {
+#ifdef VARIATOR_BF16_PRODUCTS
+    if (p.bf16)
+        return p.matrices * round_up(p.columns, Vec::width) * round_up(p.inner, 2) *
+               int64_t{sizeof(uint16_t)};
+#endif
+#ifdef VARIATOR_HAS_DOUBLE
+    if (p.is_double)
+        return p.matrices * round_up(p.columns, VecDouble::width) * p.inner *
+               int64_t{sizeof(double)};
+#endif
+    return p.matrices * round_up(p.columns, Vec::width) * p.inner * int64_t{sizeof(float)};
+}
+
+inline void pack(const PackParams& p) {
+#ifdef VARIATOR_BF16_PRODUCTS
+    if (p.bf16)
+        return pack_panels<Vec, uint16_t, 2>(p, [](float x) {
+            uint16_t half[Vec::width];
+            Vec::set(x).store_bf16(half);
+            return half[0];
+        });
+#endif
+#ifdef VARIATOR_HAS_DOUBLE
+    if (p.is_double) return pack_panels<VecDouble, double, 1>(p, [](double x) { return x; });
+#endif
+    pack_panels<Vec, float, 1>(p, [](float x) { return x; });
+}
+
+inline Kernels table(const char* name) {
+    Kernels kernels{};
+    kernels.name = name;
+    kernels.merge = merge_any;
+    kernels.merge_backward = merge_backward_any;
+    kernels.decompress = decompress_any;
+    kernels.decompress_backward = decompress_backward_any;
+    kernels.packed_bytes = packed_bytes;
+    kernels.pack = pack;
+#ifdef VARIATOR_BF16_PRODUCTS
+    kernels.bf16_products = true;
+#endif
+#ifdef VARIATOR_HAS_DOUBLE
+    kernels.has_double = true;
+#endif
+    return kernels;
+}
+
+}  // namespace VARIATOR_ISA
+}  // namespace variator

@@ -1,0 +1,160 @@
+// group_merge: norm, scores, softmax, weighted sum and W_1h h, with one trip of x into cache.
+#pragma once
+
+#include "chunks.h"
+#include "gemm.h"
+#include "rows.h"
+#include "scratch.h"
+
+namespace variator {
+namespace VARIATOR_ISA {
+
+// Softmax over the slots that exist, in place; the others get 0.
+template <class S>
+void masked_softmax(S* scores, const S* bias, const Groups& groups, int64_t group) {
+    const int64_t k = groups.k;
+    S top = 0;
+    bool any = false;
+    for (int64_t j = 0; j < k; ++j) {
+        if (!groups.has(group, j)) continue;
+        scores[j] += bias[j];
+        // Not `if (scores[j] > top)`: a NaN must win.
+        if (!any || !(scores[j] <= top)) top = scores[j];
+        any = true;
+    }
+    S sum = 0;
+    for (int64_t j = 0; j < k; ++j) {
+        scores[j] = groups.has(group, j) ? exponential(scores[j] - top) : S(0);
+        sum += scores[j];
+    }
+    if (any)
+        for (int64_t j = 0; j < k; ++j) scores[j] /= sum;
+}
+
+// g = Σ_j a_j h_j for one group, from x and its rows' statistics.
+template <class V, DType dtype>
+void weighted_sum(const MergeParams& p, int64_t group, const typename V::Scalar* a,
+                  const Statistics<typename V::Scalar>* stats,
+                  const typename Storage<V, dtype>::Element** rows, typename V::Scalar* factors) {
+    using S = typename V::Scalar;
+    using T = Storage<V, dtype>;
+    using E = typename T::Element;
+    E* out = static_cast<E*>(p.merged) + group * p.d;
+    const S* weight = static_cast<const S*>(p.norm_weight);
+    const S* bias = static_cast<const S*>(p.norm_bias);
+    int64_t count = 0;
+    S offset = 0;
+    for (int64_t j = 0; j < p.groups.k; ++j) {
+        if (!p.groups.has(group, j)) continue;  // never 0 · x: an absent row may hold NaN
+        rows[count] =
+            static_cast<const E*>(p.x) + (p.groups.start[group] + j) * p.x_stride;
+        factors[count] = a[j] * stats[j].scale;
+        offset -= factors[count] * stats[j].mean;
+        ++count;
+    }
+    if (count == 0) return zero_row<V>(out, p.d);
+    auto finish = [&](Part<V> part, V g) {
+        if (weight) g = g * part.template load<Acc<V>>(weight);
+        if (bias) g = g + part.template load<Acc<V>>(bias);
+        part.template store<T>(out, g);
+    };
+    int64_t i = 0;
+    for (; i + 4 * V::width <= p.d; i += 4 * V::width) {
+        V g[4] = {V::set(offset), V::set(offset), V::set(offset), V::set(offset)};
+        for (int64_t j = 0; j < count; ++j) {
+            const V factor = V::set(factors[j]);
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; ++n)
+                g[n] = V::fma(factor, T::load(rows[j] + i + n * V::width), g[n]);
+        }
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) finish(Part<V>{i + n * V::width, V::width}, g[n]);
+    }
+    for_parts<V>(p.d - i, [&](Part<V> part) {
+        part.at += i;
+        V g = V::set(offset);
+        for (int64_t j = 0; j < count; ++j)
+            g = V::fma(V::set(factors[j]), part.template load<T>(rows[j]), g);
+        finish(part, g);
+    });
+}
+
+// Products is Plain<V> on acc elements, or Pairs on bf16 ones; Out stores what it multiplies.
+template <class V, DType dtype, class Products, class Out>
+struct MergeForward {
+    using S = typename V::Scalar;
+    using E = typename Storage<V, dtype>::Element;
+    using Operated = typename Products::Element;
+    const MergeParams& p;
+    const int64_t padded = round_up(p.d, larger(V::width, Products::step));
+    const int64_t inner = round_up(p.d, Products::step);
+    const int64_t scores_columns = round_up(p.groups.k, V::width);
+    const int64_t projected_columns = round_up(p.r, V::width);
+
+    void chunk(int64_t first, int64_t last) const {
+        const int64_t k = p.groups.k, rows = last - first;
+        Carver carver;
+        const int64_t h_at = carver.reserve<Operated>(rows * padded),
+                      s_at = carver.reserve<S>(rows * scores_columns),
+                      t_at = carver.reserve<S>(rows * projected_columns),
+                      stats_at = carver.reserve<Statistics<S>>(rows * k),
+                      rows_at = carver.reserve<const E*>(k), factors_at = carver.reserve<S>(k);
+        char* base = static_cast<char*>(thread_scratch(carver.bytes));
+        auto* h = reinterpret_cast<Operated*>(base + h_at);
+        auto* scores = reinterpret_cast<S*>(base + s_at);
+        auto* tile = reinterpret_cast<S*>(base + t_at);
+        auto* stats = reinterpret_cast<Statistics<S>*>(base + stats_at);
+
+        const auto* merge = static_cast<const Operated*>(p.merge_packed);
+        const auto* projection = static_cast<const Operated*>(p.projection_packed);
+        for (int64_t j = 0; j < k; ++j) {
+            for (int64_t m = 0; m < rows; ++m) load_row(first + m, j, h + m * padded, stats + m * k);
+            product<Products, V>(h, padded, 1, rows,
+                                 {merge + j * scores_columns * inner, 0}, scores_columns, scores,
+                                 scores_columns, inner, j > 0);
+            if (!p.projected) continue;
+            product<Products, V>(h, padded, 1, rows, {projection, 0}, projected_columns, tile,
+                                 projected_columns, inner, false);
+            for (int64_t m = 0; m < rows; ++m) {
+                if (!p.groups.has(first + m, j)) continue;
+                S* out = static_cast<S*>(p.projected) + (p.groups.start[first + m] + j) * p.r;
+                __builtin_memcpy(out, tile + m * projected_columns, p.r * sizeof(S));
+            }
+        }
+        for (int64_t m = 0; m < rows; ++m) {
+            S* a = scores + m * scores_columns;
+            masked_softmax(a, static_cast<const S*>(p.merge_bias), p.groups, first + m);
+            if (p.weights)
+                __builtin_memcpy(static_cast<S*>(p.weights) + (first + m) * k, a, k * sizeof(S));
+            weighted_sum<V, dtype>(p, first + m, a, stats + m * k,
+                                   reinterpret_cast<const E**>(base + rows_at),
+                                   reinterpret_cast<S*>(base + factors_at));
+        }
+    }
+
+    void load_row(int64_t group, int64_t slot, Operated* h, Statistics<S>* stats) const {
+        if (!p.groups.has(group, slot)) return zero_row<V>(h, padded);
+        const E* x = static_cast<const E*>(p.x) + (p.groups.start[group] + slot) * p.x_stride;
+        stats[slot] = statistics<V, dtype>(x, p.d, p.norm, p.eps);
+        normed_row<V, dtype, Out>(x, p.d, padded, stats[slot],
+                                  static_cast<const S*>(p.norm_weight),
+                                  static_cast<const S*>(p.norm_bias), h);
+    }
+};
+
+template <class V, DType dtype>
+void merge(const MergeParams& p) {
+#ifdef VARIATOR_BF16_PRODUCTS
+    if constexpr (dtype == DType::bf16) {
+        MergeForward<V, dtype, Pairs, Storage<V, DType::bf16>> forward{p};
+        return for_chunks(p.groups.count, p.threads,
+                          [&](int64_t first, int64_t last, int) { forward.chunk(first, last); });
+    }
+#endif
+    MergeForward<V, dtype, Plain<V>, Acc<V>> forward{p};
+    for_chunks(p.groups.count, p.threads,
+               [&](int64_t first, int64_t last, int) { forward.chunk(first, last); });
+}
+
+}  // namespace VARIATOR_ISA
+}  // namespace variator

@@ -1,0 +1,136 @@
+// What a kernel is told: one plain struct each. Addresses are of caller-owned memory, sizes and
+// strides count elements, and every size is 64-bit.
+#pragma once
+
+#include <cstdint>
+
+namespace variator {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
+enum class Norm : int { none = 0, rms = 1, layer = 2 };
+enum class Phi : int { identity = 0, tanh = 1 };
+
+// Groups of up to k neighbouring tokens. Group i holds the tokens start[i] .. start[i]+length[i]-1
+// of the flat token list, less those whose mask byte is 0.
+struct Groups {
+    const int64_t* start;
+    const int64_t* length;
+    const uint8_t* mask;  // a byte a token, or null: all real
+    int64_t count;
+    int64_t k;
+
+    // Always inlined: a shared copy of it could hold instructions of one set alone.
+    __attribute__((always_inline)) bool has(int64_t group, int64_t slot) const {
+        return slot < length[group] && (mask == nullptr || mask[start[group] + slot] != 0);
+    }
+};
+
+// "acc" below is float, or double where the storage type is double.
+struct MergeParams {
+    DType dtype;
+    int threads;
+    Groups groups;
+    int64_t d, r;          // r = 0: no projection wanted
+    const void* x;         // [tokens, d], rows x_stride apart
+    int64_t x_stride;
+    Norm norm;
+    const void* norm_weight;  // acc [d] or null
+    const void* norm_bias;    // acc [d] or null
+    double eps;
+    const void* merge_packed;       // pack_merge of W_c
+    const void* merge_bias;         // acc [k]
+    const void* projection_packed;  // pack of W_1h^T, or null
+    void* merged;                   // out [groups, d]
+    void* projected;                // out acc [tokens, r], or null
+    void* weights;                  // out acc [groups, k], the softmax, or null
+};
+
+struct MergeBackwardParams {
+    DType dtype;
+    int threads;
+    Groups groups;
+    int64_t d, r;
+    const void* x;
+    int64_t x_stride;
+    Norm norm;
+    const void* norm_weight;
+    const void* norm_bias;
+    double eps;
+    const void* weights;                    // acc [groups, k], from the forward
+    const void* merge_packed_rows;          // pack of W_c by slot, inner dimension k
+    const void* projection_packed_rows;     // pack of W_1h [r, d], inner dimension r
+    const void* d_merged;                   // [groups, d]
+    const void* d_projected;                // acc [tokens, r] or null
+    void* dx;                               // out [tokens, d]; rows of absent tokens untouched
+    void* d_merge_weight;                   // out acc [k, k, d] or null: [slot][score][d]
+    void* d_merge_bias;                     // out acc [k]
+    void* d_projection;                     // out acc [r, d] or null
+    void* d_norm_weight;                    // out acc [d] or null
+    void* d_norm_bias;                      // out acc [d] or null
+};
+
+struct DecompressParams {
+    DType dtype;
+    int threads;
+    Groups groups;
+    int64_t d, r;
+    Phi phi;
+    const void* u;           // [groups, d]
+    const void* projected;   // acc [tokens, r]: W_1h h
+    const void* w1u_packed;  // pack of W_1u^T
+    const void* b1;          // acc [r]
+    const void* w2_packed;   // pack of W_2^T, inner dimension r
+    const void* b2;          // acc [d]
+    const void* residual;    // [tokens, d], rows residual_stride apart, or null
+    int64_t residual_stride;
+    void* y;                 // out [tokens, d]; rows outside the groups untouched
+};
+
+struct DecompressBackwardParams {
+    DType dtype;
+    int threads;
+    Groups groups;
+    int64_t d, r;
+    Phi phi;
+    const void* u;
+    const void* projected;
+    const void* w1u_packed;
+    const void* b1;
+    const void* w2_packed_rows;   // pack of W_2 [d, r], inner dimension d
+    const void* w1u_packed_rows;  // pack of W_1u [r, d], inner dimension r
+    const void* dy;               // [tokens, d], rows dy_stride apart
+    int64_t dy_stride;
+    void* du;           // out [groups, d]
+    void* d_projected;  // out acc [tokens, r]; rows of absent tokens untouched
+    void* d_w1u;        // out acc [r, d]
+    void* d_b1;         // out acc [r]
+    void* d_w2;         // out acc [r, d]: transposed
+    void* d_b2;         // out acc [d]
+};
+
+// `matrices` right-hand sides B [inner, columns] of products A·B into panels (gemm.h); element
+// (i, c) of the m-th at source[m * matrix_stride + i * inner_stride + c * column_stride].
+struct PackParams {
+    bool is_double;  // source and panels are double, else float
+    bool bf16;       // panels for products of bf16 pairs, where the instruction set has them
+    int64_t matrices, matrix_stride;
+    int64_t inner, inner_stride;
+    int64_t columns, column_stride;
+    const void* source;
+    void* packed;
+};
+
+// The entry points of one instruction set.
+struct Kernels {
+    const char* name;
+    void (*merge)(const MergeParams&);
+    void (*merge_backward)(const MergeBackwardParams&);
+    void (*decompress)(const DecompressParams&);
+    void (*decompress_backward)(const DecompressBackwardParams&);
+    int64_t (*packed_bytes)(const PackParams&);
+    void (*pack)(const PackParams&);
+    bool bf16_products;
+    bool has_double;
+};
+
+}  // namespace variator

@@ -1,0 +1,15 @@
+// Working memory of the calling thread, kept for its next call.
+#pragma once
+
+#include <cstddef>
+
+namespace variator {
+
+// At least `bytes`, 64-byte aligned, contents undefined; valid until the thread's next call.
+void* thread_scratch(size_t bytes);
+
+// 64-byte aligned and zeroed; release_zeroed gives it back.
+void* allocate_zeroed(size_t bytes);
+void release_zeroed(void* memory);
+
+}  // namespace variator

@@ -1,0 +1,93 @@
+// 8 fp32 lanes: AVX2, FMA, F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace variator {
+namespace VARIATOR_ISA {
+
+struct Vec {
+    using Scalar = float;
+    static constexpr int width = 8;
+    static constexpr int tile_rows = 6, tile_vectors = 2;  // 12 sums, 2 + 1 operands, 16 registers
+    __m256 v;
+
+    static Vec zero() { return {_mm256_setzero_ps()}; }
+    static Vec set(float x) { return {_mm256_set1_ps(x)}; }
+    static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+    void store(float* p) const { _mm256_storeu_ps(p, v); }
+    static __m256i first(int n) {
+        return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    }
+    static Vec load(const float* p, int n) { return {_mm256_maskload_ps(p, first(n))}; }
+    void store(float* p, int n) const { _mm256_maskstore_ps(p, first(n), v); }
+
+    static Vec widen_bf16(__m128i h) {
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
+    }
+    // Round to nearest, ties to even; NaN stays NaN.
+    __m128i narrow_bf16() const {
+        __m256i bits = _mm256_castps_si256(v);
+        __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+        __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+        __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+        rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+        return _mm_packus_epi32(_mm256_castsi256_si128(rounded),
+                                _mm256_extracti128_si256(rounded, 1));
+    }
+    static __m128i load_halves(const uint16_t* p) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    }
+    static __m128i load_halves(const uint16_t* p, int n) {
+        alignas(16) uint16_t part[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+        for (int i = 0; i < n; ++i) part[i] = p[i];
+        return load_halves(part);
+    }
+    static void store_halves(uint16_t* p, __m128i h) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h);
+    }
+    static void store_halves(uint16_t* p, __m128i h, int n) {
+        alignas(16) uint16_t part[8];
+        store_halves(part, h);
+        for (int i = 0; i < n; ++i) p[i] = part[i];
+    }
+    static Vec load_bf16(const uint16_t* p) { return widen_bf16(load_halves(p)); }
+    static Vec load_bf16(const uint16_t* p, int n) { return widen_bf16(load_halves(p, n)); }
+    void store_bf16(uint16_t* p) const { store_halves(p, narrow_bf16()); }
+    void store_bf16(uint16_t* p, int n) const { store_halves(p, narrow_bf16(), n); }
+    static Vec load_f16(const uint16_t* p) { return {_mm256_cvtph_ps(load_halves(p))}; }
+    static Vec load_f16(const uint16_t* p, int n) { return {_mm256_cvtph_ps(load_halves(p, n))}; }
+    void store_f16(uint16_t* p) const { store_halves(p, _mm256_cvtps_ph(v, 0)); }
+    void store_f16(uint16_t* p, int n) const { store_halves(p, _mm256_cvtps_ph(v, 0), n); }
+
+    friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+    friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+    friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+    friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+    static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+    static Vec minimum(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+    static Vec absolute(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+    static Vec round(Vec a) { return {_mm256_round_ps(a.v, 8)}; }
+    static Vec exp2_whole(Vec n) {
+        __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(e, 23))};
+    }
+    static Vec less_select(Vec a, Vec b, Vec yes, Vec no) {
+        return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+    }
+    static Vec copy_sign(Vec magnitude, Vec sign) {
+        __m256 mask = _mm256_set1_ps(-0.0f);
+        return {_mm256_or_ps(_mm256_andnot_ps(mask, magnitude.v), _mm256_and_ps(mask, sign.v))};
+    }
+    float sum() const {
+        __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+    }
+};
+
+}  // namespace VARIATOR_ISA
+}  // namespace variator

@@ -1,0 +1,99 @@
+// 16 fp32 lanes: AVX-512 F/BW/DQ/VL.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace variator {
+namespace VARIATOR_ISA {
+
+struct Vec {
+    using Scalar = float;
+    static constexpr int width = 16;
+    static constexpr int tile_rows = 6, tile_vectors = 4;  // 24 sums, 4 + 1 operands, 32 registers
+    __m512 v;
+
+    static Vec zero() { return {_mm512_setzero_ps()}; }
+    static Vec set(float x) { return {_mm512_set1_ps(x)}; }
+    static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    void store(float* p) const { _mm512_storeu_ps(p, v); }
+    static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+    static Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+    void store(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+
+    static Vec widen_bf16(__m256i h) {
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+    }
+    // Round to nearest, ties to even; NaN stays NaN.
+    __m256i narrow_bf16() const {
+        __m512i bits = _mm512_castps_si512(v);
+        __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+        rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+        return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+    }
+    static Vec load_bf16(const uint16_t* p) {
+        return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static Vec load_bf16(const uint16_t* p, int n) {
+        return widen_bf16(_mm256_maskz_loadu_epi16(first(n), p));
+    }
+    void store_bf16(uint16_t* p) const {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16());
+    }
+    void store_bf16(uint16_t* p, int n) const {
+        _mm256_mask_storeu_epi16(p, first(n), narrow_bf16());
+    }
+    static Vec load_f16(const uint16_t* p) {
+        return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+    }
+    static Vec load_f16(const uint16_t* p, int n) {
+        return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
+    }
+    void store_f16(uint16_t* p) const {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, 0));
+    }
+    void store_f16(uint16_t* p, int n) const {
+        _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(v, 0));
+    }
+
+    friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+    friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+    friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+    friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+    static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+    static Vec minimum(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+    static Vec absolute(Vec a) { return {_mm512_abs_ps(a.v)}; }
+    static Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, 8)}; }
+    // 2^n for a whole n within the exponent's range.
+    static Vec exp2_whole(Vec n) {
+        __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(e, 23))};
+    }
+    // a < b ? yes : no; an unordered comparison takes no.
+    static Vec less_select(Vec a, Vec b, Vec yes, Vec no) {
+        return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
+    }
+    static Vec copy_sign(Vec magnitude, Vec sign) {
+        __m512i mask = _mm512_set1_epi32(static_cast<int>(0x80000000u));
+        return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(
+            mask, _mm512_castps_si512(sign.v), _mm512_castps_si512(magnitude.v), 0xCA))};
+    }
+    float sum() const { return _mm512_reduce_add_ps(v); }
+};
+
+#ifdef __AVX512BF16__
+#define VARIATOR_BF16_PRODUCTS 1
+// sum += a pair by pair, the pair of A the same in every lane.
+inline __attribute__((always_inline)) Vec dot_pairs(Vec sum, const uint16_t* a, const uint16_t* b) {
+    int pair;
+    __builtin_memcpy(&pair, a, sizeof pair);
+    __m512i bits = _mm512_loadu_si512(b);
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)bits)};
+}
+#endif
+
+}  // namespace VARIATOR_ISA
+}  // namespace variator

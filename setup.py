@@ -1,0 +1,192 @@
+"""Builds the C++ extension with CMake; where that cannot be done, the package is plain Python.
+
+What was built, and why something was not, goes to stderr and to variator_kernels/_build_info.json.
+
+VARIATOR_REQUIRE=cpu[,cuda]   a part that could not be built is an error
+VARIATOR_CMAKE_ARGS="..."     more arguments for CMake
+VARIATOR_SANITIZE=1           build with the address and undefined-behaviour sanitizers
+CXX, CXXFLAGS                 the compiler and its flags, as usual
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, OptionError
+
+ROOT = Path(__file__).resolve().parent
+PARTS = ("cpu", "cuda")
+NO_CUDA = "this version builds no CUDA kernels"
+
+
+class NotBuilt(Exception):
+    """Why a part could not be built, in one sentence."""
+
+
+def required_parts(value: str) -> list[str]:
+    """The parts named in VARIATOR_REQUIRE."""
+    parts = [part.strip().lower() for part in value.split(",") if part.strip()]
+    for part in parts:
+        if part not in PARTS:
+            known = ", ".join(PARTS)
+            raise OptionError(f"VARIATOR_REQUIRE: unknown part {part!r}, expected some of: {known}")
+    return parts
+
+
+def missing_parts(required: list[str], info: dict) -> list[str]:
+    """One sentence for each required part that was not built."""
+    return [
+        f"VARIATOR_REQUIRE={part}: {info[part]['reason']}"
+        for part in required
+        if not info[part]["built"]
+    ]
+
+
+def switched_on(name: str) -> bool:
+    return os.environ.get(name, "").strip().lower() not in ("", "0", "off", "no", "false")
+
+
+def find_compiler(cxx: str) -> str:
+    """The command of the C++ compiler: CXX where it is set, else the first one on PATH."""
+    if cxx.strip():
+        if shutil.which(shlex.split(cxx)[0]) is None:
+            raise NotBuilt(f"no C++ compiler: CXX={cxx} was not found")
+        return cxx
+    # GCC first: Clang's OpenMP runtime is not the one that torch runs on.
+    for name in ("g++", "c++", "clang++"):
+        if shutil.which(name):
+            return name
+    raise NotBuilt(
+        "no C++ compiler: g++, c++ and clang++ were not found on PATH, and CXX is not set"
+    )
+
+
+def find_tool(name: str, folder_attribute: str) -> str | None:
+    """A program that came as a Python package (cmake, ninja), else the one on PATH."""
+    try:
+        folder = getattr(importlib.import_module(name), folder_attribute)
+    except Exception:  # absent or damaged: PATH may still have it
+        folder = None
+    return (shutil.which(name, path=folder) if folder else None) or shutil.which(name)
+
+
+def first_error(output: str) -> str:
+    """The line of a build log to show as the reason."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    for index, line in enumerate(lines):
+        if "error" in line.lower():
+            # CMake prints the place on one line and the message on the next.
+            return " ".join(lines[index : index + 2]) if line.startswith("CMake") else line
+    return lines[-1] if lines else "no output"
+
+
+def run_step(step: str, command: list[str], env: dict[str, str]) -> None:
+    done = subprocess.run(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    print(done.stdout, end="", flush=True)
+    if done.returncode != 0:
+        raise NotBuilt(f"{step} failed: {first_error(done.stdout)}")
+
+
+def build_cpu(work: Path) -> tuple[Path, dict]:
+    """Builds the extension below `work`; returns its path and CMake's report on it."""
+    if os.name == "nt":
+        raise NotBuilt("the extension is not supported on Windows")
+    compiler = find_compiler(os.environ.get("CXX", ""))
+    cmake, ninja = find_tool("cmake", "CMAKE_BIN_DIR"), find_tool("ninja", "BIN_DIR")
+    if cmake is None:
+        raise NotBuilt("CMake was not found")
+    try:
+        import pybind11
+    except ImportError:
+        raise NotBuilt("pybind11 is not installed") from None
+
+    options = [f"-DVARIATOR_SANITIZE={'ON' if switched_on('VARIATOR_SANITIZE') else 'OFF'}"]
+    options += shlex.split(os.environ.get("VARIATOR_CMAKE_ARGS", ""))
+    # One folder a configuration, so that a second build compiles only what changed. The tools may
+    # lie in a temporary folder (build isolation), so their paths are given anew each time.
+    settings = [compiler, os.environ.get("CXXFLAGS", ""), sys.executable, bool(ninja), *options]
+    folder = work / f"cmake-{hashlib.sha256(repr(settings).encode()).hexdigest()[:12]}"
+    tools = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    if ninja:
+        tools += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    env = {**os.environ, "CXX": compiler}
+    configure = [cmake, "-S", str(ROOT), "-B", str(folder), *tools, *options]
+    run_step("CMake's configuration", configure, env)
+    jobs = str(os.cpu_count() or 1)
+    run_step("the compilation", [cmake, "--build", str(folder), "--parallel", jobs], env)
+
+    report = json.loads((folder / "build_report.json").read_text())
+    return folder / report.pop("file"), report
+
+
+class BuildExtension(build_ext):
+    """Builds what can be built and records the rest.
+
+    The wheel is tagged for this platform in either case: its record speaks of one machine.
+    """
+
+    def run(self) -> None:
+        required = required_parts(os.environ.get("VARIATOR_REQUIRE", ""))
+        package = Path(self.get_ext_fullpath("variator_kernels._cpu")).parent
+        package.mkdir(parents=True, exist_ok=True)
+
+        cpu = {"built": False, "reason": "not tried"}
+        info = {"cpu": cpu, "cuda": {"built": False, "reason": NO_CUDA}, "compiler": ""}
+        if missing := missing_parts([part for part in required if part != "cpu"], info):
+            raise CompileError("; ".join(missing))
+        built = None
+        try:
+            built, report = build_cpu(Path(self.get_finalized_command("build").build_base))
+            info["compiler"] = report.pop("compiler")
+            cpu.update(built=True, **report)
+        except NotBuilt as why:
+            cpu["reason"] = str(why)
+            print(
+                f"variator_kernels: the CPU kernels were not built: {why}. The package will work "
+                "without them, but slower. (VARIATOR_REQUIRE=cpu makes this an error.)",
+                file=sys.stderr,
+                flush=True,
+            )
+        # Removed, never overwritten: a process may be running it. One left over is worse than none.
+        for earlier in package.glob("_cpu*.so"):
+            earlier.unlink()
+        if built is not None:
+            shutil.copy2(built, package / built.name)
+        (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+        if missing := missing_parts(required, info):
+            raise CompileError("; ".join(missing))
+
+    def get_outputs(self) -> list[str]:
+        package = Path(self.build_lib, "variator_kernels")
+        return [] if self.inplace else [str(file) for file in self._written(package)]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """For editable installs: what a wheel would hold, and the file in the sources it is."""
+        if not self.inplace:
+            return {}
+        package = Path(self.get_ext_fullpath("variator_kernels._cpu")).parent
+        folder = Path(self.build_lib, "variator_kernels")
+        return {str(folder / file.name): str(file) for file in self._written(package)}
+
+    @staticmethod
+    def _written(package: Path) -> list[Path]:
+        return sorted([*package.glob("_cpu*.so"), *package.glob("_build_info.json")])
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("variator_kernels._cpu", sources=[])],
+        cmdclass={"build_ext": BuildExtension},
+    )

@@ -1,0 +1,253 @@
+"""What setup.py does when parts cannot be built, and what the built module depends on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("setuptools", minversion="77")
+
+from setuptools.errors import OptionError
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULE_SOURCE = """
+#include <pybind11/pybind11.h>
+int kernel();
+PYBIND11_MODULE(_cpu, m) { m.def("kernel", &kernel); }
+"""
+# Enough of csrc for a build; the files of the instruction sets may define nothing.
+TINY_SOURCES = {
+    "bindings.cpp": MODULE_SOURCE,
+    "isa_portable.cpp": "int kernel() { return 42; }\n",
+    "isa_avx2.cpp": "",
+    "isa_avx512.cpp": "",
+    "isa_avx512_bf16.cpp": "",
+}
+# Mangled names of namespace std (with its short forms such as Ss) and of __gnu_cxx.
+STANDARD_LIBRARY = re.compile(r"_Z(T[VTIS])?N?[KVrRO]*(S[tabsiod]|9__gnu_cxx)")
+
+
+@pytest.fixture(scope="module")
+def setup_py() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("variator_kernels_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the build files with a tiny extension in place of the real one."""
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "README.md").write_text("")
+    (tmp_path / "variator_kernels").mkdir()
+    (tmp_path / "variator_kernels" / "__init__.py").write_text("")
+    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    for name, text in TINY_SOURCES.items():
+        (tmp_path / "csrc" / "cpu" / name).write_text(text)
+    return tmp_path
+
+
+def build(tree: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("VARIATOR_")}
+    kept.pop("LD_PRELOAD", None)  # the sanitizers are no concern of the compiler's
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext", *args],
+        cwd=tree,
+        env={**kept, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def build_info(package: Path) -> dict:
+    return json.loads((package / "_build_info.json").read_text())
+
+
+def needs(*programs: str) -> None:
+    for program in programs:
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+
+
+# --- VARIATOR_REQUIRE
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [("", []), (" , ", []), ("cpu", ["cpu"]), (" CPU , cuda", ["cpu", "cuda"])],
+)
+def test_required_parts(setup_py: ModuleType, value: str, parts: list[str]) -> None:
+    assert setup_py.required_parts(value) == parts
+
+
+def test_unknown_part_is_an_error(setup_py: ModuleType) -> None:
+    with pytest.raises(OptionError, match=r"VARIATOR_REQUIRE.*'tpu'.*cpu, cuda"):
+        setup_py.required_parts("cpu,tpu")
+
+
+def test_unknown_part_fails_the_build(tree: Path) -> None:
+    done = build(tree, "--inplace", VARIATOR_REQUIRE="tpu")
+    assert done.returncode != 0
+    assert "error: VARIATOR_REQUIRE: unknown part 'tpu'" in done.stderr
+
+
+def test_required_cuda_fails_the_build(tree: Path) -> None:
+    done = build(tree, "--inplace", VARIATOR_REQUIRE="cuda")
+    assert done.returncode != 0
+    assert "error: VARIATOR_REQUIRE=cuda: this version builds no CUDA kernels" in done.stderr
+
+
+# --- without a compiler, or with one that fails
+
+
+def test_no_compiler_installs_plain_python(tree: Path) -> None:
+    stale = tree / "out" / "variator_kernels" / "_cpu.old.so"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    done = build(tree, "--build-lib", "out", CXX="/nonexistent")
+    assert done.returncode == 0, done.stderr
+    assert "not built: no C++ compiler: CXX=/nonexistent was not found" in done.stderr
+    info = build_info(tree / "out" / "variator_kernels")
+    assert info["cpu"]["built"] is False
+    assert "CXX=/nonexistent" in info["cpu"]["reason"]
+    assert not stale.exists(), "an extension of an earlier build would be shipped"
+
+
+def test_no_compiler_on_an_empty_path(tree: Path) -> None:
+    done = build(tree, "--inplace", PATH="", CXX="")
+    assert done.returncode == 0, done.stderr
+    assert "no C++ compiler" in build_info(tree / "variator_kernels")["cpu"]["reason"]
+
+
+def test_required_cpu_without_a_compiler_fails_the_build(tree: Path) -> None:
+    done = build(tree, "--inplace", CXX="/nonexistent", VARIATOR_REQUIRE="cpu")
+    assert done.returncode != 0
+    assert "error: VARIATOR_REQUIRE=cpu: no C++ compiler" in done.stderr
+
+
+def test_failed_compilation_is_the_recorded_reason(tree: Path) -> None:
+    needs("g++")
+    (tree / "csrc" / "cpu" / "isa_portable.cpp").write_text("int kernel() { return oops; }\n")
+    (tree / "csrc" / "cpu" / "bindings.cpp").write_text("")
+    done = build(tree, "--inplace", CXX="g++")
+    assert done.returncode == 0, done.stderr
+    reason = build_info(tree / "variator_kernels")["cpu"]["reason"]
+    assert reason.startswith(("the compilation failed", "CMake")), reason
+    if "compilation" in reason:
+        assert "oops" in reason
+
+
+def test_reason_joins_the_two_lines_of_a_cmake_error(setup_py: ModuleType) -> None:
+    log = "-- ok\nCMake Error at CMakeLists.txt:3 (find_package):\n\n  No pybind11.\nmore\n"
+    assert setup_py.first_error(log).endswith("(find_package): No pybind11.")
+    assert setup_py.first_error("") == "no output"
+
+
+# --- with a compiler
+
+
+def test_build_records_what_it_did(tree: Path) -> None:
+    needs("g++")
+    pytest.importorskip("pybind11")
+    done = build(tree, "--inplace", CXX="g++", VARIATOR_REQUIRE="cpu")
+    if "Could NOT find Python" in done.stdout:
+        pytest.skip("the headers of Python are not installed")
+    assert done.returncode == 0, done.stdout + done.stderr
+    package = tree / "variator_kernels"
+    info = build_info(package)
+    assert info["cpu"]["built"] is True and "portable" in info["cpu"]["isa"]
+    assert info["compiler"].startswith("GNU ")
+    assert len(list(package.glob("_cpu*.so"))) == 1
+    # A later build that fails leaves no extension of this one behind.
+    build(tree, "--inplace", CXX="/nonexistent")
+    assert not list(package.glob("_cpu*.so"))
+
+
+# --- the module that is installed
+
+
+@pytest.fixture(scope="module")
+def built_module() -> Path:
+    spec = importlib.util.find_spec("variator_kernels")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    found = [file for folder in folders for file in Path(folder).glob("_cpu*.so")]
+    if not found:
+        pytest.skip("the extension is not built")
+    if build_info(found[0].parent)["cpu"].get("sanitized"):
+        pytest.skip("the extension is built with the sanitizers")
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def objects() -> list[Path]:
+    """The object files of the newest build here."""
+    found = ROOT.glob("build/cmake-*/build_report.json")
+    reports = [file for file in found if not json.loads(file.read_text())["sanitized"]]
+    if not reports:
+        pytest.skip("no build folder: the extension was not built from this checkout")
+    newest = max(reports, key=lambda file: file.stat().st_mtime).parent
+    return sorted(newest.glob("CMakeFiles/_cpu.dir/**/*.o"))
+
+
+def output_of(*command: object) -> str:
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_module_needs_no_torch(built_module: Path) -> None:
+    needs("readelf", "nm")
+    dynamic = output_of("readelf", "--dynamic", "--wide", built_module)
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
+    system = r"lib(gomp|omp|stdc\+\+|c\+\+|gcc_s|m|c|pthread)\.so(\.\d+)*|ld-linux.*"
+    assert [name for name in needed if not re.fullmatch(system, name)] == []
+    assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+    undefined = output_of("nm", "--dynamic", "--undefined-only", built_module)
+    assert not re.search(r"_ZNK?(2at|3c10|5torch)", undefined)
+
+
+def test_module_runs_on_gccs_openmp_by_its_bare_name(built_module: Path) -> None:
+    needs("readelf")
+    if not build_info(built_module.parent)["compiler"].startswith("GNU"):
+        pytest.skip("not built with GCC")
+    dynamic = output_of("readelf", "--dynamic", "--wide", built_module)
+    assert "[libgomp.so.1]" in dynamic
+
+
+def weak_symbols(file: Path) -> set[str]:
+    """Functions that the linker may take from this object or from any other that has them."""
+    lines = output_of("nm", "--defined-only", file).splitlines()
+    return {name for _, kind, name in (line.split(maxsplit=2) for line in lines) if kind == "W"}
+
+
+def test_no_instruction_set_leaks_into_shared_functions(objects: list[Path]) -> None:
+    """Of a function that several objects hold, the linker keeps one copy for all of them.
+
+    A copy compiled for AVX-512 would then run on every processor.
+    """
+    needs("nm")
+    isa = [file for file in objects if re.match(r"isa_(?!portable)", file.name)]
+    if not isa:
+        pytest.skip("no instruction set but the portable one was built")
+    for file in isa:
+        weak = weak_symbols(file)
+        from_std = sorted(name for name in weak if STANDARD_LIBRARY.match(name))
+        assert from_std == [], f"{file.name} holds functions of the standard library"
+        for other in objects:
+            if other != file:
+                shared = sorted(weak & weak_symbols(other))
+                assert shared == [], f"{file.name} and {other.name} share functions"

@@ -1,0 +1,32 @@
+"""Compression plugins (Variator) that make transformer models faster: ops, modules and patches."""
+
+from . import flops, functional
+from .checkpoint import load_plugins, save_plugins
+from .feed_forward import FeedForward, PluginWeights
+from .models.patch import patch, patch_t5, plugin_parameters, unpatch
+from .nn import AdapterDecompress, CompressedFFN, GroupMerge, Plugin
+from .ratio import set_ratio, use_ratio
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterDecompress",
+    "CompressedFFN",
+    "FeedForward",
+    "GroupMerge",
+    "Plugin",
+    "PluginWeights",
+    "__version__",
+    "flops",
+    "functional",
+    "load_plugins",
+    "patch",
+    "patch_t5",
+    "plugin_parameters",
+    "save_plugins",
+    "set_ratio",
+    "unpatch",
+    "use_ratio",
+]
+
+flops.register()

@@ -1,0 +1,117 @@
+"""Checks of arguments at the public edge: each error names the argument, what came, what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .feed_forward import ACTIVATIONS, NORMS, FeedForward, PluginWeights
+
+ADAPTER_ACTIVATIONS = ("tanh", "identity")
+
+
+def ratio(value: object, name: str = "ratio", least: int = 1) -> int:
+    """An integer compression ratio of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, float) and value.is_integer():
+            return ratio(int(value), name, least)
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+    return value
+
+
+def choice(value: str, allowed: tuple[str, ...], name: str) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+    return value
+
+
+def shape(tensor: Tensor, expected: tuple[int, ...], name: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} must have shape {list(expected)}, got {list(tensor.shape)}")
+
+
+def same_device(tensor: Tensor, x: Tensor, name: str, x_name: str = "x") -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on {x_name}'s device {x.device}, got {tensor.device}")
+
+
+def hidden(x: Tensor, cu_seqlens: Tensor | None, name: str = "x") -> None:
+    """A floating ``[B, n, d]``, or ``[T, d]`` with ``cu_seqlens``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    dims = 3 if cu_seqlens is None else 2
+    if x.dim() != dims:
+        form = "[batch, length, hidden]" if dims == 3 else "[tokens, hidden] (cu_seqlens is given)"
+        raise ValueError(f"{name} must have shape {form}, got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be a floating point tensor, got {x.dtype}")
+
+
+def token_mask(mask: Tensor | None, cu_seqlens: Tensor | None, x: Tensor) -> None:
+    """``mask [B, n]`` (nonzero: a real token) and ``cu_seqlens [sequences + 1]``, never both."""
+    if mask is not None and cu_seqlens is not None:
+        raise ValueError("mask and cu_seqlens exclude each other: packed input has no padding")
+    if mask is not None:
+        shape(mask, tuple(x.shape[:2]), "mask")
+        same_device(mask, x, "mask")
+        if mask.is_floating_point() and mask.dtype != torch.float32:
+            raise ValueError(f"mask must be bool, integer or float32 with 1 for a real token, got {mask.dtype}")
+    if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+            raise ValueError("cu_seqlens must be a 1-d tensor of at least one offset")
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+        same_device(cu_seqlens, x, "cu_seqlens")
+
+
+def merge_parameters(weight: Tensor, bias: Tensor, x: Tensor) -> int:
+    """W_c ``[k, k*d]`` and b_c ``[k]``; returns k."""
+    if not isinstance(bias, Tensor) or bias.dim() != 1 or bias.shape[0] < 2:
+        got = list(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
+        raise ValueError(f"merge bias must have shape [ratio] with ratio >= 2, got {got}")
+    k = bias.shape[0]
+    shape(weight, (k, k * x.shape[-1]), "merge weight")
+    same_device(weight, x, "merge weight")
+    same_device(bias, x, "merge bias")
+    return k
+
+
+def adapter_parameters(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str, x: Tensor) -> int:
+    """W_1 ``[r, 2d]``, b_1 ``[r]``, W_2 ``[d, r]``, b_2 ``[d]``; returns r."""
+    d = x.shape[-1]
+    choice(activation, ADAPTER_ACTIVATIONS, "activation")
+    if not isinstance(b1, Tensor) or b1.dim() != 1 or b1.shape[0] < 1:
+        raise ValueError("b1 must have shape [bottleneck] with bottleneck >= 1")
+    r = b1.shape[0]
+    for tensor, expected, name in ((w1, (r, 2 * d), "w1"), (b1, (r,), "b1"), (w2, (d, r), "w2"), (b2, (d,), "b2")):
+        shape(tensor, expected, name)
+        same_device(tensor, x, name)
+    return r
+
+
+def plugin(weights: PluginWeights, x: Tensor) -> None:
+    merge_parameters(weights.merge_weight, weights.merge_bias, x)
+    adapter_parameters(weights.w1, weights.b1, weights.w2, weights.b2, weights.activation, x)
+
+
+def feed_forward(ffn: FeedForward, x: Tensor) -> None:
+    d = x.shape[-1]
+    choice(ffn.norm, NORMS, "norm")
+    for vector, name in ((ffn.norm_weight, "norm_weight"), (ffn.norm_bias, "norm_bias")):
+        if vector is not None:
+            shape(vector, (d,), name)
+            same_device(vector, x, name)
+    if ffn.module is not None:
+        return
+    choice(ffn.activation, ACTIVATIONS, "ffn activation")
+    f = ffn.w_in.shape[0]
+    shape(ffn.w_in, (f, d), "w_in")
+    shape(ffn.w_out, (d, f), "w_out")
+    if ffn.w_gate is not None:
+        shape(ffn.w_gate, (f, d), "w_gate")
+    for tensor, name in ((ffn.w_in, "w_in"), (ffn.w_out, "w_out")):
+        same_device(tensor, x, name)

@@ -1,0 +1,1 @@
+"""The operations, one folder each; the same name in ops, tests and bench."""

@@ -1,0 +1,61 @@
+"""compressed_ffn: the whole sublayer with its plugin, norm to residual."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import backends, checks
+from ...feed_forward import FeedForward, PluginWeights
+from . import layered, op, reference
+
+
+def compressed_ffn(
+    x: Tensor,
+    plugin: PluginWeights,
+    ffn: FeedForward,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Norm, merge, FFN on the merged vectors, decompress, residual (DESIGN section 2; paper section 3.2).
+
+    Args:
+        x: ``[B, n, d]``, or packed ``[T, d]`` together with ``cu_seqlens``.
+        plugin: a :class:`PluginWeights`, or anything with a ``weights()`` that returns one.
+        ffn: a :class:`FeedForward`, or anything with a ``feed_forward()`` that returns one.
+        mask: ``[B, n]``, nonzero for a real token. Padding passes through unchanged.
+        cu_seqlens: int32 or int64 offsets ``[sequences + 1]`` of packed input.
+        backend: ``"auto"``, ``"reference"`` or ``"cpu"``.
+
+    Returns:
+        ``y`` of x's shape; its dtype is x's, promoted as ``x + FFN(x)`` would be.
+
+    Raises:
+        ValueError: a shape, dtype, device or backend does not fit; the message names it.
+    """
+    plugin = plugin if isinstance(plugin, PluginWeights) else plugin.weights()
+    ffn = ffn if isinstance(ffn, FeedForward) else ffn.feed_forward()
+    checks.hidden(x, cu_seqlens)
+    checks.token_mask(mask, cu_seqlens, x)
+    checks.plugin(plugin, x)
+    checks.feed_forward(ffn, x)
+    chosen = backends.resolve(backend, x)
+    if chosen == "reference":
+        return reference.compressed_ffn(x, plugin, ffn, mask=mask, cu_seqlens=cu_seqlens)
+    if _fits_one_op(x, plugin, ffn):
+        return op.compressed_ffn(x, plugin, ffn, mask, cu_seqlens, chosen)
+    return layered.compressed_ffn(x, plugin, ffn, mask, cu_seqlens, chosen)
+
+
+def _fits_one_op(x: Tensor, plugin: PluginWeights, ffn: FeedForward) -> bool:
+    """The single fused op is for inference with plain products; all else goes layer by layer."""
+    if ffn.module is not None or ffn.dropout_inner > 0 or ffn.dropout_outer > 0:
+        return False
+    if torch.is_autocast_enabled(x.device.type):
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    tensors = [t for t in (x, *plugin, *ffn) if isinstance(t, Tensor)]
+    return not any(t.requires_grad for t in tensors)

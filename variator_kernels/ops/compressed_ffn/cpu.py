@@ -1,0 +1,82 @@
+"""compressed_ffn on the CPU: merge, packed products, decompress, block by cache-sized block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import packing
+from ...feed_forward import FeedForward, PluginWeights, activate, normalize
+from ..adapter_decompress.cpu import run as run_decompress
+from ..cpu_arguments import Layout, accumulator, as_accumulator, flat, pack_columns, pack_merge
+from ..group_merge.cpu import run as run_merge
+
+# Groups that go through the whole layer together: their inner activations (f numbers each) stay in
+# the last-level cache, and the products still have rows enough to run at full rate.
+BLOCK_GROUPS = 512
+
+
+def packed_products(g: Tensor, ffn: FeedForward) -> Tensor:
+    """``FFN(g)`` for ``g [rows, d]`` with packed weights, in g's dtype."""
+    if not packing.can_pack(ffn.w_in):
+        inner = activate(torch.nn.functional.linear(g, ffn.w_in, ffn.b_in), ffn.activation)
+        if ffn.w_gate is not None:
+            inner = inner * torch.nn.functional.linear(g, ffn.w_gate, ffn.b_gate)
+        return torch.nn.functional.linear(inner, ffn.w_out, ffn.b_out)
+    inner = packing.packed_linear(g, ffn.w_in, ffn.b_in, ffn.activation)
+    if ffn.w_gate is not None:
+        inner = packing.packed_linear_times(g, inner, ffn.w_gate, ffn.b_gate)
+    return packing.packed_linear(inner, ffn.w_out, ffn.b_out).to(g.dtype)
+
+
+def compressed_ffn(
+    x: Tensor, plugin: PluginWeights, ffn: FeedForward, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    dtype = torch.promote_types(x.dtype, ffn.w_out.dtype)
+    x = x.to(dtype)
+    d, k = x.shape[-1], plugin.ratio
+    layout = Layout(x, mask, cu_seqlens)
+    groups = layout.groups(k, compact=True)
+    rows = flat(x)
+    y = torch.empty(x.shape, dtype=dtype)
+    y_rows = y.view(-1, d)
+    layout.copy_padding(rows, y_rows)
+    if groups.count == 0:
+        return y
+    w1u, w1h, w2, merge_weight = _packed_plugin(plugin, dtype)
+    r = plugin.b1.shape[0]
+    merge_bias, b1, b2, norm_weight, norm_bias = (
+        as_accumulator(t, dtype)
+        for t in (plugin.merge_bias, plugin.b1, plugin.b2, ffn.norm_weight, ffn.norm_bias)
+    )
+    assert merge_bias is not None and b1 is not None and b2 is not None
+    norm = ("none", None, None, 0.0) if ffn.post_norm else (ffn.norm, norm_weight, norm_bias, ffn.eps)
+    projected = torch.empty(rows.shape[0], r, dtype=accumulator(dtype))
+    for first in range(0, groups.count, BLOCK_GROUPS):
+        span = (first, min(BLOCK_GROUPS, groups.count - first))
+        merged = torch.empty(span[1], d, dtype=dtype)
+        run_merge(rows, groups, span, merge_weight, merge_bias, w1h, r, norm, merged, projected, None)
+        u = packed_products(merged, ffn)
+        run_decompress(u, groups, span, plugin.activation, projected, w1u, b1, w2, b2, rows, y_rows)
+    if not ffn.post_norm:
+        return y
+    normed = normalize(y, ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)
+    layout.copy_padding(rows, normed.view(-1, d))
+    return normed
+
+
+def _packed_plugin(plugin: PluginWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W_1u, W_1h, W_2 and W_c in panels, packed again only when a weight changed."""
+    isa = packing.instruction_set()
+
+    def halves() -> tuple[Tensor, Tensor]:
+        w1u, w1h = plugin.w1.detach().chunk(2, -1)
+        return pack_columns(w1u, dtype, bf16=True), pack_columns(w1h, dtype, bf16=True)
+
+    get = packing.cache.get
+    w1u, w1h = get(plugin.w1, ("halves", dtype, isa), halves)
+    w2 = get(plugin.w2, ("columns", dtype, isa), lambda: pack_columns(plugin.w2, dtype, bf16=True))
+    merge = get(
+        plugin.merge_weight, ("merge", dtype, isa), lambda: pack_merge(plugin.merge_weight, dtype)
+    )
+    return w1u, w1h, w2, merge

@@ -1,0 +1,43 @@
+"""compressed_ffn in plain PyTorch: the definition of correct, section 2 line by line."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...feed_forward import FeedForward, PluginWeights, normalize, products
+from ...grouping import token_slots
+from ..adapter_decompress.reference import adapter_decompress
+from ..group_merge.reference import group_merge
+
+
+def compressed_ffn(
+    x: Tensor,
+    plugin: PluginWeights,
+    ffn: FeedForward,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The whole sublayer, norm to residual: ``x [B, n, d]`` (or packed ``[T, d]``) to the same shape."""
+    norm = (ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)
+    h = x if ffn.post_norm else normalize(x, *norm)
+    g = group_merge(h, plugin.merge_weight, plugin.merge_bias, mask=mask, cu_seqlens=cu_seqlens)
+    u = products(g, ffn)
+    o = adapter_decompress(
+        u,
+        h.to(torch.promote_types(h.dtype, u.dtype)),
+        plugin.w1,
+        plugin.b1,
+        plugin.w2,
+        plugin.b2,
+        ratio=plugin.ratio,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        activation=plugin.activation,
+    )
+    y = x + o
+    if not ffn.post_norm:
+        return y
+    _, real = token_slots(x, plugin.ratio, mask, cu_seqlens)
+    return torch.where(real[..., None], normalize(y, *norm), y)

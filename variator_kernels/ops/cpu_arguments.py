@@ -1,0 +1,164 @@
+"""What every CPU kernel is told the same way: dtypes, groups, packed plugin weights."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import extension
+from ..grouping import max_groups
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+NORMS = {"none": 0, "rms": 1, "layer": 2}
+ACTIVATIONS = {"identity": 0, "tanh": 1}
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, norms and softmax: fp32, or fp64 for fp64 storage."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_accumulator(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``tensor`` contiguous in the accumulator dtype of storage ``dtype``."""
+    return None if tensor is None else tensor.detach().to(accumulator(dtype)).contiguous()
+
+
+def flat(x: Tensor) -> Tensor:
+    """``[tokens, d]`` with unit inner stride; a view where the memory allows it."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
+
+
+class Groups(NamedTuple):
+    """The list of groups as the kernels read it; the tensors keep its memory alive."""
+
+    start: Tensor
+    length: Tensor
+    mask: Tensor | None
+    count: int
+    ratio: int
+
+    def arguments(self, first: int = 0, count: int | None = None) -> tuple[int, int, int, int, int]:
+        """Addresses and sizes of ``count`` groups from ``first`` on."""
+        skip = first * 8
+        count = self.count if count is None else count
+        return self.start.data_ptr() + skip, self.length.data_ptr() + skip, address(self.mask), count, self.ratio
+
+
+class Layout:
+    """Rows, mask and offsets of one input, in the form the kernels take."""
+
+    def __init__(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        self.x = x
+        self.cu_seqlens = cu_seqlens
+        self.mask = None
+        self.offsets = None
+        if cu_seqlens is not None:
+            self.rows, self.n = cu_seqlens.shape[0] - 1, 0
+            self.offsets = cu_seqlens.to(torch.int64).contiguous()
+            _check_offsets(self.offsets, x.shape[0])
+        else:
+            self.rows, self.n = x.shape[:2]
+            if mask is not None:
+                mask = mask if mask.dtype == torch.bool else mask != 0
+                self.mask = mask.contiguous()
+
+    def _batch(self) -> tuple[int, int, int, int]:
+        return self.rows, self.n, address(self.mask), address(self.offsets)
+
+    def groups(self, ratio: int, compact: bool) -> Groups:
+        """All groups; ``compact`` leaves out those behind a row's last token."""
+        per_row = 0 if compact or self.offsets is not None else max_groups(self.x, ratio)
+        lister = extension.load().list_groups
+        count = lister(*self._batch(), ratio, per_row, 0, 0)
+        total = count
+        if not compact and self.offsets is not None:
+            total = max_groups(self.x, ratio, self.cu_seqlens)
+        start = torch.zeros(total, dtype=torch.int64)
+        length = torch.zeros(total, dtype=torch.int64)
+        if count:
+            lister(*self._batch(), ratio, per_row, start.data_ptr(), length.data_ptr())
+        return Groups(start, length, self.mask, total, ratio)
+
+    @property
+    def covers_all(self) -> bool:
+        """Whether every token lies in a group."""
+        return self.mask is None and self.offsets is None
+
+    def copy_padding(self, x: Tensor, y: Tensor) -> None:
+        """Copies to ``y [tokens, d]`` the rows of ``x`` that no group holds."""
+        if self.offsets is not None:
+            first, last = int(self.offsets[0]), int(self.offsets[-1])
+            y[:first].copy_(x[:first])
+            y[last:].copy_(x[last:])
+        elif self.mask is not None:
+            extension.load().copy_padding(
+                self.rows,
+                self.n,
+                address(self.mask),
+                x.data_ptr(),
+                x.stride(0),
+                y.data_ptr(),
+                x.shape[1],
+                x.element_size(),
+            )
+
+
+def _check_offsets(offsets: Tensor, tokens: int) -> None:
+    values = offsets.tolist()
+    if values[0] < 0 or values[-1] > tokens or any(a > b for a, b in zip(values, values[1:], strict=False)):
+        raise ValueError(
+            f"cu_seqlens must rise from >= 0 to at most the number of tokens, {tokens}, got {values}"
+        )
+
+
+def pack(
+    source: Tensor,
+    *,
+    inner: tuple[int, int],
+    columns: tuple[int, int],
+    matrices: tuple[int, int] = (1, 0),
+    bf16: bool = False,
+) -> Tensor:
+    """Panels for the small products: ``(size, stride)`` of the inner dimension, the columns and the
+    matrices of ``source``, which is contiguous in an accumulator dtype."""
+    job = extension.load().Pack(source.dtype == torch.float64, bf16, *matrices, *inner, *columns)
+    packed = torch.empty(job.bytes(), dtype=torch.uint8)
+    job.run(source.data_ptr(), packed.data_ptr())
+    return packed
+
+
+def pack_merge(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """W_c ``[k, k*d]`` for the scores: by slot, inner dimension d."""
+    wide = as_accumulator(weight, dtype)
+    k = wide.shape[0]
+    d = wide.shape[1] // k
+    return pack(wide, inner=(d, 1), columns=(k, k * d), matrices=(k, d), bf16=dtype == torch.bfloat16)
+
+
+def pack_columns(weight: Tensor, dtype: torch.dtype, bf16: bool) -> Tensor:
+    """``weight [out, in]`` for ``a · weightᵀ``: inner dimension ``in``."""
+    wide = as_accumulator(weight, dtype)
+    out, inside = wide.shape
+    return pack(wide, inner=(inside, 1), columns=(out, inside), bf16=bf16 and dtype == torch.bfloat16)
+
+
+def pack_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight [out, in]`` for ``a · weight``: inner dimension ``out``, never bf16 pairs."""
+    wide = as_accumulator(weight, dtype)
+    out, inside = wide.shape
+    return pack(wide, inner=(out, inside), columns=(inside, 1))
+
+
+def pack_merge_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """W_c ``[k, k*d]`` for ``ds · W_c[:, slot]``: by slot, inner dimension k."""
+    wide = as_accumulator(weight, dtype)
+    k = wide.shape[0]
+    d = wide.shape[1] // k
+    return pack(wide, inner=(k, k * d), columns=(d, 1), matrices=(k, d))

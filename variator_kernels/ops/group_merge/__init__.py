@@ -1,0 +1,42 @@
+"""group_merge: k neighbouring hidden vectors into one, by a learned softmax average."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ... import backends, checks
+from . import op, reference
+
+
+def group_merge(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Merge each group of k = ``len(bias)`` neighbouring vectors: ``g_i = Σ_j softmax(W_c·concat(h)+b_c)_j h_ij``.
+
+    Args:
+        x: ``[B, n, d]``, or packed ``[T, d]`` together with ``cu_seqlens``.
+        weight, bias: W_c ``[k, k*d]`` and b_c ``[k]`` (paper section 3.2).
+        mask: ``[B, n]``, nonzero for a real token; groups start at a row's first real token.
+        cu_seqlens: int32 or int64 offsets ``[sequences + 1]`` of packed input.
+        backend: ``"auto"``, ``"reference"`` or ``"cpu"``.
+
+    Returns:
+        ``[B, ceil(n/k), d]`` in x's dtype, or ``[(T + sequences*(k-1)) // k, d]`` for packed
+        input; groups without a token are 0, and those of packed input come last.
+
+    Raises:
+        ValueError: a shape, dtype, device or backend does not fit; the message names it.
+    """
+    checks.hidden(x, cu_seqlens)
+    checks.token_mask(mask, cu_seqlens, x)
+    checks.merge_parameters(weight, bias, x)
+    chosen = backends.resolve(backend, x)
+    if chosen == "reference":
+        return reference.group_merge(x, weight, bias, mask=mask, cu_seqlens=cu_seqlens)
+    return op.group_merge(x, weight, bias, mask, cu_seqlens, backend=chosen)[0]

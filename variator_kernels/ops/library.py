@@ -1,0 +1,19 @@
+"""The ``variator`` namespace of ops, and which module runs a backend's part of one."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+
+LIBRARY = torch.library.Library("variator", "DEF")
+
+
+def define(schema: str) -> None:
+    LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+
+
+def backend_module(package: str | None, backend: str) -> ModuleType:
+    """The file of an op's folder that implements ``backend``."""
+    return importlib.import_module(f".{backend}", package)
