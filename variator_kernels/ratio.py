@@ -107,6 +107,12 @@ def states(model: nn.Module) -> list[PluginState]:
     return list(found)
 
 
+def _check(found: list[PluginState], ratio: object) -> int:
+    for state in found:
+        value = state.check(ratio)
+    return value
+
+
 def set_ratio(model: nn.Module, ratio: int) -> None:
     """Set the ratio of a patched model, for every thread, until the next call. 1 is dense.
 
@@ -114,7 +120,7 @@ def set_ratio(model: nn.Module, ratio: int) -> None:
         ValueError: the model is not patched, or has no plugins for ``ratio``.
     """
     found = states(model)
-    value = next(state.check(ratio) for state in found)
+    value = _check(found, ratio)
     for state in found:
         state.ratio = value
 
@@ -134,7 +140,7 @@ def use_ratio(model: nn.Module, ratio: int) -> Iterator[nn.Module]:
         ValueError: the model is not patched, or has no plugins for ``ratio``.
     """
     found = states(model)
-    value = next(state.check(ratio) for state in found)
+    value = _check(found, ratio)
     outer = _overrides.get()
     _overrides.set({**outer, **dict.fromkeys(found, value)})
     for state in found:

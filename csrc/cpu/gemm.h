@@ -42,7 +42,7 @@ inline __attribute__((always_inline)) void tile(const typename P::Element* a, in
     for (int m = 0; m < rows; ++m)
 #pragma GCC unroll 4
         for (int n = 0; n < vectors; ++n)
-            sum[m][n] = add ? V::load(c + m * ldc + n * V::width) : V::zero();
+            sum[m][n] = V::zero();
     for (int64_t k = 0; k < inner; k += P::step) {
         const typename P::Element* bk = b + k / P::step * ld;
 #pragma GCC unroll 8
@@ -56,7 +56,11 @@ inline __attribute__((always_inline)) void tile(const typename P::Element* a, in
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m)
 #pragma GCC unroll 4
-        for (int n = 0; n < vectors; ++n) sum[m][n].store(c + m * ldc + n * V::width);
+        for (int n = 0; n < vectors; ++n) {
+            typename V::Scalar* out = c + m * ldc + n * V::width;
+            // Added only now: partial sums of a block each round less than one long sum.
+            (add ? V::load(out) + sum[m][n] : sum[m][n]).store(out);
+        }
 }
 
 template <class P, class V, int vectors>
