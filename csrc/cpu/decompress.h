@@ -83,11 +83,14 @@ struct DecompressForward {
         const int64_t u_at = carver.reserve<Operated>(rows * padded),
                       q_at = carver.reserve<S>(rows * bottleneck),
                       t_at = carver.reserve<Operated>(block_tokens * bottleneck),
+                      base_at = carver.reserve<S>(rows * padded),
                       c_at = carver.reserve<S>(block_tokens * panel_columns<V>());
         char* base = static_cast<char*>(thread_scratch(carver.bytes));
         auto* q = reinterpret_cast<S*>(base + q_at);
         auto* t = reinterpret_cast<Operated*>(base + t_at);
         auto* sums = reinterpret_cast<S*>(base + c_at);
+        auto* shared = reinterpret_cast<S*>(base + base_at);
+        for (int64_t m = 0; m < rows; ++m) shared_row(first + m, shared + m * padded);
         group_half<V, dtype, Products, Out>(p.u, first, rows, p.d, padded, p.r, p.w1u_packed, p.b1,
                                             reinterpret_cast<Operated*>(base + u_at), q,
                                             bottleneck);
@@ -103,25 +106,41 @@ struct DecompressForward {
                     static_cast<const Operated*>(p.w2_packed) + n * inner, width * Products::step,
                     width, sums, width, inner, false);
                 for (int64_t i = 0; i < block.count; ++i)
-                    write(block.token[i], block.group[i], n, smaller(width, p.d - n),
-                          sums + i * width);
+                    write(block.token[i], n, smaller(width, p.d - n), sums + i * width,
+                          shared + (block.group[i] - first) * padded + n);
             }
         });
     }
 
-    // One token's piece of y, columns from `at` on.
-    void write(int64_t token, int64_t group, int64_t at, int64_t count, const S* delta) const {
-        const E* u = static_cast<const E*>(p.u) + group * p.d + at;
-        const S* b2 = static_cast<const S*>(p.b2) + at;
+    // u + b_2, what all tokens of a group have in common.
+    void shared_row(int64_t group, S* out) const {
+        for_parts<V>(p.d, [&](Part<V> part) {
+            part.template store<Acc<V>>(
+                out, part.template load<T>(static_cast<const E*>(p.u) + group * p.d) +
+                         part.template load<Acc<V>>(static_cast<const S*>(p.b2)));
+        });
+    }
+
+    // One token's piece of y, `count` columns from `at` on. The next piece of the row is fetched
+    // ahead: pieces of a row are a block apart in time, which hides them from the hardware.
+    void write(int64_t token, int64_t at, int64_t count, const S* delta, const S* shared) const {
         E* y = static_cast<E*>(p.y) + token * p.d + at;
-        const E* residual =
-            p.residual ? static_cast<const E*>(p.residual) + token * p.residual_stride + at
-                       : nullptr;
+        constexpr int64_t line = 64 / sizeof(E);
+        for (int64_t i = 0; i < panel_columns<V>(); i += line)
+            __builtin_prefetch(y + panel_columns<V>() + i, 1);
+        if (!p.residual) {
+            for_parts<V>(count, [&](Part<V> part) {
+                part.template store<T>(
+                    y, part.template load<Acc<V>>(delta) + part.template load<Acc<V>>(shared));
+            });
+            return;
+        }
+        const E* x = static_cast<const E*>(p.residual) + token * p.residual_stride + at;
+        for (int64_t i = 0; i < panel_columns<V>(); i += line)
+            __builtin_prefetch(x + panel_columns<V>() + i);
         for_parts<V>(count, [&](Part<V> part) {
-            V o = part.template load<T>(u) + part.template load<Acc<V>>(delta) +
-                  part.template load<Acc<V>>(b2);
-            if (residual) o = o + part.template load<T>(residual);
-            part.template store<T>(y, o);
+            V o = part.template load<Acc<V>>(delta) + part.template load<Acc<V>>(shared);
+            part.template store<T>(y, o + part.template load<T>(x));
         });
     }
 };

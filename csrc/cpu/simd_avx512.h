@@ -27,12 +27,16 @@ struct Vec {
     }
     // Round to nearest, ties to even; NaN stays NaN.
     __m256i narrow_bf16() const {
+#ifdef __AVX512BF16__
+        return (__m256i)_mm512_cvtneps_pbh(v);
+#else
         __m512i bits = _mm512_castps_si512(v);
         __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
         __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
         __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
         rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
         return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#endif
     }
     static Vec load_bf16(const uint16_t* p) {
         return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
