@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -14,7 +13,6 @@ import torch  # noqa: F401  (first: the kernels run on torch's own OpenMP thread
 _NAME = "variator_kernels._cpu"
 
 
-@functools.cache
 def _load() -> tuple[Any, str]:
     override = os.environ.get("VARIATOR_CPU_EXTENSION")
     try:
@@ -31,15 +29,22 @@ def _load() -> tuple[Any, str]:
         return None, f"the extension {_NAME} is not built or does not load: {error}"
     wanted = os.environ.get("VARIATOR_CPU_ISA")
     if wanted:
-        module.set_isa(wanted)
+        try:
+            module.set_isa(wanted)
+        except ValueError as error:
+            return None, f"VARIATOR_CPU_ISA: {error}"
     return module, ""
+
+
+# At import, not at first use: torch.compile traces through load().
+_MODULE, _WHY_MISSING = _load()
 
 
 def load() -> Any:
     """The extension module, or None; :func:`why_missing` then says why."""
-    return _load()[0]
+    return _MODULE
 
 
 def why_missing() -> str:
-    """Why :func:`load` gave None; empty if it did not."""
-    return _load()[1]
+    """Why :func:`load` gives None; empty if it does not."""
+    return _WHY_MISSING

@@ -91,7 +91,7 @@ PYBIND11_MODULE(_cpu, m) {
            int64_t k, int64_t d, int64_t r, Address x, int64_t x_stride, int norm,
            Address norm_weight, Address norm_bias, double eps, Address merge_packed,
            Address merge_bias, Address projection_packed, Address merged, Address projected,
-           Address weights) {
+           Address weights, Address poison) {
             MergeParams p{};
             p.dtype = static_cast<DType>(dtype);
             p.threads = usable_threads(threads);
@@ -103,7 +103,7 @@ PYBIND11_MODULE(_cpu, m) {
             p.merge_packed = pointer(merge_packed), p.merge_bias = pointer(merge_bias);
             p.projection_packed = pointer(projection_packed);
             p.merged = pointer(merged), p.projected = pointer(projected);
-            p.weights = pointer(weights);
+            p.weights = pointer(weights), p.poison = pointer(poison);
             kernels_for(p.dtype).merge(p);
         },
         Quiet());
@@ -138,8 +138,8 @@ PYBIND11_MODULE(_cpu, m) {
         "decompress",
         [](int dtype, int threads, Address start, Address length, Address mask, int64_t count,
            int64_t k, int64_t d, int64_t r, int phi, Address u, Address projected,
-           Address w1u_packed, Address b1, Address w2_packed, Address b2, Address residual,
-           int64_t residual_stride, Address y) {
+           Address w1u_packed, Address b1, Address w2_packed, Address b2, Address poison,
+           Address residual, int64_t residual_stride, Address y) {
             DecompressParams p{};
             p.dtype = static_cast<DType>(dtype);
             p.threads = usable_threads(threads);
@@ -149,6 +149,7 @@ PYBIND11_MODULE(_cpu, m) {
             p.u = pointer(u), p.projected = pointer(projected);
             p.w1u_packed = pointer(w1u_packed), p.b1 = pointer(b1);
             p.w2_packed = pointer(w2_packed), p.b2 = pointer(b2);
+            p.poison = pointer(poison);
             p.residual = pointer(residual), p.residual_stride = residual_stride;
             p.y = pointer(y);
             kernels_for(p.dtype).decompress(p);

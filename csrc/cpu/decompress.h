@@ -114,10 +114,11 @@ struct DecompressForward {
 
     // u + b_2, what all tokens of a group have in common.
     void shared_row(int64_t group, S* out) const {
+        const V poison = V::set(p.poison ? static_cast<const S*>(p.poison)[group] : S(0));
         for_parts<V>(p.d, [&](Part<V> part) {
             part.template store<Acc<V>>(
                 out, part.template load<T>(static_cast<const E*>(p.u) + group * p.d) +
-                         part.template load<Acc<V>>(static_cast<const S*>(p.b2)));
+                         part.template load<Acc<V>>(static_cast<const S*>(p.b2)) + poison);
         });
     }
 

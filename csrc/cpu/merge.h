@@ -31,6 +31,13 @@ void masked_softmax(S* scores, const S* bias, const Groups& groups, int64_t grou
         for (int64_t j = 0; j < k; ++j) scores[j] /= sum;
 }
 
+template <class S>
+S sum_of(const S* values, int64_t n) {
+    S sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += values[i];
+    return sum;
+}
+
 // g = Σ_j a_j h_j for one group, from x and its rows' statistics.
 template <class V, DType dtype>
 void weighted_sum(const MergeParams& p, int64_t group, const typename V::Scalar* a,
@@ -126,6 +133,7 @@ struct MergeForward {
             masked_softmax(a, static_cast<const S*>(p.merge_bias), p.groups, first + m);
             if (p.weights)
                 __builtin_memcpy(static_cast<S*>(p.weights) + (first + m) * k, a, k * sizeof(S));
+            if (p.poison) static_cast<S*>(p.poison)[first + m] = sum_of(a, k) * S(0);
             weighted_sum<V, dtype>(p, first + m, a, stats + m * k,
                                    reinterpret_cast<const E**>(base + rows_at),
                                    reinterpret_cast<S*>(base + factors_at));

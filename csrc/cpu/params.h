@@ -43,6 +43,7 @@ struct MergeParams {
     void* merged;                   // out [groups, d]
     void* projected;                // out acc [tokens, r], or null
     void* weights;                  // out acc [groups, k], the softmax, or null
+    void* poison;                   // out acc [groups]: 0, or NaN where a token holds NaN; or null
 };
 
 struct MergeBackwardParams {
@@ -81,6 +82,8 @@ struct DecompressParams {
     const void* b1;          // acc [r]
     const void* w2_packed;   // pack of W_2^T, inner dimension r
     const void* b2;          // acc [d]
+    const void* poison;      // acc [groups], added to u: the library's activations may turn NaN
+                             // into 0 between merge and decompress; or null
     const void* residual;    // [tokens, d], rows residual_stride apart, or null
     int64_t residual_stride;
     void* y;                 // out [tokens, d]; rows outside the groups untouched

@@ -32,8 +32,12 @@ def run(
     b2: Tensor,
     residual: Tensor | None,
     y: Tensor,
+    poison: Tensor | None = None,
 ) -> None:
-    """Writes the tokens of groups ``first .. first+count-1`` to flat ``y [tokens, d]``."""
+    """Writes the tokens of groups ``first .. first+count-1`` to flat ``y [tokens, d]``.
+
+    ``poison [groups]`` is added to u: NaN where the merge saw NaN.
+    """
     extension.load().decompress(
         DTYPES[y.dtype],
         torch.get_num_threads(),
@@ -47,6 +51,7 @@ def run(
         b1.data_ptr(),
         w2_packed.data_ptr(),
         b2.data_ptr(),
+        address(poison),
         address(residual),
         0 if residual is None else residual.stride(0),
         y.data_ptr(),

@@ -51,13 +51,20 @@ def compressed_ffn(
     )
     assert merge_bias is not None and b1 is not None and b2 is not None
     norm = ("none", None, None, 0.0) if ffn.post_norm else (ffn.norm, norm_weight, norm_bias, ffn.eps)
-    projected = torch.empty(rows.shape[0], r, dtype=accumulator(dtype))
+    wide = accumulator(dtype)
+    projected = torch.empty(rows.shape[0], r, dtype=wide)
     for first in range(0, groups.count, BLOCK_GROUPS):
         span = (first, min(BLOCK_GROUPS, groups.count - first))
         merged = torch.empty(span[1], d, dtype=dtype)
-        run_merge(rows, groups, span, merge_weight, merge_bias, w1h, r, norm, merged, projected, None)
+        # oneDNN's activations turn NaN into 0; what the merge saw is carried past them.
+        poison = torch.empty(span[1], dtype=wide)
+        run_merge(
+            rows, groups, span, merge_weight, merge_bias, w1h, r, norm, merged, projected, None, poison
+        )
         u = packed_products(merged, ffn)
-        run_decompress(u, groups, span, plugin.activation, projected, w1u, b1, w2, b2, rows, y_rows)
+        run_decompress(
+            u, groups, span, plugin.activation, projected, w1u, b1, w2, b2, rows, y_rows, poison
+        )
     if not ffn.post_norm:
         return y
     normed = normalize(y, ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import extension
+from ...grouping import max_groups
 from ..cpu_arguments import (
     DTYPES,
     NORMS,
@@ -34,8 +35,12 @@ def run(
     merged: Tensor,
     projected: Tensor | None,
     weights: Tensor | None,
+    poison: Tensor | None = None,
 ) -> None:
-    """Merges the groups ``first .. first+count-1`` of flat ``x [tokens, d]`` into ``merged``."""
+    """Merges the groups ``first .. first+count-1`` of flat ``x [tokens, d]`` into ``merged``.
+
+    ``poison [groups]`` gets 0, or NaN for a group that holds NaN.
+    """
     name, norm_weight, norm_bias, eps = norm
     extension.load().merge(
         DTYPES[x.dtype],
@@ -55,6 +60,7 @@ def run(
         merged.data_ptr(),
         address(projected),
         address(weights),
+        address(poison),
     )
 
 
@@ -75,7 +81,7 @@ def group_merge(
     groups = layout.groups(k, compact=False)
     wide = accumulator(x.dtype)
     lead = x.shape[:-2] if cu_seqlens is None else ()
-    per_row = groups.count // max(x.shape[0], 1) if lead else groups.count
+    per_row = max_groups(x, k, cu_seqlens)
     merged = x.new_empty(*lead, per_row, d)
     weights = x.new_empty(*lead, per_row, k, dtype=wide)
     r = 0 if projection is None else projection.shape[0]

@@ -1,0 +1,114 @@
+"""Inputs, weights and the comparison with the float64 reference that the op tests share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from variator_kernels import extension
+from variator_kernels.feed_forward import FeedForward, PluginWeights
+
+CPU = extension.load()
+ISAS = CPU.available_isas() if CPU is not None else []
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+RATIOS = [2, 3, 4, 5, 8, 16, 32]
+needs_cpu = pytest.mark.skipif(CPU is None, reason=f"no CPU kernels: {extension.why_missing()}")
+
+# (rows, tokens, hidden size): one token, fewer than k, ragged tail, whole groups, no row, no
+# token, a hidden size below, at and beside a vector's width.
+SHAPES = [
+    (2, 1, 24),
+    (1, 7, 16),
+    (3, 37, 50),
+    (2, 64, 32),
+    (0, 5, 24),
+    (2, 0, 24),
+    (1, 130, 7),
+    (2, 70, 193),
+]
+MASKS = ["none", "right", "left", "holes", "empty row"]
+
+
+def masked(kind: str, rows: int, n: int) -> Tensor | None:
+    """A token mask ``[rows, n]`` of a kind, a different length a row."""
+    if kind == "none":
+        return None
+    lengths = torch.tensor([max(n - 3 * i - n // 4, min(n, 1)) for i in range(rows)])
+    position = torch.arange(n)
+    mask = position < lengths[:, None]
+    if kind == "left":
+        mask = mask.flip(-1)
+    elif kind == "holes":
+        mask = mask & (torch.rand(rows, n) > 0.3)
+        mask[:, n // 3 : n // 3 + 9] = False  # wider than a group of 8
+    elif kind == "empty row" and rows:
+        mask[0] = False
+    return mask
+
+
+def plugin(d: int, k: int, r: int, dtype: torch.dtype, activation: str = "tanh") -> PluginWeights:
+    shapes = [(k, k * d), (k,), (r, 2 * d), (r,), (d, r), (d,)]
+    scales = [(k * d) ** -0.5, 0.5, (2 * d) ** -0.5, 0.1, r**-0.5, 0.1]
+    made = [(torch.randn(s) * scale).to(dtype) for s, scale in zip(shapes, scales, strict=True)]
+    return PluginWeights(*made, activation=activation)
+
+
+def feed_forward(d: int, f: int, dtype: torch.dtype, kind: str) -> FeedForward:
+    """``"t5"`` (ReLU), ``"v1.1"`` (gated GELU) or ``"bert"`` (post-norm, biases)."""
+
+    def random(*shape: int) -> Tensor:
+        return (torch.randn(*shape) * shape[-1] ** -0.5).to(dtype)
+
+    norm_weight = (1 + 0.1 * torch.randn(d)).to(dtype)
+    if kind == "t5":
+        return FeedForward(random(f, d), random(d, f), norm="rms", norm_weight=norm_weight)
+    if kind == "v1.1":
+        return FeedForward(
+            random(f, d),
+            random(d, f),
+            w_gate=random(f, d),
+            activation="gelu_tanh",
+            norm="rms",
+            norm_weight=norm_weight,
+        )
+    return FeedForward(
+        random(f, d),
+        random(d, f),
+        b_in=random(1, f)[0],
+        b_out=random(1, d)[0],
+        activation="gelu",
+        norm="layer",
+        norm_weight=norm_weight,
+        norm_bias=random(1, d)[0],
+        eps=1e-12,
+        post_norm=True,
+    )
+
+
+def cast(values, dtype: torch.dtype):
+    """A NamedTuple of tensors and settings with every tensor in ``dtype``."""
+    return type(values)(*[v.to(dtype) if isinstance(v, Tensor) else v for v in values])
+
+
+def assert_close(out: Tensor, plain: Tensor, truth: Tensor, what: str = "output") -> None:
+    """The rule of the project: at most twice the error of plain PyTorch in the same dtype + 1e-6."""
+    assert out.shape == truth.shape, f"{what}: shape {list(out.shape)}, not {list(truth.shape)}"
+    if truth.numel() == 0:
+        return
+    assert not torch.isnan(out).any(), f"{what}: NaN, an element was not written"
+    error = (out.double() - truth).abs().max().item()
+    allowed = 2 * (plain.double() - truth).abs().max().item() + 1e-6
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.fixture
+def isa(request):
+    """Runs a test under one instruction set of the CPU kernels (indirect parameter)."""
+    before = CPU.active_isa()
+    CPU.set_isa(request.param)
+    yield request.param
+    CPU.set_isa(before)
+
+
+every_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)

@@ -1,0 +1,194 @@
+"""Gradients of each op: against the float64 reference, and gradcheck of the kernels in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.cases import (
+    ISAS,
+    MASKS,
+    assert_close,
+    cast,
+    every_isa,
+    feed_forward,
+    isa,  # noqa: F401  (fixture)
+    masked,
+    needs_cpu,
+    plugin,
+)
+from variator_kernels import functional as vf
+
+pytestmark = needs_cpu
+
+
+def leaves(values):
+    made = [
+        v.detach().clone().requires_grad_() if isinstance(v, Tensor) else v for v in values
+    ]
+    return type(values)(*made) if hasattr(values, "_fields") else made
+
+
+def gradients(x, p, ffn, dtype, backend, dy, **options):
+    """Every gradient of the sublayer, by name."""
+    x = x.detach().to(dtype).requires_grad_()
+    p, ffn = leaves(cast(p, dtype)), leaves(cast(ffn, dtype))
+    y = vf.compressed_ffn(x, p, ffn, backend=backend, **options)
+    tensors = {"x": x}
+    for values in (p, ffn):
+        pairs = zip(values._fields, values, strict=True)
+        tensors |= {name: v for name, v in pairs if isinstance(v, Tensor)}
+    found = torch.autograd.grad(y, list(tensors.values()), dy.to(dtype))
+    return dict(zip(tensors, found, strict=True))
+
+
+def check(x, p, ffn, **options):
+    dy = torch.randn(x.shape).to(x.dtype)
+    if options.get("mask") is not None:
+        dy = dy * options["mask"][..., None]
+    truth = gradients(x, p, ffn, torch.double, "reference", dy, **options)
+    plain = gradients(x, p, ffn, x.dtype, "reference", dy, **options)
+    out = gradients(x, p, ffn, x.dtype, "cpu", dy, **options)
+    for names in PARTS:
+        names = [name for name in names if name in truth]
+        if not names:
+            continue
+        assert all(out[name].dtype == x.dtype for name in names)
+        joined = [torch.cat([g[name].flatten().double() for name in names]) for g in (out, plain, truth)]
+        assert_gradient(*joined, what=f"d {'+'.join(names)}")
+
+
+# A bias is the weight of a constant input: the two are compared as one array. On its own a bias
+# gradient of k numbers would compare luck with luck.
+PARTS = [
+    ("x",),
+    ("merge_weight", "merge_bias"),
+    ("w1", "b1"),
+    ("w2", "b2"),
+    ("norm_weight", "norm_bias"),
+    ("w_in", "b_in"),
+    ("w_gate", "b_gate"),
+    ("w_out", "b_out"),
+]
+
+
+def assert_gradient(out: Tensor, plain: Tensor, truth: Tensor, what: str) -> None:
+    """The project's rule on the root mean square error, relative to the root mean square gradient.
+
+    Not on the largest error: gradients are sums over tokens, and in bf16 the one largest rounding
+    of plain PyTorch is no measure of what is allowed. A single wrong element among the few hundred
+    of these tests still shows.
+    """
+    assert not torch.isnan(out).any(), f"{what}: NaN, an element was not written"
+    scale = truth.square().mean().sqrt().clamp_min(1e-3) if truth.numel() else 1.0
+    error = ((out - truth).square().mean().sqrt() / scale).item() if truth.numel() else 0.0
+    allowed = 2 * ((plain - truth).square().mean().sqrt() / scale).item() + 1e-6 if truth.numel() else 0
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mask_kind", MASKS)
+def test_gradients(isa, dtype, mask_kind):  # noqa: F811
+    for rows, n, d, k, kind in [
+        (2, 37, 50, 4, "t5"),
+        (3, 61, 33, 8, "v1.1"),
+        (2, 23, 24, 3, "bert"),
+        (2, 3, 20, 5, "t5"),
+    ]:
+        if n < k and dtype != torch.float32:
+            continue  # a group or two: their few roundings are no sample to compare
+        p, ffn = plugin(d, k, 9, dtype), feed_forward(d, 40, dtype, kind)
+        if dtype != torch.float32 and ffn.activation == "relu":
+            # ReLU's gradient jumps at 0: one rounding of g may flip a unit, here or in PyTorch.
+            ffn = ffn._replace(activation="gelu")
+        check(torch.randn(rows, n, d).to(dtype), p, ffn, mask=masked(mask_kind, rows, n))
+
+
+@every_isa
+def test_gradients_of_many_groups(isa):  # noqa: F811
+    """More groups than one chunk holds, more tokens than one block."""
+    p, ffn = plugin(40, 2, 12, torch.float32), feed_forward(40, 48, torch.float32, "t5")
+    check(torch.randn(2, 301, 40), p, ffn)
+
+
+def test_gradients_of_packed_input():
+    p, ffn = plugin(24, 4, 8, torch.float32), feed_forward(24, 40, torch.float32, "t5")
+    check(torch.randn(17, 24), p, ffn, cu_seqlens=torch.tensor([0, 9, 9, 17]))
+
+
+@pytest.mark.parametrize("mask_kind", ["none", "holes"])
+@pytest.mark.parametrize("activation", ["tanh", "identity"])
+def test_gradcheck(mask_kind, activation):
+    d, k, n = 5, 3, 11
+    p = leaves(plugin(d, k, 4, torch.double, activation))
+    ffn = feed_forward(d, 6, torch.double, "bert")._replace(activation="silu")
+    x = torch.randn(2, n, d, dtype=torch.double, requires_grad=True)
+    mask = masked(mask_kind, 2, n)
+
+    def layer(x, *weights):
+        return vf.compressed_ffn(
+            x, type(p)(*weights, activation=activation), ffn, mask=mask, backend="cpu"
+        )
+
+    assert torch.autograd.gradcheck(layer, (x, *p[:6]))
+
+    def merge(x, weight, bias):
+        return vf.group_merge(x, weight, bias, mask=mask, backend="cpu")
+
+    assert torch.autograd.gradcheck(merge, (x, *p[:2]))
+    u = torch.randn(2, -(-n // k), d, dtype=torch.double, requires_grad=True)
+
+    def decompress(u, h, *weights):
+        return vf.adapter_decompress(
+            u, h, *weights, ratio=k, mask=mask, activation=activation, backend="cpu"
+        )
+
+    assert torch.autograd.gradcheck(decompress, (u, x, *p[2:6]))
+
+
+def test_backward_is_deterministic():
+    p, ffn = plugin(32, 4, 8, torch.float32), feed_forward(32, 40, torch.float32, "t5")
+    x, dy = torch.randn(4, 100, 32), torch.randn(4, 100, 32)
+    first = gradients(x, p, ffn, torch.float32, "cpu", dy)
+    for _ in range(3):
+        again = gradients(x, p, ffn, torch.float32, "cpu", dy)
+        for name in first:
+            assert torch.equal(first[name], again[name]), name
+
+
+def test_autocast_over_fp32_parameters():
+    p = leaves(plugin(32, 4, 8, torch.float32))
+    ffn = feed_forward(32, 48, torch.float32, "t5")
+    x = torch.randn(2, 19, 32, requires_grad=True)
+    results = {}
+    for backend in ("reference", "cpu"):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = vf.compressed_ffn(x, p, ffn, backend=backend)
+        assert y.dtype == torch.float32
+        results[backend] = (y, *torch.autograd.grad(y.square().sum(), (x, *p[:6])))
+    truth_p, truth_ffn = leaves(cast(p, torch.double)), cast(ffn, torch.double)
+    xd = x.detach().double().requires_grad_()
+    y = vf.compressed_ffn(xd, truth_p, truth_ffn, backend="reference")
+    truth = (y, *torch.autograd.grad(y.square().sum(), (xd, *truth_p[:6])))
+    for out, plain, true in zip(results["cpu"], results["reference"], truth, strict=True):
+        assert_close(out, plain, true)
+
+
+def test_dropout_of_the_merged_vector():
+    """Dropout sits on FFN(g): the tokens of a group share what was dropped."""
+    d, k = 64, 4
+    p = plugin(d, k, 8, torch.float32)
+    p = p._replace(w2=torch.zeros_like(p.w2), b2=torch.zeros_like(p.b2))
+    ffn = feed_forward(d, 48, torch.float32, "t5")._replace(dropout_outer=0.5)
+    x = torch.randn(1, 8, d)
+    for backend in ("reference", "cpu"):
+        o = (vf.compressed_ffn(x, p, ffn, backend=backend) - x).reshape(2, k, d)
+        dropped = o.abs() < 1e-6
+        assert 0.2 < dropped.float().mean() < 0.8
+        assert (dropped == dropped[:, :1]).all()
+
+
+def test_isas_agree_on_the_fixture():
+    assert ISAS[0] == "portable"

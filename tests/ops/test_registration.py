@@ -1,0 +1,116 @@
+"""The registered ops: opcheck, torch.compile, and what autograd and autocast make of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.cases import feed_forward, masked, needs_cpu, plugin
+from variator_kernels import functional as vf
+from variator_kernels.ops.compressed_ffn import op as ffn_op
+
+pytestmark = needs_cpu
+D, K, R, N = 24, 4, 8, 19
+
+
+@pytest.fixture(params=["none", "left"])
+def mask(request):
+    return masked(request.param, 2, N)
+
+
+def learnable(values):
+    return [v.requires_grad_() for v in values]
+
+
+def test_opcheck_group_merge(mask):
+    p = plugin(D, K, R, torch.float32)
+    x = torch.randn(2, N, D, requires_grad=True)
+    weights = learnable(p[:2])
+    projection = torch.randn(R, D, requires_grad=True)
+    norm = torch.ones(D, requires_grad=True)
+    arguments = (x, *weights, mask, None, "rms", norm, None, 1e-6, projection, "cpu")
+    torch.library.opcheck(torch.ops.variator.group_merge.default, arguments)
+
+
+def test_opcheck_adapter_decompress(mask):
+    p = plugin(D, K, R, torch.float32)
+    u = torch.randn(2, -(-N // K), D, requires_grad=True)
+    projected = torch.randn(2, N, R, requires_grad=True)
+    w1u, b1, w2, b2 = learnable([p.w1[:, :D].clone(), p.b1, p.w2, p.b2])
+    residual = torch.randn(2, N, D, requires_grad=True)
+    arguments = (u, projected, w1u, b1, w2, b2, residual, mask, None, K, "tanh", "cpu")
+    torch.library.opcheck(torch.ops.variator.adapter_decompress.default, arguments)
+
+
+@pytest.mark.parametrize("kind", ["t5", "v1.1", "bert"])
+def test_opcheck_compressed_ffn(mask, kind):
+    p, f = plugin(D, K, R, torch.float32), feed_forward(D, 40, torch.float32, kind)
+    learnable(p[:6])
+    x = torch.randn(2, N, D, requires_grad=True)
+    arguments = (
+        x, mask, None, *p[:6], f.w_in, f.w_out, f.w_gate, f.b_in, f.b_out, f.b_gate,
+        f.norm_weight, f.norm_bias, f.activation, f.norm, f.eps, f.post_norm, "tanh", "cpu",
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.variator.compressed_ffn.default, arguments)
+
+
+def test_the_op_itself_has_the_layered_gradient(mask):
+    p, f = plugin(D, K, R, torch.float32), feed_forward(D, 40, torch.float32, "t5")
+    learnable(p[:6])
+    x = torch.randn(2, N, D, requires_grad=True)
+    a = ffn_op.compressed_ffn(x, p, f, mask, None, "cpu")
+    b = vf.compressed_ffn(x, p, f, mask=mask, backend="cpu")
+    torch.testing.assert_close(a, b)
+    for got, expected in zip(
+        torch.autograd.grad(a.square().sum(), (x, *p[:6])),
+        torch.autograd.grad(b.square().sum(), (x, *p[:6])),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_compiles_whole(mask, training, backend):
+    p, f = plugin(D, K, R, torch.float32), feed_forward(D, 40, torch.float32, "t5")
+    if training:
+        learnable(p[:6])
+    x = torch.randn(2, N, D, requires_grad=training)
+
+    def layer(x):
+        return vf.compressed_ffn(x, p, f, mask=mask, backend=backend)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
+    if training:
+        got = torch.autograd.grad(compiled(x).sum(), p[:6])
+        expected = torch.autograd.grad(layer(x).sum(), p[:6])
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_compiles_with_inductor_and_dynamic_shapes():
+    p, f = plugin(D, K, R, torch.float32), feed_forward(D, 40, torch.float32, "t5")
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    def layer(x):
+        return 2 * vf.compressed_ffn(x, p, f, backend="cpu")
+
+    with torch.no_grad():
+        for rows, n in ((2, 19), (3, 8), (1, 33)):
+            x = torch.randn(rows, n, D)
+            expected = 2 * vf.compressed_ffn(x, p, f, backend="reference")
+            torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_functional_ops_compile():
+    p = plugin(D, K, R, torch.float32)
+    x, u = torch.randn(2, N, D), torch.randn(2, -(-N // K), D)
+
+    def both(x, u):
+        merged = vf.group_merge(x, *p[:2], backend="cpu")
+        return merged, vf.adapter_decompress(u, x, *p[2:6], ratio=K, backend="cpu")
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(x, u), both(x, u), strict=True):
+        torch.testing.assert_close(a, b)

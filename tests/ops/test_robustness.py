@@ -1,0 +1,197 @@
+"""Odd inputs and surroundings: memory layouts, NaN, threads, fork, errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from tests.ops.cases import feed_forward, masked, needs_cpu, plugin
+from variator_kernels import functional as vf
+
+D, K, N = 24, 4, 19
+P = plugin(D, K, 8, torch.float32)
+FFN = feed_forward(D, 40, torch.float32, "t5")
+
+
+def run(x, **options):
+    with torch.no_grad():
+        return vf.compressed_ffn(x, P, FFN, backend=options.pop("backend", "cpu"), **options)
+
+
+@needs_cpu
+def test_memory_layouts():
+    x = torch.randn(3, N, D)
+    expected = run(x)
+    wide = torch.randn(3, N, 2 * D)
+    wide[..., ::2] = x
+    apart = torch.zeros(3, N, D + 5)
+    apart[..., :D] = x
+    misaligned = torch.zeros(x.numel() + 1)[1:].view(x.shape).copy_(x)
+    for name, view in {
+        "inner stride 2": wide[..., ::2],
+        "rows apart": apart[..., :D],
+        "transposed batch": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "misaligned": misaligned,
+    }.items():
+        assert torch.equal(run(view), expected), name
+    one_row = x[:1].expand(3, N, D)
+    assert torch.equal(run(one_row), expected[:1].expand(3, N, D))
+    flat = x.reshape(-1, D)
+    big = torch.zeros(1 + flat.shape[0] * 2, D)
+    big[1::2] = flat
+    packed = run(big[1::2], cu_seqlens=torch.tensor([0, N, 2 * N, 3 * N]))
+    assert torch.equal(packed, expected.view(-1, D))
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_misaligned_halves(dtype):
+    p, ffn = plugin(D, K, 8, dtype), feed_forward(D, 40, dtype, "t5")
+    x = torch.randn(2, N, D).to(dtype)
+    shifted = torch.zeros(x.numel() + 1, dtype=dtype)[1:].view(x.shape).copy_(x)
+    with torch.no_grad():
+        a = vf.compressed_ffn(x, p, ffn, backend="cpu")
+        assert torch.equal(a, vf.compressed_ffn(shifted, p, ffn, backend="cpu"))
+
+
+@needs_cpu
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_stays_in_its_row(bad):
+    x = torch.randn(4, N, D)
+    clean = run(x)
+    x[2, 3, 5] = bad
+    y = run(x)
+    for row in (0, 1, 3):
+        assert torch.equal(y[row], clean[row])
+    assert torch.isnan(y[2, :K]).all()
+    assert torch.equal(y[2, K:], clean[2, K:])  # not even the row's other groups
+
+
+@needs_cpu
+def test_nan_in_padding_harms_nothing():
+    mask = masked("right", 3, N)
+    x = torch.randn(3, N, D)
+    poisoned = torch.where(mask[..., None], x, float("nan"))
+    assert torch.equal(run(poisoned, mask=mask)[mask], run(x, mask=mask)[mask])
+    poisoned.requires_grad_()
+    loss = vf.compressed_ffn(poisoned, P, FFN, mask=mask, backend="cpu")[mask].sum()
+    assert torch.isfinite(torch.autograd.grad(loss, poisoned)[0][mask]).all()
+
+
+@needs_cpu
+def test_one_thread_and_many_give_the_same():
+    x = torch.randn(5, 70, D)
+    before = torch.get_num_threads()
+    expected = run(x)
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            torch.testing.assert_close(run(x), expected, rtol=1e-5, atol=1e-6)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_cpu
+def test_concurrent_calls():
+    inputs = [torch.randn(3, 40 + i, D) for i in range(4)]
+    expected = [run(x) for x in inputs]
+    failures = []
+
+    def work(i):
+        for _ in range(25):
+            if not torch.equal(run(inputs[i]), expected[i]):
+                failures.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+FORK = """
+import os, torch
+from variator_kernels import functional as vf
+x, w, b = torch.randn(64, 64, 32), torch.randn(4, 128), torch.randn(4)
+expected = vf.group_merge(x, w, b, backend="cpu")   # the parent's threads are running now
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)                       # what PyTorch's own data loader does
+    ok = torch.equal(vf.group_merge(x, w, b, backend="cpu"), expected)
+    os._exit(0 if ok else 1)
+_, status = os.waitpid(child, 0)
+raise SystemExit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@needs_cpu
+@pytest.mark.parametrize("limit", [True, False], ids=["one thread", "threads as they were"])
+def test_fork(limit):
+    code = FORK if limit else FORK.replace("    torch.set_num_threads(1)", "    pass")
+    done = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_cpu
+def test_empty_inputs():
+    assert run(torch.randn(0, N, D)).shape == (0, N, D)
+    assert run(torch.randn(2, 0, D)).shape == (2, 0, D)
+    assert run(torch.randn(0, D), cu_seqlens=torch.tensor([0])).shape == (0, D)
+    x = torch.randn(2, N, D)
+    assert torch.equal(run(x, mask=torch.zeros(2, N, dtype=torch.bool)), x)
+
+
+X = torch.randn(2, N, D)
+U = torch.randn(2, -(-N // K), D)
+BAD = {
+    "x must be a torch.Tensor, got list": lambda: vf.group_merge([1.0], *P[:2]),
+    r"x must have shape \[batch, length, hidden\], got \[19, 24\]": lambda: run(X[0]),
+    r"x must have shape \[tokens, hidden\]": lambda: run(X, cu_seqlens=torch.tensor([0, 1])),
+    "x must be a floating point tensor, got torch.int64": lambda: run(X.long()),
+    r"mask must have shape \[2, 19\], got \[2, 7\]": lambda: run(X, mask=torch.ones(2, 7)),
+    "mask must be bool, integer or float32": lambda: run(X, mask=torch.ones(2, N).double()),
+    "mask and cu_seqlens exclude each other": lambda: run(
+        X[0], mask=torch.ones(1, N), cu_seqlens=torch.tensor([0, N])
+    ),
+    "cu_seqlens must be int32 or int64": lambda: run(X[0], cu_seqlens=torch.tensor([0.0, 1.0])),
+    r"cu_seqlens must rise from >= 0 to at most the number of tokens, 19, got \[0, 25\]": (
+        lambda: run(X[0], cu_seqlens=torch.tensor([0, 25]))
+    ),
+    r"merge weight must have shape \[4, 96\], got \[4, 5\]": lambda: vf.group_merge(
+        X, torch.randn(4, 5), P.merge_bias
+    ),
+    r"merge bias must have shape \[ratio\] with ratio >= 2, got \[1\]": lambda: vf.group_merge(
+        X, torch.randn(1, D), torch.randn(1)
+    ),
+    "ratio must be >= 2, got 1": lambda: vf.adapter_decompress(U, X, *P[2:6], ratio=1),
+    "ratio must be an integer >= 2, got nan": lambda: vf.adapter_decompress(
+        U, X, *P[2:6], ratio=float("nan")
+    ),
+    r"u must have shape \[2, 10, 24\], got \[2, 5, 24\]": lambda: vf.adapter_decompress(
+        U, X, *P[2:6], ratio=2
+    ),
+    r"activation must be one of \('tanh', 'identity'\), got 'relu'": (
+        lambda: vf.adapter_decompress(U, X, *P[2:6], ratio=K, activation="relu")
+    ),
+    r"w2 must have shape \[24, 8\], got \[8, 24\]": lambda: vf.adapter_decompress(
+        U, X, P.w1, P.b1, P.w2.t(), P.b2, ratio=K
+    ),
+    "backend must be one of .* got 'gpu'": lambda: run(X, backend="gpu"),
+    "w_out must have shape": lambda: vf.compressed_ffn(X, P, FFN._replace(w_out=FFN.w_in)),
+    "norm must be one of": lambda: vf.compressed_ffn(X, P, FFN._replace(norm="batch")),
+    "w1 must be on x's device": lambda: vf.compressed_ffn(X, P._replace(w1=P.w1.to("meta")), FFN),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_errors_name_the_argument(message):
+    if "backend" not in message and "cu_seqlens must rise" in message:
+        needs = pytest.importorskip("variator_kernels._cpu", reason="offsets are read by the kernels")
+        assert needs
+    with pytest.raises((ValueError, TypeError), match=message):
+        BAD[message]()
