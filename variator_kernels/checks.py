@@ -1,4 +1,4 @@
-"""Checks of arguments at the public edge: each error names the argument, what came, what was expected."""
+"""Checks at the public edge: an error names the argument, what came, what was expected."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def token_mask(mask: Tensor | None, cu_seqlens: Tensor | None, x: Tensor) -> Non
         shape(mask, tuple(x.shape[:2]), "mask")
         same_device(mask, x, "mask")
         if mask.is_floating_point() and mask.dtype != torch.float32:
-            raise ValueError(f"mask must be bool, integer or float32 with 1 for a real token, got {mask.dtype}")
+            raise ValueError(
+                f"mask must be bool, integer or float32 with 1 for a real token, got {mask.dtype}"
+            )
     if cu_seqlens is not None:
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
             raise ValueError("cu_seqlens must be a 1-d tensor of at least one offset")
@@ -80,14 +82,21 @@ def merge_parameters(weight: Tensor, bias: Tensor, x: Tensor) -> int:
     return k
 
 
-def adapter_parameters(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str, x: Tensor) -> int:
+def adapter_parameters(
+    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str, x: Tensor
+) -> int:
     """W_1 ``[r, 2d]``, b_1 ``[r]``, W_2 ``[d, r]``, b_2 ``[d]``; returns r."""
     d = x.shape[-1]
     choice(activation, ADAPTER_ACTIVATIONS, "activation")
     if not isinstance(b1, Tensor) or b1.dim() != 1 or b1.shape[0] < 1:
         raise ValueError("b1 must have shape [bottleneck] with bottleneck >= 1")
     r = b1.shape[0]
-    for tensor, expected, name in ((w1, (r, 2 * d), "w1"), (b1, (r,), "b1"), (w2, (d, r), "w2"), (b2, (d,), "b2")):
+    for tensor, expected, name in (
+        (w1, (r, 2 * d), "w1"),
+        (b1, (r,), "b1"),
+        (w2, (d, r), "w2"),
+        (b2, (d,), "b2"),
+    ):
         shape(tensor, expected, name)
         same_device(tensor, x, name)
     return r

@@ -74,8 +74,10 @@ def activate(x: Tensor, activation: str) -> Tensor:
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def normalize(x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """The sublayer's norm of ``x [..., d]``, computed in at least fp32, result in the weight's dtype."""
+def normalize(
+    x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """The sublayer's norm of ``x [..., d]``, computed in fp32 or wider; in the weight's dtype."""
     if norm == "none":
         return x
     wide = x if x.dtype == torch.float64 else x.float()
@@ -92,7 +94,7 @@ def normalize(x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, 
 def products(g: Tensor, ffn: FeedForward) -> Tensor:
     """``Dropout(FFN(g))`` in plain PyTorch: ``g [..., d]`` to ``[..., d]``.
 
-    As in ``transformers``, the inner activations follow ``w_out``'s dtype (T5 in fp16 keeps it fp32).
+    As in ``transformers``, inner activations take ``w_out``'s dtype: T5 in fp16 keeps it fp32.
     """
     if ffn.module is not None:
         u = ffn.module(g)

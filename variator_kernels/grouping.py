@@ -7,14 +7,16 @@ from torch import Tensor
 
 
 def max_groups(x: Tensor, ratio: int, cu_seqlens: Tensor | None = None) -> int:
-    """Groups that ``x`` can have at most: a row for ``[B, n, d]``, altogether for packed ``[T, d]``."""
+    """The most groups ``x`` can have: in a row of ``[B, n, d]``, in all of packed ``[T, d]``."""
     if cu_seqlens is None:
         return -(-x.shape[1] // ratio)
     sequences = cu_seqlens.shape[0] - 1
     return (x.shape[0] + sequences * (ratio - 1)) // ratio
 
 
-def slots(x: Tensor, ratio: int, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def slots(
+    x: Tensor, ratio: int, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Where each group's slots lie, without host synchronisation.
 
     Returns ``index`` (int64, token index into the flat ``[tokens, d]`` view of ``x``) and
@@ -51,7 +53,9 @@ def slots(x: Tensor, ratio: int, mask: Tensor | None, cu_seqlens: Tensor | None)
     return row * n + position.clamp(0, max(n - 1, 0)), exists
 
 
-def token_slots(x: Tensor, ratio: int, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def token_slots(
+    x: Tensor, ratio: int, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`slots`: each token's slot in the flattened ``[.., G, k]`` arrays.
 
     Returns ``slot`` (int64) and ``real`` (bool), both ``[B, n]`` or ``[T]``; a token that is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -30,8 +31,7 @@ class PackCache:
         key = id(source)
         entry = self._entries.get(key)
         if entry is None or entry[0]() is not source:
-            reference = weakref.ref(source, lambda _, key=key: self._entries.pop(key, None))
-            entry = (reference, {})
+            entry = (weakref.ref(source, functools.partial(self._forget, key)), {})
             self._entries[key] = entry
         forms = entry[1]
         found = forms.get(kind)
@@ -39,6 +39,9 @@ class PackCache:
             found = (state, make())
             forms[kind] = found
         return found[1]
+
+    def _forget(self, key: int, _: weakref.ref) -> None:
+        self._entries.pop(key, None)
 
 
 def _state(source: Tensor) -> tuple:
@@ -64,7 +67,9 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if half_products(dtype) or dtype == torch.float64 else torch.float32
 
 
-def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+def packed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none"
+) -> Tensor:
     """``activation(x · weightᵀ + bias)`` with the weight packed for oneDNN; no autograd.
 
     ``x [rows, in]``, ``weight [out, in]``; ``activation`` is ``"none"``, ``"relu"``, ``"gelu"``,

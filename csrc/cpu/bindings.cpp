@@ -69,8 +69,8 @@ PYBIND11_MODULE(_cpu, m) {
         .def(py::init([](bool is_double, bool bf16, int64_t matrices, int64_t matrix_stride,
                          int64_t inner, int64_t inner_stride, int64_t columns,
                          int64_t column_stride) {
-            return PackParams{is_double, bf16,          matrices, matrix_stride, inner,
-                              inner_stride, columns, column_stride, nullptr,  nullptr};
+            return PackParams{is_double,    bf16,    matrices,      matrix_stride, inner,
+                              inner_stride, columns, column_stride, nullptr,       nullptr};
         }))
         .def("bytes",
              [](const PackParams& p) {

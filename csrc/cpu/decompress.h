@@ -101,10 +101,10 @@ struct DecompressForward {
                                        p.phi, t + i * bottleneck);
             for (int64_t n = 0; n < columns; n += panel_columns<V>()) {
                 const int64_t width = smaller(panel_columns<V>(), columns - n);
-                panel_product<Products, V>(
-                    t, bottleneck, 1, block.count,
-                    static_cast<const Operated*>(p.w2_packed) + n * inner, width * Products::step,
-                    width, sums, width, inner, false);
+                panel_product<Products, V>(t, bottleneck, 1, block.count,
+                                           static_cast<const Operated*>(p.w2_packed) + n * inner,
+                                           width * Products::step, width, sums, width, inner,
+                                           false);
                 for (int64_t i = 0; i < block.count; ++i)
                     write(block.token[i], n, smaller(width, p.d - n), sums + i * width,
                           shared + (block.group[i] - first) * padded + n);

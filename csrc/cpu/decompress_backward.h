@@ -61,9 +61,8 @@ struct DecompressBackward {
                 through_phi(block.token[i], t + i * bottleneck, dt + i * bottleneck,
                             dq + (block.group[i] - first) * bottleneck, b1.of(thread));
         });
-        product<Products, V>(dq, bottleneck, 1, rows,
-                             {static_cast<const S*>(p.w1u_packed_rows), 0}, padded, du, padded, p.r,
-                             true);
+        product<Products, V>(dq, bottleneck, 1, rows, {static_cast<const S*>(p.w1u_packed_rows), 0},
+                             padded, du, padded, p.r, true);
         product<Products, V>(dq, 1, bottleneck, p.r, {u, padded}, padded, w1u.of(thread), padded,
                              rows, true);
         for (int64_t m = 0; m < rows; ++m) {

@@ -41,8 +41,7 @@ inline __attribute__((always_inline)) void tile(const typename P::Element* a, in
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m)
 #pragma GCC unroll 4
-        for (int n = 0; n < vectors; ++n)
-            sum[m][n] = V::zero();
+        for (int n = 0; n < vectors; ++n) sum[m][n] = V::zero();
     for (int64_t k = 0; k < inner; k += P::step) {
         const typename P::Element* bk = b + k / P::step * ld;
 #pragma GCC unroll 8
@@ -67,9 +66,9 @@ template <class P, class V, int vectors>
 void tile_rows(int rows, const typename P::Element* a, int64_t row_stride, int64_t inner_stride,
                const typename P::Element* b, int64_t ld, typename V::Scalar* c, int64_t ldc,
                int64_t inner, bool add) {
-#define VARIATOR_TILE(R)                                                                     \
-    case R:                                                                                  \
-        if constexpr (R <= V::tile_rows)                                                     \
+#define VARIATOR_TILE(R)                                                                    \
+    case R:                                                                                 \
+        if constexpr (R <= V::tile_rows)                                                    \
             tile<P, V, R, vectors>(a, row_stride, inner_stride, b, ld, c, ldc, inner, add); \
         break
     switch (rows) {
@@ -92,9 +91,9 @@ void panel_product(const typename P::Element* a, int64_t row_stride, int64_t inn
         int count = static_cast<int>(smaller(V::tile_rows, rows - m));
         const typename P::Element* am = a + m * row_stride;
         typename V::Scalar* cm = c + m * ldc;
-#define VARIATOR_VECTORS(N)                                                                 \
-    case N:                                                                                 \
-        if constexpr (N <= V::tile_vectors)                                                 \
+#define VARIATOR_VECTORS(N)                                                                      \
+    case N:                                                                                      \
+        if constexpr (N <= V::tile_vectors)                                                      \
             tile_rows<P, V, N>(count, am, row_stride, inner_stride, b, ld, cm, ldc, inner, add); \
         break
         switch (columns / V::width) {

@@ -17,17 +17,17 @@ namespace VARIATOR_ISA {
         return
 #endif
 
-#define VARIATOR_BY_DTYPE(kernel, Params)              \
-    inline void kernel##_any(const Params& p) {        \
-        switch (p.dtype) {                             \
-            case DType::f32:                           \
-                return kernel<Vec, DType::f32>(p);     \
-            case DType::bf16:                          \
-                return kernel<Vec, DType::bf16>(p);    \
-            case DType::f16:                           \
-                return kernel<Vec, DType::f16>(p);     \
-                VARIATOR_DOUBLE(kernel);               \
-        }                                              \
+#define VARIATOR_BY_DTYPE(kernel, Params)           \
+    inline void kernel##_any(const Params& p) {     \
+        switch (p.dtype) {                          \
+            case DType::f32:                        \
+                return kernel<Vec, DType::f32>(p);  \
+            case DType::bf16:                       \
+                return kernel<Vec, DType::bf16>(p); \
+            case DType::f16:                        \
+                return kernel<Vec, DType::f16>(p);  \
+                VARIATOR_DOUBLE(kernel);            \
+        }                                           \
     }
 VARIATOR_BY_DTYPE(merge, MergeParams)
 VARIATOR_BY_DTYPE(merge_backward, MergeBackwardParams)

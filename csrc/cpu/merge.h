@@ -53,8 +53,7 @@ void weighted_sum(const MergeParams& p, int64_t group, const typename V::Scalar*
     S offset = 0;
     for (int64_t j = 0; j < p.groups.k; ++j) {
         if (!p.groups.has(group, j)) continue;  // never 0 · x: an absent row may hold NaN
-        rows[count] =
-            static_cast<const E*>(p.x) + (p.groups.start[group] + j) * p.x_stride;
+        rows[count] = static_cast<const E*>(p.x) + (p.groups.start[group] + j) * p.x_stride;
         factors[count] = a[j] * stats[j].scale;
         offset -= factors[count] * stats[j].mean;
         ++count;
@@ -115,10 +114,10 @@ struct MergeForward {
         const auto* merge = static_cast<const Operated*>(p.merge_packed);
         const auto* projection = static_cast<const Operated*>(p.projection_packed);
         for (int64_t j = 0; j < k; ++j) {
-            for (int64_t m = 0; m < rows; ++m) load_row(first + m, j, h + m * padded, stats + m * k);
-            product<Products, V>(h, padded, 1, rows,
-                                 {merge + j * scores_columns * inner, 0}, scores_columns, scores,
-                                 scores_columns, inner, j > 0);
+            for (int64_t m = 0; m < rows; ++m)
+                load_row(first + m, j, h + m * padded, stats + m * k);
+            product<Products, V>(h, padded, 1, rows, {merge + j * scores_columns * inner, 0},
+                                 scores_columns, scores, scores_columns, inner, j > 0);
             if (!p.projected) continue;
             product<Products, V>(h, padded, 1, rows, {projection, 0}, projected_columns, tile,
                                  projected_columns, inner, false);
@@ -144,8 +143,7 @@ struct MergeForward {
         if (!p.groups.has(group, slot)) return zero_row<V>(h, padded);
         const E* x = static_cast<const E*>(p.x) + (p.groups.start[group] + slot) * p.x_stride;
         stats[slot] = statistics<V, dtype>(x, p.d, p.norm, p.eps);
-        normed_row<V, dtype, Out>(x, p.d, padded, stats[slot],
-                                  static_cast<const S*>(p.norm_weight),
+        normed_row<V, dtype, Out>(x, p.d, padded, stats[slot], static_cast<const S*>(p.norm_weight),
                                   static_cast<const S*>(p.norm_bias), h);
     }
 };

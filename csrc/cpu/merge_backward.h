@@ -1,4 +1,5 @@
-// Gradients of group_merge. With h = norm(x), s = W_c·concat(h) + b_c, a = softmax(s), g = Σ a_j h_j:
+// Gradients of group_merge. With h = norm(x), s = W_c·concat(h) + b_c, a = softmax(s), g = Σ a_j
+// h_j:
 //   da_j = dg·h_j,  ds = a (da - Σ a da),  dW_c = Σ ds concat(h)ᵀ,  db_c = Σ ds,
 //   dh_j = a_j dg + W_c[:, slot j]ᵀ ds + W_1hᵀ dp_j,  dW_1h = Σ dp hᵀ,  and dx through the norm.
 // h is computed again from x in both passes, so it never exists as an array.
@@ -127,9 +128,7 @@ struct MergeBackward {
         E* dx = static_cast<E*>(p.dx) + (p.groups.start[group] + slot) * p.d;
         const S* weight = static_cast<const S*>(p.norm_weight);
         const V mean = V::set(s.mean), scale = V::set(s.scale);
-        auto normalised = [&](Part<V> part) {
-            return (part.template load<T>(x) - mean) * scale;
-        };
+        auto normalised = [&](Part<V> part) { return (part.template load<T>(x) - mean) * scale; };
         auto scaled = [&](Part<V> part) {
             V e = part.template load<Acc<V>>(dh);
             return weight ? e * part.template load<Acc<V>>(weight) : e;
@@ -157,8 +156,7 @@ struct MergeBackward {
     }
 
     static void add(S* sums, Part<V> part, V value, const void* wanted) {
-        if (wanted)
-            part.template store<Acc<V>>(sums, part.template load<Acc<V>>(sums) + value);
+        if (wanted) part.template store<Acc<V>>(sums, part.template load<Acc<V>>(sums) + value);
     }
 };
 

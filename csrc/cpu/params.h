@@ -30,8 +30,8 @@ struct MergeParams {
     DType dtype;
     int threads;
     Groups groups;
-    int64_t d, r;          // r = 0: no projection wanted
-    const void* x;         // [tokens, d], rows x_stride apart
+    int64_t d, r;   // r = 0: no projection wanted
+    const void* x;  // [tokens, d], rows x_stride apart
     int64_t x_stride;
     Norm norm;
     const void* norm_weight;  // acc [d] or null
@@ -57,17 +57,17 @@ struct MergeBackwardParams {
     const void* norm_weight;
     const void* norm_bias;
     double eps;
-    const void* weights;                    // acc [groups, k], from the forward
-    const void* merge_packed_rows;          // pack of W_c by slot, inner dimension k
-    const void* projection_packed_rows;     // pack of W_1h [r, d], inner dimension r
-    const void* d_merged;                   // [groups, d]
-    const void* d_projected;                // acc [tokens, r] or null
-    void* dx;                               // out [tokens, d]; rows of absent tokens untouched
-    void* d_merge_weight;                   // out acc [k, k, d] or null: [slot][score][d]
-    void* d_merge_bias;                     // out acc [k]
-    void* d_projection;                     // out acc [r, d] or null
-    void* d_norm_weight;                    // out acc [d] or null
-    void* d_norm_bias;                      // out acc [d] or null
+    const void* weights;                 // acc [groups, k], from the forward
+    const void* merge_packed_rows;       // pack of W_c by slot, inner dimension k
+    const void* projection_packed_rows;  // pack of W_1h [r, d], inner dimension r
+    const void* d_merged;                // [groups, d]
+    const void* d_projected;             // acc [tokens, r] or null
+    void* dx;                            // out [tokens, d]; rows of absent tokens untouched
+    void* d_merge_weight;                // out acc [k, k, d] or null: [slot][score][d]
+    void* d_merge_bias;                  // out acc [k]
+    void* d_projection;                  // out acc [r, d] or null
+    void* d_norm_weight;                 // out acc [d] or null
+    void* d_norm_bias;                   // out acc [d] or null
 };
 
 struct DecompressParams {
@@ -86,7 +86,7 @@ struct DecompressParams {
                              // into 0 between merge and decompress; or null
     const void* residual;    // [tokens, d], rows residual_stride apart, or null
     int64_t residual_stride;
-    void* y;                 // out [tokens, d]; rows outside the groups untouched
+    void* y;  // out [tokens, d]; rows outside the groups untouched
 };
 
 struct DecompressBackwardParams {

@@ -10,7 +10,7 @@ namespace VARIATOR_ISA {
 
 template <class S>
 class ThreadSums {
-   public:
+  public:
     ThreadSums(int threads, int64_t rows, int64_t columns, int64_t padded)
         : threads_(threads), rows_(rows), columns_(columns), padded_(padded) {
         data_ = static_cast<S*>(
@@ -32,7 +32,7 @@ class ThreadSums {
             }
     }
 
-   private:
+  private:
     int64_t threads_, rows_, columns_, padded_;
     S* data_;
 };

@@ -92,7 +92,7 @@ def cast(values, dtype: torch.dtype):
 
 
 def assert_close(out: Tensor, plain: Tensor, truth: Tensor, what: str = "output") -> None:
-    """The rule of the project: at most twice the error of plain PyTorch in the same dtype + 1e-6."""
+    """The project's rule: at most twice the error of plain PyTorch in the same dtype + 1e-6."""
     assert out.shape == truth.shape, f"{what}: shape {list(out.shape)}, not {list(truth.shape)}"
     if truth.numel() == 0:
         return

@@ -24,9 +24,7 @@ pytestmark = needs_cpu
 
 
 def leaves(values):
-    made = [
-        v.detach().clone().requires_grad_() if isinstance(v, Tensor) else v for v in values
-    ]
+    made = [v.detach().clone().requires_grad_() if isinstance(v, Tensor) else v for v in values]
     return type(values)(*made) if hasattr(values, "_fields") else made
 
 
@@ -55,7 +53,9 @@ def check(x, p, ffn, **options):
         if not names:
             continue
         assert all(out[name].dtype == x.dtype for name in names)
-        joined = [torch.cat([g[name].flatten().double() for name in names]) for g in (out, plain, truth)]
+        joined = [
+            torch.cat([g[name].flatten().double() for name in names]) for g in (out, plain, truth)
+        ]
         assert_gradient(*joined, what=f"d {'+'.join(names)}")
 
 
@@ -83,7 +83,9 @@ def assert_gradient(out: Tensor, plain: Tensor, truth: Tensor, what: str) -> Non
     assert not torch.isnan(out).any(), f"{what}: NaN, an element was not written"
     scale = truth.square().mean().sqrt().clamp_min(1e-3) if truth.numel() else 1.0
     error = ((out - truth).square().mean().sqrt() / scale).item() if truth.numel() else 0.0
-    allowed = 2 * ((plain - truth).square().mean().sqrt() / scale).item() + 1e-6 if truth.numel() else 0
+    allowed = (
+        2 * ((plain - truth).square().mean().sqrt() / scale).item() + 1e-6 if truth.numel() else 0
+    )
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 

@@ -28,7 +28,9 @@ class Layer(nn.Module):
         p = plugin(D, K, 8, torch.float32)
         p = type(p)(*self.plugin)
         with torch.no_grad():
-            return vf.compressed_ffn(x, p, FeedForward(self.wi.weight, self.wo.weight), backend=backend)
+            return vf.compressed_ffn(
+                x, p, FeedForward(self.wi.weight, self.wo.weight), backend=backend
+            )
 
 
 def halve_in_place(layer):

@@ -191,7 +191,9 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_errors_name_the_argument(message):
     if "backend" not in message and "cu_seqlens must rise" in message:
-        needs = pytest.importorskip("variator_kernels._cpu", reason="offsets are read by the kernels")
+        needs = pytest.importorskip(
+            "variator_kernels._cpu", reason="offsets are read by the kernels"
+        )
         assert needs
     with pytest.raises((ValueError, TypeError), match=message):
         BAD[message]()

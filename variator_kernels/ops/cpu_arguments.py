@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -24,9 +25,14 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def as_accumulator(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def as_accumulator(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` contiguous in the accumulator dtype of storage ``dtype``."""
-    return None if tensor is None else tensor.detach().to(accumulator(dtype)).contiguous()
+    return tensor.detach().to(accumulator(dtype)).contiguous()
+
+
+def optional_accumulator(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """:func:`as_accumulator` of a tensor that may be missing."""
+    return None if tensor is None else as_accumulator(tensor, dtype)
 
 
 def flat(x: Tensor) -> Tensor:
@@ -41,14 +47,20 @@ class Groups(NamedTuple):
     start: Tensor
     length: Tensor
     mask: Tensor | None
-    count: int
+    groups: int
     ratio: int
 
     def arguments(self, first: int = 0, count: int | None = None) -> tuple[int, int, int, int, int]:
         """Addresses and sizes of ``count`` groups from ``first`` on."""
         skip = first * 8
-        count = self.count if count is None else count
-        return self.start.data_ptr() + skip, self.length.data_ptr() + skip, address(self.mask), count, self.ratio
+        count = self.groups if count is None else count
+        return (
+            self.start.data_ptr() + skip,
+            self.length.data_ptr() + skip,
+            address(self.mask),
+            count,
+            self.ratio,
+        )
 
 
 class Layout:
@@ -112,9 +124,10 @@ class Layout:
 
 def _check_offsets(offsets: Tensor, tokens: int) -> None:
     values = offsets.tolist()
-    if values[0] < 0 or values[-1] > tokens or any(a > b for a, b in zip(values, values[1:], strict=False)):
+    if values[0] < 0 or values[-1] > tokens or any(a > b for a, b in pairwise(values)):
         raise ValueError(
-            f"cu_seqlens must rise from >= 0 to at most the number of tokens, {tokens}, got {values}"
+            f"cu_seqlens must rise from >= 0 to at most the number of tokens, {tokens}, "
+            f"got {values}"
         )
 
 
@@ -139,14 +152,18 @@ def pack_merge(weight: Tensor, dtype: torch.dtype) -> Tensor:
     wide = as_accumulator(weight, dtype)
     k = wide.shape[0]
     d = wide.shape[1] // k
-    return pack(wide, inner=(d, 1), columns=(k, k * d), matrices=(k, d), bf16=dtype == torch.bfloat16)
+    return pack(
+        wide, inner=(d, 1), columns=(k, k * d), matrices=(k, d), bf16=dtype == torch.bfloat16
+    )
 
 
 def pack_columns(weight: Tensor, dtype: torch.dtype, bf16: bool) -> Tensor:
     """``weight [out, in]`` for ``a · weightᵀ``: inner dimension ``in``."""
     wide = as_accumulator(weight, dtype)
     out, inside = wide.shape
-    return pack(wide, inner=(inside, 1), columns=(out, inside), bf16=bf16 and dtype == torch.bfloat16)
+    return pack(
+        wide, inner=(inside, 1), columns=(out, inside), bf16=bf16 and dtype == torch.bfloat16
+    )
 
 
 def pack_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:

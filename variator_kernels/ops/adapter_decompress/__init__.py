@@ -50,7 +50,16 @@ def adapter_decompress(
     chosen = backends.resolve(backend, h)
     if chosen == "reference":
         return reference.adapter_decompress(
-            u, h, w1, b1, w2, b2, ratio=ratio, mask=mask, cu_seqlens=cu_seqlens, activation=activation
+            u,
+            h,
+            w1,
+            b1,
+            w2,
+            b2,
+            ratio=ratio,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            activation=activation,
         )
     w1u, w1h = w1.chunk(2, -1)
     projected = F.linear(h, w1h.to(h.dtype))

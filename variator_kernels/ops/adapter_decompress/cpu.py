@@ -85,7 +85,7 @@ def adapter_decompress(
     run(
         flat(u).contiguous(),
         groups,
-        (0, groups.count),
+        (0, groups.groups),
         activation,
         flat(projected.to(accumulator(dtype))).contiguous(),
         pack_columns(w1u, dtype, bf16=True),

@@ -46,13 +46,17 @@ def adapter_decompress(
 @torch.library.impl(LIBRARY, "adapter_decompress", "CompositeExplicitAutograd")
 def _forward(u, projected, w1u, b1, w2, b2, residual, mask, cu, ratio, activation, backend):
     module = backend_module(__package__, backend)
-    return module.adapter_decompress(u, projected, w1u, b1, w2, b2, residual, mask, cu, ratio, activation)
+    return module.adapter_decompress(
+        u, projected, w1u, b1, w2, b2, residual, mask, cu, ratio, activation
+    )
 
 
 @torch.library.impl(LIBRARY, "adapter_decompress_backward", "CompositeExplicitAutograd")
 def _backward(dy, u, projected, w1u, b1, w2, mask, cu, ratio, activation, backend):
     module = backend_module(__package__, backend)
-    return module.adapter_decompress_backward(dy, u, projected, w1u, b1, w2, mask, cu, ratio, activation)
+    return module.adapter_decompress_backward(
+        dy, u, projected, w1u, b1, w2, mask, cu, ratio, activation
+    )
 
 
 @torch.library.register_fake("variator::adapter_decompress")

@@ -1,4 +1,4 @@
-"""adapter_decompress in plain PyTorch: the definition of correct (paper section 3.2, decompression)."""
+"""adapter_decompress in plain PyTorch: what correct means (paper section 3.2)."""
 
 from __future__ import annotations
 

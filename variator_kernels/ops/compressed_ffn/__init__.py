@@ -19,7 +19,7 @@ def compressed_ffn(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Norm, merge, FFN on the merged vectors, decompress, residual (DESIGN section 2; paper section 3.2).
+    """Norm, merge, FFN on the merged vectors, decompress, residual (paper section 3.2).
 
     Args:
         x: ``[B, n, d]``, or packed ``[T, d]`` together with ``cu_seqlens``.

@@ -8,7 +8,15 @@ from torch import Tensor
 from ... import packing
 from ...feed_forward import FeedForward, PluginWeights, activate, normalize
 from ..adapter_decompress.cpu import run as run_decompress
-from ..cpu_arguments import Layout, accumulator, as_accumulator, flat, pack_columns, pack_merge
+from ..cpu_arguments import (
+    Layout,
+    accumulator,
+    as_accumulator,
+    flat,
+    optional_accumulator,
+    pack_columns,
+    pack_merge,
+)
 from ..group_merge.cpu import run as run_merge
 
 # Groups that go through the whole layer together: their inner activations (f numbers each) stay in
@@ -30,7 +38,11 @@ def packed_products(g: Tensor, ffn: FeedForward) -> Tensor:
 
 
 def compressed_ffn(
-    x: Tensor, plugin: PluginWeights, ffn: FeedForward, mask: Tensor | None, cu_seqlens: Tensor | None
+    x: Tensor,
+    plugin: PluginWeights,
+    ffn: FeedForward,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> Tensor:
     dtype = torch.promote_types(x.dtype, ffn.w_out.dtype)
     x = x.to(dtype)
@@ -41,25 +53,39 @@ def compressed_ffn(
     y = torch.empty(x.shape, dtype=dtype)
     y_rows = y.view(-1, d)
     layout.copy_padding(rows, y_rows)
-    if groups.count == 0:
+    if groups.groups == 0:
         return y
     w1u, w1h, w2, merge_weight = _packed_plugin(plugin, dtype)
     r = plugin.b1.shape[0]
-    merge_bias, b1, b2, norm_weight, norm_bias = (
-        as_accumulator(t, dtype)
-        for t in (plugin.merge_bias, plugin.b1, plugin.b2, ffn.norm_weight, ffn.norm_bias)
+    merge_bias, b1, b2 = (
+        as_accumulator(t, dtype) for t in (plugin.merge_bias, plugin.b1, plugin.b2)
     )
-    assert merge_bias is not None and b1 is not None and b2 is not None
-    norm = ("none", None, None, 0.0) if ffn.post_norm else (ffn.norm, norm_weight, norm_bias, ffn.eps)
+    norm_weight, norm_bias = (
+        optional_accumulator(t, dtype) for t in (ffn.norm_weight, ffn.norm_bias)
+    )
+    norm = (
+        ("none", None, None, 0.0) if ffn.post_norm else (ffn.norm, norm_weight, norm_bias, ffn.eps)
+    )
     wide = accumulator(dtype)
     projected = torch.empty(rows.shape[0], r, dtype=wide)
-    for first in range(0, groups.count, BLOCK_GROUPS):
-        span = (first, min(BLOCK_GROUPS, groups.count - first))
+    for first in range(0, groups.groups, BLOCK_GROUPS):
+        span = (first, min(BLOCK_GROUPS, groups.groups - first))
         merged = torch.empty(span[1], d, dtype=dtype)
         # oneDNN's activations turn NaN into 0; what the merge saw is carried past them.
         poison = torch.empty(span[1], dtype=wide)
         run_merge(
-            rows, groups, span, merge_weight, merge_bias, w1h, r, norm, merged, projected, None, poison
+            rows,
+            groups,
+            span,
+            merge_weight,
+            merge_bias,
+            w1h,
+            r,
+            norm,
+            merged,
+            projected,
+            None,
+            poison,
         )
         u = packed_products(merged, ffn)
         run_decompress(
@@ -72,7 +98,9 @@ def compressed_ffn(
     return normed
 
 
-def _packed_plugin(plugin: PluginWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _packed_plugin(
+    plugin: PluginWeights, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """W_1u, W_1h, W_2 and W_c in panels, packed again only when a weight changed."""
     isa = packing.instruction_set()
 

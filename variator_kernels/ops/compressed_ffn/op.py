@@ -42,13 +42,27 @@ def compressed_ffn(
     )  # fmt: skip
 
 
-def _unflatten(arguments: tuple) -> tuple[Tensor, PluginWeights, FeedForward, Tensor | None, Tensor | None, str]:
+def _unflatten(
+    arguments: tuple,
+) -> tuple[Tensor, PluginWeights, FeedForward, Tensor | None, Tensor | None, str]:
     x, mask, cu_seqlens = arguments[:3]
     w_in, w_out, w_gate, b_in, b_out, b_gate, norm_weight, norm_bias = arguments[9:_TENSORS]
     activation, norm, eps, post_norm, phi, backend = arguments[_TENSORS:]
-    plugin = PluginWeights(*arguments[3:9], activation=phi)
+    merge_weight, merge_bias, w1, b1, w2, b2 = arguments[3:9]
+    plugin = PluginWeights(merge_weight, merge_bias, w1, b1, w2, b2, phi)
     ffn = FeedForward(
-        w_in, w_out, w_gate, b_in, b_out, b_gate, activation, norm, norm_weight, norm_bias, eps, post_norm
+        w_in,
+        w_out,
+        w_gate,
+        b_in,
+        b_out,
+        b_gate,
+        activation,
+        norm,
+        norm_weight,
+        norm_bias,
+        eps,
+        post_norm,
     )
     return x, plugin, ffn, mask, cu_seqlens, backend
 

@@ -19,7 +19,7 @@ def compressed_ffn(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """The whole sublayer, norm to residual: ``x [B, n, d]`` (or packed ``[T, d]``) to the same shape."""
+    """The whole sublayer, norm to residual: ``x [B, n, d]``, or packed ``[T, d]``."""
     norm = (ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)
     h = x if ffn.post_norm else normalize(x, *norm)
     g = group_merge(h, plugin.merge_weight, plugin.merge_bias, mask=mask, cu_seqlens=cu_seqlens)

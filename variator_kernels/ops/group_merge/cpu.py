@@ -16,6 +16,7 @@ from ..cpu_arguments import (
     address,
     as_accumulator,
     flat,
+    optional_accumulator,
     pack_columns,
     pack_merge,
     pack_merge_rows,
@@ -90,11 +91,11 @@ def group_merge(
     rows = flat(x)
     packed = None if projection is None else pack_columns(projection, x.dtype, bf16=True)
     bias = as_accumulator(bias, x.dtype)
-    norm_weight, norm_bias = (as_accumulator(t, x.dtype) for t in (norm_weight, norm_bias))
+    norm_weight, norm_bias = (optional_accumulator(t, x.dtype) for t in (norm_weight, norm_bias))
     run(
         rows,
         groups,
-        (0, groups.count),
+        (0, groups.groups),
         pack_merge(weight, x.dtype),
         bias,
         packed,
@@ -135,7 +136,9 @@ def group_merge_backward(
     d_norm_bias = torch.empty(0 if norm_bias is None else d, dtype=wide)
     merge_rows = pack_merge_rows(weight, x.dtype)
     projection_rows = None if projection is None else pack_rows(projection, x.dtype)
-    wide_norm_weight, wide_norm_bias = (as_accumulator(t, x.dtype) for t in (norm_weight, norm_bias))
+    wide_norm_weight, wide_norm_bias = (
+        optional_accumulator(t, x.dtype) for t in (norm_weight, norm_bias)
+    )
     d_merged = d_merged.to(x.dtype).contiguous()
     d_projected = d_projected.to(wide).contiguous()
     weights = weights.contiguous()

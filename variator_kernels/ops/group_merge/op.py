@@ -49,16 +49,41 @@ def group_merge(
 @torch.library.impl(LIBRARY, "group_merge", "CompositeExplicitAutograd")
 def _forward(x, weight, bias, mask, cu, norm, norm_weight, norm_bias, eps, projection, backend):
     module = backend_module(__package__, backend)
-    return module.group_merge(x, weight, bias, mask, cu, norm, norm_weight, norm_bias, eps, projection)
+    return module.group_merge(
+        x, weight, bias, mask, cu, norm, norm_weight, norm_bias, eps, projection
+    )
 
 
 @torch.library.impl(LIBRARY, "group_merge_backward", "CompositeExplicitAutograd")
 def _backward(
-    d_merged, d_projected, x, weights, weight, mask, cu, norm, norm_weight, norm_bias, eps, projection, backend
+    d_merged,
+    d_projected,
+    x,
+    weights,
+    weight,
+    mask,
+    cu,
+    norm,
+    norm_weight,
+    norm_bias,
+    eps,
+    projection,
+    backend,
 ):
     module = backend_module(__package__, backend)
     return module.group_merge_backward(
-        d_merged, d_projected, x, weights, weight, mask, cu, norm, norm_weight, norm_bias, eps, projection
+        d_merged,
+        d_projected,
+        x,
+        weights,
+        weight,
+        mask,
+        cu,
+        norm,
+        norm_weight,
+        norm_bias,
+        eps,
+        projection,
     )
 
 
@@ -81,7 +106,19 @@ def _fake(x, weight, bias, mask, cu, norm, norm_weight, norm_bias, eps, projecti
 
 @torch.library.register_fake("variator::group_merge_backward")
 def _fake_backward(
-    d_merged, d_projected, x, weights, weight, mask, cu, norm, norm_weight, norm_bias, eps, projection, backend
+    d_merged,
+    d_projected,
+    x,
+    weights,
+    weight,
+    mask,
+    cu,
+    norm,
+    norm_weight,
+    norm_bias,
+    eps,
+    projection,
+    backend,
 ):
     k, d = weights.shape[-1], x.shape[-1]
     r = 0 if projection is None else projection.shape[0]
@@ -105,7 +142,8 @@ def _setup(ctx, inputs, output):
 
 def _gradients(ctx, d_merged, d_projected, _):
     x, weight, bias, mask, cu, norm_weight, norm_bias, projection, weights = ctx.saved_tensors
-    dx, d_weight, d_bias, d_projection, d_norm_weight, d_norm_bias = torch.ops.variator.group_merge_backward(
+    backward = torch.ops.variator.group_merge_backward
+    dx, d_weight, d_bias, d_projection, d_norm_weight, d_norm_bias = backward(
         d_merged, d_projected, x, weights, weight, mask, cu, ctx.norm, norm_weight, norm_bias,
         ctx.eps, projection, ctx.backend,
     )  # fmt: skip

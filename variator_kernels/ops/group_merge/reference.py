@@ -1,4 +1,4 @@
-"""group_merge in plain PyTorch: the definition of correct (paper section 3.2, compression)."""
+"""group_merge in plain PyTorch: what correct means (paper section 3.2)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def group_merge(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """``g_i = Σ_j a_ij h_ij``: ``h [B, n, d]`` to ``[B, ceil(n/k), d]``, or packed ``[T, d]`` to ``[G, d]``."""
+    """``g_i = Σ_j a_ij h_ij``: ``[B, n, d]`` to ``[B, ceil(n/k), d]``, or ``[T, d]`` to ``[G, d]``."""
     index, exists = slots(h, bias.shape[0], mask, cu_seqlens)
     hs = gather(h, index, exists)
     a = merge_weights(hs, exists, weight, bias)
