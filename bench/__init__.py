@@ -1,0 +1,1 @@
+"""Benchmarks: speed against k, memory, each kernel alone, and the figures made of their results."""

@@ -1,0 +1,1 @@
+"""What the benchmarks share: machine, models, arms, checks, timing, tables and files."""

@@ -1,0 +1,76 @@
+"""Correctness: how far an arm may be from float64, measured by plain PyTorch in the same dtype.
+
+Our own arms may err at most twice as much, plus 1e-6. Those compared with may err eight times as
+much: compilers and other runtimes sum in other orders. That can only make them faster.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Outputs = tuple[Tensor, ...]
+FACTOR, BASELINE_FACTOR, SLACK = 2.0, 8.0, 1e-6
+
+
+class Truth(NamedTuple):
+    """What the outputs are in float64, and the largest error of each by plain PyTorch."""
+
+    exact: Outputs
+    plain: tuple[float, ...]
+
+
+class Verdict(NamedTuple):
+    """The worst output: its error and what was allowed."""
+
+    ok: bool
+    error: float
+    allowed: float
+
+
+def error(out: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference; infinite for a wrong shape or anything not finite."""
+    if out.shape != exact.shape:
+        return math.inf
+    if out.numel() == 0:
+        return 0.0
+    worst = (out.detach().double() - exact).abs().max().item()
+    return worst if math.isfinite(worst) else math.inf
+
+
+def truth(exact: Outputs, plain: Outputs) -> Truth:
+    """The measure taken from float64 and from plain PyTorch in the dtype under test.
+
+    Of several outputs (gradients), each may err as much, for its size, as plain PyTorch's worst:
+    the largest error of a bias of four elements is too much a matter of luck to measure by.
+    """
+    exact = tuple(tensor.detach() for tensor in exact)
+    scales = [_scale(tensor) for tensor in exact]
+    errors = [error(p, e) for p, e in zip(plain, exact, strict=True)]
+    worst = max(e / s for e, s in zip(errors, scales, strict=True))
+    if not math.isfinite(worst):
+        raise ValueError("plain PyTorch itself does not give finite outputs of the right shape")
+    return Truth(exact, tuple(worst * scale for scale in scales))
+
+
+def _scale(tensor: Tensor) -> float:
+    return max(tensor.abs().max().item(), 1e-30) if tensor.numel() else 1.0
+
+
+def factor_of(arm: str) -> float:
+    """Two for ours, eight for what ours are compared with."""
+    return FACTOR if arm.startswith("ours") else BASELINE_FACTOR
+
+
+@torch.no_grad()
+def judge(outputs: Outputs, measure: Truth, factor: float = FACTOR) -> Verdict:
+    """Compare every output; the verdict is on the worst."""
+    if len(outputs) != len(measure.exact):
+        return Verdict(False, math.inf, 0.0)
+    errors = [error(out, exact) for out, exact in zip(outputs, measure.exact, strict=True)]
+    allowed = [factor * plain + SLACK for plain in measure.plain]
+    worst = max(range(len(errors)), key=lambda i: errors[i] / allowed[i])
+    return Verdict(errors[worst] <= allowed[worst], errors[worst], allowed[worst])

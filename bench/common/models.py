@@ -1,0 +1,146 @@
+"""The models under test: architectures, weights, plugins and inputs, all from fixed seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, MT5EncoderModel, PreTrainedModel, T5Config, T5EncoderModel
+from transformers.models.t5.modeling_t5 import T5LayerFF
+
+from variator_kernels.feed_forward import FeedForward, PluginWeights
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BUILT_IN = {
+    "t5-base": {"d_model": 768, "d_ff": 3072, "d_kv": 64, "num_heads": 12, "num_layers": 12},
+    "t5-large": {"d_model": 1024, "d_ff": 4096, "d_kv": 64, "num_heads": 16, "num_layers": 24},
+}
+ENCODERS = {"t5": T5EncoderModel, "mt5": MT5EncoderModel}
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+Weights = TypeVar("Weights", FeedForward, PluginWeights)
+
+
+class Architecture(NamedTuple):
+    """A configuration, and the folder of its weights if there are any."""
+
+    name: str
+    config: T5Config
+    folder: Path | None
+
+    @property
+    def weights(self) -> str:
+        return "from the folder" if self.folder else "random"
+
+
+def architecture(name: str) -> Architecture:
+    """A built-in architecture by name, or a folder with config.json and perhaps weights."""
+    if name in BUILT_IN:
+        return Architecture(name, T5Config(**BUILT_IN[name]), None)
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model must be one of {tuple(BUILT_IN)} or a folder with config.json, got {name!r}"
+        )
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if config.model_type not in ENCODERS:
+        raise ValueError(f"model_type must be one of {tuple(ENCODERS)}, got {config.model_type!r}")
+    stored = any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES)
+    return Architecture(folder.resolve().name, config, folder if stored else None)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def cast(module: Any, dtype: torch.dtype) -> Any:
+    """The dtype, with ``wo`` left in fp32 for fp16, as transformers loads T5."""
+    module.to(dtype)
+    for name, child in module.named_modules():
+        if dtype == torch.float16 and name.endswith("wo"):
+            child.to(torch.float32)
+    return module.eval().requires_grad_(False)
+
+
+def encoder(model: Architecture, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
+    """The encoder in a dtype; random weights are the same in every call."""
+    cls = ENCODERS[model.config.model_type]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if model.folder:
+            built = cls.from_pretrained(
+                model.folder,
+                local_files_only=True,
+                attn_implementation=attention,
+                dtype=torch.float32,
+            )
+        else:
+            model.config._attn_implementation = attention
+            built = cls(model.config)
+    return cast(built, dtype)
+
+
+def sharing(built: PreTrainedModel, attention: str) -> PreTrainedModel:
+    """A second encoder on the same weights, with another attention implementation."""
+    config = type(built.config).from_dict(built.config.to_dict())
+    config._attn_implementation = attention
+    with torch.device("meta"):
+        twin = type(built)(config)
+    twin.load_state_dict(built.state_dict(), assign=True)
+    return twin.eval().requires_grad_(False)
+
+
+def sublayer(model: Architecture, dtype: torch.dtype) -> T5LayerFF:
+    """The first encoder block's FFN sublayer, norm to residual."""
+    if model.folder:
+        return encoder(model, dtype).encoder.block[0].layer[-1]
+    layer, source = T5LayerFF(model.config), generator(1)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=source)
+            else:
+                parameter.normal_(1, 0.1, generator=source)
+    cast(layer, dtype)
+    return layer
+
+
+def plugin(config: T5Config, k: int, bottleneck: int, dtype: torch.dtype) -> PluginWeights:
+    """A plugin with every parameter away from zero, so that checks see every term."""
+    d, source = config.d_model, generator(k)
+
+    def normal(*shape: int) -> Tensor:
+        return (torch.randn(*shape, generator=source) * shape[-1] ** -0.5).to(dtype)
+
+    return PluginWeights(
+        merge_weight=normal(k, k * d),
+        merge_bias=normal(k),
+        w1=normal(bottleneck, 2 * d),
+        b1=normal(bottleneck),
+        w2=normal(d, bottleneck),
+        b2=normal(d),
+    )
+
+
+def widened(weights: Weights) -> Weights:
+    """The same weights in float64."""
+    wide = (v.detach().double() if isinstance(v, Tensor) else v for v in weights)
+    return type(weights)._make(wide)
+
+
+def hidden(batch: int, length: int, d: int, dtype: torch.dtype) -> Tensor:
+    """Hidden states of unit scale."""
+    return torch.randn(batch, length, d, generator=generator(2)).to(dtype)
+
+
+def tokens(batch: int, length: int, vocabulary: int) -> Tensor:
+    """Token ids."""
+    return torch.randint(0, vocabulary, (batch, length), generator=generator(3))
+
+
+def ragged_mask(batch: int, length: int) -> Tensor:
+    """A right-padded batch: row lengths evenly from 32 to ``length``, shuffled."""
+    lengths = torch.linspace(min(32, length), length, batch).round().long()
+    lengths = lengths[torch.randperm(batch, generator=generator(4))]
+    return torch.arange(length) < lengths[:, None]

@@ -1,0 +1,105 @@
+"""Command lines: the options that benchmarks share, their defaults, and what a run says first."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from . import encoder, machine, models, sublayer
+from .results import Row
+
+ARMS = tuple(
+    dict.fromkeys(
+        sublayer.DENSE_ARMS + encoder.DENSE_ARMS + sublayer.PLUGIN_ARMS + encoder.PLUGIN_ARMS
+    )
+)
+
+
+def words(text: str) -> list[str]:
+    """A comma-separated list."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def count(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def ratios(text: str) -> list[int]:
+    """Compression ratios, each at least 2."""
+    values = sorted({int(word) for word in words(text)})
+    if not values or values[0] < 2:
+        raise argparse.ArgumentTypeError(f"ratios must be integers of at least 2, got {text!r}")
+    return values
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Model, input, dtypes, threads, output."""
+    built_in = ", ".join(models.BUILT_IN)
+    parser.add_argument(
+        "--model", default="t5-base", help=f"{built_in}, or a folder with config.json"
+    )
+    parser.add_argument("--batch", type=count, help="rows; default 8")
+    parser.add_argument("--length", type=count, help="tokens a row; default 512")
+    parser.add_argument("--bottleneck", type=count, default=64, help="r; default 64")
+    parser.add_argument(
+        "--dtype",
+        type=words,
+        help=f"some of {', '.join(models.DTYPES)}; default fp32, and bf16 if the processor has it",
+    )
+    parser.add_argument("--threads", type=count, help="default: as many as torch takes")
+    parser.add_argument("--output", help="folder; default bench/results/<this kind of machine>")
+
+
+def settle_common(args: argparse.Namespace) -> None:
+    """Fill in what was not asked for; ``ValueError`` for what there is not."""
+    args.batch = args.batch or (2 if args.quick else 8)
+    args.length = args.length or (64 if args.quick else 512)
+    args.threads = args.threads or torch.get_num_threads()
+    args.dtype = args.dtype or (["fp32", "bf16"] if machine.has_bf16() else ["fp32"])
+    unknown = [name for name in args.dtype if name not in models.DTYPES]
+    if unknown:
+        raise ValueError(f"dtype must be one of {tuple(models.DTYPES)}, got {unknown[0]!r}")
+
+
+def check_arms(arms: Any) -> list[str]:
+    """The arms in their fixed order; ``ValueError`` for an unknown one."""
+    unknown = [name for name in arms if name not in ARMS]
+    if unknown:
+        raise ValueError(f"arms must be of {ARMS}, got {unknown[0]!r}")
+    return [name for name in ARMS if name in arms]
+
+
+def describe(model: models.Architecture) -> Row:
+    """The model, for the result file."""
+    config = model.config
+    names = ("d_model", "d_ff", "d_kv", "num_heads", "num_layers", "feed_forward_proj")
+    sizes = {name: getattr(config, name) for name in names}
+    return {"name": model.name, "weights": model.weights, **sizes}
+
+
+def shown(path: Path) -> str:
+    """A path as short as it goes."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def print_head(console: Console, content: Row) -> None:
+    """Machine, versions, commit, model and weights."""
+    here, model, git = content["machine"], content["model"], content["git"]
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    commit = f"{git['commit'] or 'none'}{', with local changes' if git['dirty'] else ''}"
+    console.print(
+        f"[bold]{model['name']}[/bold], weights {model['weights']}; "
+        f"{content['settings']['threads']} threads\n"
+        f"{here['cpu']}, {here['cores']} cores, kernels: {here['kernels_isa'] or 'not built'}\n"
+        f"{versions}\ncommit {commit}\n",
+        highlight=False,
+    )

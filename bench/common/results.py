@@ -1,0 +1,73 @@
+"""Result files: what a benchmark writes and the plots, targets and reports read."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import machine
+
+SCHEMA = 1
+Row = dict[str, Any]
+
+
+def result(benchmark: str, settings: Row, model: Row) -> Row:
+    """An empty result that says where and of what it is."""
+    return {
+        "benchmark": benchmark,
+        "schema": SCHEMA,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": machine.machine(),
+        "versions": machine.versions(),
+        "git": machine.commit(),
+        "settings": settings,
+        "model": model,
+        "rows": [],
+    }
+
+
+def folder(output: str | None) -> Path:
+    """Where results go: the folder asked for, or the one of this kind of machine."""
+    path = Path(output) if output else machine.RESULTS / machine.slug()
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write(path: Path, content: Row) -> None:
+    """Write at once or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)
+
+
+def read(path: str | Path) -> Row:
+    """A result file; ``ValueError`` if it is none."""
+    content = json.loads(Path(path).read_text())
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise ValueError(f"{path} is not a result of these benchmarks (schema {SCHEMA})")
+    return content
+
+
+def pick(rows: list[Row], **wanted: Any) -> list[Row]:
+    """The rows that have these values."""
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def one(rows: list[Row], **wanted: Any) -> Row | None:
+    """The first measured row that has these values."""
+    return next((row for row in pick(rows, **wanted) if row["status"] == "ok"), None)
+
+
+def speedup(row: Row | None, baseline: str, quantile: str = "median") -> float | None:
+    """How much faster a row is than a baseline of its own run."""
+    found = (row or {}).get("speedup", {}).get(baseline)
+    return found[quantile] if found else None
+
+
+def best(rows: list[Row], key: Callable[[Row], float | None]) -> float | None:
+    """The largest value among rows that have one."""
+    values = [value for row in rows if (value := key(row)) is not None]
+    return max(values, default=None)

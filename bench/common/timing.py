@@ -1,0 +1,58 @@
+"""Interleaved timing: every arm once a round, so that drift of the machine hits all alike."""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def interleave(
+    calls: Mapping[Key, Callable[[], Any]], rounds: int, advance: Callable[[], None] = lambda: None
+) -> tuple[dict[Key, list[float]], dict[Key, Any]]:
+    """Seconds of each call in each round, and each call's last output.
+
+    The order changes from round to round, from a fixed seed: no arm always follows the same one.
+    """
+    seconds: dict[Key, list[float]] = {key: [] for key in calls}
+    last: dict[Key, Any] = {}
+    order, shuffle = list(calls), random.Random(0).shuffle
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            shuffle(order)
+            for key in order:
+                last.pop(key, None)
+                start = time.perf_counter()
+                out = calls[key]()
+                seconds[key].append(time.perf_counter() - start)
+                last[key] = out
+                advance()
+    finally:
+        gc.enable()
+    return seconds, last
+
+
+def quartiles(samples: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    if len(samples) == 1:
+        return dict.fromkeys(("q1", "median", "q3"), samples[0])
+    q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+    return {"q1": q1, "median": median, "q3": q3}
+
+
+def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
+    """Speed-up by round (both arms of one round), then its quartiles."""
+    return quartiles([a / b for a, b in zip(slow, fast, strict=True)])
+
+
+def median_of(call: Callable[[], Any], repeats: int) -> float:
+    """Median seconds of a call after one warm-up; for choosing between variants only."""
+    call()
+    return statistics.median(interleave({"": call}, repeats)[0][""])

@@ -1,0 +1,1 @@
+"""Each kernel alone, as pytest-benchmark cells: ``pytest bench/kernels --benchmark-only``."""

@@ -1,0 +1,150 @@
+"""Targets beside what was measured: ``python -m bench.targets RESULT.json``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .common import results
+from .common.results import Row, one, pick, speedup
+from .common.timing import quartiles
+
+Measure = Callable[[list[Row]], float | None]
+SUBLAYER = {
+    "fp32": {2: 1.9, 4: 3.5, 8: 6.2, 16: 9.5, 32: 13.0},
+    "bf16": {2: 1.85, 4: 3.4, 8: 6.0, 16: 9.3, 32: 12.5},
+}
+ENCODER = {"fp32": 1.85, "bf16": 1.5}
+SMALL_DENSE, BACKWARD, RAGGED, MEMORY = 3.0, 1.2, 1.15, 0.4
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure to reach; ``limit`` is a minimum, or a maximum if ``at_most``."""
+
+    text: str
+    limit: float
+    measure: Measure
+    at_most: bool = False
+
+    def verdict(self, rows: list[Row]) -> tuple[float | None, str]:
+        """What was measured, and met, missed or not measured."""
+        value = self.measure(rows)
+        if value is None:
+            return None, "not measured"
+        met = value <= self.limit if self.at_most else value >= self.limit
+        return value, "met" if met else "missed"
+
+
+def _speedup(over: str, **wanted: object) -> Measure:
+    return lambda rows: speedup(one(rows, arm="ours", **wanted), over)
+
+
+def _worst_small(dtype: str) -> Measure:
+    """The least speed-up over the eager reference among all small inputs and ratios."""
+
+    def measure(rows: list[Row]) -> float | None:
+        cells = pick(rows, case="small", dtype=dtype, arm="ours")
+        found = [speedup(row if row["status"] == "ok" else None, "reference") for row in cells]
+        values = [value for value in found if value is not None]
+        return min(values) if values and len(values) == len(found) else None
+
+    return measure
+
+
+def _ragged(dtype: str) -> Measure:
+    """Time a real token of the ragged batch over that of the full one, by round."""
+
+    def measure(rows: list[Row]) -> float | None:
+        wanted = {"case": "ragged", "dtype": dtype, "arm": "ours", "k": 4}
+        ragged, full = one(rows, padding="ragged", **wanted), one(rows, padding="none", **wanted)
+        if ragged is None or full is None:
+            return None
+        share = ragged["tokens"] / full["tokens"]
+        pairs = zip(ragged["samples"], full["samples"], strict=True)
+        return quartiles([a / b / share for a, b in pairs])["median"]
+
+    return measure
+
+
+def _memory(dtype: str) -> Measure:
+    def measure(rows: list[Row]) -> float | None:
+        wanted = {"case": "memory", "direction": "forward", "dtype": dtype}
+        ours, dense = one(rows, arm="ours", k=4, **wanted), one(rows, arm="hf", **wanted)
+        return ours["temporary_bytes"] / dense["temporary_bytes"] if ours and dense else None
+
+    return measure
+
+
+def _largest(dtype: str) -> Measure:
+    """The largest single allocation, over an array of n x 2d or n x f, whichever is smaller."""
+
+    def measure(rows: list[Row]) -> float | None:
+        cells = pick(rows, case="memory", dtype=dtype, arm="ours", status="ok")
+        return results.best(cells, lambda row: row["largest_bytes"] / row["forbidden_bytes"])
+
+    return measure
+
+
+def _targets() -> list[Target]:
+    made = []
+    for dtype, limits in SUBLAYER.items():
+        for k, limit in limits.items():
+            text = f"FFN sublayer, {dtype}, k={k}: speed-up over dense with packed weights"
+            cell = {"case": "sublayer", "dtype": dtype, "k": k}
+            made.append(Target(text, limit, _speedup("dense-packed", **cell)))
+    for dtype, limit in ENCODER.items():
+        text = f"whole encoder, {dtype}, k=4: speed-up over Hugging Face SDPA"
+        cell = {"case": "encoder", "dtype": dtype, "k": 4}
+        made.append(Target(text, limit, _speedup("hf-sdpa", **cell)))
+    for dtype in ENCODER:
+        cell = {"dtype": dtype, "k": 4}
+        text = f"1 x 128 and 1 x 512, {dtype}, any k: least speed-up over the eager reference"
+        made.append(Target(text, 1.0, _worst_small(dtype)))
+        small = {"case": "small", "batch": 1, "length": 512, **cell}
+        text = f"1 x 512, {dtype}, k=4: speed-up over dense with packed weights"
+        made.append(Target(text, SMALL_DENSE, _speedup("dense-packed", **small)))
+        text = f"forward and backward, {dtype}, k=4: speed-up over the eager reference"
+        made.append(Target(text, BACKWARD, _speedup("reference", case="backward", **cell)))
+        text = f"ragged batch, {dtype}, k=4: time a real token, over the full batch's"
+        made.append(Target(text, RAGGED, _ragged(dtype), at_most=True))
+        text = f"temporary memory of a forward, {dtype}, k=4: share of the dense sublayer's"
+        made.append(Target(text, MEMORY, _memory(dtype), at_most=True))
+        text = f"largest array, {dtype}: share of n x 2d (must be smaller)"
+        made.append(Target(text, 0.999, _largest(dtype), at_most=True))
+    return made
+
+
+TARGETS = _targets()
+
+
+def verdicts(rows: list[Row]) -> list[tuple[Target, float | None, str]]:
+    """Every target with what was measured."""
+    return [(target, *target.verdict(rows)) for target in TARGETS]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; 1 if a target was missed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.targets", description=__doc__)
+    parser.add_argument("result", nargs="+", type=Path, help="speed_vs_k.json, memory.json")
+    paths = parser.parse_args(arguments).result
+    found = verdicts([row for path in paths for row in results.read(path)["rows"]])
+    table = Table("target", "limit", "measured", "")
+    colours = {"met": "green", "missed": "red", "not measured": "yellow"}
+    for target, value, verdict in found:
+        limit = f"{'at most' if target.at_most else 'at least'} {target.limit:g}"
+        measured = "" if value is None else f"{value:.3f}"
+        colour = colours[verdict]
+        table.add_row(target.text, limit, measured, f"[{colour}]{verdict}[/{colour}]")
+    Console(width=None if sys.stdout.isatty() else 130).print(table)
+    return int(any(verdict == "missed" for _, _, verdict in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
