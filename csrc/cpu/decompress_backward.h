@@ -31,16 +31,20 @@ struct DecompressBackward {
                       du_at = carver.reserve<S>(rows * padded),
                       t_at = carver.reserve<S>(block_tokens * bottleneck),
                       dt_at = carver.reserve<S>(block_tokens * bottleneck),
-                      dy_at = carver.reserve<S>(block_tokens * padded);
+                      dy_at = carver.reserve<S>(block_tokens * padded),
+                      db1_at = carver.reserve<S>(bottleneck), db2_at = carver.reserve<S>(padded);
         char* base = static_cast<char*>(thread_scratch(carver.bytes));
         auto at = [&](int64_t offset) { return reinterpret_cast<S*>(base + offset); };
         S *u = at(u_at), *q = at(q_at), *dq = at(dq_at), *du = at(du_at), *t = at(t_at),
-          *dt = at(dt_at), *dy = at(dy_at);
+          *dt = at(dt_at), *dy = at(dy_at), *db1 = at(db1_at), *db2 = at(db2_at);
         group_half<V, dtype, Products, Acc<V>>(p.u, first, rows, p.d, padded, p.r, p.w1u_packed,
                                                p.b1, u, q, bottleneck);
         zero_row<V>(dq, rows * bottleneck);
         zero_row<V>(du, rows * padded);
         for_token_blocks(p.groups, first, last, [&](const TokenBlock& block) {
+            // Sums of a block first: one running sum over all tokens would round too often.
+            zero_row<V>(db1, bottleneck);
+            zero_row<V>(db2, padded);
             for (int64_t i = 0; i < block.count; ++i) {
                 const int64_t token = block.token[i], m = block.group[i] - first;
                 bottleneck_row<V, Acc<V>>(static_cast<const S*>(p.projected) + token * p.r,
@@ -50,7 +54,7 @@ struct DecompressBackward {
                 normed_row<V, dtype, Acc<V>>(row, p.d, padded, {0, 1}, nullptr, nullptr,
                                              dy + i * padded);
                 add_row<V>(du + m * padded, dy + i * padded, padded);
-                add_row<V>(b2.of(thread), dy + i * padded, padded);
+                add_row<V>(db2, dy + i * padded, padded);
             }
             product<Products, V>(dy, padded, 1, block.count,
                                  {static_cast<const S*>(p.w2_packed_rows), 0}, bottleneck, dt,
@@ -59,7 +63,9 @@ struct DecompressBackward {
                                  block.count, true);
             for (int64_t i = 0; i < block.count; ++i)
                 through_phi(block.token[i], t + i * bottleneck, dt + i * bottleneck,
-                            dq + (block.group[i] - first) * bottleneck, b1.of(thread));
+                            dq + (block.group[i] - first) * bottleneck, db1);
+            add_row<V>(b1.of(thread), db1, bottleneck);
+            add_row<V>(b2.of(thread), db2, padded);
         });
         product<Products, V>(dq, bottleneck, 1, rows, {static_cast<const S*>(p.w1u_packed_rows), 0},
                              padded, du, padded, p.r, true);

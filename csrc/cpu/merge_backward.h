@@ -35,10 +35,14 @@ struct MergeBackward {
                       dg_at = carver.reserve<S>(rows * padded),
                       dp_at = carver.reserve<S>(rows * projected),
                       ds_at = carver.reserve<S>(rows * scores),
+                      norm_at = carver.reserve<S>(2 * padded), bias_at = carver.reserve<S>(scores),
                       stats_at = carver.reserve<Statistics<S>>(rows * k);
         char* base = static_cast<char*>(thread_scratch(carver.bytes));
         auto at = [&](int64_t offset) { return reinterpret_cast<S*>(base + offset); };
         S *h = at(h_at), *dh = at(dh_at), *dg = at(dg_at), *dp = at(dp_at), *ds = at(ds_at);
+        // Sums of a chunk first: one running sum over all tokens would round too often.
+        S *d_norm = at(norm_at), *d_bias = at(bias_at);
+        zero_row<V>(d_bias, scores);
         auto* stats = reinterpret_cast<Statistics<S>*>(base + stats_at);
 
         for (int64_t m = 0; m < rows; ++m)
@@ -55,8 +59,9 @@ struct MergeBackward {
                     dot = V::fma(V::load(dg + m * padded + i), V::load(h + i), dot);
                 ds[m * scores + j] = dot.sum();
             }
-            through_softmax(first + m, ds + m * scores, thread);
+            through_softmax(first + m, ds + m * scores, d_bias);
         }
+        add_row<V>(merge_bias.of(thread), d_bias, scores);
         const auto* rows_of_merge = static_cast<const S*>(p.merge_packed_rows);
         for (int64_t j = 0; j < k; ++j) {
             slot_rows(first, rows, j, stats, h, dg, dh, dp);
@@ -72,9 +77,12 @@ struct MergeBackward {
                 product<Products, V>(dp, 1, projected, p.r, {h, padded}, padded,
                                      projection.of(thread), padded, rows, true);
             }
+            zero_row<V>(d_norm, 2 * padded);
             for (int64_t m = 0; m < rows; ++m)
                 if (p.groups.has(first + m, j))
-                    through_norm(first + m, j, stats[m * k + j], dh + m * padded, thread);
+                    through_norm(first + m, j, stats[m * k + j], dh + m * padded, d_norm);
+            add_row<V>(norm_weight.of(thread), d_norm, padded);
+            add_row<V>(norm_bias.of(thread), d_norm + padded, padded);
         }
     }
 
@@ -89,13 +97,13 @@ struct MergeBackward {
     }
 
     // ds from da, in place; absent slots have a = 0 and so ds = 0.
-    void through_softmax(int64_t group, S* ds, int thread) const {
+    void through_softmax(int64_t group, S* ds, S* d_bias) const {
         const S* a = static_cast<const S*>(p.weights) + group * k;
         S mean = 0;
         for (int64_t j = 0; j < k; ++j) mean += a[j] * ds[j];
         for (int64_t j = 0; j < k; ++j) {
             ds[j] = p.groups.has(group, j) ? a[j] * (ds[j] - mean) : S(0);
-            merge_bias.of(thread)[j] += ds[j];
+            d_bias[j] += ds[j];
         }
     }
 
@@ -123,7 +131,7 @@ struct MergeBackward {
 
     // dx from dh: with n = (x - mean) scale and e = weight·dh,
     // dx = scale (e - n mean(e n)), for LayerNorm less scale mean(e) besides.
-    void through_norm(int64_t group, int64_t slot, Statistics<S> s, const S* dh, int thread) const {
+    void through_norm(int64_t group, int64_t slot, Statistics<S> s, const S* dh, S* d_norm) const {
         const E* x = x_row(group, slot);
         E* dx = static_cast<E*>(p.dx) + (p.groups.start[group] + slot) * p.d;
         const S* weight = static_cast<const S*>(p.norm_weight);
@@ -150,8 +158,8 @@ struct MergeBackward {
             V e = scaled(part), n = normalised(part);
             part.template store<T>(dx, p.norm == Norm::none ? e : (e - shift - n * slope) * scale);
             V direct = part.template load<Acc<V>>(dh);
-            add(norm_weight.of(thread), part, direct * n, p.d_norm_weight);
-            add(norm_bias.of(thread), part, direct, p.d_norm_bias);
+            add(d_norm, part, direct * n, p.d_norm_weight);
+            add(d_norm + padded, part, direct, p.d_norm_bias);
         });
     }
 
