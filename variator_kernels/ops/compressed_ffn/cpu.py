@@ -21,7 +21,7 @@ from ..group_merge.cpu import run as run_merge
 
 # Groups that go through the whole layer together: their inner activations (f numbers each) stay in
 # the last-level cache, and the products still have rows enough to run at full rate.
-BLOCK_GROUPS = 512
+BLOCK_GROUPS = 2048
 
 
 def packed_products(g: Tensor, ffn: FeedForward) -> Tensor:

@@ -17,7 +17,7 @@ def group_merge(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Merge groups of k = ``len(bias)`` neighbours: ``g_i = Σ_j softmax(W_c·concat(h)+b_c)_j h_ij``.
+    """Merge groups of k = ``len(bias)`` vectors: ``g_i = Σ_j softmax(W_c·concat(h)+b_c)_j h_ij``.
 
     Args:
         x: ``[B, n, d]``, or packed ``[T, d]`` together with ``cu_seqlens``.

@@ -33,7 +33,7 @@ def group_merge(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """``g_i = Σ_j a_ij h_ij``: ``[B, n, d]`` to ``[B, ceil(n/k), d]``, or ``[T, d]`` to ``[G, d]``."""
+    """``g_i = Σ_j a_ij h_ij``: ``[B, n, d]`` to ``[B, ceil(n/k), d]``, ``[T, d]`` to ``[G, d]``."""
     index, exists = slots(h, bias.shape[0], mask, cu_seqlens)
     hs = gather(h, index, exists)
     a = merge_weights(hs, exists, weight, bias)

@@ -1,0 +1,127 @@
+"""patch, unpatch, plugin_parameters: what they change."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import variator_kernels as vk
+from tests.models import tiny
+
+HEADS = ["Model", "EncoderModel", "ForConditionalGeneration", "ForTokenClassification"]
+
+
+@pytest.mark.parametrize(("family", "act"), tiny.VARIANTS)
+def test_dense_and_unpatched_are_bit_exact(family, act):
+    model = tiny.model(family, act)
+    ids, mask = tiny.batch(9, 4)
+    expected = tiny.encode(model, ids, mask)
+    before = tiny.snapshot(model)
+    assert vk.patch(model, ratio=4) is model
+    tiny.train_plugins(model)
+    assert not torch.equal(tiny.encode(model, ids, mask), expected)
+    vk.set_ratio(model, 1)
+    assert torch.equal(tiny.encode(model, ids, mask), expected)
+    assert vk.unpatch(model) is model
+    assert torch.equal(tiny.encode(model, ids, mask), expected)
+    assert tiny.snapshot(model) == before
+    vk.patch(model)
+
+
+@pytest.mark.parametrize("head", [*HEADS, "ForSequenceClassification", "ForQuestionAnswering"])
+def test_patches_the_encoder_of_every_head(head):
+    model = tiny.model(head=head)
+    base = {key: value.clone() for key, value in model.state_dict().items()}
+    vk.patch_t5(model, ratios=(2,))
+    keys = set(model.state_dict()) - set(base)
+    assert len(keys) == 2 * 2 * 6
+    assert not any("decoder" in key for key in keys)
+    assert all(
+        torch.equal(value, base[key]) for key, value in model.state_dict().items() if key in base
+    )
+
+
+def test_patches_a_bare_encoder_and_a_wrapped_model():
+    model = tiny.model(head="EncoderModel")
+    vk.patch_t5(model.encoder)
+    assert len(vk.plugin_parameters(model)) == 2 * 3 * 6
+    wrapped = nn.Sequential(tiny.model())
+    vk.patch_t5(wrapped)
+    assert len(vk.plugin_parameters(wrapped)) == 2 * 3 * 6
+
+
+def test_every_argument_reaches_the_plugins():
+    model = vk.patch_t5(tiny.model(), 3, [2, 8, 2], 5, "identity", ["ffn"], "reference")
+    plugins = model.encoder.block[0].layer[-1].plugins
+    assert list(plugins) == ["2", "3", "8"]
+    assert plugins["8"].merge.weight.shape == (8, 8 * 24)
+    assert plugins["8"].adapter.w1.shape == (5, 48)
+    assert plugins["8"].adapter.activation == "identity"
+    state = model.encoder.variator_state
+    assert (state.ratio, state.backend) == (3, "reference")
+    assert not any(module.training for module in model.modules())
+
+
+def test_requires_grad_of_the_base_is_left_alone():
+    model = tiny.model().requires_grad_(False)
+    model.shared.weight.requires_grad_(True)
+    vk.patch_t5(model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert {id(p) for p in trainable} == {
+        id(p) for p in [model.shared.weight, *vk.plugin_parameters(model)]
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_plugins_take_dtype_and_device_of_the_ffn(dtype):
+    model = tiny.model().to(dtype)
+    for block in model.encoder.block:
+        block.layer[-1].DenseReluDense.wo.float()
+    vk.patch_t5(model)
+    assert {p.dtype for p in vk.plugin_parameters(model)} == {dtype}
+    with torch.device("meta"):
+        meta = vk.patch_t5(tiny_meta())
+    assert {p.device.type for p in vk.plugin_parameters(meta)} == {"meta"}
+
+
+def tiny_meta():
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(**tiny.SIZES))
+
+
+def test_untrained_plugins_copy_the_output_of_the_mean():
+    model = vk.patch_t5(tiny.model(), ratio=4)
+    layer = model.encoder.block[0].layer[-1]
+    x = torch.randn(1, 4, 24)
+    h = layer.layer_norm(x)
+    expected = x + layer.DenseReluDense(h.mean(1, keepdim=True))
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_decoder_stays_dense_and_generate_works():
+    model = tiny.model()
+    ids, mask = tiny.batch(9, 5)
+    encoder_out = tiny.encode(model, ids, mask)
+    decoded = model(encoder_outputs=(encoder_out,), attention_mask=mask, decoder_input_ids=ids)
+    vk.patch_t5(model)
+    tiny.train_plugins(model)
+    again = model(encoder_outputs=(encoder_out,), attention_mask=mask, decoder_input_ids=ids)
+    assert torch.equal(again.logits, decoded.logits)
+    tokens = model.generate(ids, attention_mask=mask, max_new_tokens=5, num_beams=2)
+    alone = model.generate(ids[1:, :5], max_new_tokens=5, num_beams=2)
+    assert tokens.shape[0] == 2
+    assert torch.equal(tokens[1, : alone.shape[1]], alone[0])
+
+
+def test_is_still_its_class():
+    model = tiny.model(head="EncoderModel")
+    kinds = [type(m) for m in model.modules()]
+    vk.patch_t5(model)
+    patched = [m for m in model.modules() if "variator_state" in vars(m)]
+    assert len(patched) == 1 + 2 * 2
+    for module in patched:
+        assert any(isinstance(module, kind) for kind in kinds)
+        assert type(module).__name__ in {kind.__name__ for kind in kinds}
+    assert copy.deepcopy(model) is not model

@@ -1,0 +1,187 @@
+"""Plugin files: our own and the authors', into patched and unpatched models."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import variator_kernels as vk
+from tests.models import tiny
+from variator_kernels import checkpoint
+
+
+def same(a, b):
+    ids, mask = tiny.batch(9, 4)
+    return all(
+        torch.equal(tiny.encode(a, ids, mask), tiny.encode(b, ids, mask))
+        for k in (2, 4)
+        if vk.set_ratio(a, k) is None and vk.set_ratio(b, k) is None
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    vk.save_plugins(tiny.patched(ratio=2), tmp_path / "new" / "plugins")
+    return tmp_path / "new" / "plugins"
+
+
+def values(model):
+    return [p.clone() for p in vk.plugin_parameters(model)]
+
+
+def unchanged(model, before):
+    return all(torch.equal(a, b) for a, b in zip(before, vk.plugin_parameters(model), strict=True))
+
+
+def test_round_trip(folder):
+    assert sorted(path.name for path in folder.iterdir()) == ["plugins.json", "plugins.safetensors"]
+    patched = vk.patch(tiny.model(), ratio=4, ratios=(2, 4), bottleneck=6)
+    vk.load_plugins(patched, folder)
+    assert patched.encoder.variator_state.ratio == 4
+    assert same(patched, tiny.patched())
+    plain = tiny.model()
+    vk.load_plugins(plain, folder / "plugins.safetensors")
+    assert plain.encoder.variator_state.ratio == 2
+    assert plain.encoder.variator_state.ratios == (2, 4)
+    assert same(plain, tiny.patched())
+    vk.save_plugins(plain, folder)
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_settings_say_what_they_are_for(folder):
+    assert json.loads((folder / "plugins.json").read_text()) == {
+        "format": 1,
+        "family": "t5",
+        "ratios": [2, 4],
+        "ratio": 2,
+        "bottleneck": 6,
+        "activation": "tanh",
+        "hidden_size": 24,
+        "layers": 2,
+    }
+
+
+def test_takes_the_modules_dtype(folder):
+    model = vk.patch(tiny.model().to(torch.bfloat16), ratios=(2, 4), bottleneck=6)
+    vk.load_plugins(model, folder)
+    for got, saved in zip(
+        vk.plugin_parameters(model), vk.plugin_parameters(tiny.patched()), strict=True
+    ):
+        assert got.requires_grad
+        assert torch.equal(got, saved.bfloat16())
+
+
+def test_other_ratios_of_the_model_stay(folder):
+    model = tiny.patched(ratios=(2, 4, 8))
+    before = {k: p.clone() for k, p in model.named_parameters() if ".plugins." in k}
+    with torch.no_grad():
+        for parameter in vk.plugin_parameters(model):
+            parameter.add_(1)
+    vk.load_plugins(model, folder)
+    for key, parameter in model.named_parameters():
+        if ".plugins.8." in key:
+            assert torch.equal(parameter, before[key] + 1)
+    assert same(model, tiny.patched())
+
+
+def test_an_interrupted_save_keeps_the_old_files(folder, monkeypatch):
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        vk.save_plugins(tiny.patched(), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_loaded_plugins_are_looked_at_again(folder):
+    model = vk.patch(tiny.model(), ratios=(2, 4), bottleneck=6)
+    ids, mask = tiny.batch(9)
+    with pytest.warns(UserWarning, match="untrained"):
+        tiny.encode(model, ids, mask)
+    vk.load_plugins(model, folder)
+    assert not model.encoder.variator_state.warned
+
+
+def edit_settings(**changes):
+    def edit(folder):
+        tensors = load_file(folder / "plugins.safetensors")
+        settings = json.loads((folder / "plugins.json").read_text()) | changes
+        text = json.dumps(settings)
+        save_file(tensors, folder / "plugins.safetensors", {"settings": text})
+        (folder / "plugins.json").write_text(text)
+
+    return edit
+
+
+def edit_tensors(change):
+    def edit(folder):
+        tensors = load_file(folder / "plugins.safetensors")
+        change(tensors)
+        text = (folder / "plugins.json").read_text()
+        save_file(tensors, folder / "plugins.safetensors", {"settings": text})
+
+    return edit
+
+
+KEY = "layer.1.ratio.4.adapter.w1"
+DAMAGE = [
+    (lambda f: (f / "plugins.safetensors").unlink(), FileNotFoundError, "there is no file"),
+    (lambda f: (f / "plugins.json").unlink(), FileNotFoundError, "must hold plugins.json"),
+    (lambda f: (f / "plugins.json").write_text("{"), ValueError, "is damaged"),
+    (lambda f: (f / "plugins.json").write_text("{}"), ValueError, "belongs to other tensors"),
+    (lambda f: (f / "plugins.safetensors").write_bytes(b"12345678"), ValueError, "is damaged"),
+    (edit_settings(format=2), ValueError, "must have format 1, got 2"),
+    (edit_settings(extra=1), ValueError, "is damaged.*extra"),
+    (edit_settings(ratios=[0]), ValueError, "is damaged.*ratios must be >= 2"),
+    (edit_settings(activation="x"), ValueError, "activation 'x'|is damaged"),
+    (edit_settings(family="mt5"), ValueError, "has family 'mt5', the model has 't5'"),
+    (edit_settings(hidden_size=32), ValueError, "has hidden size 32, the model has 24"),
+    (edit_settings(layers=3), ValueError, "has number of layers 3, the model has 2"),
+    (edit_tensors(lambda t: t.pop(KEY)), ValueError, r"missing keys \['layer.1.ratio.4.adapter.w1"),
+    (edit_tensors(lambda t: t.update(x=t[KEY].clone())), ValueError, r"unexpected keys \['x'\]"),
+    (edit_tensors(lambda t: t.update({KEY: torch.ones(2)})), ValueError, "must have shape"),
+    (edit_tensors(lambda t: t.update({KEY: t[KEY].int()})), ValueError, "must be floating point"),
+]
+
+
+@pytest.mark.parametrize(("damage", "error", "message"), DAMAGE)
+def test_refuses_damaged_files(folder, damage, error, message):
+    damage(folder)
+    model, plain = tiny.patched(), tiny.model()
+    before = values(model)
+    for given in (model, plain):
+        with pytest.raises(error, match=message):
+            vk.load_plugins(given, folder)
+    assert unchanged(model, before)
+    assert not any(".plugins." in key for key in plain.state_dict())
+
+
+OTHERS = [
+    ({"num_layers": 3}, {}, "number of layers 2, the model has 3"),
+    ({"d_model": 32}, {}, "hidden size 24, the model has 32"),
+    ({}, {"bottleneck": 7}, "bottleneck 6, the model has 7"),
+    ({}, {"activation": "identity"}, "activation 'tanh', the model has 'identity'"),
+    ({}, {"ratio": 4, "ratios": (4,)}, r"ratios \[2, 4\], the model has plugins for \(4,\)"),
+]
+
+
+@pytest.mark.parametrize(("config", "patch", "message"), OTHERS)
+def test_refuses_another_models_files(folder, config, patch, message, monkeypatch):
+    monkeypatch.setattr(tiny, "SIZES", tiny.SIZES | config)
+    model = vk.patch(tiny.model(), **{"ratios": (2, 4), "bottleneck": 6} | patch)
+    before = values(model)
+    with pytest.raises(ValueError, match=message):
+        vk.load_plugins(model, folder)
+    assert unchanged(model, before)
+
+
+def test_refuses_unpatched_models(tmp_path):
+    with pytest.raises(ValueError, match="model is not patched"):
+        vk.save_plugins(tiny.model(), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        vk.load_plugins(tiny.model(), tmp_path / "none")

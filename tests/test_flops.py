@@ -1,0 +1,117 @@
+"""flops: count, the counter of PyTorch, and the paper's own figures."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import T5Config, T5EncoderModel
+
+import variator_kernels as vk
+from tests.models import tiny
+from variator_kernels import backends, flops
+
+needs_cpu = pytest.mark.skipif(
+    not next(s for s in backends.status() if s.name == "cpu").usable,
+    reason="the cpu backend is not built",
+)
+BASE = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "d_kv": 64}
+LARGE = {"d_model": 1024, "d_ff": 4096, "num_layers": 24, "num_heads": 16, "d_kv": 64}
+
+
+def meta(**sizes):
+    with torch.device("meta"):
+        return T5EncoderModel(T5Config(**sizes))
+
+
+@pytest.mark.parametrize(("sizes", "left"), [(BASE, 0.56), (LARGE, 0.55)])
+def test_whole_encoders(sizes, left):
+    count = vk.flops.count(meta(**sizes), length=512, ratio=4)
+    assert count.fraction_left == pytest.approx(left, abs=0.005)
+    d, f, n = sizes["d_model"], sizes["d_ff"], 512
+    assert count.dense_multiply_adds.ffn == sizes["num_layers"] * n * 2 * d * f
+    assert count.multiply_adds.ffn * 4 == count.dense_multiply_adds.ffn
+    assert count.multiply_adds.merge == sizes["num_layers"] * n * (4 * d + d)
+    assert count.multiply_adds.decompress == sizes["num_layers"] * n * 9 * 64 * d // 4
+    for part in ("attention_projections", "attention_core"):
+        assert getattr(count.multiply_adds, part) == getattr(count.dense_multiply_adds, part)
+
+
+def test_the_papers_section_3_4():
+    saved, added = flops.paper_check()
+    assert saved == pytest.approx(0.717, abs=0.002)
+    assert added == pytest.approx(0.034, abs=0.0005)
+
+
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+def test_parameters(variant):
+    model = tiny.model(*variant, head="EncoderModel")
+    dense = sum(p.numel() for p in model.parameters())
+    before = flops.count(model, ratio=4, bottleneck=6)
+    vk.patch(model, ratios=(4,), bottleneck=6)
+    after = flops.count(model, ratio=4)
+    assert before == after
+    assert after.dense_parameters.total == dense
+    assert after.parameters.total == sum(p.numel() for p in model.parameters())
+
+
+@needs_cpu
+@pytest.mark.parametrize("variant", [*tiny.VARIANTS, ("t5", "gelu")])
+@pytest.mark.parametrize(("batch", "length", "ratio"), [(1, 8, 4), (3, 9, 4), (2, 5, 2), (2, 7, 1)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_counter_agrees(variant, batch, length, ratio, grad):
+    model = tiny.patched(*variant, attn_implementation="eager")
+    ids, _ = tiny.batch(*[length] * batch)
+    with vk.use_ratio(model, ratio), torch.set_grad_enabled(grad):
+        with FlopCounterMode(display=False) as counter:
+            tiny.encode(model, ids)
+    count = vk.flops.count(model, batch=batch, length=length, ratio=ratio)
+    assert counter.get_total_flops() == 2 * count.multiply_adds.total
+
+
+@needs_cpu
+def test_counter_counts_training():
+    model = tiny.patched()
+    ids, _ = tiny.batch(8)
+    with FlopCounterMode(display=False) as counter:
+        tiny.encode(model, ids).sum().backward()
+    forward = 2 * vk.flops.count(model, length=8).multiply_adds.total
+    assert 2.8 * forward < counter.get_total_flops() < 3.2 * forward
+
+
+@needs_cpu
+def test_counter_knows_packed_input():
+    plugin = vk.Plugin(24, 4, 6)
+    layer = tiny.model().encoder.block[0].layer[-1]
+    ffn = vk.CompressedFFN(layer).feed_forward()
+    cu = torch.tensor([0, 4, 12])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vk.functional.compressed_ffn(torch.randn(12, 24), plugin, ffn, cu_seqlens=cu)
+    groups = (12 + 2 * 3) // 4
+    macs = groups * 2 * 24 * 40 + 12 * 5 * 24 + (24 + groups) * 6 * 24
+    assert counter.get_total_flops() == 2 * macs
+
+
+def test_ragged_rows():
+    model = meta(**BASE)
+    ragged = vk.flops.count(model, length=[1, 5, 8], ratio=4)
+    whole = vk.flops.count(model, batch=3, length=8, ratio=4)
+    assert ragged.multiply_adds.ffn * 6 == whole.multiply_adds.ffn * 5
+    assert ragged.dense_multiply_adds.ffn * 24 == whole.dense_multiply_adds.ffn * 14
+    assert ragged.multiply_adds.attention_core == whole.multiply_adds.attention_core
+    assert vk.flops.count(model, length=[]).multiply_adds.total == 0
+
+
+BAD = [
+    ({"ratio": 0}, "ratio must be >= 1, got 0"),
+    ({"batch": -1}, "batch must be >= 0, got -1"),
+    ({"length": -1}, "length must be >= 0, got -1"),
+    ({"length": [4, 2.5]}, "length must be an integer >= 0, got 2.5"),
+    ({"bottleneck": 0}, "bottleneck must be >= 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_refuses_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        vk.flops.count(tiny.model(), **arguments)
+    with pytest.raises(ValueError, match="encoder of a known family"):
+        vk.flops.count(torch.nn.Linear(2, 2))

@@ -1,0 +1,216 @@
+"""Putting plugins around a model's FFNs, and taking them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .. import backends, checks
+from ..nn import Plugin
+from ..ratio import STATE, PluginState, states
+from .classes import ORIGINAL, patched_class
+from .families import FAMILIES, T5_FAMILIES, Family
+from .find import Found, check_unchanged, find, is_patched
+
+PLACEMENTS = ("ffn",)
+_OWN_LIST = "variator_own_ignore_list"
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def patch_t5(
+    model: Model,
+    ratio: int = 4,
+    ratios: Iterable[int] = (2, 4, 8),
+    bottleneck: int = 64,
+    activation: str = "tanh",
+    placements: Iterable[str] = ("ffn",),
+    backend: str = "auto",
+) -> Model:
+    """Put compression plugins around the encoder FFNs of a T5, mT5 or umT5 model, in place.
+
+    Base parameters keep their names, values and ``requires_grad``: freeze them yourself to train
+    plugins alone. The plugins of a sublayer are ``plugins[str(k)]``; ``model.save_pretrained``
+    leaves them out (:func:`save_plugins` stores them). Decoders stay dense.
+
+    Args:
+        model: holds one encoder of these families, at any depth, or is it.
+        ratio: the active one; 1 is dense. It is added to ``ratios`` if it is not there.
+        ratios: every k that gets plugins, each at least 2.
+        bottleneck, activation: r and φ of the plugins.
+        placements: only ``("ffn",)``.
+        backend: as in :func:`functional.compressed_ffn`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, the model is patched already, or somebody
+        replaced what is to be patched. Nothing has changed then.
+    """
+    families = T5_FAMILIES
+    return apply(model, families, ratio, ratios, bottleneck, activation, placements, backend)
+
+
+def patch(
+    model: Model,
+    ratio: int = 4,
+    ratios: Iterable[int] = (2, 4, 8),
+    bottleneck: int = 64,
+    activation: str = "tanh",
+    placements: Iterable[str] = ("ffn",),
+    backend: str = "auto",
+) -> Model:
+    """:func:`patch_t5` or its like, by ``model.config.model_type``.
+
+    Raises:
+        ValueError: the family is not known; else as :func:`patch_t5`.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in FAMILIES:
+        raise ValueError(f"model must be of a known family, {tuple(FAMILIES)}, got {kind!r}")
+    families = (FAMILIES[kind],)
+    return apply(model, families, ratio, ratios, bottleneck, activation, placements, backend)
+
+
+def unpatch(model: Model) -> Model:
+    """Take every plugin off: the original classes, keys and outputs, bit for bit.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    states(model)
+    _ignore_on_save(model, False)
+    for module in list(model.modules()):
+        if STATE not in vars(module):
+            continue
+        delattr(module, STATE)
+        if "plugins" in module._modules:
+            del module.plugins
+        module.__class__ = getattr(type(module), ORIGINAL)
+    return model
+
+
+def plugin_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of all plugins, of every ratio: what there is to train.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    states(model)
+    return [
+        parameter
+        for module in model.modules()
+        if STATE in vars(module) and "plugins" in module._modules
+        for parameter in module._modules["plugins"].parameters()  # type: ignore[union-attr]
+    ]
+
+
+def apply(
+    model: Model,
+    families: tuple[Family, ...],
+    ratio: int,
+    ratios: Iterable[int],
+    bottleneck: int,
+    activation: str,
+    placements: Iterable[str] = PLACEMENTS,
+    backend: str = "auto",
+) -> Model:
+    """:func:`patch_t5` for a model of any of ``families``."""
+    if isinstance(model, nn.Module) and is_patched(model):
+        raise ValueError("model is already patched: use set_ratio(), or unpatch() it first")
+    found = find(model, families)
+    check_unchanged(found)
+    state = PluginState(
+        family=found.family.name,
+        ratio=checks.ratio(ratio),
+        ratios=_ratios(ratio, ratios),
+        bottleneck=checks.ratio(bottleneck, "bottleneck"),
+        activation=checks.choice(activation, checks.ADAPTER_ACTIVATIONS, "activation"),
+        placements=_placements(placements),
+        backend=checks.choice(backend, ("auto", *backends.BACKENDS), "backend"),
+    )
+    backends.resolve(backend, found.norm_weight(found.layers[0]))
+    plugins = [_plugins(found, layer, state) for layer in found.layers]
+
+    family = found.family
+    for layer, modules in zip(found.layers, plugins, strict=True):
+        layer.plugins = modules
+    parts = [(found.encoder, family.encoder)]
+    parts += [(block, family.block) for block in found.blocks]
+    parts += [(layer, family.layer) for layer in found.layers]
+    for part, name in parts:
+        part.__class__ = patched_class(family, name)
+        setattr(part, STATE, state)
+    _ignore_on_save(model, True)
+    return model
+
+
+def _ratios(ratio: int, ratios: Iterable[int]) -> tuple[int, ...]:
+    try:
+        given = list(ratios)
+    except TypeError:
+        raise ValueError(f"ratios must be a sequence of integers >= 2, got {ratios!r}") from None
+    every = {checks.ratio(k, "ratios", least=2) for k in given}
+    active = checks.ratio(ratio)
+    every |= {active} if active > 1 else set()
+    if not every:
+        raise ValueError("ratios must name at least one ratio >= 2, got ()")
+    return tuple(sorted(every))
+
+
+def _placements(placements: Iterable[str]) -> tuple[str, ...]:
+    given = (placements,) if isinstance(placements, str) else tuple(placements)
+    if given != PLACEMENTS:
+        raise ValueError(f"placements must be {PLACEMENTS} in this version, got {given}")
+    return given
+
+
+def _plugins(found: Found, layer: nn.Module, state: PluginState) -> nn.ModuleDict:
+    """New plugins with the place and type of what the FFN multiplies first (an fp16 T5 keeps
+    ``wo`` in fp32), or of the norm where that is quantised."""
+    like = found.norm_weight(layer)
+    dense = getattr(layer, found.family.dense)
+    for name in found.family.w_in:
+        weight = getattr(getattr(dense, name, None), "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.is_floating_point():
+            like = weight
+    modules = {
+        str(k): Plugin(
+            found.hidden_size,
+            k,
+            state.bottleneck,
+            state.activation,
+            device=like.device,
+            dtype=like.dtype,
+        )
+        for k in state.ratios
+    }
+    return nn.ModuleDict(modules).train(layer.training)
+
+
+def _ignore_on_save(model: nn.Module, ignore: bool) -> None:
+    """Tell every ``PreTrainedModel`` in ``model`` which keys ``save_pretrained`` leaves out."""
+    for module in model.modules():
+        if not hasattr(module, "_keys_to_ignore_on_save"):
+            continue
+        owner: Any = module
+        keys = {
+            f"{name}.plugins.{key}".lstrip(".")
+            for name, layer in module.named_modules(remove_duplicate=False)
+            if STATE in vars(layer) and "plugins" in layer._modules
+            for key in layer._modules["plugins"].state_dict()  # type: ignore[union-attr]
+        }
+        if not keys:
+            continue
+        before = set(owner._keys_to_ignore_on_save or ())
+        if ignore:
+            # Older versions keep it on the class alone: unpatch then leaves nothing behind.
+            setattr(owner, _OWN_LIST, "_keys_to_ignore_on_save" in vars(owner))
+            owner._keys_to_ignore_on_save = before | keys
+        else:
+            owner._keys_to_ignore_on_save = before - keys
+            if not vars(owner).pop(_OWN_LIST, True):
+                del owner._keys_to_ignore_on_save
