@@ -53,6 +53,7 @@ def _state(source: Tensor) -> tuple:
 cache = PackCache()
 
 
+@functools.cache
 def half_products(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies ``dtype`` natively on this processor."""
     if dtype == torch.bfloat16:

@@ -4,10 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "gemm.h"
 
 namespace variator {
@@ -17,25 +13,28 @@ namespace VARIATOR_ISA {
 // vectors (48 · 768 · 4 bytes) stay in the second-level cache.
 constexpr int64_t chunk_groups = 48;
 
-// work(first, last, thread) over all groups; the split depends on sizes and `threads` alone.
-template <class F>
+// work(first, last, thread) over all groups: an even range a thread, cut into chunks of whole
+// tiles. The split depends on sizes and `threads` alone.
+template <class V, class F>
 void for_chunks(int64_t groups, int threads, F work) {
-    if (groups == 0) return;
-    const int64_t rounds = (groups + threads * chunk_groups - 1) / (threads * chunk_groups);
-    const int64_t chunks = smaller(groups, threads * rounds);
-    const int64_t size = (groups + chunks - 1) / chunks;
+    const int64_t used = larger(1, smaller(threads, groups));
+    auto range = [&](int64_t thread) {
+        const int64_t end = groups * (thread + 1) / used;
+        int64_t first = groups * thread / used;
+        const int64_t chunks = (end - first + chunk_groups - 1) / chunk_groups;
+        const int64_t size =
+            chunks == 0 ? 0 : round_up((end - first + chunks - 1) / chunks, V::tile_rows);
+        for (; first < end; first += size)
+            work(first, smaller(end, first + size), static_cast<int>(thread));
+    };
 #ifdef _OPENMP
-    const int used = static_cast<int>(smaller(threads, chunks));
     if (used > 1) {
-#pragma omp parallel for schedule(static) num_threads(used)
-        for (int64_t c = 0; c < chunks; ++c)
-            if (c * size < groups)
-                work(c * size, smaller(groups, (c + 1) * size), omp_get_thread_num());
+#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(used))
+        for (int64_t thread = 0; thread < used; ++thread) range(thread);
         return;
     }
 #endif
-    for (int64_t c = 0; c < chunks; ++c)
-        if (c * size < groups) work(c * size, smaller(groups, (c + 1) * size), 0);
+    for (int64_t thread = 0; thread < used; ++thread) range(thread);
 }
 
 // Offsets of arrays within one allocation, each on its own cache line.

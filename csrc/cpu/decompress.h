@@ -83,13 +83,11 @@ struct DecompressForward {
         const int64_t u_at = carver.reserve<Operated>(rows * padded),
                       q_at = carver.reserve<S>(rows * bottleneck),
                       t_at = carver.reserve<Operated>(block_tokens * bottleneck),
-                      base_at = carver.reserve<S>(rows * padded),
-                      c_at = carver.reserve<S>(block_tokens * panel_columns<V>());
+                      shared_at = carver.reserve<S>(rows * padded);
         char* base = static_cast<char*>(thread_scratch(carver.bytes));
         auto* q = reinterpret_cast<S*>(base + q_at);
         auto* t = reinterpret_cast<Operated*>(base + t_at);
-        auto* sums = reinterpret_cast<S*>(base + c_at);
-        auto* shared = reinterpret_cast<S*>(base + base_at);
+        auto* shared = reinterpret_cast<S*>(base + shared_at);
         for (int64_t m = 0; m < rows; ++m) shared_row(first + m, shared + m * padded);
         group_half<V, dtype, Products, Out>(p.u, first, rows, p.d, padded, p.r, p.w1u_packed, p.b1,
                                             reinterpret_cast<Operated*>(base + u_at), q,
@@ -103,11 +101,12 @@ struct DecompressForward {
                 const int64_t width = smaller(panel_columns<V>(), columns - n);
                 panel_product<Products, V>(t, bottleneck, 1, block.count,
                                            static_cast<const Operated*>(p.w2_packed) + n * inner,
-                                           width * Products::step, width, sums, width, inner,
-                                           false);
-                for (int64_t i = 0; i < block.count; ++i)
-                    write(block.token[i], n, smaller(width, p.d - n), sums + i * width,
-                          shared + (block.group[i] - first) * padded + n);
+                                           width * Products::step, width, inner,
+                                           [&](int64_t row, int64_t column, V delta) {
+                                               const int64_t group = block.group[row] - first;
+                                               write(block.token[row], n + column, delta,
+                                                     V::load(shared + group * padded + n + column));
+                                           });
             }
         });
     }
@@ -122,27 +121,20 @@ struct DecompressForward {
         });
     }
 
-    // One token's piece of y, `count` columns from `at` on. The next piece of the row is fetched
-    // ahead: pieces of a row are a block apart in time, which hides them from the hardware.
-    void write(int64_t token, int64_t at, int64_t count, const S* delta, const S* shared) const {
+    // One vector of y, at column `at` of a token. The same column of the next panel is fetched
+    // ahead: pieces of a row are used a block apart in time, which hides them from the hardware.
+    inline __attribute__((always_inline)) void write(int64_t token, int64_t at, V delta,
+                                                     V shared) const {
         E* y = static_cast<E*>(p.y) + token * p.d + at;
-        constexpr int64_t line = 64 / sizeof(E);
-        for (int64_t i = 0; i < panel_columns<V>(); i += line)
-            __builtin_prefetch(y + panel_columns<V>() + i, 1);
-        if (!p.residual) {
-            for_parts<V>(count, [&](Part<V> part) {
-                part.template store<T>(
-                    y, part.template load<Acc<V>>(delta) + part.template load<Acc<V>>(shared));
-            });
-            return;
+        __builtin_prefetch(y + panel_columns<V>(), 1);
+        const Part<V> part{0, static_cast<int>(smaller(V::width, p.d - at))};
+        V o = delta + shared;
+        if (p.residual) {
+            const E* x = static_cast<const E*>(p.residual) + token * p.residual_stride + at;
+            __builtin_prefetch(x + panel_columns<V>());
+            o = o + part.template load<T>(x);
         }
-        const E* x = static_cast<const E*>(p.residual) + token * p.residual_stride + at;
-        for (int64_t i = 0; i < panel_columns<V>(); i += line)
-            __builtin_prefetch(x + panel_columns<V>() + i);
-        for_parts<V>(count, [&](Part<V> part) {
-            V o = part.template load<Acc<V>>(delta) + part.template load<Acc<V>>(shared);
-            part.template store<T>(y, o + part.template load<T>(x));
-        });
+        part.template store<T>(y, o);
     }
 };
 
@@ -151,13 +143,13 @@ void decompress(const DecompressParams& p) {
 #ifdef VARIATOR_BF16_PRODUCTS
     if constexpr (dtype == DType::bf16) {
         DecompressForward<V, dtype, Pairs, Storage<V, DType::bf16>> forward{p};
-        return for_chunks(p.groups.count, p.threads,
-                          [&](int64_t first, int64_t last, int) { forward.chunk(first, last); });
+        return for_chunks<V>(p.groups.count, p.threads,
+                             [&](int64_t first, int64_t last, int) { forward.chunk(first, last); });
     }
 #endif
     DecompressForward<V, dtype, Plain<V>, Acc<V>> forward{p};
-    for_chunks(p.groups.count, p.threads,
-               [&](int64_t first, int64_t last, int) { forward.chunk(first, last); });
+    for_chunks<V>(p.groups.count, p.threads,
+                  [&](int64_t first, int64_t last, int) { forward.chunk(first, last); });
 }
 
 }  // namespace VARIATOR_ISA

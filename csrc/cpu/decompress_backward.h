@@ -98,7 +98,7 @@ struct DecompressBackward {
 template <class V, DType dtype>
 void decompress_backward(const DecompressBackwardParams& p) {
     DecompressBackward<V, dtype> backward{p};
-    for_chunks(p.groups.count, p.threads, [&](int64_t first, int64_t last, int thread) {
+    for_chunks<V>(p.groups.count, p.threads, [&](int64_t first, int64_t last, int thread) {
         backward.chunk(first, last, thread);
     });
     backward.w1u.store(p.d_w1u);

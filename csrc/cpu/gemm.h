@@ -32,11 +32,13 @@ struct Operand {
     int64_t ld;
 };
 
-template <class P, class V, int rows, int vectors>
+// sink(row, column, sum) takes each finished vector, so a product's result can go where it is
+// wanted without a trip through memory.
+template <class P, class V, int rows, int vectors, class Sink>
 inline __attribute__((always_inline)) void tile(const typename P::Element* a, int64_t row_stride,
                                                 int64_t inner_stride, const typename P::Element* b,
-                                                int64_t ld, typename V::Scalar* c, int64_t ldc,
-                                                int64_t inner, bool add) {
+                                                int64_t ld, int64_t inner, int64_t first_row,
+                                                Sink& sink) {
     V sum[rows][vectors];
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m)
@@ -55,55 +57,48 @@ inline __attribute__((always_inline)) void tile(const typename P::Element* a, in
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m)
 #pragma GCC unroll 4
-        for (int n = 0; n < vectors; ++n) {
-            typename V::Scalar* out = c + m * ldc + n * V::width;
-            // Added only now: partial sums of a block each round less than one long sum.
-            (add ? V::load(out) + sum[m][n] : sum[m][n]).store(out);
-        }
-}
-
-template <class P, class V, int vectors>
-void tile_rows(int rows, const typename P::Element* a, int64_t row_stride, int64_t inner_stride,
-               const typename P::Element* b, int64_t ld, typename V::Scalar* c, int64_t ldc,
-               int64_t inner, bool add) {
-#define VARIATOR_TILE(R)                                                                    \
-    case R:                                                                                 \
-        if constexpr (R <= V::tile_rows)                                                    \
-            tile<P, V, R, vectors>(a, row_stride, inner_stride, b, ld, c, ldc, inner, add); \
-        break
-    switch (rows) {
-        VARIATOR_TILE(1);
-        VARIATOR_TILE(2);
-        VARIATOR_TILE(3);
-        VARIATOR_TILE(4);
-        VARIATOR_TILE(5);
-        VARIATOR_TILE(6);
-    }
-#undef VARIATOR_TILE
+        for (int n = 0; n < vectors; ++n) sink(first_row + m, int64_t{n} * V::width, sum[m][n]);
 }
 
 // One panel of B, columns a multiple of V::width and at most a tile's.
-template <class P, class V>
+template <class P, class V, int vectors, class Sink>
+void panel_rows(const typename P::Element* a, int64_t row_stride, int64_t inner_stride,
+                int64_t rows, const typename P::Element* b, int64_t ld, int64_t inner, Sink& sink) {
+    for (int64_t m = 0; m < rows; m += V::tile_rows) {
+        const typename P::Element* am = a + m * row_stride;
+#define VARIATOR_TILE(R)                                                                 \
+    case R:                                                                              \
+        if constexpr (R <= V::tile_rows)                                                 \
+            tile<P, V, R, vectors>(am, row_stride, inner_stride, b, ld, inner, m, sink); \
+        break
+        switch (smaller(V::tile_rows, rows - m)) {
+            VARIATOR_TILE(1);
+            VARIATOR_TILE(2);
+            VARIATOR_TILE(3);
+            VARIATOR_TILE(4);
+            VARIATOR_TILE(5);
+            VARIATOR_TILE(6);
+        }
+#undef VARIATOR_TILE
+    }
+}
+
+template <class P, class V, class Sink>
 void panel_product(const typename P::Element* a, int64_t row_stride, int64_t inner_stride,
                    int64_t rows, const typename P::Element* b, int64_t ld, int64_t columns,
-                   typename V::Scalar* c, int64_t ldc, int64_t inner, bool add) {
-    for (int64_t m = 0; m < rows; m += V::tile_rows) {
-        int count = static_cast<int>(smaller(V::tile_rows, rows - m));
-        const typename P::Element* am = a + m * row_stride;
-        typename V::Scalar* cm = c + m * ldc;
-#define VARIATOR_VECTORS(N)                                                                      \
-    case N:                                                                                      \
-        if constexpr (N <= V::tile_vectors)                                                      \
-            tile_rows<P, V, N>(count, am, row_stride, inner_stride, b, ld, cm, ldc, inner, add); \
+                   int64_t inner, Sink sink) {
+#define VARIATOR_VECTORS(N)                                                             \
+    case N:                                                                             \
+        if constexpr (N <= V::tile_vectors)                                             \
+            panel_rows<P, V, N>(a, row_stride, inner_stride, rows, b, ld, inner, sink); \
         break
-        switch (columns / V::width) {
-            VARIATOR_VECTORS(1);
-            VARIATOR_VECTORS(2);
-            VARIATOR_VECTORS(3);
-            VARIATOR_VECTORS(4);
-        }
-#undef VARIATOR_VECTORS
+    switch (columns / V::width) {
+        VARIATOR_VECTORS(1);
+        VARIATOR_VECTORS(2);
+        VARIATOR_VECTORS(3);
+        VARIATOR_VECTORS(4);
     }
+#undef VARIATOR_VECTORS
 }
 
 template <class V>
@@ -129,9 +124,15 @@ void product(const typename P::Element* a, int64_t row_stride, int64_t inner_str
             int64_t width = smaller(panel_columns<V>(), columns - n);
             int64_t ld = b.ld ? b.ld * P::step : width * P::step;
             const typename P::Element* panel = b.ld ? b.data + n * P::step : b.data + n * inner;
+            const bool sums = add || k > 0;
             panel_product<P, V>(a + k * inner_stride, row_stride, inner_stride, rows,
-                                panel + k / P::step * ld, ld, width, c + n, ldc, depth,
-                                add || k > 0);
+                                panel + k / P::step * ld, ld, width, depth,
+                                [=](int64_t row, int64_t column, V sum) {
+                                    // Added only now: partial sums of a block each round less than
+                                    // one long sum.
+                                    auto* out = c + row * ldc + n + column;
+                                    (sums ? V::load(out) + sum : sum).store(out);
+                                });
         }
     }
 }

@@ -153,13 +153,13 @@ void merge(const MergeParams& p) {
 #ifdef VARIATOR_BF16_PRODUCTS
     if constexpr (dtype == DType::bf16) {
         MergeForward<V, dtype, Pairs, Storage<V, DType::bf16>> forward{p};
-        return for_chunks(p.groups.count, p.threads,
-                          [&](int64_t first, int64_t last, int) { forward.chunk(first, last); });
+        return for_chunks<V>(p.groups.count, p.threads,
+                             [&](int64_t first, int64_t last, int) { forward.chunk(first, last); });
     }
 #endif
     MergeForward<V, dtype, Plain<V>, Acc<V>> forward{p};
-    for_chunks(p.groups.count, p.threads,
-               [&](int64_t first, int64_t last, int) { forward.chunk(first, last); });
+    for_chunks<V>(p.groups.count, p.threads,
+                  [&](int64_t first, int64_t last, int) { forward.chunk(first, last); });
 }
 
 }  // namespace VARIATOR_ISA

@@ -171,7 +171,7 @@ struct MergeBackward {
 template <class V, DType dtype>
 void merge_backward(const MergeBackwardParams& p) {
     MergeBackward<V, dtype> backward{p};
-    for_chunks(p.groups.count, p.threads, [&](int64_t first, int64_t last, int thread) {
+    for_chunks<V>(p.groups.count, p.threads, [&](int64_t first, int64_t last, int thread) {
         backward.chunk(first, last, thread);
     });
     if (p.d_merge_weight) {

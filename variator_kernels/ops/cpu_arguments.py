@@ -27,7 +27,10 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def as_accumulator(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` contiguous in the accumulator dtype of storage ``dtype``."""
-    return tensor.detach().to(accumulator(dtype)).contiguous()
+    wide = accumulator(dtype)
+    if tensor.dtype == wide and tensor.is_contiguous():
+        return tensor
+    return tensor.detach().to(wide).contiguous()
 
 
 def optional_accumulator(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
