@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,8 @@ def ratio(value: object, name: str = "ratio", least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         if isinstance(value, float) and value.is_integer():
             return ratio(int(value), name, least)
+        if hasattr(value, "__index__") and not isinstance(value, (bool, Tensor)):
+            return ratio(operator.index(value), name, least)  # NumPy's integers
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be >= {least}, got {value}")
@@ -47,8 +52,7 @@ def hidden(x: Tensor, cu_seqlens: Tensor | None, name: str = "x") -> None:
     if x.dim() != dims:
         form = "[batch, length, hidden]" if dims == 3 else "[tokens, hidden] (cu_seqlens is given)"
         raise ValueError(f"{name} must have shape {form}, got {list(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"{name} must be a floating point tensor, got {x.dtype}")
+    floating(x, name)
 
 
 def token_mask(mask: Tensor | None, cu_seqlens: Tensor | None, x: Tensor) -> None:
@@ -58,16 +62,44 @@ def token_mask(mask: Tensor | None, cu_seqlens: Tensor | None, x: Tensor) -> Non
     if mask is not None:
         shape(mask, tuple(x.shape[:2]), "mask")
         same_device(mask, x, "mask")
-        if mask.is_floating_point() and mask.dtype != torch.float32:
-            raise ValueError(
-                f"mask must be bool, integer or float32 with 1 for a real token, got {mask.dtype}"
-            )
+        mask_values(mask, "mask")
     if cu_seqlens is not None:
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
             raise ValueError("cu_seqlens must be a 1-d tensor of at least one offset")
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
         same_device(cu_seqlens, x, "cu_seqlens")
+        if _readable(cu_seqlens):
+            offsets(cu_seqlens, x.shape[0])
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether looking at values costs no synchronisation and is no graph break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def mask_values(mask: Tensor, name: str) -> None:
+    """A floating mask holds 1 and 0; an additive one (0 and -inf) would mean the opposite."""
+    if mask.is_floating_point() and _readable(mask) and bool((mask < 0).any()):
+        raise ValueError(
+            f"{name} must be nonzero for a real token and 0 for padding, got negative values "
+            "(an additive mask?)"
+        )
+
+
+def offsets(cu_seqlens: Tensor, tokens: int) -> None:
+    """Offsets never fall and stay within the tokens."""
+    values = cu_seqlens.tolist()
+    if values[0] < 0 or values[-1] > tokens or any(a > b for a, b in pairwise(values)):
+        raise ValueError(
+            f"cu_seqlens must rise from >= 0 to at most the number of tokens, {tokens}, "
+            f"got {values}"
+        )
+
+
+def floating(tensor: Tensor, name: str) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be a floating point tensor, got {tensor.dtype}")
 
 
 def merge_parameters(weight: Tensor, bias: Tensor, x: Tensor) -> int:
@@ -77,8 +109,9 @@ def merge_parameters(weight: Tensor, bias: Tensor, x: Tensor) -> int:
         raise ValueError(f"merge bias must have shape [ratio] with ratio >= 2, got {got}")
     k = bias.shape[0]
     shape(weight, (k, k * x.shape[-1]), "merge weight")
-    same_device(weight, x, "merge weight")
-    same_device(bias, x, "merge bias")
+    for tensor, name in ((weight, "merge weight"), (bias, "merge bias")):
+        same_device(tensor, x, name)
+        floating(tensor, name)
     return k
 
 
@@ -99,28 +132,29 @@ def adapter_parameters(
     ):
         shape(tensor, expected, name)
         same_device(tensor, x, name)
+        floating(tensor, name)
     return r
 
 
 def plugin(weights: PluginWeights, x: Tensor) -> None:
+    """All of a plugin's parameters."""
     merge_parameters(weights.merge_weight, weights.merge_bias, x)
     adapter_parameters(weights.w1, weights.b1, weights.w2, weights.b2, weights.activation, x)
 
 
 def feed_forward(ffn: FeedForward, x: Tensor) -> None:
+    """Every tensor of the sublayer: shape, device, a floating dtype."""
     d = x.shape[-1]
     choice(ffn.norm, NORMS, "norm")
-    for vector, name in ((ffn.norm_weight, "norm_weight"), (ffn.norm_bias, "norm_bias")):
-        if vector is not None:
-            shape(vector, (d,), name)
-            same_device(vector, x, name)
-    if ffn.module is not None:
-        return
-    choice(ffn.activation, ACTIVATIONS, "ffn activation")
-    f = ffn.w_in.shape[0]
-    shape(ffn.w_in, (f, d), "w_in")
-    shape(ffn.w_out, (d, f), "w_out")
-    if ffn.w_gate is not None:
-        shape(ffn.w_gate, (f, d), "w_gate")
-    for tensor, name in ((ffn.w_in, "w_in"), (ffn.w_out, "w_out")):
-        same_device(tensor, x, name)
+    expected: dict[str, tuple[int, ...]] = {"norm_weight": (d,), "norm_bias": (d,)}
+    if ffn.module is None:
+        choice(ffn.activation, ACTIVATIONS, "ffn activation")
+        f = ffn.w_in.shape[0]
+        expected |= {"w_in": (f, d), "w_out": (d, f), "w_gate": (f, d)}
+        expected |= {"b_in": (f,), "b_out": (d,), "b_gate": (f,)}
+    for name, size in expected.items():
+        tensor = getattr(ffn, name)
+        if tensor is not None:
+            shape(tensor, size, name)
+            same_device(tensor, x, name)
+            floating(tensor, name)

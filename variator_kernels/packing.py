@@ -37,6 +37,8 @@ class PackCache:
         found = forms.get(kind)
         if found is None or found[0] != state:
             found = (state, make())
+            for stale in [name for name, form in forms.items() if form[0] != state]:
+                del forms[stale]
             forms[kind] = found
         return found[1]
 
@@ -110,8 +112,13 @@ def _packed(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether :func:`packed_linear` takes this weight."""
-    return weight.dtype != torch.float64 and torch.backends.mkldnn.is_available()
+    """Whether :func:`packed_linear` takes this weight.
+
+    Not fp64, and not NaN or infinity: oneDNN's activations would hide what comes of them.
+    """
+    if weight.dtype == torch.float64 or not torch.backends.mkldnn.is_available():
+        return False
+    return cache.get(weight, "finite", lambda: bool(torch.isfinite(weight).all()))
 
 
 def instruction_set() -> str:

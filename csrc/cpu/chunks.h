@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "gemm.h"
+#include "scratch.h"
 
 namespace variator {
 namespace VARIATOR_ISA {
@@ -29,8 +30,18 @@ void for_chunks(int64_t groups, int threads, F work) {
     };
 #ifdef _OPENMP
     if (used > 1) {
+        bool failed = false;
 #pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(used))
-        for (int64_t thread = 0; thread < used; ++thread) range(thread);
+        for (int64_t thread = 0; thread < used; ++thread) {
+            // An exception must not leave a parallel region; scratch memory is all that can throw.
+            try {
+                range(thread);
+            } catch (...) {
+#pragma omp atomic write
+                failed = true;
+            }
+        }
+        if (failed) out_of_memory();
         return;
     }
 #endif

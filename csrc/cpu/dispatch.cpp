@@ -1,5 +1,9 @@
 #include "dispatch.h"
 
+#ifdef VARIATOR_HAVE_AVX2
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <stdexcept>
 
@@ -18,6 +22,14 @@ Kernels avx512_bf16_kernels();
 
 namespace {
 
+#ifdef VARIATOR_HAVE_AVX2
+// By hand: older compilers do not know the name in __builtin_cpu_supports.
+bool has_f16c() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & (1u << 29)) != 0;
+}
+#endif
+
 const std::vector<Kernels>& available() {
     static const std::vector<Kernels> tables = [] {
         std::vector<Kernels> found{portable_kernels()};
@@ -25,8 +37,7 @@ const std::vector<Kernels>& available() {
         __builtin_cpu_init();
 #endif
 #ifdef VARIATOR_HAVE_AVX2
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-            __builtin_cpu_supports("f16c"))
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
             found.push_back(avx2_kernels());
 #endif
 #ifdef VARIATOR_HAVE_AVX512

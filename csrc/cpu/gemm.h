@@ -153,11 +153,6 @@ struct Pairs {
 };
 #endif
 
-template <class E>
-inline int64_t packed_elements(const PackParams& p, int width, int step) {
-    return round_up(p.columns, width) * round_up(p.inner, step);
-}
-
 // The layout `product` reads: panels one after the other, each [inner / step][columns][step].
 template <class V, class E, int step, class Convert>
 void pack_panels(const PackParams& p, Convert convert) {

@@ -42,20 +42,21 @@ S sum_of(const S* values, int64_t n) {
 template <class V, DType dtype>
 void weighted_sum(const MergeParams& p, int64_t group, const typename V::Scalar* a,
                   const Statistics<typename V::Scalar>* stats,
-                  const typename Storage<V, dtype>::Element** rows, typename V::Scalar* factors) {
+                  const typename Storage<V, dtype>::Element** rows, typename V::Scalar* factors,
+                  typename V::Scalar* means) {
     using S = typename V::Scalar;
     using T = Storage<V, dtype>;
     using E = typename T::Element;
     E* out = static_cast<E*>(p.merged) + group * p.d;
     const S* weight = static_cast<const S*>(p.norm_weight);
     const S* bias = static_cast<const S*>(p.norm_bias);
+    const bool centred = p.norm == Norm::layer;
     int64_t count = 0;
-    S offset = 0;
     for (int64_t j = 0; j < p.groups.k; ++j) {
         if (!p.groups.has(group, j)) continue;  // never 0 · x: an absent row may hold NaN
         rows[count] = static_cast<const E*>(p.x) + (p.groups.start[group] + j) * p.x_stride;
         factors[count] = a[j] * stats[j].scale;
-        offset -= factors[count] * stats[j].mean;
+        means[count] = stats[j].mean;
         ++count;
     }
     if (count == 0) return zero_row<V>(out, p.d);
@@ -66,21 +67,24 @@ void weighted_sum(const MergeParams& p, int64_t group, const typename V::Scalar*
     };
     int64_t i = 0;
     for (; i + 4 * V::width <= p.d; i += 4 * V::width) {
-        V g[4] = {V::set(offset), V::set(offset), V::set(offset), V::set(offset)};
+        V g[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
         for (int64_t j = 0; j < count; ++j) {
             const V factor = V::set(factors[j]);
+            // Centred before the sum: taking a large mean off the sum would cancel.
+            const V mean = V::set(centred ? means[j] : S(0));
 #pragma GCC unroll 4
             for (int n = 0; n < 4; ++n)
-                g[n] = V::fma(factor, T::load(rows[j] + i + n * V::width), g[n]);
+                g[n] = V::fma(factor, T::load(rows[j] + i + n * V::width) - mean, g[n]);
         }
 #pragma GCC unroll 4
         for (int n = 0; n < 4; ++n) finish(Part<V>{i + n * V::width, V::width}, g[n]);
     }
     for_parts<V>(p.d - i, [&](Part<V> part) {
         part.at += i;
-        V g = V::set(offset);
+        V g = V::zero();
         for (int64_t j = 0; j < count; ++j)
-            g = V::fma(V::set(factors[j]), part.template load<T>(rows[j]), g);
+            g = V::fma(V::set(factors[j]),
+                       part.template load<T>(rows[j]) - V::set(centred ? means[j] : S(0)), g);
         finish(part, g);
     });
 }
@@ -104,7 +108,7 @@ struct MergeForward {
                       s_at = carver.reserve<S>(rows * scores_columns),
                       t_at = carver.reserve<S>(rows * projected_columns),
                       stats_at = carver.reserve<Statistics<S>>(rows * k),
-                      rows_at = carver.reserve<const E*>(k), factors_at = carver.reserve<S>(k);
+                      rows_at = carver.reserve<const E*>(k), factors_at = carver.reserve<S>(2 * k);
         char* base = static_cast<char*>(thread_scratch(carver.bytes));
         auto* h = reinterpret_cast<Operated*>(base + h_at);
         auto* scores = reinterpret_cast<S*>(base + s_at);
@@ -135,7 +139,8 @@ struct MergeForward {
             if (p.poison) static_cast<S*>(p.poison)[first + m] = sum_of(a, k) * S(0);
             weighted_sum<V, dtype>(p, first + m, a, stats + m * k,
                                    reinterpret_cast<const E**>(base + rows_at),
-                                   reinterpret_cast<S*>(base + factors_at));
+                                   reinterpret_cast<S*>(base + factors_at),
+                                   reinterpret_cast<S*>(base + factors_at) + k);
         }
     }
 

@@ -39,6 +39,8 @@ void* allocate_zeroed(size_t bytes) {
     return memory;
 }
 
+void out_of_memory() { throw std::bad_alloc(); }
+
 void release_zeroed(void* memory) { std::free(memory); }
 
 }  // namespace variator

@@ -12,4 +12,7 @@ void* thread_scratch(size_t bytes);
 void* allocate_zeroed(size_t bytes);
 void release_zeroed(void* memory);
 
+// Throws std::bad_alloc; here, so that no exception code is compiled for one instruction set.
+[[noreturn]] void out_of_memory();
+
 }  // namespace variator

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from tests.ops.cases import (
-    ISAS,
     MASKS,
     assert_close,
     cast,
@@ -192,5 +191,26 @@ def test_dropout_of_the_merged_vector():
         assert (dropped == dropped[:, :1]).all()
 
 
-def test_isas_agree_on_the_fixture():
-    assert ISAS[0] == "portable"
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+def test_what_padding_holds_reaches_no_gradient(backend, kind):
+    p, ffn = leaves(plugin(24, 4, 8, torch.float32)), feed_forward(24, 40, torch.float32, kind)
+    ffn = leaves(ffn)
+    mask = masked("left", 3, 19)
+    x = torch.where(mask[..., None], torch.randn(3, 19, 24), float("nan")).requires_grad_()
+    y = vf.compressed_ffn(x, p, ffn, mask=mask, backend=backend)
+    tensors = [t for t in (*p, *ffn) if isinstance(t, Tensor)]
+    for gradient in torch.autograd.grad(y[mask].sum(), tensors):
+        assert torch.isfinite(gradient).all()
+    u = torch.randn(3, 5, 24)
+    o = vf.adapter_decompress(u, x, *p[2:6], ratio=4, mask=mask, backend=backend)
+    for gradient in torch.autograd.grad(o.sum(), p[2:6]):
+        assert torch.isfinite(gradient).all()
+
+
+def test_second_derivatives_are_refused():
+    p, ffn = leaves(plugin(24, 4, 8, torch.float32)), feed_forward(24, 40, torch.float32, "t5")
+    x = torch.randn(2, 9, 24, requires_grad=True)
+    y = vf.compressed_ffn(x, p, ffn, backend="cpu")
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)

@@ -130,3 +130,24 @@ def test_mixed_dtypes_follow_transformers():
         out = vf.compressed_ffn(x, p, ffn, backend="cpu")
     assert out.dtype == plain.dtype == torch.float32
     assert_close(out, plain, truth)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_norm_of_another_dtype(kind, dtypes):
+    dtype, norm_dtype = (getattr(torch, name) for name in dtypes)
+    p, ffn = plugin(24, 4, 8, dtype), feed_forward(24, 40, dtype, kind)
+    ffn = ffn._replace(norm_weight=ffn.norm_weight.to(norm_dtype))
+    x = torch.randn(3, 19, 24).to(dtype)
+    mask = masked("left", 3, 19)
+    compare(vf.compressed_ffn, x, (p, ffn), kind, mask=mask)
+    with torch.no_grad():
+        y = vf.compressed_ffn(x, p, ffn, mask=mask, backend="cpu")
+    assert torch.equal(y[~mask], x[~mask])
+
+
+@every_isa
+def test_layer_norm_of_a_large_mean(isa):  # noqa: F811
+    p, ffn = plugin(48, 4, 8, torch.float32), feed_forward(48, 64, torch.float32, "bert")
+    x = 300 + torch.randn(2, 22, 48)
+    compare(vf.compressed_ffn, x, (p, ffn._replace(post_norm=False)), "offset")

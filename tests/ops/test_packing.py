@@ -81,10 +81,9 @@ def test_changed_weights_are_packed_again(change):
     torch.testing.assert_close(after, layer(x, "reference"), rtol=1e-4, atol=1e-5)
 
 
-def test_unchanged_weights_are_packed_once(monkeypatch):
+def test_unchanged_weights_are_packed_once():
     layer, x = Layer(), torch.randn(2, 19, D)
     layer(x)
-    monkeypatch.setattr(packing.PackCache, "_fresh", None, raising=False)
     weight = layer.wi.weight
     packed = packing.cache.get(weight, "linear", lambda: pytest.fail("packed again"))
     layer(x)
@@ -127,3 +126,21 @@ def test_packed_linear(dtype, activation):
     out = packing.packed_linear(x, ffn.w_in, ffn.b_in, activation)
     assert out.dtype == packing.product_dtype(dtype)
     assert_close(out, plain(x, ffn.w_in, ffn.b_in), plain(x.double(), wide.w_in, wide.b_in))
+
+
+def test_nan_in_a_weight_shows():
+    """oneDNN's ReLU would turn it into 0."""
+    layer, x = Layer(), torch.randn(2, 19, D)
+    with torch.no_grad():
+        layer.wi.weight[0, 0] = float("nan")
+    assert torch.isnan(layer(x)).all()
+
+
+def test_stale_forms_are_dropped():
+    layer, x = Layer(), torch.randn(2, 19, D)
+    for _ in range(4):
+        layer(x)
+        halve_in_place(layer)
+    layer(x)
+    forms = packing.cache._entries[id(layer.wi.weight)][1]
+    assert len({state for state, _ in forms.values()}) == 1

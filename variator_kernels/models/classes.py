@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .. import checks, functional
 from ..ratio import Active, PluginState
 from .families import FAMILIES, ROW, Family, describe, follow
 
@@ -117,6 +117,7 @@ def _token_mask(mask: Any) -> Tensor | None:
             "attention_mask must have shape [batch, length] at a ratio above 1 (it tells the "
             f"groups where a row's tokens are), got {got}"
         )
+    checks.mask_values(mask, "attention_mask")
     return mask != 0 if mask.is_floating_point() else mask
 
 

@@ -89,7 +89,8 @@ def describe(layer: nn.Module) -> FeedForward:
     parametrised or hooked linear layers, an unknown activation) ``module`` is the FFN itself.
 
     Raises:
-        TypeError: ``layer`` is not an FFN sublayer of a known family.
+        TypeError: ``layer`` is not an FFN sublayer of a known family, or its norm or its dropout,
+            which the kernels replace, was replaced or hooked.
     """
     family = getattr(type(layer), ROW, None) or _BY_LAYER.get(type(layer).__name__)
     if family is None:
@@ -98,6 +99,14 @@ def describe(layer: nn.Module) -> FeedForward:
             f"feed_forward(), got {type(layer).__name__}"
         )
     norm, dense = getattr(layer, family.norm), getattr(layer, family.dense)
+    for name in (family.norm, family.outer_dropout):
+        part = getattr(layer, name)
+        home = type(part).forward.__module__
+        if not _untouched(part) or home.split(".")[0] not in ("torch", "transformers", "apex"):
+            raise TypeError(
+                f"{name} of {type(layer).__name__} was replaced or hooked ({type(part).__name__}): "
+                "the compressed layer would pass it by; unpatch the model to use it"
+            )
     eps = next(getattr(norm, name) for name in family.eps if hasattr(norm, name))
     outer = _probability(getattr(layer, family.outer_dropout))
     weight: Tensor = norm.weight
@@ -111,8 +120,8 @@ def describe(layer: nn.Module) -> FeedForward:
         and _untouched(dense)
         and type(dense).__name__ in family.dense_classes
         and type(dense).forward.__module__ == family.module
-        and all(type(p) is nn.Linear and _untouched(p) for p in (w_in[0], w_out))
-        and (w_gate is None or (type(w_gate) is nn.Linear and _untouched(w_gate)))
+        and all(_plain_linear(p) for p in (w_in[0], w_out))
+        and (w_gate is None or _plain_linear(w_gate))
     )
     if not plain or activation is None:
         # The products are not looked at then: the norm's weight only stands in for a tensor.
@@ -153,6 +162,15 @@ def _untouched(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+    )
+
+
+def _plain_linear(linear: nn.Module) -> bool:
+    """Its weight is all it is: no subclass of either (quantised, sharded), no hook."""
+    return (
+        type(linear) is nn.Linear
+        and type(linear.weight) in (nn.Parameter, Tensor)
+        and _untouched(linear)
     )
 
 

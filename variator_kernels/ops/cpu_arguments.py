@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import extension
+from .. import checks, extension
 from ..grouping import max_groups
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -77,10 +76,11 @@ class Layout:
         if cu_seqlens is not None:
             self.rows, self.n = cu_seqlens.shape[0] - 1, 0
             self.offsets = cu_seqlens.to(torch.int64).contiguous()
-            _check_offsets(self.offsets, x.shape[0])
+            checks.offsets(self.offsets, x.shape[0])
         else:
             self.rows, self.n = x.shape[:2]
             if mask is not None:
+                checks.shape(mask, (self.rows, self.n), "mask")
                 mask = mask if mask.dtype == torch.bool else mask != 0
                 self.mask = mask.contiguous()
 
@@ -107,7 +107,8 @@ class Layout:
         return self.mask is None and self.offsets is None
 
     def copy_padding(self, x: Tensor, y: Tensor) -> None:
-        """Copies to ``y [tokens, d]`` the rows of ``x`` that no group holds."""
+        """Copies to ``y [tokens, d]`` the rows of ``x`` that no group holds; same dtype."""
+        require(x.dtype == y.dtype, f"x is {x.dtype}, y is {y.dtype}")
         if self.offsets is not None:
             first, last = int(self.offsets[0]), int(self.offsets[-1])
             y[:first].copy_(x[:first])
@@ -125,13 +126,10 @@ class Layout:
             )
 
 
-def _check_offsets(offsets: Tensor, tokens: int) -> None:
-    values = offsets.tolist()
-    if values[0] < 0 or values[-1] > tokens or any(a > b for a, b in pairwise(values)):
-        raise ValueError(
-            f"cu_seqlens must rise from >= 0 to at most the number of tokens, {tokens}, "
-            f"got {values}"
-        )
+def require(holds: bool, what: str) -> None:
+    """The kernels read addresses: an op called with arguments that do not fit must not run."""
+    if not holds:
+        raise ValueError(f"argument does not fit: {what}")
 
 
 def pack(

@@ -17,3 +17,11 @@ def define(schema: str) -> None:
 def backend_module(package: str | None, backend: str) -> ModuleType:
     """The file of an op's folder that implements ``backend``."""
     return importlib.import_module(f".{backend}", package)
+
+
+def refuse_second_derivatives() -> None:
+    """Called by each op's backward: differentiating it again would be silently wrong."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "the kernels have no second derivatives (create_graph=True); use backend='reference'"
+        )

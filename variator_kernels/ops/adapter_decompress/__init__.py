@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ... import backends, checks
-from ...grouping import max_groups
+from ...grouping import max_groups, token_slots
 from . import op, reference
 
 
@@ -61,6 +62,10 @@ def adapter_decompress(
             cu_seqlens=cu_seqlens,
             activation=activation,
         )
+    if mask is not None or cu_seqlens is not None:
+        # What padding holds must not reach W_1's gradient.
+        _, real = token_slots(h, ratio, mask, cu_seqlens)
+        h = torch.where(real[..., None], h, 0)
     w1u, w1h = w1.chunk(2, -1)
     projected = F.linear(h, w1h.to(h.dtype))
     return op.adapter_decompress(

@@ -17,6 +17,7 @@ from ..cpu_arguments import (
     flat,
     pack_columns,
     pack_rows,
+    require,
 )
 
 
@@ -58,6 +59,16 @@ def run(
     )
 
 
+def _check(
+    u: Tensor, projected: Tensor, w1u: Tensor, b1: Tensor, w2: Tensor, groups: Groups
+) -> None:
+    d, r = u.shape[-1], projected.shape[-1]
+    require(u.numel() == groups.groups * d, f"u is {list(u.shape)}")
+    require(w1u.shape == (r, d), f"w1u is {list(w1u.shape)}")
+    require(b1.shape == (r,), f"b1 is {list(b1.shape)}")
+    require(w2.shape == (d, r), f"w2 is {list(w2.shape)}")
+
+
 def adapter_decompress(
     u: Tensor,
     projected: Tensor,
@@ -74,13 +85,16 @@ def adapter_decompress(
     dtype = u.dtype
     layout = Layout(projected, mask, cu_seqlens)
     groups = layout.groups(ratio, compact=False)
+    _check(u, projected, w1u, b1, w2, groups)
+    require(b2.shape == u.shape[-1:], f"b2 is {list(b2.shape)}")
     shape = (*projected.shape[:-1], u.shape[-1])
     if residual is None:
         y = (torch.empty if layout.covers_all else torch.zeros)(shape, dtype=dtype)
         rows = None
     else:
         y = torch.empty(shape, dtype=dtype)
-        rows = flat(residual)
+        require(residual.shape == shape, f"residual is {list(residual.shape)}")
+        rows = flat(residual.to(dtype))
         layout.copy_padding(rows, y.view(-1, shape[-1]))
     run(
         flat(u).contiguous(),
@@ -115,6 +129,8 @@ def adapter_decompress_backward(
     layout = Layout(projected, mask, cu_seqlens)
     groups = layout.groups(ratio, compact=False)
     r, d = w1u.shape
+    _check(u, projected, w1u, b1, w2, groups)
+    require(dy.shape == (*projected.shape[:-1], d), f"dy is {list(dy.shape)}")
     u = flat(u).contiguous()
     du = torch.empty(u.shape, dtype=dtype)
     d_projected = (torch.empty if layout.covers_all else torch.zeros)(projected.shape, dtype=wide)

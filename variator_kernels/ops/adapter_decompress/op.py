@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..library import LIBRARY, backend_module, define
+from ..library import LIBRARY, backend_module, define, refuse_second_derivatives
 
 define(
     "adapter_decompress(Tensor u, Tensor projected, Tensor w1u, Tensor b1, Tensor w2, Tensor b2,"
@@ -87,6 +87,7 @@ def _setup(ctx, inputs, output):
 
 
 def _gradients(ctx, dy):
+    refuse_second_derivatives()
     u, projected, w1u, b1, w2, mask, cu = ctx.saved_tensors
     du, d_projected, d_w1u, d_b1, d_w2, d_b2 = torch.ops.variator.adapter_decompress_backward(
         dy, u, projected, w1u, b1, w2, mask, cu, ctx.ratio, ctx.activation, ctx.backend

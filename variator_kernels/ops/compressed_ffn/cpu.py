@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import packing
-from ...feed_forward import FeedForward, PluginWeights, activate, normalize
+from ...feed_forward import FeedForward, PluginWeights, products
 from ..adapter_decompress.cpu import run as run_decompress
 from ..cpu_arguments import (
     Layout,
@@ -18,6 +18,7 @@ from ..cpu_arguments import (
     pack_merge,
 )
 from ..group_merge.cpu import run as run_merge
+from .layered import normalize_real
 
 # Groups that go through the whole layer together: their inner activations (f numbers each) stay in
 # the last-level cache, and the products still have rows enough to run at full rate.
@@ -26,11 +27,9 @@ BLOCK_GROUPS = 2048
 
 def packed_products(g: Tensor, ffn: FeedForward) -> Tensor:
     """``FFN(g)`` for ``g [rows, d]`` with packed weights, in g's dtype."""
-    if not packing.can_pack(ffn.w_in):
-        inner = activate(torch.nn.functional.linear(g, ffn.w_in, ffn.b_in), ffn.activation)
-        if ffn.w_gate is not None:
-            inner = inner * torch.nn.functional.linear(g, ffn.w_gate, ffn.b_gate)
-        return torch.nn.functional.linear(inner, ffn.w_out, ffn.b_out)
+    weights = [w for w in (ffn.w_in, ffn.w_gate, ffn.w_out) if w is not None]
+    if not all(packing.can_pack(w) for w in weights):
+        return products(g, ffn).to(g.dtype)
     inner = packing.packed_linear(g, ffn.w_in, ffn.b_in, ffn.activation)
     if ffn.w_gate is not None:
         inner = packing.packed_linear_times(g, inner, ffn.w_gate, ffn.b_gate)
@@ -93,9 +92,7 @@ def compressed_ffn(
         )
     if not ffn.post_norm:
         return y
-    normed = normalize(y, ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)
-    layout.copy_padding(rows, normed.view(-1, d))
-    return normed
+    return normalize_real(y, ffn, k, mask, cu_seqlens)
 
 
 def _packed_plugin(

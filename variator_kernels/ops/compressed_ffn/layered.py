@@ -57,8 +57,17 @@ def compressed_ffn(
     )
     if pre_norm:
         return y
-    normed = normalize(y, ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)
+    return normalize_real(y, ffn, plugin.ratio, mask, cu_seqlens)
+
+
+def normalize_real(
+    y: Tensor, ffn: FeedForward, ratio: int, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """The norm after the residual, for real tokens alone, in y's dtype."""
+    norm = (ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)
     if mask is None and cu_seqlens is None:
-        return normed
-    _, real = token_slots(x, plugin.ratio, mask, cu_seqlens)
-    return torch.where(real[..., None], normed, y)
+        return normalize(y, *norm).to(y.dtype)
+    _, real = token_slots(y, ratio, mask, cu_seqlens)
+    # What padding holds must not reach the norm's gradient.
+    normed = normalize(torch.where(real[..., None], y, 0), *norm)
+    return torch.where(real[..., None], normed.to(y.dtype), y)

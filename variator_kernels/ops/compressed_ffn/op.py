@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...feed_forward import FeedForward, PluginWeights
-from ..library import LIBRARY, backend_module, define
+from ..library import LIBRARY, backend_module, define, refuse_second_derivatives
 from . import layered
 
 _ARGUMENTS = (
@@ -103,6 +103,7 @@ def _setup(ctx, inputs, output):
 
 
 def _gradients(ctx, dy):
+    refuse_second_derivatives()
     tensors = ctx.saved_tensors
     found = iter(torch.ops.variator.compressed_ffn_backward(dy, *tensors, *ctx.rest))
     gradients = [None] * (_TENSORS + len(ctx.rest))

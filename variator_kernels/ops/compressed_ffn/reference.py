@@ -21,7 +21,12 @@ def compressed_ffn(
 ) -> Tensor:
     """The whole sublayer, norm to residual: ``x [B, n, d]``, or packed ``[T, d]``."""
     norm = (ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)
-    h = x if ffn.post_norm else normalize(x, *norm)
+    real = None
+    if mask is not None or cu_seqlens is not None:
+        real = token_slots(x, plugin.ratio, mask, cu_seqlens)[1][..., None]
+    # What padding holds must not reach the norm's gradient.
+    tokens = x if real is None else torch.where(real, x, 0)
+    h = tokens if ffn.post_norm else normalize(tokens, *norm)
     g = group_merge(h, plugin.merge_weight, plugin.merge_bias, mask=mask, cu_seqlens=cu_seqlens)
     u = products(g, ffn)
     o = adapter_decompress(
@@ -36,8 +41,9 @@ def compressed_ffn(
         cu_seqlens=cu_seqlens,
         activation=plugin.activation,
     )
-    y = x + o
-    if not ffn.post_norm:
-        return y
-    _, real = token_slots(x, plugin.ratio, mask, cu_seqlens)
-    return torch.where(real[..., None], normalize(y, *norm), y)
+    y = (x + o).to(torch.promote_types(x.dtype, u.dtype))
+    if ffn.post_norm:
+        kept = y if real is None else torch.where(real, y, 0)
+        normed = normalize(kept, *norm).to(y.dtype)
+        y = normed if real is None else torch.where(real, normed, y)
+    return y

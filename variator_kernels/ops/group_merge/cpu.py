@@ -21,6 +21,7 @@ from ..cpu_arguments import (
     pack_merge,
     pack_merge_rows,
     pack_rows,
+    require,
 )
 
 
@@ -77,8 +78,12 @@ def group_merge(
     eps: float,
     projection: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout = Layout(x, mask, cu_seqlens)
     k, d = bias.shape[0], x.shape[-1]
+    require(weight.shape == (k, k * d), f"weight is {list(weight.shape)}")
+    require(projection is None or projection.shape[1] == d, "projection's columns")
+    for vector in (norm_weight, norm_bias):
+        require(vector is None or vector.shape == (d,), "norm weight or bias")
+    layout = Layout(x, mask, cu_seqlens)
     groups = layout.groups(k, compact=False)
     wide = accumulator(x.dtype)
     lead = x.shape[:-2] if cu_seqlens is None else ()
@@ -125,6 +130,9 @@ def group_merge_backward(
     layout = Layout(x, mask, cu_seqlens)
     k, d = weights.shape[-1], x.shape[-1]
     groups = layout.groups(k, compact=False)
+    require(weights.numel() == groups.groups * k, f"weights are {list(weights.shape)}")
+    require(d_merged.numel() == groups.groups * d, f"d_merged is {list(d_merged.shape)}")
+    require(weight.shape == (k, k * d), f"weight is {list(weight.shape)}")
     wide = accumulator(x.dtype)
     rows = flat(x)
     dx = (torch.empty if layout.covers_all else torch.zeros)(x.shape, dtype=x.dtype)

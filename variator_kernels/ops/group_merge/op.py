@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...grouping import max_groups
-from ..library import LIBRARY, backend_module, define
+from ..library import LIBRARY, backend_module, define, refuse_second_derivatives
 
 define(
     "group_merge(Tensor x, Tensor weight, Tensor bias, Tensor? mask, Tensor? cu_seqlens, str norm,"
@@ -141,6 +141,7 @@ def _setup(ctx, inputs, output):
 
 
 def _gradients(ctx, d_merged, d_projected, _):
+    refuse_second_derivatives()
     x, weight, bias, mask, cu, norm_weight, norm_bias, projection, weights = ctx.saved_tensors
     backward = torch.ops.variator.group_merge_backward
     dx, d_weight, d_bias, d_projection, d_norm_weight, d_norm_bias = backward(
