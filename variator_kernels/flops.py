@@ -1,4 +1,4 @@
-"""What a model costs: multiply-adds and parameters, by part (DESIGN section 2, Cost)."""
+"""What a model costs: multiply-adds and parameters, by part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokens form a group: spans of real tokens, cut into k slots (DESIGN: Groups)."""
+"""Which tokens form a group: spans of real tokens, cut into k slots."""
 
 from __future__ import annotations
 

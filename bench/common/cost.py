@@ -1,4 +1,4 @@
-"""The cost bound: dense over compressed multiply-adds (DESIGN: Cost)."""
+"""The cost bound: dense over compressed multiply-adds."""
 
 from __future__ import annotations
 

@@ -13,11 +13,16 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def interleave(
-    calls: Mapping[Key, Callable[[], Any]], rounds: int, advance: Callable[[], None] = lambda: None
+    calls: Mapping[Key, Callable[[], Any]],
+    rounds: int,
+    advance: Callable[[], None] = lambda: None,
+    settle: bool = False,
 ) -> tuple[dict[Key, list[float]], dict[Key, Any]]:
     """Seconds of each call in each round, and each call's last output.
 
     The order changes from round to round, from a fixed seed: no arm always follows the same one.
+    ``settle`` calls each arm once untimed right before each timed call, so that an arm pays neither
+    for what the arm before it left in the caches nor for memory it gave back.
     """
     seconds: dict[Key, list[float]] = {key: [] for key in calls}
     last: dict[Key, Any] = {}
@@ -25,14 +30,17 @@ def interleave(
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
+        for turn in range(rounds):
             shuffle(order)
             for key in order:
-                last.pop(key, None)
+                if settle:
+                    calls[key]()
                 start = time.perf_counter()
                 out = calls[key]()
                 seconds[key].append(time.perf_counter() - start)
-                last[key] = out
+                if turn == rounds - 1:
+                    last[key] = out
+                del out
                 advance()
     finally:
         gc.enable()

@@ -14,7 +14,7 @@ from variator_kernels.models.find import find
 
 
 def by_hand(layer, x, plugin):
-    """DESIGN section 2 for one row without padding, a group at a time."""
+    """The specification for one row without padding, a group at a time."""
     w, k = plugin.weights(), plugin.merge.ratio
     h, rows = layer.layer_norm(x), []
     for start in range(0, len(x), k):
