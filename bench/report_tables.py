@@ -44,7 +44,8 @@ def caption(found: Machine, root: Path) -> str:
         f"{here['cpu']}, {here['cores']} cores, {settings['threads']} threads, kernels "
         f"{here['kernels_isa'] or 'not built'}; {model['name']}, weights {model['weights']}, "
         f"{settings['batch']} x {settings['length']} tokens; torch {versions['torch']}, "
-        f"transformers {versions['transformers']}; commit {commit}. Medians of interleaved rounds; a sublayer's timed call follows an untimed one of the same arm."
+        f"transformers {versions['transformers']}; commit {commit}. Medians of interleaved "
+        "rounds; a sublayer's timed call follows an untimed one of the same arm."
     )
 
 
