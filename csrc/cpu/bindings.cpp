@@ -41,7 +41,6 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("available_isas", &available_isas);
     m.def("active_isa", [] { return std::string(active_kernels().name); });
     m.def("set_isa", &set_isa, py::arg("name"));
-    m.def("bf16_products", [] { return active_kernels().bf16_products; });
 #ifdef _OPENMP
     m.attr("openmp") = true;
 #else

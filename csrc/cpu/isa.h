@@ -74,9 +74,6 @@ inline Kernels table(const char* name) {
     kernels.decompress_backward = decompress_backward_any;
     kernels.packed_bytes = packed_bytes;
     kernels.pack = pack;
-#ifdef VARIATOR_BF16_PRODUCTS
-    kernels.bf16_products = true;
-#endif
 #ifdef VARIATOR_HAS_DOUBLE
     kernels.has_double = true;
 #endif

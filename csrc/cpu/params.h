@@ -132,7 +132,6 @@ struct Kernels {
     void (*decompress_backward)(const DecompressBackwardParams&);
     int64_t (*packed_bytes)(const PackParams&);
     void (*pack)(const PackParams&);
-    bool bf16_products;
     bool has_double;
 };
 
