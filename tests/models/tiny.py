@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import transformers
 from torch import nn
@@ -152,10 +154,15 @@ def batch(*lengths: int, left: bool = False, width: int | None = None, seed: int
     return ids * mask, mask
 
 
+def takes_positions(made) -> bool:
+    """Where they are absolute and cannot be given, left padding moves a row."""
+    return "position_ids" in inspect.signature(encoder(made).forward).parameters
+
+
 def positions(made, mask):
     """Position ids that start at each row's first real token, for models that take them."""
     family, config = find(made).family.name, made.config
-    if mask is None or family not in BERTS:
+    if mask is None or not takes_positions(made):
         return {}
     first = config.pad_token_id + 1 if family == "roberta" else 0
     return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0) + first}
