@@ -25,16 +25,37 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def as_accumulator(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` contiguous in the accumulator dtype of storage ``dtype``."""
-    wide = accumulator(dtype)
-    if tensor.dtype == wide and tensor.is_contiguous():
-        return tensor
-    return tensor.detach().to(wide).contiguous()
+    """``tensor``, detached and contiguous, in the accumulator dtype of storage ``dtype``."""
+    return tensor.detach().to(accumulator(dtype)).contiguous()
 
 
 def optional_accumulator(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """:func:`as_accumulator` of a tensor that may be missing."""
     return None if tensor is None else as_accumulator(tensor, dtype)
+
+
+class Norm(NamedTuple):
+    """The norm before a merge as the kernels take it; weight and bias in the accumulator dtype."""
+
+    kind: str
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    @property
+    def folds(self) -> bool:
+        """Whether it only scales: then its weight can be part of the weights that follow, and its
+        row's scale be applied to what they give."""
+        return self.kind != "layer" and self.bias is None
+
+    def folded_into(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """``weight [out, m*d]`` in the accumulator dtype, with the norm's weight in it if it
+        folds."""
+        wide = as_accumulator(weight, dtype)
+        if self.weight is None or not self.folds:
+            return wide
+        d = self.weight.shape[0]
+        return (wide.view(wide.shape[0], -1, d) * self.weight).view(wide.shape)
 
 
 def flat(x: Tensor) -> Tensor:
@@ -148,10 +169,12 @@ def pack(
     return packed
 
 
-def pack_merge(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """W_c ``[k, k*d]`` for the scores: by slot, inner dimension d."""
-    wide = as_accumulator(weight, dtype)
+def pack_merge(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """W_c ``[k, k*d]``, in the accumulator dtype, for the scores: as it is for a small k, else in
+    panels by slot."""
     k = wide.shape[0]
+    if k <= extension.load().direct_scores:
+        return wide
     d = wide.shape[1] // k
     return pack(
         wide, inner=(d, 1), columns=(k, k * d), matrices=(k, d), bf16=dtype == torch.bfloat16

@@ -12,6 +12,7 @@ from ..cpu_arguments import (
     NORMS,
     Groups,
     Layout,
+    Norm,
     accumulator,
     address,
     as_accumulator,
@@ -29,11 +30,11 @@ def run(
     x: Tensor,
     groups: Groups,
     span: tuple[int, int],
-    merge_packed: Tensor,
+    merge_weight: Tensor,
     merge_bias: Tensor,
     projection_packed: Tensor | None,
     r: int,
-    norm: tuple[str, Tensor | None, Tensor | None, float],
+    norm: Norm,
     merged: Tensor,
     projected: Tensor | None,
     weights: Tensor | None,
@@ -41,9 +42,9 @@ def run(
 ) -> None:
     """Merges the groups ``first .. first+count-1`` of flat ``x [tokens, d]`` into ``merged``.
 
+    ``merge_weight`` and ``projection_packed`` are packed from ``norm.folded_into(...)``.
     ``poison [groups]`` gets 0, or NaN for a group that holds NaN.
     """
-    name, norm_weight, norm_bias, eps = norm
     extension.load().merge(
         DTYPES[x.dtype],
         torch.get_num_threads(),
@@ -52,11 +53,12 @@ def run(
         r,
         x.data_ptr(),
         x.stride(0),
-        NORMS[name],
-        address(norm_weight),
-        address(norm_bias),
-        eps,
-        merge_packed.data_ptr(),
+        NORMS[norm.kind],
+        address(norm.weight),
+        address(norm.bias),
+        norm.eps,
+        norm.folds,
+        merge_weight.data_ptr(),
         merge_bias.data_ptr(),
         address(projection_packed),
         merged.data_ptr(),
@@ -94,18 +96,25 @@ def group_merge(
     fresh = torch.empty if layout.covers_all else torch.zeros
     projected = fresh(*x.shape[:-1], r, dtype=wide)
     rows = flat(x)
-    packed = None if projection is None else pack_columns(projection, x.dtype, bf16=True)
+    wide_norm = Norm(
+        norm,
+        optional_accumulator(norm_weight, x.dtype),
+        optional_accumulator(norm_bias, x.dtype),
+        eps,
+    )
+    packed = None
+    if projection is not None:
+        packed = pack_columns(wide_norm.folded_into(projection, x.dtype), x.dtype, bf16=True)
     bias = as_accumulator(bias, x.dtype)
-    norm_weight, norm_bias = (optional_accumulator(t, x.dtype) for t in (norm_weight, norm_bias))
     run(
         rows,
         groups,
         (0, groups.groups),
-        pack_merge(weight, x.dtype),
+        pack_merge(wide_norm.folded_into(weight, x.dtype), x.dtype),
         bias,
         packed,
         r,
-        (norm, norm_weight, norm_bias, eps),
+        wide_norm,
         merged,
         projected if r else None,
         weights,
