@@ -49,7 +49,8 @@ def test_opcheck_compressed_ffn(mask, kind):
     x = torch.randn(2, N, D, requires_grad=True)
     arguments = (
         x, mask, None, *p[:6], f.w_in, f.w_out, f.w_gate, f.b_in, f.b_out, f.b_gate,
-        f.norm_weight, f.norm_bias, f.activation, f.norm, f.eps, f.post_norm, "tanh", "cpu",
+        f.norm_weight, f.norm_bias, f.activation, f.norm, f.eps, f.post_norm, f.residual,
+        "tanh", "cpu",
     )  # fmt: skip
     torch.library.opcheck(torch.ops.variator.compressed_ffn.default, arguments)
 

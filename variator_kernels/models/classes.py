@@ -109,11 +109,9 @@ class _Sublayer(nn.Module):
         if mask is not None and mask.device != hidden_states.device:
             mask = mask.to(hidden_states.device)
         plugin: Any = self.plugins[str(ratio)]
-        out = functional.compressed_ffn(
+        return functional.compressed_ffn(
             hidden_states, plugin.weights(), describe(self), mask=mask, backend=state.backend
         )
-        # A sublayer without a norm leaves the residual to its block.
-        return out if self.variator_family.norm else out - hidden_states
 
 
 class _Layer(_Sublayer):

@@ -55,9 +55,11 @@ def compressed_ffn(
     layout = Layout(x, mask, cu_seqlens)
     groups = layout.groups(k, compact=True)
     rows = flat(x)
-    y = torch.empty(x.shape, dtype=dtype)
+    fresh = torch.empty if ffn.residual or layout.covers_all else torch.zeros
+    y = fresh(x.shape, dtype=dtype)
     y_rows = y.view(-1, d)
-    layout.copy_padding(rows, y_rows)
+    if ffn.residual:
+        layout.copy_padding(rows, y_rows)
     if groups.groups == 0:
         return y
     packed = _packed_plugin(plugin, ffn, dtype)
@@ -94,7 +96,7 @@ def compressed_ffn(
             packed.b1,
             packed.w2,
             packed.b2,
-            rows,
+            rows if ffn.residual else None,
             y_rows,
             poison,
         )
