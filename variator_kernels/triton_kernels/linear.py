@@ -40,7 +40,7 @@ def linear_kernel(
     rows, columns, inner, a_stride, w_stride, gate_stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr,
-    SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out = act(a · wᵀ + bias) [* (a · w_gateᵀ + gate_bias)]``, ``a [rows, inner]``.
 
@@ -49,9 +49,8 @@ def linear_kernel(
     row_tiles, column_tiles = tl.cdiv(rows, BM), tl.cdiv(columns, BN)
     band = GROUP * column_tiles
     for tile in tl.range(
-        tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0),
-        flatten=PERSISTENT, warp_specialize=SPECIALIZE,
-    ):  # fmt: skip
+        tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=PERSISTENT
+    ):
         first = tile // band * GROUP
         height = tl.minimum(row_tiles - first, GROUP)
         o_m = (first + tile % band % height) * BM

@@ -20,6 +20,7 @@ from ..adapter_decompress.triton import run as run_decompress
 from ..arguments import flat
 from ..gpu_arguments import dense, groups, rows_of
 from ..group_merge.triton import run as run_merge
+from ..triton_sums import Norm
 from .layered import normalize_real
 
 
@@ -60,7 +61,7 @@ def linear(
         a.shape[0], w.shape[0], a.shape[1],
         a.stride(0), w.stride(0), 0 if w_gate is None else w_gate.stride(0),
         BM=bm, BN=bn, BK=bk, GROUP=row["group"], ACTIVATION=activation, GATED=w_gate is not None,
-        TMA=tma, PERSISTENT=row["persistent"] > 0, SPECIALIZE=row["specialize"],
+        TMA=tma, PERSISTENT=row["persistent"] > 0,
         PRECISION=launch.precision(a.dtype), **launch.options(row),
     )  # fmt: skip
     return out
@@ -78,7 +79,7 @@ def fused_products(g: Tensor, ffn: FeedForward, k: int) -> Tensor:
     f, d = ffn.w_in.shape
     case = {"arch": launch.arch(g), "d": d, "f": f, "k": k, "dtype": launch.name(g.dtype)}
     inner = linear(
-        "linear_in", g, ffn.w_in, ffn.b_in, ffn.activation, ffn.w_gate, ffn.b_gate, case=case
+        "linear_in" if ffn.w_gate is None else "linear_gated", g, ffn.w_in, ffn.b_in, ffn.activation, ffn.w_gate, ffn.b_gate, case=case
     )
     return linear("linear_out", inner, ffn.w_out, ffn.b_out, "none", case=case)
 
@@ -100,9 +101,9 @@ def compressed_ffn(
     merged = x.new_empty(spans.count, d)
     weights = x.new_empty(spans.count, k, dtype=torch.float32)
     projected = x.new_empty(rows.shape[0], r, dtype=torch.float32)
-    norm = ("none", None, None, 0.0)
+    norm = Norm()
     if not ffn.post_norm:
-        norm = (ffn.norm, dense(ffn.norm_weight), dense(ffn.norm_bias), ffn.eps)
+        norm = Norm(ffn.norm, dense(ffn.norm_weight), dense(ffn.norm_bias), ffn.eps)
     with launch.device_of(x):
         run_merge(
             rows, spans, plugin.merge_weight, plugin.merge_bias.contiguous(), norm, w1h,
