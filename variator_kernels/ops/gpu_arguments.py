@@ -49,9 +49,7 @@ def groups(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, ratio: int
     if cu_seqlens is not None:
         start, length, span = _packed(x.shape[0], cu_seqlens.long(), ratio, per_row + 1)
         n, count = x.shape[0], per_row
-        return Groups(
-            "packed", start, length, span, None, n, per_row, count, per_row + 1, ratio
-        )
+        return Groups("packed", start, length, span, None, n, per_row, count, per_row + 1, ratio)
     rows, n = x.shape[:2]
     count = rows * per_row
     if mask is None:

@@ -1,7 +1,7 @@
 """Launch settings as data: ``launch.json``, written by ``python -m bench.tune_triton``.
 
-A row has a kernel's name, what it is for (any of ``arch``, ``d``, ``f``, ``k``, ``dtype``) and its
-settings. The row that names most of what a launch is for wins, the later one of equals; a row without
+A row has a kernel's name, what it is for (any of ``arch``, ``d``, ``f``, ``k``, ``dtype``,
+``activation``) and its settings. The row that names most of what a launch is for wins, the later one of equals; a row without
 conditions is the fallback. Nothing is tuned at run time.
 """
 
@@ -40,7 +40,7 @@ def arch(x: Tensor) -> str:
 
 @functools.cache
 def settings(kernel: str, **case: Any) -> dict[str, Any]:
-    """The settings of ``kernel`` for a case (``arch``, ``d``, ``f``, ``k``, ``dtype``)."""
+    """The settings of ``kernel`` for a case (``arch``, ``d``, ``f``, ``k``, ``dtype``, ``activation``)."""
     best: dict[str, Any] = {}
     most = -1
     for row in table():

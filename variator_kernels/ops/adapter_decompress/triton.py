@@ -39,7 +39,9 @@ def run(
     if spans.launched == 0:
         return
     k, d, r = spans.ratio, y.shape[-1], b1.shape[0]
-    row = launch.settings("adapter_decompress", arch=launch.arch(y), d=d, k=k, dtype=launch.name(y.dtype))
+    row = launch.settings(
+        "adapter_decompress", arch=launch.arch(y), d=d, k=k, dtype=launch.name(y.dtype)
+    )
     w1u, w2 = rows_of(w1u), rows_of(w2)
     adapter_decompress_kernel[(triton.cdiv(spans.launched * k, row["bt"]),)](
         u, projected, w1u, b1.contiguous(), w2, b2.contiguous(), residual, poison,
@@ -48,7 +50,7 @@ def run(
         w1u.stride(0), w2.stride(0), 0 if residual is None else residual.stride(0),
         K=k, BT=row["bt"], BU=groups_a_tile(row["bt"], k), BD=row["bd"], R=r,
         R2=launch.power_of_2(r, 16), TANH=activation == "tanh", FORM=spans.form,
-        PRECISION=launch.precision(y.dtype), **launch.options(row),
+        PRECISION=launch.precision(y.dtype), STAGES=row["stages"], **launch.options(row),
     )  # fmt: skip
 
 
