@@ -1,6 +1,6 @@
 """Compression plugins (Variator) that make transformer models faster: ops, modules and patches."""
 
-from . import flops, functional
+from . import analysis, flops, functional
 from .checkpoint import load_plugins, save_plugins
 from .feed_forward import FeedForward, PluginWeights
 from .models.patch import patch, patch_bert, patch_t5, plugin_parameters, unpatch
@@ -17,6 +17,7 @@ __all__ = [
     "Plugin",
     "PluginWeights",
     "__version__",
+    "analysis",
     "flops",
     "functional",
     "load_plugins",

@@ -58,6 +58,9 @@ DISTILBERT_NAMES = {
 }
 
 
+FEED_FORWARD = ("DenseReluDense", "intermediate", "output.dense", "lin1", "lin2", "classifier")
+
+
 def config(family: str = "t5", act: str = "relu", dropout: float = 0.0, **settings):
     """A tiny configuration; sizes in T5's names, whatever the family."""
     kind = getattr(transformers, f"{PREFIX[family]}Config")
@@ -97,9 +100,12 @@ def model(
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "layer_norm" in name or "LayerNorm" in name:
-                parameter.uniform_(0.5, 1.5)
-            elif any(part in name for part in ("DenseReluDense", "layer.", "classifier")):
+                low = -0.5 if name.endswith("bias") else 0.5
+                parameter.uniform_(low, low + 1)
+            elif any(part in name for part in FEED_FORWARD):
                 parameter.normal_(std=0.3)
+            elif "word_embeddings" in name:
+                parameter.normal_()  # tokens that differ, whatever attention makes of them
     return made.eval()
 
 
