@@ -19,10 +19,22 @@ TABLE = Path(__file__).with_name("launch.json")
 INTERPRETER = "interpreter"
 
 
-@functools.cache
-def table() -> tuple[dict[str, Any], ...]:
-    """The rows of the committed table."""
-    return tuple(json.loads(TABLE.read_text()))
+_rows: list[dict[str, Any]] | None = None
+
+
+def table() -> list[dict[str, Any]]:
+    """The rows in use: the committed table's, unless :func:`use` gave others."""
+    global _rows
+    if _rows is None:
+        _rows = json.loads(TABLE.read_text())
+    return _rows
+
+
+def use(rows: list[dict[str, Any]]) -> None:
+    """Other rows from now on, for tuning."""
+    global _rows
+    _rows = rows
+    settings.cache_clear()
 
 
 @functools.cache
