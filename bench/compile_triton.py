@@ -77,14 +77,26 @@ def sublayer(model: Model, k: int, dtype: torch.dtype) -> Callable[[], None]:
         )
         x = make(rows, n, d)
         y = ffn.compressed_ffn(x, plugin, described, None, None)
-        norm = ("none", None, None, 0.0) if model.post_norm else (model.norm, make(d), None, 1e-6)
+        norm = "none" if model.post_norm else model.norm
+        norm_weight = None if model.post_norm else make(d)
         w1u, w1h = plugin.w1.chunk(2, -1)
         merge_weight = plugin.merge_weight
         merged, projected, weights = merge.group_merge(
-            x, merge_weight, plugin.merge_bias, None, None, *norm, w1h
+            x, merge_weight, plugin.merge_bias, None, None, norm, norm_weight, None, 1e-6, w1h
         )
         merge.group_merge_backward(
-            merged, projected, x, weights, merge_weight, None, None, *norm, w1h
+            merged,
+            projected,
+            x,
+            weights,
+            merge_weight,
+            None,
+            None,
+            norm,
+            norm_weight,
+            None,
+            1e-6,
+            w1h,
         )
         decompress.adapter_decompress_backward(
             y, merged, projected, w1u, plugin.b1, plugin.w2, None, None, k, "tanh"
@@ -132,9 +144,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Triton kernels, compiled ahead of time",
         "",
-        f"Written by `python -m bench.compile_triton`, Triton {triton.__version__}; no GPU was used."
-        " The largest values over all cases; the smallest number of matrix instructions (HMMA,"
-        " HGMMA, v_mfma; none are expected of the kernels marked with a dash).",
+        f"Written by `python -m bench.compile_triton`, Triton {triton.__version__}; no"
+        " GPU was used. The largest values over all cases; the smallest number of matrix"
+        " instructions (HMMA, HGMMA, v_mfma; kernels with a dash multiply no matrices).",
         "",
         "| arch | kernel | results | registers | stack | spills | shared, bytes | matrix |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",

@@ -1,4 +1,4 @@
-"""Triton's kernels compiled for real GPUs without one; `make compile-table` compiles all of them."""
+"""Triton's kernels compiled for real GPUs, without one. `make compile-table` compiles all."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 
 from . import __version__, backends
 
-LATER = ("triton", "cuda")
+LATER = ("cuda",)
 
 
 def _version(package: str) -> str:
@@ -26,6 +26,7 @@ def report() -> str:
         ("python", platform.python_version()),
         ("torch", torch.__version__),
         ("transformers", _version("transformers")),
+        ("triton", _version("triton")),
         ("safetensors", _version("safetensors")),
         ("threads", str(torch.get_num_threads())),
     ]

@@ -61,8 +61,9 @@ class Clock:
         self.synchronize()
         return {key: [self._between(*pair) for pair in pairs] for key, pairs in marks.items()}
 
-    def wall(self, calls: Mapping[Any, Call], rounds: int, burst: int = 10) -> dict[Any, list]:
+    def wall(self, calls: Mapping[Any, Call], rounds: int) -> dict[Any, list[float]]:
         """Seconds a call of a burst of calls, host to host, launches and Python included."""
+        burst = 10 if self.gpu else 1
         seconds: dict[Any, list[float]] = {key: [] for key in calls}
         for _ in range(rounds):
             for key, call in calls.items():

@@ -58,10 +58,9 @@ class Arms:
                 return (functional.compressed_ffn(x, weights, ffn, backend=backend),)
 
         def both() -> Outputs:
-            leaves = [t.detach().requires_grad_() for t in (x, *weights[:6])]
-            y = functional.compressed_ffn(
-                leaves[0], PluginWeights(*leaves[1:], weights.activation), ffn, backend=backend
-            )
+            leaves: Any = [t.detach().requires_grad_() for t in (x, *weights[:6])]
+            plugin = PluginWeights._make([*leaves[1:], weights.activation])
+            y = functional.compressed_ffn(leaves[0], plugin, ffn, backend=backend)
             return (y.detach(), *torch.autograd.grad(y, leaves, self.dy.to(y.dtype)))
 
         return both if self.backward else forward

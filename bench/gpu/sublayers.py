@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,8 @@ class Sublayer:
                     parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=self.source)
                 else:
                     parameter.normal_(1, 0.1, generator=self.source)
-        self.ffn: FeedForward = self.dense.feed_forward()
+        described: Any = self.dense
+        self.ffn: FeedForward = described.feed_forward()
         self.x = self._random(batch, length, model.d, scale=1.0)
 
     def _random(self, *shape: int, scale: float | None = None) -> Tensor:
@@ -128,7 +129,8 @@ class Sublayer:
         """Every parameter away from zero, so that checks see every term."""
         d, r = self.model.d, BOTTLENECK
         shapes = [(k, k * d), (k,), (r, 2 * d), (r,), (d, r), (d,)]
-        return PluginWeights(*(self._random(*shape) for shape in shapes))
+        made: Any = [self._random(*shape) for shape in shapes]
+        return PluginWeights(*made)
 
     @property
     def tokens(self) -> int:

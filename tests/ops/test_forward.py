@@ -46,7 +46,7 @@ def compare(backend, op, x, arguments, what, **options):
 @pytest.mark.parametrize("mask_kind", MASKS)
 def test_every_shape(kernels, dtype, mask_kind):  # noqa: F811
     skip_unknown(dtype, kernels)
-    for rows, n, d in shapes_of(kernels):
+    for rows, n, d in shapes_of(kernels, dtype):
         k = 4 if d != 193 else 8
         x = torch.randn(rows, n, d).to(dtype)
         mask = masked(mask_kind, rows, n)

@@ -21,7 +21,7 @@ from ..adapter_decompress.triton import run as run_decompress
 from ..arguments import flat
 from ..gpu_arguments import Groups, dense, groups, rows_of
 from ..group_merge.triton import run as run_merge
-from ..triton_sums import Norm
+from ..triton_sums import NO_NORM, Norm
 
 
 def linear(
@@ -62,7 +62,7 @@ def linear(
         a.stride(0), w.stride(0), 0 if w_gate is None else w_gate.stride(0),
         BM=bm, BN=bn, BK=bk, GROUP=row["group"], ACTIVATION=activation, GATED=w_gate is not None,
         TMA=tma, PERSISTENT=row["persistent"] > 0,
-        PRECISION=launch.precision(a.dtype), **launch.options(row),
+        PRECISION=launch.precision(a), **launch.options(row),
     )  # fmt: skip
     return out
 
@@ -121,10 +121,10 @@ def compressed_ffn(
     rows = flat(x)
     y = x.new_empty(x.shape)
     w1u, w1h = plugin.w1.chunk(2, -1)
-    merged = x.new_empty(spans.count, d)
-    weights = x.new_empty(spans.count, k, dtype=torch.float32)
+    merged = x.new_empty(spans.total, d)
+    weights = x.new_empty(spans.total, k, dtype=torch.float32)
     projected = x.new_empty(rows.shape[0], r, dtype=torch.float32)
-    norm = Norm()
+    norm = NO_NORM
     if not ffn.post_norm:
         norm = Norm(ffn.norm, dense(ffn.norm_weight), dense(ffn.norm_bias), ffn.eps)
     with launch.device_of(x):
