@@ -14,7 +14,7 @@ from transformers.models.t5.modeling_t5 import T5LayerFF
 
 from variator_kernels.feed_forward import FeedForward, PluginWeights
 from variator_kernels.flops import decompress_macs, ffn_macs, merge_macs
-from variator_kernels.models.families import describe
+from variator_kernels.models.describe import describe
 
 BOTTLENECK = 64
 
