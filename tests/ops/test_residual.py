@@ -5,16 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.cases import assert_close, cast, feed_forward, masked, needs_cpu, plugin
+from tests.ops.cases import (
+    assert_close,
+    cast,
+    every_kernel_backend,
+    feed_forward,
+    masked,
+    moved,
+    plugin,
+)
 from variator_kernels import functional as vf
 
-pytestmark = needs_cpu
 
-
+@every_kernel_backend
 @pytest.mark.parametrize("grad", [False, True], ids=["fused", "layered"])
 @pytest.mark.parametrize("mask_kind", ["none", "left", "holes"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_without_a_residual(dtype, mask_kind, grad):
+def test_without_a_residual(dtype, mask_kind, grad, backend):
     p, ffn = plugin(24, 4, 8, dtype), feed_forward(24, 40, dtype, "bert")
     ffn = ffn._replace(post_norm=False, norm="none", residual=False)
     x = torch.randn(3, 19, 24).to(dtype)
@@ -26,7 +33,8 @@ def test_without_a_residual(dtype, mask_kind, grad):
     )
     plain = vf.compressed_ffn(x, p, ffn, mask=mask, backend="reference")
     with torch.set_grad_enabled(grad):
-        out = vf.compressed_ffn(x.clone().requires_grad_(grad), p, ffn, mask=mask, backend="cpu")
-    assert_close(out.detach(), plain, truth)
+        there = (moved(value, backend) for value in (x.clone().requires_grad_(grad), p, ffn))
+        out = vf.compressed_ffn(*there, mask=moved(mask, backend), backend=backend).detach().cpu()
+    assert_close(out, plain, truth)
     if mask is not None:
         assert (out[~mask] == 0).all()

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
+
+
+class Norm(NamedTuple):
+    """The norm in front of the merge: its name, weight and bias (or None), eps."""
+
+    name: str = "none"
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 0.0
+
+
+NO_NORM = Norm()
 
 
 def require(holds: bool, what: str) -> None:

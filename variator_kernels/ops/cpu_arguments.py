@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks, extension
 from ..grouping import max_groups
-from .arguments import require
+from .arguments import Norm, require
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 NORMS = {"none": 0, "rms": 1, "layer": 2}
@@ -35,28 +35,19 @@ def optional_accumulator(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | 
     return None if tensor is None else as_accumulator(tensor, dtype)
 
 
-class Norm(NamedTuple):
-    """The norm before a merge as the kernels take it; weight and bias in the accumulator dtype."""
+def folds(norm: Norm) -> bool:
+    """Whether a norm only scales: then its weight can be part of the weights that follow, and its
+    row's scale be applied to what they give."""
+    return norm.name != "layer" and norm.bias is None
 
-    kind: str
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
 
-    @property
-    def folds(self) -> bool:
-        """Whether it only scales: then its weight can be part of the weights that follow, and its
-        row's scale be applied to what they give."""
-        return self.kind != "layer" and self.bias is None
-
-    def folded_into(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """``weight [out, m*d]`` in the accumulator dtype, with the norm's weight in it if it
-        folds."""
-        wide = as_accumulator(weight, dtype)
-        if self.weight is None or not self.folds:
-            return wide
-        d = self.weight.shape[0]
-        return (wide.view(wide.shape[0], -1, d) * self.weight).view(wide.shape)
+def folded(weight: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
+    """``weight [out, m*d]`` in the accumulator dtype, with the norm's weight in it if it folds."""
+    wide = as_accumulator(weight, dtype)
+    if norm.weight is None or not folds(norm):
+        return wide
+    d = norm.weight.shape[0]
+    return (wide.view(wide.shape[0], -1, d) * norm.weight).view(wide.shape)
 
 
 class Groups(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..triton_kernels import launch
 from ..triton_kernels.weight_sums import weight_sums_kernel
+from .arguments import NO_NORM, Norm
 from .gpu_arguments import Groups
 
 
@@ -21,15 +22,6 @@ class Sums(NamedTuple):
     a: Tensor
 
 
-class Norm(NamedTuple):
-    """The norm in front of the merge: its name, weight and bias (or None), eps."""
-
-    name: str = "none"
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    eps: float = 0.0
-
-
 class Statistics(NamedTuple):
     """Mean and reciprocal deviation by slot, ``[groups, K2]`` fp32; None without a norm."""
 
@@ -37,7 +29,7 @@ class Statistics(NamedTuple):
     rstd: Tensor | None = None
 
 
-NO_NORM, NO_STATISTICS = Norm(), Statistics()
+NO_STATISTICS = Statistics()
 
 
 def weight_sums(

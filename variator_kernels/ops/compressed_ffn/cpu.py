@@ -10,12 +10,12 @@ from torch import Tensor
 from ... import packing
 from ...feed_forward import FeedForward, PluginWeights, products
 from ..adapter_decompress.cpu import run as run_decompress
-from ..arguments import flat
+from ..arguments import Norm, flat
 from ..cpu_arguments import (
     Layout,
-    Norm,
     accumulator,
     as_accumulator,
+    folded,
     optional_accumulator,
     pack_columns,
     pack_merge,
@@ -129,10 +129,10 @@ def _packed_plugin(plugin: PluginWeights, ffn: FeedForward, dtype: torch.dtype) 
         norm = Norm(kind, weight, bias, ffn.eps)
         w1u, w1h = plugin.w1.detach().chunk(2, -1)
         return PackedPlugin(
-            pack_merge(norm.folded_into(plugin.merge_weight, dtype), dtype),
+            pack_merge(folded(plugin.merge_weight, norm, dtype), dtype),
             as_accumulator(plugin.merge_bias, dtype),
             pack_columns(w1u, dtype, bf16=True),
-            pack_columns(norm.folded_into(w1h, dtype), dtype, bf16=True),
+            pack_columns(folded(w1h, norm, dtype), dtype, bf16=True),
             as_accumulator(plugin.b1, dtype),
             pack_columns(plugin.w2, dtype, bf16=True),
             as_accumulator(plugin.b2, dtype),

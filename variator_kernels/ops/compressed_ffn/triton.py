@@ -18,10 +18,9 @@ from ...triton_kernels import launch
 from ...triton_kernels.linear import linear_kernel
 from ...triton_kernels.row_norm import row_norm_kernel
 from ..adapter_decompress.triton import run as run_decompress
-from ..arguments import flat
+from ..arguments import NO_NORM, Norm, flat
 from ..gpu_arguments import Groups, dense, groups, rows_of
 from ..group_merge.triton import run as run_merge
-from ..triton_sums import NO_NORM, Norm
 
 
 def linear(
@@ -125,7 +124,7 @@ def compressed_ffn(
     weights = x.new_empty(spans.total, k, dtype=torch.float32)
     projected = x.new_empty(rows.shape[0], r, dtype=torch.float32)
     norm = NO_NORM
-    if not ffn.post_norm:
+    if not ffn.post_norm and ffn.norm != "none":
         norm = Norm(ffn.norm, dense(ffn.norm_weight), dense(ffn.norm_bias), ffn.eps)
     with launch.device_of(x):
         run_merge(
@@ -135,7 +134,7 @@ def compressed_ffn(
         u = fused_products(merged, ffn, k)
         run_decompress(
             u, spans, plugin.activation, projected, w1u, plugin.b1, plugin.w2, plugin.b2,
-            rows, y.view(-1, d), poison=weights,
+            rows if ffn.residual else None, y.view(-1, d), poison=weights,
         )  # fmt: skip
         if ffn.post_norm and ffn.norm != "none":
             _normalize(y.view(-1, d), spans, ffn)

@@ -7,16 +7,17 @@ from torch import Tensor
 
 from ... import extension
 from ...grouping import max_groups
-from ..arguments import check_merge, check_merge_backward, flat
+from ..arguments import Norm, check_merge, check_merge_backward, flat
 from ..cpu_arguments import (
     DTYPES,
     NORMS,
     Groups,
     Layout,
-    Norm,
     accumulator,
     address,
     as_accumulator,
+    folded,
+    folds,
     optional_accumulator,
     pack_columns,
     pack_merge,
@@ -41,7 +42,7 @@ def run(
 ) -> None:
     """Merges the groups ``first .. first+count-1`` of flat ``x [tokens, d]`` into ``merged``.
 
-    ``merge_weight`` and ``projection_packed`` are packed from ``norm.folded_into(...)``.
+    ``merge_weight`` and ``projection_packed`` are packed from ``folded(...)``.
     ``poison [groups]`` gets 0, or NaN for a group that holds NaN.
     """
     extension.load().merge(
@@ -52,11 +53,11 @@ def run(
         r,
         x.data_ptr(),
         x.stride(0),
-        NORMS[norm.kind],
+        NORMS[norm.name],
         address(norm.weight),
         address(norm.bias),
         norm.eps,
-        norm.folds,
+        folds(norm),
         merge_weight.data_ptr(),
         merge_bias.data_ptr(),
         address(projection_packed),
@@ -100,13 +101,13 @@ def group_merge(
     )
     packed = None
     if projection is not None:
-        packed = pack_columns(wide_norm.folded_into(projection, x.dtype), x.dtype, bf16=True)
+        packed = pack_columns(folded(projection, wide_norm, x.dtype), x.dtype, bf16=True)
     bias = as_accumulator(bias, x.dtype)
     run(
         rows,
         groups,
         (0, groups.groups),
-        pack_merge(wide_norm.folded_into(weight, x.dtype), x.dtype),
+        pack_merge(folded(weight, wide_norm, x.dtype), x.dtype),
         bias,
         packed,
         r,

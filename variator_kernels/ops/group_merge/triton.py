@@ -9,9 +9,9 @@ from torch import Tensor
 from ...triton_kernels import launch
 from ...triton_kernels.merge import group_merge_kernel, weighted_sum_kernel
 from ...triton_kernels.merge_backward import merge_backward_kernel, score_gradient_kernel
-from ..arguments import check_merge, check_merge_backward, flat
+from ..arguments import Norm, check_merge, check_merge_backward, flat
 from ..gpu_arguments import Groups, dense, groups, rows_of
-from ..triton_sums import NO_STATISTICS, Norm, Statistics, weight_sums
+from ..triton_sums import NO_STATISTICS, Statistics, weight_sums
 
 # Columns of the score product: a tile holds as many slots as fit.
 SCORE_COLUMNS = 64
