@@ -93,11 +93,12 @@ def main(arguments: list[str] | None = None) -> int:
         made.error(str(error))
     torch.set_num_threads(args.threads)
     console = Console(width=None if sys.stdout.isatty() else 150)
-    settings = {name: value for name, value in vars(args).items() if name != "output"}
+    hidden = ("output", "publish")
+    settings = {name: value for name, value in vars(args).items() if name not in hidden}
     settings["model"], settings["allocator"] = model.name, memory
     content = results.result("speed_vs_k", settings, options.describe(model))
     options.print_head(console, content)
-    path = results.folder(args.output) / "speed_vs_k.json"
+    path = results.folder(args.output, args.publish) / "speed_vs_k.json"
     for case, rounds, warmup in plan(args, model):
         if not case.arms:
             continue
