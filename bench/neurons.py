@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--plugins", type=Path, help="folder of trained plugins, beside untrained")
     made.add_argument("--ratios", type=options.ratios, help="default 2,4,8,16,32, or the plugins'")
     made.add_argument("--data", type=Path, default=text.DATA / "wikitext2" / "test.txt")
-    made.add_argument("--rows", type=options.count, default=128, help="paragraphs; default 128")
+    made.add_argument("--rows", type=options.count, default=64, help="paragraphs; default 64")
     made.add_argument("--length", type=options.count, default=128, help="tokens a row; default 128")
     made.add_argument("--batch", type=options.count, default=16, help="rows a batch; default 16")
     made.add_argument("--threshold", type=float, default=0.0, help="of an active neuron; default 0")
