@@ -166,7 +166,21 @@ def patched_class(family: Family, name: str) -> type[nn.Module]:
         copy.__signature__ = signature
         body["forward"] = copy
         body[_MASK_INDEX] = list(signature.parameters).index("attention_mask") - 1
-    return type(name, (mixin, original), body)
+    made = type(name, (mixin, original), body)
+    _record_outputs(made)
+    return made
+
+
+def _record_outputs(kind: Any) -> None:
+    """Let ``output_hidden_states`` and ``output_attentions`` reach a patched model: transformers 5
+    keeps what each class can record under the class's name."""
+    try:
+        from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY as registry
+    except ImportError:
+        return
+    recorded = getattr(kind, "_can_record_outputs", None)
+    if recorded:
+        dict.__setitem__(registry, str(kind), recorded)
 
 
 def __getattr__(name: str) -> type[nn.Module]:
