@@ -49,6 +49,18 @@ def test_round_trip(folder):
     assert len(list(folder.iterdir())) == 2
 
 
+@pytest.mark.parametrize("family", tiny.BERTS)
+def test_round_trip_of_a_bert(family, tmp_path):
+    model = tiny.patched(family, "gelu", head="ForSequenceClassification")
+    vk.save_plugins(model, tmp_path)
+    plain = tiny.model(family, "gelu", head="ForSequenceClassification")
+    vk.load_plugins(plain, tmp_path)
+    assert same(plain, model)
+    vk.load_plugins(tiny.model(family, "gelu", head="ForMaskedLM"), tmp_path)
+    with pytest.raises(ValueError, match=f"has family '{family}', the model has 't5'"):
+        vk.load_plugins(tiny.model(), tmp_path)
+
+
 def test_settings_say_what_they_are_for(folder):
     assert json.loads((folder / "plugins.json").read_text()) == {
         "format": 1,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import T5Config, T5EncoderModel
+from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
 import variator_kernels as vk
 from tests.models import tiny
@@ -35,6 +35,16 @@ def test_whole_encoders(sizes, left):
         assert getattr(count.multiply_adds, part) == getattr(count.dense_multiply_adds, part)
 
 
+def test_bert_base():
+    with torch.device("meta"):
+        model = BertModel(BertConfig())
+    count = vk.flops.count(model, length=512, ratio=4)
+    t5 = vk.flops.count(meta(**BASE), length=512, ratio=4)
+    pooler = 768**2
+    assert count.multiply_adds.total == t5.multiply_adds.total + pooler
+    assert count.dense_multiply_adds.total == t5.dense_multiply_adds.total + pooler
+
+
 def test_the_papers_section_3_4():
     saved, added = flops.paper_check()
     assert saved == pytest.approx(0.717, abs=0.002)
@@ -43,7 +53,7 @@ def test_the_papers_section_3_4():
 
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
 def test_parameters(variant):
-    model = tiny.model(*variant, head="EncoderModel")
+    model = tiny.model(*variant, head=tiny.bare(variant[0]))
     dense = sum(p.numel() for p in model.parameters())
     before = flops.count(model, ratio=4, bottleneck=6)
     vk.patch(model, ratios=(4,), bottleneck=6)

@@ -3,7 +3,7 @@
 from . import flops, functional
 from .checkpoint import load_plugins, save_plugins
 from .feed_forward import FeedForward, PluginWeights
-from .models.patch import patch, patch_t5, plugin_parameters, unpatch
+from .models.patch import patch, patch_bert, patch_t5, plugin_parameters, unpatch
 from .nn import AdapterDecompress, CompressedFFN, GroupMerge, Plugin
 from .ratio import set_ratio, use_ratio
 
@@ -21,6 +21,7 @@ __all__ = [
     "functional",
     "load_plugins",
     "patch",
+    "patch_bert",
     "patch_t5",
     "plugin_parameters",
     "save_plugins",

@@ -82,7 +82,9 @@ def normalize(
         return x
     wide = x if x.dtype == torch.float64 else x.float()
     if norm == "layer":
-        wide = wide - wide.mean(-1, keepdim=True)
+        scale, shift = (None if p is None else p.to(wide.dtype) for p in (weight, bias))
+        out = F.layer_norm(wide, wide.shape[-1:], scale, shift, eps)
+        return out.to(x.dtype if weight is None else weight.dtype)
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if weight is not None:
         out = weight * wide.to(weight.dtype)

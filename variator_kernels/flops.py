@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import checks
-from .models.families import describe
+from .models.describe import describe
 from .models.find import find
 from .ratio import STATE
 
@@ -27,7 +27,7 @@ class Parts:
     merge: int = 0
     decompress: int = 0
     other: int = 0
-    """Embeddings and norms: parameters only, no multiply-adds are counted for them."""
+    """Embeddings, norms, biases, pooler; of these only matrix products count as multiply-adds."""
 
     @property
     def total(self) -> int:
@@ -81,20 +81,23 @@ def count(
     r = checks.ratio(bottleneck, "bottleneck")
 
     config, layers = found.encoder.config, len(found.layers)
-    d, f, inner = config.d_model, config.d_ff, config.num_heads * config.d_kv
-    gated = describe(found.layers[0]).w_gate is not None or config.is_gated_act
+    d, f = config.hidden_size, getattr(config, found.family.inner_size)
+    heads = config.num_attention_heads
+    inner = heads * getattr(config, "d_kv", d // heads)
+    gated = describe(found.layers[0]).w_gate is not None or getattr(config, "is_gated_act", False)
     rows, longest = len(lengths), max(lengths, default=0)
-    attention = {
+    unchanged = {
         "attention_projections": layers * rows * longest * 4 * d * inner,
         "attention_core": layers * rows * 2 * longest**2 * inner,
+        "other": _outside_blocks(found.encoder, rows, longest),
     }
     tokens = sum(lengths)
-    dense = Parts(**attention, ffn=layers * tokens * ffn_macs(d, f, gated))
+    dense = Parts(**unchanged, ffn=layers * tokens * ffn_macs(d, f, gated))
     used = dense
     if k > 1:
         groups = sum(-(-n // k) for n in lengths)
         used = Parts(
-            **attention,
+            **unchanged,
             ffn=layers * groups * ffn_macs(d, f, gated),
             merge=layers * merge_macs(tokens, d, k),
             decompress=layers * decompress_macs(tokens, groups, d, r),
@@ -110,6 +113,14 @@ def count(
     merge, decompress = plugin_parameters(d, k, r) if k > 1 else (0, 0)
     parameters = Parts(**plain, merge=layers * merge, decompress=layers * decompress, other=rest)
     return Count(used, dense, parameters, dense_parameters)
+
+
+def _outside_blocks(encoder: nn.Module, rows: int, length: int) -> int:
+    """ELECTRA's projection of its embeddings, a token, and BERT's pooler, a row."""
+    projection: Any = getattr(encoder, "embeddings_project", None)
+    pooler: Any = getattr(encoder, "pooler", None)
+    macs = 0 if projection is None else rows * length * projection.weight.numel()
+    return macs + (0 if pooler is None else rows * pooler.dense.weight.numel())
 
 
 def ffn_macs(hidden: int, inner: int, gated: bool) -> int:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5LayerFF
 
-from variator_kernels.models.families import describe
+from variator_kernels.models.describe import describe
 
 from .compiling import Unavailable, compiled
 from .timing import median_of

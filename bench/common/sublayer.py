@@ -13,7 +13,7 @@ from transformers.models.t5.modeling_t5 import T5LayerFF
 
 from variator_kernels import functional
 from variator_kernels.feed_forward import FeedForward, PluginWeights, normalize, products
-from variator_kernels.models.families import describe
+from variator_kernels.models.describe import describe
 
 from . import backend_status, cost, dense, models
 from .cells import Arm, Call, Case, Key

@@ -9,40 +9,44 @@ from hypothesis import strategies as st
 
 import variator_kernels as vk
 from tests.models import tiny
-from variator_kernels.models.families import describe
+from variator_kernels.models.describe import describe
+from variator_kernels.models.families import follow
 from variator_kernels.models.find import find
 
 
 def by_hand(layer, x, plugin):
     """The specification for one row without padding, a group at a time."""
     w, k = plugin.weights(), plugin.merge.ratio
-    h, rows = layer.layer_norm(x), []
+    h, rows = layer.layer_norm(x) if hasattr(layer, "layer_norm") else x, []
     for start in range(0, len(x), k):
         group = h[start : start + k]
         full = torch.cat([group, group.new_zeros(k - len(group), x.shape[-1])])
         scores = w.merge_weight @ full.flatten() + w.merge_bias
         g = scores[: len(group)].softmax(0) @ group
-        u = layer.DenseReluDense(g)
+        u = tiny.dense(layer, g)
         for token in group:
             t = torch.tanh(w.w1 @ torch.cat([u, token]) + w.b1)
             rows.append(u + w.w2 @ t + w.b2)
-    return x + torch.stack(rows)
+    o = torch.stack(rows)
+    if hasattr(layer, "lin1"):
+        return o  # DistilBERT's block adds x and norms
+    return layer.output.LayerNorm(x + o) if hasattr(layer, "output") else x + o
 
 
 @pytest.mark.parametrize(("family", "act"), tiny.VARIANTS)
 @pytest.mark.parametrize("length", [1, 3, 4, 9])
 @torch.no_grad()
 def test_layer_is_section_2(family, act, length):
-    layer = tiny.patched(family, act).encoder.block[0].layer[-1]
+    layer = tiny.layers(tiny.patched(family, act))[0]
     x = torch.randn(length, 24)
     expected = by_hand(layer, x, layer.plugins["4"])
-    torch.testing.assert_close(layer(x[None])[0], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tiny.run(layer, x[None])[0], expected, atol=1e-5, rtol=1e-5)
 
 
 MODELS = {variant: tiny.patched(*variant, ratio=3, ratios=(3,)) for variant in tiny.VARIANTS}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     variant=st.sampled_from(tiny.VARIANTS),
     lengths=st.lists(st.integers(1, 11), min_size=1, max_size=3),
@@ -61,24 +65,52 @@ def test_a_row_depends_on_itself_alone(variant, lengths, padding, left, dtype):
         torch.testing.assert_close(together[row][real], alone[0], atol=5e-5, rtol=1e-4)
 
 
-def test_mask_by_position_and_through_the_model():
-    model = tiny.patched(head="EncoderModel")
-    ids, mask = tiny.batch(9, 4, left=True)
-    expected = tiny.encode(model, ids, mask)
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+def test_mask_by_position_and_through_the_model(variant):
+    model = tiny.patched(*variant, head=tiny.bare(variant[0]))
+    ids, mask = tiny.batch(9, 4)
+    positions = {"position_ids": None} if variant[0] in tiny.BERTS else {}
+    expected = tiny.encode(model, ids, mask, **positions)
     assert not torch.allclose(tiny.encode(model, ids)[1], expected[1], atol=1e-3)
-    assert torch.equal(model.encoder(ids, mask).last_hidden_state, expected)
+    assert torch.equal(tiny.encoder(model)(ids, mask).last_hidden_state, expected)
     assert torch.equal(model(ids, attention_mask=mask).last_hidden_state, expected)
     ones = torch.ones_like(mask)
     torch.testing.assert_close(tiny.encode(model, ids, ones), tiny.encode(model, ids))
 
 
-def test_refuses_a_mask_that_does_not_tell_tokens():
-    model = tiny.patched()
+@pytest.mark.parametrize("family", tiny.BERTS)
+def test_hidden_states_can_be_returned(family):
+    model = tiny.patched(family, "gelu", head="ForTokenClassification")
+    ids, mask = tiny.batch(9, 4)
+    positions = tiny.positions(model, mask)
+    out = model(ids, attention_mask=mask, output_hidden_states=True, **positions)
+    assert len(out.hidden_states) == 3
+    assert torch.equal(out.hidden_states[-1], tiny.encode(model, ids, mask))
+
+
+@pytest.mark.parametrize("family", tiny.BERTS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("left", [False, True])
+@torch.no_grad()
+def test_padding_does_not_change_what_a_head_says(family, attention, left):
+    settings = {"head": "ForTokenClassification", "attn_implementation": attention}
+    model = tiny.patched(family, "gelu", **settings)
+    ids, mask = tiny.batch(9, 4, left=left, width=11)
+    together = model(ids, attention_mask=mask, **tiny.positions(model, mask)).logits
+    for row in range(2):
+        real = mask[row].bool()
+        alone = model(ids[row][real][None]).logits[0]
+        torch.testing.assert_close(together[row][real], alone, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_refuses_a_mask_that_does_not_tell_tokens(family):
+    model = tiny.patched(family)
     ids, mask = tiny.batch(9, 4)
     additive = torch.where(mask.bool(), 0.0, -1e9)[:, None, None, :].expand(-1, 1, 9, -1)
     with pytest.raises(ValueError, match=r"attention_mask must have shape \[batch, length\].*got"):
         tiny.encode(model, ids, additive)
-    assert model.encoder.variator_state.local.active is None
+    assert tiny.encoder(model).variator_state.local.active is None
 
 
 def test_a_block_called_alone_uses_the_models_ratio():
@@ -124,9 +156,11 @@ def test_fp16_with_fp32_wo(act):
     torch.testing.assert_close(out[real].float(), expected[real], atol=0.03, rtol=0.03)
 
 
-@pytest.mark.parametrize("act", ["relu", "gated-gelu"])
-def test_bf16_autocast_forward_and_backward(act):
-    model = tiny.patched("t5", act)
+@pytest.mark.parametrize(
+    "variant", [("t5", "relu"), ("t5", "gated-gelu"), ("bert", "gelu"), ("distilbert", "gelu")]
+)
+def test_bf16_autocast_forward_and_backward(variant):
+    model = tiny.patched(*variant)
     ids, mask = tiny.batch(9, 4)
     grads = []
     for enabled in (False, True):
@@ -156,37 +190,37 @@ def fresh_compiler():
 
 def compiled_check(model, compiler):
     """Runs the compiled encoder and compares it with the eager one."""
-    compiled = torch.compile(model.encoder, fullgraph=True, backend=compiler)
+    compiled = torch.compile(tiny.encoder(model), fullgraph=True, backend=compiler)
     ids, mask = tiny.batch(9, 4)
 
     def check(mask=mask):
         with torch.no_grad():
-            out = compiled(ids, attention_mask=mask).last_hidden_state
+            positions = tiny.positions(model, mask)
+            out = compiled(ids, attention_mask=mask, **positions).last_hidden_state
         torch.testing.assert_close(out, tiny.encode(model, ids, mask), atol=1e-5, rtol=1e-4)
         return out
 
     return check
 
 
-VARIANTS = [("t5", "gated-gelu"), ("mt5", "gated-gelu"), ("umt5", "gated-gelu")]
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
 def test_compiles_as_one_graph(variant, fresh_compiler):
     compiled_check(tiny.patched(*variant), "eager")()
 
 
 @pytest.mark.slow
-def test_compiles_with_inductor(fresh_compiler):
-    model = tiny.patched(num_layers=1)
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_compiles_with_inductor(family, fresh_compiler):
+    model = tiny.patched(family, num_layers=1)
     check = compiled_check(model, "inductor")
     four = check()
     with vk.use_ratio(model, 2):
         assert not torch.allclose(check(), four, atol=1e-3)
 
 
-def test_compiled_code_follows_the_ratio(fresh_compiler):
-    model = tiny.patched(num_layers=1)
+@pytest.mark.parametrize("family", ["t5", "distilbert"])
+def test_compiled_code_follows_the_ratio(family, fresh_compiler):
+    model = tiny.patched(family, num_layers=1)
     check = compiled_check(model, "eager")
     four = check()
     with vk.use_ratio(model, 2):
@@ -202,16 +236,19 @@ def test_compiled_code_follows_the_ratio(fresh_compiler):
     assert not torch.allclose(two, dense, atol=1e-3)
 
 
-def test_compiles_in_training_and_with_replaced_linears(fresh_compiler):
-    model = tiny.patched().train()
-    dense = model.encoder.block[0].layer[-1].DenseReluDense
-    dense.wi = type("Other", (torch.nn.Linear,), {})(24, 40, bias=False)
-    assert describe(model.encoder.block[0].layer[-1]).module is dense
-    compiled = torch.compile(model.encoder, fullgraph=True, backend="aot_eager")
+@pytest.mark.parametrize("family", ["t5", "bert", "distilbert"])
+def test_compiles_in_training_and_with_replaced_linears(family, fresh_compiler):
+    model = tiny.patched(family).train()
+    layer, path = tiny.layers(model)[0], find(model).family.w_in[0]
+    container, name = follow(layer, path.rpartition(".")[0]), path.rpartition(".")[2]
+    setattr(container, name, type("Other", (torch.nn.Linear,), {})(24, 40, bias=False))
+    assert describe(layer).module is not None
+    compiled = torch.compile(tiny.encoder(model), fullgraph=True, backend="aot_eager")
     ids, mask = tiny.batch(9, 4)
     grads = []
-    for encoder in (compiled, model.encoder):
+    for encoder in (compiled, tiny.encoder(model)):
         model.zero_grad()
-        encoder(ids, attention_mask=mask).last_hidden_state.square().mean().backward()
+        out = encoder(ids, attention_mask=mask).last_hidden_state
+        out.square().mean().backward()
         grads.append([p.grad for k, p in plugin_items(model) if k == "4"])
     torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)

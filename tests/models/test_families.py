@@ -5,21 +5,37 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+import variator_kernels as vk
 from tests.models import tiny
 from variator_kernels.feed_forward import normalize, products
-from variator_kernels.models.families import FAMILIES, describe
+from variator_kernels.models.describe import describe
+from variator_kernels.models.families import FAMILIES, follow, is_a
+from variator_kernels.models.find import find
 
 
 def sublayer(*args, **settings):
-    return tiny.model(*args, **settings).encoder.block[0].layer[-1]
+    return tiny.layers(tiny.model(*args, **settings))[0]
 
 
 def run(layer, x):
     ffn = describe(layer)
-    return x + products(normalize(x, ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps), ffn)
+    norm = (ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)
+    if ffn.norm == "none":
+        return products(x, ffn)
+    if ffn.post_norm:
+        return normalize(x + products(x, ffn), *norm)
+    return x + products(normalize(x, *norm), ffn)
 
 
-ACTS = [*tiny.VARIANTS, ("t5", "gelu"), ("t5", "gated-gelu_pytorch_tanh")]
+ACTS = [
+    *tiny.VARIANTS,
+    ("t5", "gelu"),
+    ("t5", "gated-gelu_pytorch_tanh"),
+    ("bert", "gelu_new"),
+    ("electra", "gelu"),
+    ("distilbert", "relu"),
+    ("roberta", "silu"),
+]
 
 
 @pytest.mark.parametrize(("family", "act"), ACTS)
@@ -27,19 +43,34 @@ def test_describes_plain_products(family, act):
     layer = sublayer(family, act)
     x = torch.randn(2, 5, 24)
     assert describe(layer).module is None
-    torch.testing.assert_close(run(layer, x), layer(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run(layer, x), tiny.run(layer, x), atol=1e-5, rtol=1e-5)
+
+
+def row(layer):
+    """The family, the module around the first product, and that product's name there."""
+    family = next(f for f in FAMILIES.values() if is_a(layer, f, f.layer))
+    path, _, name = family.w_in[0].rpartition(".")
+    return family, follow(layer, path), name
+
+
+def set_activation(layer, act):
+    path, _, name = row(layer)[0].act.rpartition(".")
+    setattr(follow(layer, path), name, act)
 
 
 def replace(layer):
-    layer.DenseReluDense.wi = type("Other", (nn.Linear,), {})(24, 40)
+    _, container, name = row(layer)
+    setattr(container, name, type("Other", (nn.Linear,), {})(24, 40))
 
 
 def hook(layer):
-    layer.DenseReluDense.wo.register_forward_hook(lambda module, args, out: 2 * out)
+    w_out = follow(layer, row(layer)[0].w_out)
+    w_out.register_forward_hook(lambda module, args, out: 2 * out)
 
 
 def hook_the_whole(layer):
-    layer.DenseReluDense.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    step = follow(layer, row(layer)[0].steps[0])
+    step.register_forward_pre_hook(lambda module, args: (2 * args[0],))
 
 
 def parametrise(layer):
@@ -47,7 +78,8 @@ def parametrise(layer):
         def forward(self, weight):
             return 2 * weight
 
-    parametrize.register_parametrization(layer.DenseReluDense.wi, "weight", Twice())
+    _, container, name = row(layer)
+    parametrize.register_parametrization(getattr(container, name), "weight", Twice())
 
 
 def bind_forward(layer):
@@ -55,17 +87,20 @@ def bind_forward(layer):
 
 
 def quantise(layer):
-    layer.DenseReluDense = torch.ao.quantization.quantize_dynamic(
-        layer.DenseReluDense, {nn.Linear}, dtype=torch.qint8
-    )
+    torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8, inplace=True)
 
 
 def unknown_activation(layer):
-    layer.DenseReluDense.act = nn.Hardswish()
+    set_activation(layer, nn.Hardswish())
 
 
 def other_activation_of_a_known_name(layer):
-    layer.DenseReluDense.act = type("ReLU", (nn.Hardswish,), {"__module__": "elsewhere"})()
+    set_activation(layer, type("ReLU", (nn.Hardswish,), {"__module__": "elsewhere"})())
+
+
+def hooked_activation(layer):
+    act = follow(layer, row(layer)[0].act)
+    act.register_forward_hook(lambda module, args, out: 2 * out)
 
 
 CHANGES = [
@@ -76,17 +111,20 @@ CHANGES = [
     quantise,
     unknown_activation,
     other_activation_of_a_known_name,
+    hooked_activation,
 ]
 
 
+@pytest.mark.parametrize("family", ["t5", "bert", "distilbert"])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_runs_the_module_where_weights_do_not_tell_all(change):
-    layer = sublayer()
+def test_runs_the_module_where_weights_do_not_tell_all(change, family):
+    layer = sublayer(family)
     change(layer)
     x = torch.randn(2, 5, 24)
-    assert describe(layer).module is layer.DenseReluDense
-    torch.testing.assert_close(run(layer, x), layer(x))
+    assert describe(layer).module is not None
+    torch.testing.assert_close(run(layer, x), tiny.run(layer, x))
+    assert vk.CompressedFFN(layer).plugin.adapter.b2.shape == (24,)
 
 
 def test_runs_the_module_where_forward_is_replaced(monkeypatch):
@@ -104,6 +142,8 @@ def test_dropout_only_in_training():
     assert (describe(layer).dropout_inner, describe(layer).dropout_outer) == (0.0, 0.0)
     layer.train()
     assert (describe(layer).dropout_inner, describe(layer).dropout_outer) == (0.25, 0.25)
+    layer = sublayer("bert", "gelu", dropout=0.25).train()
+    assert (describe(layer).dropout_inner, describe(layer).dropout_outer) == (0.0, 0.25)
 
 
 def test_refuses_what_it_does_not_know():
@@ -115,10 +155,12 @@ def test_refuses_what_it_does_not_know():
 def test_names_exist_in_transformers(family):
     made = tiny.model(family.name)
     assert made.config.model_type == family.name
-    block = made.encoder.block[0]
-    for part, name in ((made.encoder, family.encoder), (block, family.block)):
+    for part, name in find(made).parts():
         assert type(part).__name__ == name
         assert type(part).__module__ == family.module
-    assert type(block.layer[-1]).__name__ == family.layer
-    assert type(block.layer[-1].layer_norm).__name__ == family.norm_class
-    assert type(block.layer[-1].DenseReluDense).__name__ in family.dense_classes
+    layer = tiny.layers(made)[0]
+    if family.norm:
+        assert type(follow(layer, family.norm)).__name__ == family.norm_class
+    if family.container:
+        assert type(follow(layer, family.container)).__name__ in family.container_classes
+    assert getattr(made.config, family.inner_size) == 40

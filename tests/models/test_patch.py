@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import EncoderDecoderConfig, EncoderDecoderModel
 
 import variator_kernels as vk
 from tests.models import tiny
@@ -42,6 +43,35 @@ def test_patches_the_encoder_of_every_head(head):
     )
 
 
+BERT_HEADS = [
+    "Model",
+    "ForSequenceClassification",
+    "ForMaskedLM",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+]
+
+
+@pytest.mark.parametrize("family", tiny.BERTS)
+@pytest.mark.parametrize("head", BERT_HEADS)
+def test_patches_every_head_of_bert(family, head):
+    model = tiny.model(family, "gelu", head=head)
+    base = {key: value.clone() for key, value in model.state_dict().items()}
+    ids, mask = tiny.batch(9, 4)
+    ids, mask = (ids[:, None], mask[:, None]) if head == "ForMultipleChoice" else (ids, mask)
+    expected = model(ids, attention_mask=mask)[0]
+    vk.patch_bert(model, ratio=2, ratios=(2,))
+    tiny.train_plugins(model)
+    assert len(set(model.state_dict()) - set(base)) == 2 * 6
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in base.items())
+    assert not torch.allclose(model(ids, attention_mask=mask)[0], expected, atol=1e-4)
+    with vk.use_ratio(model, 1):
+        assert torch.equal(model(ids, attention_mask=mask)[0], expected)
+    vk.unpatch(model)
+    assert torch.equal(model(ids, attention_mask=mask)[0], expected)
+
+
 def test_patches_a_bare_encoder_and_a_wrapped_model():
     model = tiny.model(head="EncoderModel")
     vk.patch_t5(model.encoder)
@@ -73,6 +103,15 @@ def test_requires_grad_of_the_base_is_left_alone():
     }
 
 
+@pytest.mark.parametrize("family", tiny.BERTS)
+def test_plugins_take_the_dtype_of_a_bert(family):
+    model = vk.patch_bert(tiny.model(family, "gelu").to(torch.bfloat16))
+    tiny.train_plugins(model)
+    assert {p.dtype for p in vk.plugin_parameters(model)} == {torch.bfloat16}
+    ids, mask = tiny.batch(9, 4)
+    assert tiny.encode(model, ids, mask).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_plugins_take_dtype_and_device_of_the_ffn(dtype):
     model = tiny.model().to(dtype)
@@ -100,6 +139,15 @@ def test_untrained_plugins_copy_the_output_of_the_mean():
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_encoder_of_an_encoder_decoder_of_berts():
+    encoder = tiny.config("bert", "gelu")
+    decoder = tiny.config("bert", "gelu", is_decoder=True, add_cross_attention=True)
+    both = EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    model = vk.patch_bert(EncoderDecoderModel(both).eval())
+    assert all(".plugins." not in key for key in model.decoder.state_dict())
+    assert len(vk.plugin_parameters(model.encoder)) == 2 * 3 * 6
+
+
 def test_decoder_stays_dense_and_generate_works():
     model = tiny.model()
     ids, mask = tiny.batch(9, 5)
@@ -115,12 +163,13 @@ def test_decoder_stays_dense_and_generate_works():
     assert torch.equal(tokens[1, : alone.shape[1]], alone[0])
 
 
-def test_is_still_its_class():
-    model = tiny.model(head="EncoderModel")
+@pytest.mark.parametrize(("family", "parts"), [("t5", 2), ("bert", 1), ("distilbert", 2)])
+def test_is_still_its_class(family, parts):
+    model = tiny.model(family, head=tiny.bare(family))
     kinds = [type(m) for m in model.modules()]
-    vk.patch_t5(model)
+    vk.patch(model)
     patched = [m for m in model.modules() if "variator_state" in vars(m)]
-    assert len(patched) == 1 + 2 * 2
+    assert len(patched) == 1 + 2 * parts
     for module in patched:
         assert any(isinstance(module, kind) for kind in kinds)
         assert type(module).__name__ in {kind.__name__ for kind in kinds}

@@ -5,6 +5,7 @@ from torch import nn
 
 import variator_kernels as vk
 from tests.models import tiny
+from variator_kernels.models.families import follow
 
 
 def other_class(model):
@@ -40,6 +41,80 @@ def other_block(model):
 
 def no_blocks(model):
     model.encoder.block = nn.ModuleList()
+
+
+def bert_output(model):
+    tiny.layers(model)[1].output = nn.Identity()
+
+
+def bert_other_norm(model):
+    tiny.layers(model)[0].output.LayerNorm = nn.RMSNorm(24)
+
+
+def bert_chunk(model):
+    tiny.layers(model)[1].forward = tiny.layers(model)[1].forward
+
+
+def chunked(model):
+    tiny.layers(model)[1].chunk_size_feed_forward = 2
+
+
+def distilbert_no_dropout(model):
+    del tiny.layers(model)[1].dropout
+
+
+BERT_CHANGES = [
+    ("bert", bert_output, "FFN sublayer 1 has no 'output.dense'"),
+    ("electra", bert_other_norm, "plain LayerNorm, got torch.*RMSNorm"),
+    ("roberta", bert_chunk, "forward of RobertaLayer was replaced"),
+    ("distilbert", bert_chunk, "forward of FFN was replaced"),
+    ("distilbert", distilbert_no_dropout, "FFN sublayer 1 has no 'dropout'"),
+    ("bert", chunked, "chunk_size_feed_forward must be 0, got 2"),
+    ("distilbert", chunked, "chunk_size_feed_forward must be 0, got 2"),
+]
+
+
+@pytest.mark.parametrize(("family", "change", "message"), BERT_CHANGES)
+def test_refuses_a_changed_bert(family, change, message):
+    model = tiny.model(family, "gelu")
+    change(model)
+    before = tiny.snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        vk.patch_bert(model)
+    assert tiny.snapshot(model) == before
+
+
+def test_refuses_chunks_that_come_later():
+    model = tiny.patched("bert", "gelu")
+    chunked(model)
+    ids, mask = tiny.batch(8, 8)
+    with pytest.raises(ValueError, match="chunk_size_feed_forward must be 0, got 2"):
+        tiny.encode(model, ids)
+    with vk.use_ratio(model, 1):
+        tiny.encode(model, ids, mask)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra"])
+def test_refuses_a_bert_that_is_a_decoder(family):
+    model = tiny.model(family, "gelu", is_decoder=True)
+    before = tiny.snapshot(model)
+    for patch in (vk.patch, vk.patch_bert):
+        with pytest.raises(ValueError, match=r"got 0 in a .*Model, and 1 with config.is_decoder"):
+            patch(model)
+    assert tiny.snapshot(model) == before
+
+
+@pytest.mark.parametrize(("hooked", "replaced"), [("output", False), ("output.dropout", True)])
+def test_refuses_to_pass_by_what_others_put_in(hooked, replaced):
+    model = tiny.patched("bert", "gelu")
+    part = follow(tiny.layers(model)[1], hooked)
+    if replaced:
+        part.forward = lambda x: 2 * x
+    else:
+        part.register_forward_hook(lambda module, args, out: 2 * out)
+    ids, mask = tiny.batch(9)
+    with pytest.raises(TypeError, match=f"{hooked} of BertLayer was replaced or hooked"):
+        tiny.encode(model, ids, mask)
 
 
 CHANGES = [
@@ -129,10 +204,16 @@ def test_refuses_other_models():
         vk.patch_t5(tiny.model().decoder)
     with pytest.raises(ValueError, match=r"exactly one encoder.*got 2"):
         vk.patch_t5(nn.ModuleList([tiny.model(), tiny.model()]))
-    bert = nn.Linear(2, 2)
-    bert.config = type("Config", (), {"model_type": "bert"})()
-    with pytest.raises(ValueError, match=r"known family, \('t5', 'mt5', 'umt5'\), got 'bert'"):
-        vk.patch(bert)
+    with pytest.raises(ValueError, match=r"family, \('t5', 'mt5', 'umt5'\), got 0 in a BertModel"):
+        vk.patch_t5(tiny.model("bert", "gelu"))
+    with pytest.raises(ValueError, match=r"family, \('bert',.*got 0 in a T5EncoderModel"):
+        vk.patch_bert(tiny.model(head="EncoderModel"))
+    albert = nn.Linear(2, 2)
+    albert.config = type("Config", (), {"model_type": "albert"})()
+    with pytest.raises(
+        ValueError, match=r"known family, \('t5', 'mt5', .*'electra'\), got 'albert'"
+    ):
+        vk.patch(albert)
     with pytest.raises(ValueError, match=r"known family.*got None"):
         vk.patch(nn.Linear(2, 2))
 

@@ -7,15 +7,32 @@ import transformers
 from torch import nn
 
 import variator_kernels as vk
+from variator_kernels.models.find import find
 
-PREFIX = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
-VARIANTS = [
+PREFIX = {
+    "t5": "T5",
+    "mt5": "MT5",
+    "umt5": "UMT5",
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "distilbert": "DistilBert",
+    "electra": "Electra",
+}
+T5_VARIANTS = [
     ("t5", "relu"),
     ("t5", "gated-gelu"),
     ("t5", "gated-silu"),
     ("mt5", "gated-gelu"),
     ("umt5", "gated-gelu"),
 ]
+BERT_VARIANTS = [
+    ("bert", "gelu"),
+    ("roberta", "gelu_new"),
+    ("distilbert", "gelu"),
+    ("electra", "relu"),
+]
+VARIANTS = [*T5_VARIANTS, *BERT_VARIANTS]
+BERTS = [family for family, _ in BERT_VARIANTS]
 SIZES = {
     "vocab_size": 40,
     "d_model": 24,
@@ -25,28 +42,86 @@ SIZES = {
     "num_heads": 4,
     "decoder_start_token_id": 0,
 }
+BERT_NAMES = {
+    "d_model": "hidden_size",
+    "d_ff": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+}
+DISTILBERT_NAMES = {
+    "d_model": "dim",
+    "d_ff": "hidden_dim",
+    "num_layers": "n_layers",
+    "num_heads": "n_heads",
+}
+
+
+def config(family: str = "t5", act: str = "relu", dropout: float = 0.0, **settings):
+    """A tiny configuration; sizes in T5's names, whatever the family."""
+    kind = getattr(transformers, f"{PREFIX[family]}Config")
+    if family not in BERTS:
+        return kind(**SIZES | settings, feed_forward_proj=act, dropout_rate=dropout)
+    if family == "distilbert":
+        names = DISTILBERT_NAMES
+        own = {"activation": act, "dropout": dropout, "attention_dropout": dropout}
+    else:
+        names = BERT_NAMES
+        own = {"hidden_act": act, "type_vocab_size": 2}
+        own |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    if family == "electra":
+        own["embedding_size"] = 16
+    sizes = {names.get(key, key): value for key, value in (SIZES | settings).items()}
+    del sizes["d_kv"], sizes["decoder_start_token_id"]
+    return kind(max_position_embeddings=64, **own | sizes)
+
+
+def bare(family: str) -> str:
+    """The head of the class that is an encoder and no more."""
+    return "Model" if family in BERTS else "EncoderModel"
 
 
 def model(
     family: str = "t5",
     act: str = "relu",
-    head: str = "ForConditionalGeneration",
+    head: str | None = None,
     dropout: float = 0.0,
     **settings,
 ):
     """A random model of the family, in eval mode; the same weights every time."""
     torch.manual_seed(0)
-    config = getattr(transformers, f"{PREFIX[family]}Config")(
-        **SIZES | settings, feed_forward_proj=act, dropout_rate=dropout
-    )
-    made = getattr(transformers, f"{PREFIX[family]}{head}")(config)
+    head = head or ("Model" if family in BERTS else "ForConditionalGeneration")
+    kind = getattr(transformers, f"{PREFIX[family]}{head}")
+    made = kind(config(family, act, dropout, **settings))
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            if "layer_norm" in name:
+            if "layer_norm" in name or "LayerNorm" in name:
                 parameter.uniform_(0.5, 1.5)
-            elif "DenseReluDense" in name:
+            elif any(part in name for part in ("DenseReluDense", "layer.", "classifier")):
                 parameter.normal_(std=0.3)
     return made.eval()
+
+
+def encoder(made: nn.Module):
+    return find(made).encoder
+
+
+def layers(made: nn.Module):
+    """The FFN sublayers."""
+    return find(made).layers
+
+
+def run(layer: nn.Module, x: torch.Tensor):
+    """The FFN sublayer as its block calls it."""
+    return getattr(layer, "feed_forward_chunk", layer)(x)
+
+
+def dense(layer: nn.Module, g: torch.Tensor):
+    """The FFN proper."""
+    if hasattr(layer, "DenseReluDense"):
+        return layer.DenseReluDense(g)
+    if hasattr(layer, "lin1"):
+        return layer.lin2(layer.activation(layer.lin1(g)))
+    return layer.output.dense(layer.intermediate(g))
 
 
 def train_plugins(patched: nn.Module, std: float = 0.1) -> None:
@@ -77,8 +152,18 @@ def batch(*lengths: int, left: bool = False, width: int | None = None, seed: int
     return ids * mask, mask
 
 
+def positions(made, mask):
+    """Position ids that start at each row's first real token, for models that take them."""
+    family, config = find(made).family.name, made.config
+    if mask is None or family not in BERTS:
+        return {}
+    first = config.pad_token_id + 1 if family == "roberta" else 0
+    return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0) + first}
+
+
 def encode(made, ids, mask=None, **settings):
-    return made.get_encoder()(ids, attention_mask=mask, **settings).last_hidden_state
+    settings = positions(made, mask) | settings
+    return encoder(made)(ids, attention_mask=mask, **settings).last_hidden_state
 
 
 def snapshot(made):

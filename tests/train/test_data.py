@@ -94,16 +94,14 @@ def test_refuses_texts_longer_than_the_model_takes():
     assert len(rows.examples(read, ("a", "b"), words, 5, 5)[0]["input_ids"]) == 5
     with pytest.raises(ValueError, match="max_length must be at most 5"):
         rows.examples(read, ("a", "b"), words, 6, 5)
-    with pytest.raises(ValueError, match="x.tsv:2 has no text"):
+    with pytest.raises(ValueError, match=r"x\.tsv:2 has no text"):
         rows.examples([data.Row("x.tsv:2", {"a": " "})], ("a",), words, None, None)
 
 
 def test_labels_are_names_or_numbers():
     read = [data.Row(f"x:{i}", {"label": value}) for i, value in enumerate(["no", "1", "yes"])]
     assert task.class_ids(read, "label", ["no", "yes"]) == [0, 1, 1]
-    with pytest.raises(
-        ValueError, match=r"x:2 has the label 'yes', it must be one of \['no', 'yep"
-    ):
+    with pytest.raises(ValueError, match=r"x:2 has the label 'yes', it must be one of \['no'"):
         task.class_ids(read, "label", ["no", "yep"])
 
 

@@ -64,10 +64,10 @@ def test_parts_of_a_batch_add_up_to_it():
         student, teacher = (
             SimpleNamespace(
                 hidden_states=[layer[rows] for layer in s],
-                logits=l[rows],
-                loss=torch.nn.functional.cross_entropy(l[rows], labels[rows]),
+                logits=z[rows],
+                loss=torch.nn.functional.cross_entropy(z[rows], labels[rows]),
             )
-            for s, l in zip(states, logits, strict=True)
+            for s, z in zip(states, logits, strict=True)
         )
         return (
             losses.distillation(student, teacher, batch, total, 0.3)

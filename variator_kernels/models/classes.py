@@ -13,14 +13,18 @@ import importlib
 import inspect
 import types
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers.modeling_utils
 from torch import Tensor, nn
 
 from .. import checks, functional
 from ..ratio import Active, PluginState
-from .families import FAMILIES, ROW, Family, describe, follow
+from .describe import describe
+from .families import FAMILIES, ROW, Family, follow
+from .find import whole_rows
 
 ORIGINAL = "variator_original"
 """Class attribute of a generated class: the class it replaces."""
@@ -81,13 +85,14 @@ class _Block(nn.Module):
             local.active = outer
 
 
-class _Layer(nn.Module):
+class _Sublayer(nn.Module):
     """The FFN sublayer, on merged groups of tokens."""
 
     variator_state: PluginState
+    variator_family: Family
     plugins: nn.ModuleDict
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def _compress(self, hidden_states: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
         state = self.variator_state
         active = state.local.active
         if active is None:
@@ -99,13 +104,31 @@ class _Layer(nn.Module):
             active = Active(None, state.resolve())
         mask, ratio = active
         if ratio == 1:
-            return super().forward(hidden_states)
+            return dense(hidden_states)
+        whole_rows(self)
         if mask is not None and mask.device != hidden_states.device:
             mask = mask.to(hidden_states.device)
         plugin: Any = self.plugins[str(ratio)]
-        return functional.compressed_ffn(
+        out = functional.compressed_ffn(
             hidden_states, plugin.weights(), describe(self), mask=mask, backend=state.backend
         )
+        # A sublayer without a norm leaves the residual to its block.
+        return out if self.variator_family.norm else out - hidden_states
+
+
+class _Layer(_Sublayer):
+    """A module that is the FFN sublayer."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self._compress(hidden_states, super().forward)
+
+
+class _BlockWithChunk(_Block, _Sublayer):
+    """A block that has the FFN sublayer as a method."""
+
+    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+        dense = super().feed_forward_chunk  # type: ignore[misc]
+        return self._compress(attention_output, dense)
 
 
 def _token_mask(mask: Any) -> Tensor | None:
@@ -142,6 +165,8 @@ def _warn_if_untrained(encoder: _Encoder, ratio: int) -> None:
 
 
 def _roles(family: Family) -> dict[str, type[nn.Module]]:
+    if family.block == family.layer:
+        return {family.encoder: _Encoder, family.block: _BlockWithChunk}
     return {family.encoder: _Encoder, family.block: _Block, family.layer: _Layer}
 
 
@@ -166,21 +191,11 @@ def patched_class(family: Family, name: str) -> type[nn.Module]:
         copy.__signature__ = signature
         body["forward"] = copy
         body[_MASK_INDEX] = list(signature.parameters).index("attention_mask") - 1
-    made = type(name, (mixin, original), body)
-    _record_outputs(made)
-    return made
-
-
-def _record_outputs(kind: Any) -> None:
-    """Let ``output_hidden_states`` and ``output_attentions`` reach a patched model: transformers 5
-    keeps what each class can record under the class's name."""
-    try:
-        from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY as registry
-    except ImportError:
-        return
-    recorded = getattr(kind, "_can_record_outputs", None)
-    if recorded:
-        dict.__setitem__(registry, str(kind), recorded)
+    kind = type(name, (mixin, original), body)
+    # Where transformers looks up, by the class's full name, which hidden states can be returned.
+    recorded = getattr(transformers.modeling_utils, "_CAN_RECORD_REGISTRY", {})
+    dict.__setitem__(recorded, str(kind), getattr(original, "_can_record_outputs", None))
+    return kind
 
 
 def __getattr__(name: str) -> type[nn.Module]:

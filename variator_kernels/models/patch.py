@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from .. import backends, checks
 from ..nn import Plugin
 from ..ratio import STATE, PluginState, states
 from .classes import ORIGINAL, patched_class
-from .families import FAMILIES, T5_FAMILIES, Family
+from .families import BERT_FAMILIES, FAMILIES, T5_FAMILIES, Family
 from .find import Found, check_unchanged, find, is_patched
 
 PLACEMENTS = ("ffn",)
@@ -51,6 +50,27 @@ def patch_t5(
         replaced what is to be patched. Nothing has changed then.
     """
     families = T5_FAMILIES
+    return apply(model, families, ratio, ratios, bottleneck, activation, placements, backend)
+
+
+def patch_bert(
+    model: Model,
+    ratio: int = 4,
+    ratios: Iterable[int] = (2, 4, 8),
+    bottleneck: int = 64,
+    activation: str = "tanh",
+    placements: Iterable[str] = ("ffn",),
+    backend: str = "auto",
+) -> Model:
+    """:func:`patch_t5` for a BERT, RoBERTa, DistilBERT or ELECTRA encoder, with or without a head.
+
+    The norm comes after the residual here: ``y = LayerNorm(x + o)``.
+
+    Raises:
+        TypeError, ValueError: as :func:`patch_t5`; the model is a decoder (``config.is_decoder``);
+        or ``config.chunk_size_feed_forward`` is not 0.
+    """
+    families = BERT_FAMILIES
     return apply(model, families, ratio, ratios, bottleneck, activation, placements, backend)
 
 
@@ -138,17 +158,13 @@ def apply(
         placements=_placements(placements),
         backend=checks.choice(backend, ("auto", *backends.BACKENDS), "backend"),
     )
-    backends.resolve(backend, found.norm_weight(found.layers[0]))
-    plugins = [_plugins(found, layer, state) for layer in found.layers]
+    backends.resolve(backend, found.like(0))
+    plugins = [_plugins(found, position, state) for position in range(len(found.layers))]
 
-    family = found.family
     for layer, modules in zip(found.layers, plugins, strict=True):
         layer.plugins = modules
-    parts = [(found.encoder, family.encoder)]
-    parts += [(block, family.block) for block in found.blocks]
-    parts += [(layer, family.layer) for layer in found.layers]
-    for part, name in parts:
-        part.__class__ = patched_class(family, name)
+    for part, name in found.parts():
+        part.__class__ = patched_class(found.family, name)
         setattr(part, STATE, state)
     _ignore_on_save(model, True)
     return model
@@ -174,15 +190,8 @@ def _placements(placements: Iterable[str]) -> tuple[str, ...]:
     return given
 
 
-def _plugins(found: Found, layer: nn.Module, state: PluginState) -> nn.ModuleDict:
-    """New plugins with the place and type of what the FFN multiplies first (an fp16 T5 keeps
-    ``wo`` in fp32), or of the norm where that is quantised."""
-    like = found.norm_weight(layer)
-    dense = getattr(layer, found.family.dense)
-    for name in found.family.w_in:
-        weight = getattr(getattr(dense, name, None), "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.is_floating_point():
-            like = weight
+def _plugins(found: Found, position: int, state: PluginState) -> nn.ModuleDict:
+    like = found.like(position)
     modules = {
         str(k): Plugin(
             found.hidden_size,
@@ -194,7 +203,7 @@ def _plugins(found: Found, layer: nn.Module, state: PluginState) -> nn.ModuleDic
         )
         for k in state.ratios
     }
-    return nn.ModuleDict(modules).train(layer.training)
+    return nn.ModuleDict(modules).train(found.layers[position].training)
 
 
 def _ignore_on_save(model: nn.Module, ignore: bool) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import checks, functional
 from ..backends import BACKENDS
 from ..feed_forward import FeedForward
-from ..models.families import describe
+from ..models.describe import describe
 from .plugin import Plugin
 
 

@@ -12,9 +12,10 @@ from .config import STEP_DEFAULTS, STEPS, DistillationConfig
 from .run import Job, run
 
 EPILOG = """\
-Every other option is one of DistillationConfig's, a transformers.TrainingArguments: --learning_rate,
---max_steps, --per_device_train_batch_size, --eval_steps, --save_steps, --seed, --bf16, --task_weight,
---layer_weight, --logits_weight and so on. Start several processes with torchrun or accelerate launch.
+Every other option is one of DistillationConfig's, a transformers.TrainingArguments:
+--learning_rate, --max_steps, --per_device_train_batch_size, --eval_steps, --save_steps, --seed,
+--bf16, --task_weight, --layer_weight, --logits_weight and so on. Start several processes with
+torchrun or accelerate launch.
 """
 
 
@@ -25,7 +26,7 @@ def _ratios(words: list[str]) -> tuple[int, ...]:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m variator_kernels.train",
-        description="Train compression plugins for a model. Killed and started again, a run goes on.",
+        description="Train compression plugins for a model. Killed and started again, it goes on.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -40,7 +40,7 @@ def corrupted_spans(tokenizer: Any, rate: float = RATE, mean_span: float = MEAN_
         ValueError: the tokenizer has no ``<extra_id_0>``, or a text needs more sentinels.
     """
     vocabulary = tokenizer.get_vocab()
-    sentinels = []
+    sentinels: list[int] = []
     while (word := f"<extra_id_{len(sentinels)}>") in vocabulary:
         sentinels.append(vocabulary[word])
     if not sentinels:

@@ -46,6 +46,7 @@ class DistillationTrainer(Trainer):
     """
 
     args: DistillationConfig
+    control: Any
 
     def __init__(
         self,
