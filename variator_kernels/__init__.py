@@ -1,6 +1,7 @@
 """Compression plugins (Variator) that make transformer models faster: ops, modules and patches."""
 
 from . import flops, functional
+from .calibration import calibrate
 from .checkpoint import load_plugins, save_plugins
 from .feed_forward import FeedForward, PluginWeights
 from .models.patch import patch, patch_bert, patch_t5, plugin_parameters, unpatch
@@ -17,6 +18,7 @@ __all__ = [
     "Plugin",
     "PluginWeights",
     "__version__",
+    "calibrate",
     "flops",
     "functional",
     "load_plugins",

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import SequentialSampler
-from transformers import Trainer
 
 from ..checkpoint import load_plugins, save_plugins
 from ..models.patch import plugin_parameters
 from ..ratio import states, use_ratio
 from . import checkpoints, losses
 from .config import DistillationConfig
-from .stream import Stream
+from .resumable import ResumableTrainer
 
 Correct = Callable[[Any, Mapping[str, Any]], Tensor]
 """``correct(outputs, batch)``: ``[B]``, whether each row was answered right."""
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ResumableTrainer):
     """Trains the plugins of a patched model to make up for what compression changes.
 
     The teacher is the same model at ratio 1, without gradients and dropout: no second copy. Only
@@ -46,7 +42,6 @@ class DistillationTrainer(Trainer):
     """
 
     args: DistillationConfig
-    control: Any
 
     def __init__(
         self,
@@ -81,10 +76,13 @@ class DistillationTrainer(Trainer):
             parameter.requires_grad_(True)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = len(self.ratios) > 1
-        if train_dataset is not None:
-            train_dataset = _stream(train_dataset, args)
         super().__init__(
-            model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **rest
+            model,
+            args,
+            train_dataset,
+            group=args.group_by_length,
+            eval_dataset=eval_dataset,
+            **rest,
         )
         # Gradients of accumulated batches are sums of shares of one mean: nothing to divide.
         self.model_accepts_loss_kwargs = True
@@ -94,12 +92,6 @@ class DistillationTrainer(Trainer):
         turn, position = divmod(step, len(self.ratios))
         order = random.Random(f"{self.args.seed} {turn}").sample(self.ratios, len(self.ratios))
         return order[position]
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **rest: Any) -> Any:
-        if resume_from_checkpoint is True:
-            found = checkpoints.last(self.args.output_dir)
-            resume_from_checkpoint = None if found is None else str(found)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **rest)
 
     # The loss
 
@@ -211,10 +203,7 @@ class DistillationTrainer(Trainer):
         metrics[f"{prefix}_loss"] = sum(found) / len(found)
         return metrics
 
-    # Data and checkpoints
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+    # Checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
@@ -227,29 +216,6 @@ class DistillationTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         load_plugins(self.model, str(self.state.best_model_checkpoint))
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # Older checkpoints go once this one is whole.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            output = Path(self.args.output_dir)
-            checkpoints.finish(output / f"checkpoint-{self.state.global_step}")
-            checkpoints.clean(output, limit, self.state.best_model_checkpoint)
-
-
-def _stream(rows: Any, args: DistillationConfig) -> Stream:
-    if not len(rows):
-        raise ValueError("train_dataset must have rows, got none")
-    devices = args.world_size * args.gradient_accumulation_steps
-    batch = args.per_device_train_batch_size * devices
-    if args.max_steps <= 0:
-        args.max_steps = math.ceil(args.num_train_epochs * len(rows) / batch)
-    return Stream(rows, args.max_steps * batch, batch, args.seed, args.group_by_length)
 
 
 def _without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:
