@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import logging
 
-from .common import machine, options, results
+from .common import machine, minilm, options, results, text
 from .common.results import Row
 from .quality import figure, originals, recipe, speed, stages, tasks
 from .quality.recipe import VARIANTS, Recipe, Variant
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         default="minilm",
         help=f"minilm (default; from the extra 'quality'), {originals.SMALL_T5}, or a folder",
     )
-    add("--data", type=Path, default=Path("data"), help="folder with sst2/, rte/ and wikitext2/")
+    add("--data", type=Path, default=text.DATA, help="folder with sst2/, rte/, wikitext2/")
     add("--work", type=Path, help="where stages are kept; default build/quality/<model>")
     add("--tasks", type=options.words, default=["sst2"], help="some of sst2, rte; default sst2")
     add("--variants", type=options.words, help=f"some of {', '.join(VARIANTS)}; default all")
@@ -52,8 +52,6 @@ def parser() -> argparse.ArgumentParser:
 def base(name: str) -> str:
     """The folder of the model to start from."""
     if name == "minilm":
-        from .common import minilm
-
         return str(minilm.folder())
     if name != originals.SMALL_T5 and not (Path(name) / "config.json").is_file():
         raise ValueError(

@@ -133,6 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="little work: does everything run?")
     args = parser.parse_args(arguments)
     args.dtype = ["fp32"]
+    args.length = args.length or (None if args.quick else 128)  # the paper's paragraphs
     try:
         options.settle_common(args)
         model = models.architecture(args.model)

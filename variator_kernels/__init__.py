@@ -1,6 +1,6 @@
 """Compression plugins (Variator) that make transformer models faster: ops, modules and patches."""
 
-from . import flops, functional
+from . import analysis, flops, functional
 from .calibration import calibrate
 from .checkpoint import load_plugins, save_plugins
 from .feed_forward import FeedForward, PluginWeights
@@ -18,6 +18,7 @@ __all__ = [
     "Plugin",
     "PluginWeights",
     "__version__",
+    "analysis",
     "calibrate",
     "flops",
     "functional",

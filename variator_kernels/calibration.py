@@ -17,7 +17,7 @@ follows (BERT): that is how much an error matters behind the norm.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from .grouping import token_slots
 from .models.describe import describe
 from .models.find import find
 from .ops.group_merge.reference import group_merge
-from .ratio import STATE, PluginState, states, use_ratio
+from .ratio import STATE, PluginState, observe, states, use_ratio
 from .regression import Moments, reduced_rank
 
 SHARPNESS = (0.0, 0.5, 1.0, 2.0)
@@ -102,34 +102,24 @@ def calibrate(
 
 
 class _Reached(Exception):
-    """The layer looked for was reached: the rest of the model need not run."""
+    """The sublayer looked for was reached: the rest of the model need not run."""
 
 
 def _inputs_of(
     model: nn.Module, layer: Any, ratio: int, batches: list[Mapping[str, Tensor]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """``x [B, n, d]`` that the sublayer gets at this ratio, and the mask, batch by batch."""
-    with _stopping_at(layer) as reached, use_ratio(model, ratio):
-        for batch in batches:
-            try:
-                model(**batch)
-            except _Reached:
-                yield reached.pop(), batch["attention_mask"] != 0
-
-
-@contextmanager
-def _stopping_at(layer: Any) -> Iterator[list[Tensor]]:
     reached: list[Tensor] = []
 
-    def stop(hidden_states: Tensor, dense: Any) -> Tensor:
-        reached.append(hidden_states.detach().clone())
-        raise _Reached
+    def see(sublayer: nn.Module, x: Tensor, mask: Tensor | None, k: int) -> None:
+        if sublayer is layer:
+            reached.append(x.clone())
+            raise _Reached
 
-    vars(layer)["_compress"] = stop  # hides the method of its class
-    try:
-        yield reached
-    finally:
-        del vars(layer)["_compress"]
+    for batch in batches:
+        with observe(layer.variator_state, see), use_ratio(model, ratio), suppress(_Reached):
+            model(**batch)
+        yield reached.pop(), batch["attention_mask"] != 0
 
 
 def _output(x: Tensor, ffn: FeedForward) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -25,11 +25,15 @@ class Active(NamedTuple):
     ratio: int
 
 
+Observer = Callable[[nn.Module, Tensor, "Tensor | None", int], None]
+
+
 class _Local(threading.local):
     # Set here and not as class attributes: the compiler guards on the instance's own dict.
     def __init__(self) -> None:
         self.override: int | None = None
         self.active: Active | None = None
+        self.observer: Observer | None = None
 
 
 class PluginState:
@@ -85,6 +89,21 @@ class PluginState:
         else:
             override = _overrides.get().get(self)
         return self.ratio if override is None else override
+
+
+@contextmanager
+def observe(state: PluginState, observer: Observer) -> Iterator[None]:
+    """Show ``observer`` what each FFN sublayer of the model takes, in this thread.
+
+    It gets the patched sublayer, its input ``[B, n, d]``, the token mask and the ratio, before the
+    sublayer runs.
+    """
+    outer = state.local.observer
+    state.local.observer = observer
+    try:
+        yield
+    finally:
+        state.local.observer = outer
 
 
 _overrides: ContextVar[Mapping[PluginState, int]] = ContextVar(

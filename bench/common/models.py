@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, MT5EncoderModel, PreTrainedModel, T5Config, T5EncoderModel
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    BertModel,
+    DistilBertModel,
+    ElectraModel,
+    MT5EncoderModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    RobertaModel,
+    T5Config,
+    T5EncoderModel,
+    UMT5EncoderModel,
+)
 from transformers.models.t5.modeling_t5 import T5LayerFF
 
 from variator_kernels.feed_forward import FeedForward, PluginWeights
 
+from . import minilm
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BUILT_IN = {
-    "t5-base": {"d_model": 768, "d_ff": 3072, "d_kv": 64, "num_heads": 12, "num_layers": 12},
-    "t5-large": {"d_model": 1024, "d_ff": 4096, "d_kv": 64, "num_heads": 16, "num_layers": 24},
+BUILT_IN: dict[str, Callable[[], PretrainedConfig]] = {
+    "t5-small": T5Config,
+    "t5-base": partial(T5Config, d_model=768, d_ff=3072, num_heads=12, num_layers=12),
+    "t5-large": partial(T5Config, d_model=1024, d_ff=4096, num_heads=16, num_layers=24),
+    "bert-base": BertConfig,
 }
-ENCODERS = {"t5": T5EncoderModel, "mt5": MT5EncoderModel}
+"""Architectures; their weights are random."""
+NAMES = ("minilm", *BUILT_IN)
+ENCODERS = {
+    "t5": T5EncoderModel,
+    "mt5": MT5EncoderModel,
+    "umt5": UMT5EncoderModel,
+    "bert": BertModel,
+    "roberta": RobertaModel,
+    "distilbert": DistilBertModel,
+    "electra": ElectraModel,
+}
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 Weights = TypeVar("Weights", FeedForward, PluginWeights)
 
@@ -26,28 +55,31 @@ class Architecture(NamedTuple):
     """A configuration, and the folder of its weights if there are any."""
 
     name: str
-    config: T5Config
+    config: Any
     folder: Path | None
+    tokenizer: Path | None = None
 
     @property
     def weights(self) -> str:
+        if self.name == "minilm":
+            return "pretrained"
         return "from the folder" if self.folder else "random"
 
 
 def architecture(name: str) -> Architecture:
-    """A built-in architecture by name, or a folder with config.json and perhaps weights."""
+    """A built-in architecture or MiniLM by name, or a folder with config.json, perhaps weights."""
     if name in BUILT_IN:
-        return Architecture(name, T5Config(**BUILT_IN[name]), None)
-    folder = Path(name)
+        return Architecture(name, BUILT_IN[name](), None)
+    folder = minilm.folder() if name == "minilm" else Path(name)
     if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"model must be one of {tuple(BUILT_IN)} or a folder with config.json, got {name!r}"
-        )
+        raise ValueError(f"model must be one of {NAMES} or a folder with config.json, got {name!r}")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if config.model_type not in ENCODERS:
         raise ValueError(f"model_type must be one of {tuple(ENCODERS)}, got {config.model_type!r}")
     stored = any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES)
-    return Architecture(folder.resolve().name, config, folder if stored else None)
+    own = folder if (folder / "tokenizer_config.json").is_file() else None
+    named = name if name == "minilm" else folder.resolve().name
+    return Architecture(named, config, folder if stored else None, own)
 
 
 def generator(seed: int) -> torch.Generator:

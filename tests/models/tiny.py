@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import transformers
 from torch import nn
@@ -56,6 +58,9 @@ DISTILBERT_NAMES = {
 }
 
 
+FEED_FORWARD = ("DenseReluDense", "intermediate", "output.dense", "lin1", "lin2", "classifier")
+
+
 def config(family: str = "t5", act: str = "relu", dropout: float = 0.0, **settings):
     """A tiny configuration; sizes in T5's names, whatever the family."""
     kind = getattr(transformers, f"{PREFIX[family]}Config")
@@ -95,9 +100,12 @@ def model(
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "layer_norm" in name or "LayerNorm" in name:
-                parameter.uniform_(0.5, 1.5)
-            elif any(part in name for part in ("DenseReluDense", "layer.", "classifier")):
+                low = -0.5 if name.endswith("bias") else 0.5
+                parameter.uniform_(low, low + 1)
+            elif any(part in name for part in FEED_FORWARD):
                 parameter.normal_(std=0.3)
+            elif "word_embeddings" in name:
+                parameter.normal_()  # tokens that differ, whatever attention makes of them
     return made.eval()
 
 
@@ -152,10 +160,15 @@ def batch(*lengths: int, left: bool = False, width: int | None = None, seed: int
     return ids * mask, mask
 
 
+def takes_positions(made) -> bool:
+    """Where they are absolute and cannot be given, left padding moves a row."""
+    return "position_ids" in inspect.signature(encoder(made).forward).parameters
+
+
 def positions(made, mask):
     """Position ids that start at each row's first real token, for models that take them."""
     family, config = find(made).family.name, made.config
-    if mask is None or family not in BERTS:
+    if mask is None or not takes_positions(made):
         return {}
     first = config.pad_token_id + 1 if family == "roberta" else 0
     return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0) + first}

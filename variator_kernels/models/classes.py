@@ -40,15 +40,15 @@ class _Encoder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state, index = self.variator_state, self.variator_mask_index
-        ratio = state.resolve()
+        local, ratio = state.local, state.resolve()
         mask = kwargs.get("attention_mask")
         if mask is None and len(args) > index:
             mask = args[index]
-        if ratio > 1:
+        if ratio > 1 or local.observer is not None:
             mask = _token_mask(mask)
-            if not (torch.compiler.is_compiling() or self.training or state.warned):
-                _warn_if_untrained(self, ratio)
-        local = state.local
+        quiet = torch.compiler.is_compiling() or self.training or state.warned
+        if ratio > 1 and not quiet:
+            _warn_if_untrained(self, ratio)
         outer = local.active
         local.active = Active(mask, ratio)
         try:
@@ -103,6 +103,8 @@ class _Sublayer(nn.Module):
                 )
             active = Active(None, state.resolve())
         mask, ratio = active
+        if state.local.observer is not None:
+            state.local.observer(self, hidden_states, mask, ratio)
         if ratio == 1:
             return dense(hidden_states)
         whole_rows(self)

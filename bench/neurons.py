@@ -1,0 +1,212 @@
+"""Active FFN neurons against k: how many a merged vector switches on, and which.
+
+Share of active neurons, and overlap of a merged vector's with the intersection and the union of
+its tokens' (the paper's figure 5 and table 5; ``variator_kernels.analysis`` has the definitions).
+The counter is first compared with hooks in the model's own modules, the kernels' merge with plain
+PyTorch's, and merged vectors must lie between intersection and union; a model that fails has no
+numbers, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import nn
+
+import variator_kernels as vk
+from variator_kernels.analysis import Activity, neurons
+from variator_kernels.models.families import lookup
+from variator_kernels.models.find import find
+from variator_kernels.ratio import states
+
+from . import plot_neurons
+from .common import minilm, models, options, results, text
+from .common.results import Row
+from .common.text import Batch
+
+RATIOS = (2, 4, 8, 16, 32)
+TOLERANCE = 1e-3
+"""Of the counts: a neuron whose input is nearly at the threshold may fall on either side of it when
+products add up in another order."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m bench.neurons", description=__doc__)
+    made.add_argument(
+        "--model",
+        type=options.words,
+        default=["minilm", "t5-small"],
+        help=f"some of {', '.join(models.NAMES)}, or folders with config.json and perhaps weights "
+        "and a tokenizer; default minilm,t5-small",
+    )
+    made.add_argument("--plugins", type=Path, help="folder of trained plugins, beside untrained")
+    made.add_argument("--ratios", type=options.ratios, help="default 2,4,8,16,32, or the plugins'")
+    made.add_argument("--data", type=Path, default=text.DATA / "wikitext2" / "test.txt")
+    made.add_argument("--rows", type=options.count, default=128, help="paragraphs; default 128")
+    made.add_argument("--length", type=options.count, default=128, help="tokens a row; default 128")
+    made.add_argument("--batch", type=options.count, default=16, help="rows a batch; default 16")
+    made.add_argument("--threshold", type=float, default=0.0, help="of an active neuron; default 0")
+    made.add_argument("--threads", type=options.count, help="default: as many as torch takes")
+    made.add_argument("--output", help="folder; default bench/results/<this kind of machine>")
+    return made
+
+
+def plugin_ratios(model: nn.Module) -> tuple[int, ...]:
+    """The ratios that a patched model has plugins for."""
+    (state,) = states(model)
+    return state.ratios
+
+
+def plugged(model: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
+    """The model with untrained plugins, and with the trained ones if there are any."""
+    made, ratios = {}, args.ratios or RATIOS
+    if args.plugins:
+        trained = copy.deepcopy(model)
+        vk.load_plugins(trained, args.plugins)
+        ratios = args.ratios or plugin_ratios(trained)
+        made["trained"] = trained
+    return {"untrained": vk.patch(copy.deepcopy(model), ratios=ratios), **made}
+
+
+def check(model: nn.Module, batch: Batch, ratios: tuple[int, ...], threshold: float) -> str:
+    """Why counts of this (unpatched) encoder cannot be trusted, or nothing."""
+    found, real = find(model), batch["attention_mask"].bool()
+    hooked = [0] * len(found.layers)
+
+    def hook(layer: int) -> Any:
+        def count(module: nn.Module, inputs: tuple) -> None:
+            hooked[layer] += int((inputs[0][real] > threshold).sum())
+
+        return count
+
+    handles = [
+        lookup(layer, found.family.act).register_forward_pre_hook(hook(i))
+        for i, layer in enumerate(found.layers)
+    ]
+    with torch.no_grad():
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    ours, plain = (
+        vk.patch(copy.deepcopy(model), ratios=ratios, backend=backend)
+        for backend in ("auto", "reference")
+    )
+    dense = [activity.active for activity in neurons(ours, [batch], 1, threshold)]
+    if not close(dense, hooked):
+        return f"the dense model has {dense} active neurons, hooks count {hooked}"
+    for k in ratios:
+        counted = neurons(ours, [batch], k, threshold)
+        got = [a.merged for a in counted]
+        expected = [a.merged for a in neurons(plain, [batch], k, threshold)]
+        if not close(got, expected):
+            return f"k={k}: {got} active neurons, plain PyTorch has {expected}"
+        between = [n for a in counted for n in (a.merged_in_intersection, a.merged_in_union)]
+        if not close(between, [n for a in counted for n in (a.intersection, a.merged)]):
+            return f"k={k}: merged vectors are not between intersection and union"
+    return ""
+
+
+def close(got: list[int], expected: list[int]) -> bool:
+    """Equal within the tolerance."""
+    return all(abs(a - b) <= TOLERANCE * max(b, 1) for a, b in zip(got, expected, strict=True))
+
+
+def measure(name: str, args: argparse.Namespace, console: Console) -> list[Row]:
+    """The rows of one model: by plugins, by ratio, each layer and then all together."""
+    architecture = models.architecture(name)
+    base = {"model": architecture.name, "weights": architecture.weights}
+    model = models.encoder(architecture, torch.float32)
+    texts = text.paragraphs(args.data, args.rows)
+    tokenizer = architecture.tokenizer or minilm.folder()
+    batches = text.batches(texts, tokenizer, args.length, args.batch)
+    kinds = plugged(model, args)
+    ratios = plugin_ratios(kinds["untrained"])
+    wrong = check(model, batches[0], ratios, args.threshold)
+    if wrong:
+        return [{**base, "status": "failed", "reason": wrong}]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    rows: list[Row] = []
+    with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task(architecture.name, total=len(batches) * len(kinds) * (1 + len(ratios)))
+
+        def stepping() -> Iterator[Batch]:
+            for batch in batches:
+                yield batch
+                bar.advance(task)
+
+        for kind, patched in kinds.items():
+            for k in (1, *ratios):
+                layers = neurons(patched, stepping(), k, args.threshold)
+                every: list[tuple[Any, Activity]] = list(enumerate(layers))
+                every.append(("all", sum(layers[1:], start=layers[0])))
+                rows += [
+                    {**base, "status": "ok", "plugins": kind, "k": k, "layer": layer}
+                    | activity.shares()
+                    | {"counts": vars(activity)}
+                    for layer, activity in every
+                ]
+    return rows
+
+
+def table(rows: list[Row]) -> Table:
+    """All layers together, in percent."""
+    made = Table(title="Active neurons, all layers, %", title_justify="left", title_style="bold")
+    made.add_column("model, plugins")
+    for name in ("k", *SHARES.values()):
+        made.add_column(name, justify="right")
+    for row in results.pick(rows, status="failed"):
+        made.add_row(f"{row['model']} [red]FAILED[/red] {row['reason']}")
+    for row in results.pick(rows, status="ok", layer="all"):
+        name = f"{row['model']}, {row['plugins']}"
+        made.add_row(name, str(row["k"]), *(f"{100 * row[share]:.1f}" for share in SHARES))
+    return made
+
+
+SHARES = {
+    "token": "of a token",
+    "merged": "of a merged vector",
+    "intersection": "of all tokens of a group",
+    "union": "of any token of a group",
+    "merged_in_intersection": "of the merged, in the intersection",
+    "union_kept": "of the union, in the merged",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, print, write JSON and PNG; 1 if a check failed."""
+    made = parser()
+    args = made.parse_args(arguments)
+    if args.plugins and len(args.model) > 1:
+        made.error("--plugins belong to one --model")
+    args.threads = args.threads or torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    hidden = ("output", "data", "plugins", "model")
+    settings = {name: value for name, value in vars(args).items() if name not in hidden}
+    settings |= {"data": args.data.name, "plugins": args.plugins and args.plugins.name}
+    content = results.result("neurons", settings, {"name": ", ".join(args.model)})
+    try:
+        for name in args.model:
+            content["rows"] += measure(name, args, console)
+    except (ValueError, OSError) as error:
+        made.error(str(error))
+    path = results.folder(args.output) / "neurons.json"
+    results.write(path, content)
+    console.print(table(content["rows"]))
+    picture = plot_neurons.draw(content, path)
+    console.print(f"written: {options.shown(path)}, {options.shown(picture)}")
+    return int(bool(results.pick(content["rows"], status="failed")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
