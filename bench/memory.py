@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     for cell in track(plan, "measuring", console=console):
         content["rows"].append({**cell, **in_child({**cell, "model": args.model})})
-    path = results.folder(args.output) / "memory.json"
+    path = results.folder(args.output, args.publish) / "memory.json"
     results.write(path, content)
     console.print(table(content["rows"]), f"written: {options.shown(path)}")
     return int(any(row["status"] == "failed" for row in content["rows"]))

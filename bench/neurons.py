@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=options.count, default=16, help="rows a batch; default 16")
     made.add_argument("--threshold", type=float, default=0.0, help="of an active neuron; default 0")
     made.add_argument("--threads", type=options.count, help="default: as many as torch takes")
-    made.add_argument("--output", help="folder; default bench/results/<this kind of machine>")
+    options.add_output(made)
     return made
 
 
@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     args.threads = args.threads or torch.get_num_threads()
     torch.set_num_threads(args.threads)
     console = Console(width=None if sys.stdout.isatty() else 150)
-    hidden = ("output", "data", "plugins", "model")
+    hidden = ("output", "publish", "data", "plugins", "model")
     settings = {name: value for name, value in vars(args).items() if name not in hidden}
     settings |= {"data": args.data.name, "plugins": args.plugins and args.plugins.name}
     content = results.result("neurons", settings, {"name": ", ".join(args.model)})
@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
             content["rows"] += measure(name, args, console)
     except (ValueError, OSError) as error:
         made.error(str(error))
-    path = results.folder(args.output) / "neurons.json"
+    path = results.folder(args.output, args.publish) / "neurons.json"
     results.write(path, content)
     console.print(table(content["rows"]))
     picture = plot_neurons.draw(content, path)

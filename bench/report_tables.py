@@ -45,7 +45,8 @@ def caption(found: Machine, root: Path) -> str:
         f"{here['kernels_isa'] or 'not built'}; {model['name']}, weights {model['weights']}, "
         f"{settings['batch']} x {settings['length']} tokens; torch {versions['torch']}, "
         f"transformers {versions['transformers']}; commit {commit}. Medians of interleaved "
-        "rounds; a sublayer's timed call follows an untimed one of the same arm."
+        "rounds; a sublayer's timed call follows an untimed one of the same arm; the process keeps "
+        "freed memory and takes large pages, for every arm."
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from . import plot
-from .common import cells, encoder, models, options, results, sublayer, tables
+from .common import allocator, cells, encoder, models, options, results, sublayer, tables
 
 SMALL = ((1, 128), (1, 512))
 
@@ -85,6 +85,7 @@ def plan(args: argparse.Namespace, model: models.Architecture) -> Iterator[Plann
 def main(arguments: list[str] | None = None) -> int:
     """Run, print, write JSON and PNG; 1 if any arm failed."""
     made = parser()
+    memory = allocator.keep_freed_memory()
     try:
         args = settle(made.parse_args(arguments))
         model = models.architecture(args.model)
@@ -92,11 +93,12 @@ def main(arguments: list[str] | None = None) -> int:
         made.error(str(error))
     torch.set_num_threads(args.threads)
     console = Console(width=None if sys.stdout.isatty() else 150)
-    settings = {name: value for name, value in vars(args).items() if name != "output"}
-    settings["model"] = model.name
+    hidden = ("output", "publish")
+    settings = {name: value for name, value in vars(args).items() if name not in hidden}
+    settings["model"], settings["allocator"] = model.name, memory
     content = results.result("speed_vs_k", settings, options.describe(model))
     options.print_head(console, content)
-    path = results.folder(args.output) / "speed_vs_k.json"
+    path = results.folder(args.output, args.publish) / "speed_vs_k.json"
     for case, rounds, warmup in plan(args, model):
         if not case.arms:
             continue

@@ -197,3 +197,11 @@ def test_refuses_unpatched_models(tmp_path):
     assert not (tmp_path / "none").exists()
     with pytest.raises(FileNotFoundError, match="there is no file"):
         vk.load_plugins(tiny.model(), tmp_path / "none")
+
+
+def test_names_what_it_was_given_instead_of_a_folder(folder):
+    model = tiny.patched(ratio=2)
+    with pytest.raises(ValueError, match="source must be the folder of plugins"):
+        vk.load_plugins(model, folder / "plugins.json")
+    with pytest.raises(ValueError, match="folder must be a folder"):
+        vk.save_plugins(model, folder / "plugins.json")

@@ -95,5 +95,5 @@ def test_runs_no_code_and_says_what_is_damaged(tmp_path):
     (tmp_path / "text.pt").write_text("not a pickle")
     (tmp_path / "empty.pt").write_text("")
     for name in ("code", "text", "empty"):
-        with pytest.raises(ValueError, match="is not a readable file of tensors"):
+        with pytest.raises(ValueError, match="is not a file of tensors"):
             vk.load_plugins(tiny.model(), tmp_path / f"{name}.pt")

@@ -1,6 +1,7 @@
 """Compression plugins (Variator) that make transformer models faster: ops, modules and patches."""
 
 from . import analysis, flops, functional
+from .calibration import calibrate
 from .checkpoint import load_plugins, save_plugins
 from .feed_forward import FeedForward, PluginWeights
 from .models.patch import patch, patch_bert, patch_t5, plugin_parameters, unpatch
@@ -18,6 +19,7 @@ __all__ = [
     "PluginWeights",
     "__version__",
     "analysis",
+    "calibrate",
     "flops",
     "functional",
     "load_plugins",

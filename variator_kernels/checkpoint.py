@@ -56,7 +56,7 @@ def save_plugins(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Each file appears whole or not at all; ``folder`` is made if need be.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or ``folder`` is a file.
     """
     states(model)
     found = find(model)
@@ -79,6 +79,8 @@ def save_plugins(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         for field in _FIELDS
     }
     path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"folder must be a folder, got the file {path}")
     path.mkdir(parents=True, exist_ok=True)
     # The settings travel in both files, so that halves of two saves are told apart.
     _replace(path / TENSORS, lambda to: save_file(tensors, to, {"settings": text}))
@@ -104,6 +106,8 @@ def load_plugins(model: nn.Module, source: str | os.PathLike[str]) -> None:
     path = path / TENSORS if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"source must hold plugins, there is no file {path}")
+    if path.suffix == ".json":
+        raise ValueError(f"source must be the folder of plugins or its {TENSORS}, got {path}")
     read = _read_own if path.suffix == ".safetensors" else _read_released
     settings, tensors = read(path)
     _check(found, settings, tensors, path)
@@ -168,7 +172,11 @@ def _read_released(path: Path) -> tuple[Settings, dict[str, Tensor]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"source {path} is not a readable file of tensors: {error}") from error
+        # Not torch's own words: they advise to load without protection.
+        raise ValueError(
+            f"source {path} is not a file of tensors: expected a folder that save_plugins wrote, "
+            "or the authors' plugin file"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"source {path} must hold a dict, got {type(content).__name__}")
     parts: dict[tuple[int, str], Tensor] = {}

@@ -65,7 +65,8 @@ def token_mask(mask: Tensor | None, cu_seqlens: Tensor | None, x: Tensor) -> Non
         mask_values(mask, "mask")
     if cu_seqlens is not None:
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-            raise ValueError("cu_seqlens must be a 1-d tensor of at least one offset")
+            got = list(cu_seqlens.shape) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens)
+            raise ValueError(f"cu_seqlens must be a 1-d tensor of at least one offset, got {got}")
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
         same_device(cu_seqlens, x, "cu_seqlens")

@@ -36,6 +36,8 @@ class FeedForward(NamedTuple):
     norm_bias: Tensor | None = None
     eps: float = 1e-6
     post_norm: bool = False
+    residual: bool = True
+    """Whether the sublayer adds its input. Without, it gives ``o`` alone, and 0 for padding."""
     dropout_inner: float = 0.0
     """Dropout probability on the inner activations; 0 outside training."""
     dropout_outer: float = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,43 +13,52 @@ from torch import Tensor
 from . import extension
 
 
+class _Entry(NamedTuple):
+    sources: tuple[weakref.ref, ...]
+    state: tuple
+    forms: dict[Hashable, Any]
+
+
 class PackCache:
-    """Packed forms by source tensor; an entry lives as long as its tensor.
+    """Packed forms by source tensors; an entry lives as long as all of them.
 
     A source counts as unchanged while its address, dtype, shape and version counter are the same
     and a sample of its memory reads the same: writes through ``.data`` do not count up versions.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[weakref.ref, dict[Hashable, tuple[tuple, Any]]]] = {}
+        self._entries: dict[tuple[int, ...], _Entry] = {}
 
-    def get(self, source: Tensor, kind: Hashable, make: Callable[[], Any]) -> Any:
-        """The packed form ``kind`` of ``source``, from ``make()`` if there is none yet."""
-        if source.is_inference():
+    def get(self, sources: tuple[Tensor, ...], kind: Hashable, make: Callable[[], Any]) -> Any:
+        """The packed form ``kind`` of ``sources``, from ``make()`` if there is none yet.
+
+        What ``make`` returns must not hold a source itself, or it would live for ever.
+        """
+        if any(source.is_inference() for source in sources):
             return make()  # an inference tensor counts no versions
-        state = _state(source)
-        key = id(source)
+        key = tuple(map(id, sources))
+        state = _state(sources)
         entry = self._entries.get(key)
-        if entry is None or entry[0]() is not source:
-            entry = (weakref.ref(source, functools.partial(self._forget, key)), {})
+        if entry is None or entry.state != state or not _alive(entry, sources):
+            forget = functools.partial(self._forget, key)
+            entry = _Entry(tuple(weakref.ref(source, forget) for source in sources), state, {})
             self._entries[key] = entry
-        forms = entry[1]
-        found = forms.get(kind)
-        if found is None or found[0] != state:
-            found = (state, make())
-            for stale in [name for name, form in forms.items() if form[0] != state]:
-                del forms[stale]
-            forms[kind] = found
-        return found[1]
+        if kind not in entry.forms:
+            entry.forms[kind] = make()
+        return entry.forms[kind]
 
-    def _forget(self, key: int, _: weakref.ref) -> None:
+    def _forget(self, key: tuple[int, ...], _: weakref.ref) -> None:
         self._entries.pop(key, None)
 
 
-def _state(source: Tensor) -> tuple:
-    size = source.numel() * source.element_size()
-    sample = extension.load().fingerprint(source.data_ptr(), size) if source.is_contiguous() else 0
-    return source.data_ptr(), source.dtype, tuple(source.shape), source._version, sample
+def _alive(entry: _Entry, sources: tuple[Tensor, ...]) -> bool:
+    return all(ref() is source for ref, source in zip(entry.sources, sources, strict=True))
+
+
+def _state(sources: tuple[Tensor, ...]) -> tuple:
+    read = [(t.data_ptr(), t.nbytes) for t in sources if t.is_contiguous()]
+    sample = extension.load().fingerprint(read)
+    return sample, [(t.data_ptr(), t.dtype, t.shape, t._version) for t in sources]
 
 
 cache = PackCache()
@@ -70,25 +79,26 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if half_products(dtype) or dtype == torch.float64 else torch.float32
 
 
-def packed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none"
-) -> Tensor:
-    """``activation(x · weightᵀ + bias)`` with the weight packed for oneDNN; no autograd.
+class PackedLinear(NamedTuple):
+    """``x · weightᵀ + bias`` with the weight packed for oneDNN; no autograd.
 
-    ``x [rows, in]``, ``weight [out, in]``; ``activation`` is ``"none"``, ``"relu"``, ``"gelu"``,
-    ``"gelu_tanh"`` or ``"silu"``. The result has :func:`product_dtype` of the weight.
+    Input and result have :func:`product_dtype` of the weight.
     """
-    packed, bias = _packed(weight, bias)
-    x = x.to(product_dtype(weight.dtype))
-    op, algorithm = _POST_OPS[activation]
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, op, [], algorithm)
 
+    weight: Tensor
+    bias: Tensor | None
 
-def packed_linear_times(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``(x · weightᵀ + bias) * other``, the gate of a gated FFN, in one product."""
-    packed, bias = _packed(weight, bias)
-    x = x.to(product_dtype(weight.dtype))
-    return torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, bias, "mul")
+    def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
+        """``activation(x · weightᵀ + bias)`` for ``x [rows, in]``; ``"none"`` or one of
+        :data:`~variator_kernels.feed_forward.ACTIVATIONS`."""
+        op, algorithm = _POST_OPS[activation]
+        linear = torch.ops.mkldnn._linear_pointwise
+        return linear(x, self.weight, self.bias, op, [], algorithm)
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        """``(x · weightᵀ + bias) * other``, the gate of a gated FFN, in one product."""
+        linear = torch.ops.mkldnn._linear_pointwise.binary
+        return linear(x, other, self.weight, self.bias, "mul")
 
 
 _POST_OPS = {
@@ -100,25 +110,22 @@ _POST_OPS = {
 }
 
 
-def _packed(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    dtype = product_dtype(weight.dtype)
-    reorder = torch.ops.mkldnn._reorder_linear_weight
-
-    def make() -> Tensor:
-        return reorder(weight.detach().to(dtype).contiguous())
-
-    packed = cache.get(weight, "linear", make)
-    return packed, None if bias is None else bias.detach().to(dtype)
-
-
-def can_pack(weight: Tensor) -> bool:
-    """Whether :func:`packed_linear` takes this weight.
+def linear(weight: Tensor, bias: Tensor | None) -> PackedLinear | None:
+    """The packed form of ``weight [out, in]`` and ``bias``, or None where oneDNN cannot take it.
 
     Not fp64, and not NaN or infinity: oneDNN's activations would hide what comes of them.
     """
     if weight.dtype == torch.float64 or not torch.backends.mkldnn.is_available():
-        return False
-    return cache.get(weight, "finite", lambda: bool(torch.isfinite(weight).all()))
+        return None
+    dtype = product_dtype(weight.dtype)
+
+    def make() -> PackedLinear | None:
+        if not torch.isfinite(weight).all():
+            return None
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous())
+        return PackedLinear(packed, None if bias is None else bias.detach().to(dtype))
+
+    return cache.get((weight,) if bias is None else (weight, bias), "linear", make)
 
 
 def instruction_set() -> str:

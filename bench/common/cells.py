@@ -93,6 +93,9 @@ def run(case: Case, rounds: int, warmup: int, strict: bool, progress: Progress) 
                 row.update(status="failed", reason=_first_line(error))
             if row["status"] == "ok":
                 calls[arm.key] = call
+            else:
+                for _ in range(rounds):  # its turns will not come
+                    progress.step(str(row["status"]))
 
         def advance() -> None:
             progress.step("timing")

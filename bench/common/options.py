@@ -55,7 +55,16 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         help=f"some of {', '.join(models.DTYPES)}; default fp32, and bf16 if the processor has it",
     )
     parser.add_argument("--threads", type=count, help="default: as many as torch takes")
-    parser.add_argument("--output", help="folder; default bench/results/<this kind of machine>")
+    add_output(parser)
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Where the result goes."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output", help="folder; default bench/results/local/<this machine>")
+    where.add_argument(
+        "--publish", action="store_true", help="write to the committed bench/results/<this machine>"
+    )
 
 
 def settle_common(args: argparse.Namespace) -> None:

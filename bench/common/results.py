@@ -29,9 +29,11 @@ def result(benchmark: str, settings: Row, model: Row) -> Row:
     }
 
 
-def folder(output: str | None) -> Path:
-    """Where results go: the folder asked for, or the one of this kind of machine."""
-    path = Path(output) if output else machine.RESULTS / machine.slug()
+def folder(output: str | None, publish: bool = False) -> Path:
+    """Where results go: the folder asked for, else one that git ignores, or, to ``publish``, the
+    committed one of this kind of machine."""
+    here = machine.RESULTS if publish else machine.RESULTS / "local"
+    path = Path(output) if output else here / machine.slug()
     path.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -84,11 +84,12 @@ PYBIND11_MODULE(_cpu, m) {
             },
             Quiet());
 
+    m.attr("direct_scores") = direct_scores;
     m.def(
         "merge",
         [](int dtype, int threads, Address start, Address length, Address mask, int64_t count,
            int64_t k, int64_t d, int64_t r, Address x, int64_t x_stride, int norm,
-           Address norm_weight, Address norm_bias, double eps, Address merge_packed,
+           Address norm_weight, Address norm_bias, double eps, bool folded, Address merge_weight,
            Address merge_bias, Address projection_packed, Address merged, Address projected,
            Address weights, Address poison) {
             MergeParams p{};
@@ -99,7 +100,8 @@ PYBIND11_MODULE(_cpu, m) {
             p.x = pointer(x), p.x_stride = x_stride;
             p.norm = static_cast<Norm>(norm);
             p.norm_weight = pointer(norm_weight), p.norm_bias = pointer(norm_bias), p.eps = eps;
-            p.merge_packed = pointer(merge_packed), p.merge_bias = pointer(merge_bias);
+            p.folded = folded;
+            p.merge_weight = pointer(merge_weight), p.merge_bias = pointer(merge_bias);
             p.projection_packed = pointer(projection_packed);
             p.merged = pointer(merged), p.projected = pointer(projected);
             p.weights = pointer(weights), p.poison = pointer(poison);
@@ -178,17 +180,20 @@ PYBIND11_MODULE(_cpu, m) {
             kernels_for(p.dtype).decompress_backward(p);
         },
         Quiet());
-    // Samples of a weight's memory, so that a write that bypasses version counting is noticed.
-    m.def("fingerprint", [](Address data, int64_t bytes) {
-        const auto* p = pointer<const unsigned char>(data);
+    // Samples of weights' memory, so that a write that bypasses version counting is noticed.
+    m.def("fingerprint", [](const std::vector<std::pair<Address, int64_t>>& weights) {
         uint64_t hash = 1469598103934665603ull;
-        const int64_t samples = bytes / 8 < 64 ? bytes / 8 : 64;
-        for (int64_t i = 0; i < samples; ++i) {
-            uint64_t word;
-            __builtin_memcpy(&word, p + (bytes / 8 - 1) * i / (samples > 1 ? samples - 1 : 1) * 8,
-                             sizeof word);
-            hash = (hash ^ word) * 1099511628211ull;
-            hash ^= hash >> 29;
+        for (const auto& [data, bytes] : weights) {
+            const auto* p = pointer<const unsigned char>(data);
+            const int64_t samples = bytes / 8 < 64 ? bytes / 8 : 64;
+            for (int64_t i = 0; i < samples; ++i) {
+                uint64_t word;
+                __builtin_memcpy(&word,
+                                 p + (bytes / 8 - 1) * i / (samples > 1 ? samples - 1 : 1) * 8,
+                                 sizeof word);
+                hash = (hash ^ word) * 1099511628211ull;
+                hash ^= hash >> 29;
+            }
         }
         return hash;
     });

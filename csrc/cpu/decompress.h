@@ -48,22 +48,49 @@ void bottleneck_row(const typename V::Scalar* projected, const typename V::Scala
     for (int64_t i = r; i < padded; ++i) t[i] = 0;
 }
 
-// q [rows, ldq] = W_1u u + b_1 for groups first..; `rows_of_u` is scratch [rows, padded].
-template <class V, DType dtype, class Products, class Out>
-void group_half(const void* u, int64_t first, int64_t rows, int64_t d, int64_t padded, int64_t r,
-                const void* packed, const void* b1, typename Products::Element* rows_of_u,
-                typename V::Scalar* q, int64_t ldq) {
-    using S = typename V::Scalar;
-    using T = Storage<V, dtype>;
+// Rows first.. of u in scratch [rows, padded], as the products read them.
+template <class V, DType dtype, class Out>
+void copy_rows(const void* u, int64_t first, int64_t rows, int64_t d, int64_t padded,
+               typename Out::Element* out) {
+    const auto* source = static_cast<const typename Storage<V, dtype>::Element*>(u) + first * d;
     for (int64_t m = 0; m < rows; ++m)
-        normed_row<V, dtype, Out>(static_cast<const typename T::Element*>(u) + (first + m) * d, d,
-                                  padded, {0, 1}, nullptr, nullptr, rows_of_u + m * padded);
-    product<Products, V>(rows_of_u, padded, 1, rows,
-                         {static_cast<const typename Products::Element*>(packed), 0}, ldq, q, ldq,
-                         round_up(d, Products::step), false);
+        normed_row<V, dtype, Out>(source + m * d, d, padded, {0, 1}, nullptr, nullptr,
+                                  out + m * padded);
+}
+
+// q [rows, ldq] = W_1u u + b_1 for the rows `u` of some groups.
+template <class V, class Products>
+void group_half(Strided<typename Products::Element> u, int64_t rows, int64_t d, int64_t r,
+                const void* packed, const void* b1, typename V::Scalar* q, int64_t ldq) {
+    using S = typename V::Scalar;
+    product<Products, V>(u, rows, {static_cast<const typename Products::Element*>(packed), 0}, ldq,
+                         q, ldq, round_up(d, Products::step), false);
     for (int64_t m = 0; m < rows; ++m)
         for (int64_t i = 0; i < r; ++i) q[m * ldq + i] += static_cast<const S*>(b1)[i];
 }
+
+// Fetches the rows of residual and y that the next block of tokens will want, some lines at a time,
+// while the products of this one leave the path to memory idle.
+template <class E>
+struct RowsAfter {
+    const DecompressParams& p;
+    const TokenBlock& block;
+    int64_t lines;  // a call
+    int64_t token = 0, at = 0;
+
+    void operator()() {
+        constexpr int64_t line = 64 / sizeof(E);
+        for (int64_t n = 0; n < lines && token < block.count; ++n) {
+            // Usually the token that follows; where it is not, a hint is wasted.
+            const int64_t next = block.token[token] + block_tokens;
+            __builtin_prefetch(static_cast<const E*>(p.y) + next * p.d + at, 1, 2);
+            if (p.residual)
+                __builtin_prefetch(
+                    static_cast<const E*>(p.residual) + next * p.residual_stride + at, 0, 2);
+            if ((at += line) >= p.d) at = 0, ++token;
+        }
+    }
+};
 
 template <class V, DType dtype, class Products, class Out>
 struct DecompressForward {
@@ -76,11 +103,14 @@ struct DecompressForward {
     const int64_t bottleneck = round_up(p.r, larger(V::width, Products::step));
     const int64_t inner = round_up(p.r, Products::step);
     const int64_t columns = round_up(p.d, V::width);
+    const bool in_place = std::is_same_v<E, Operated> && p.d % Products::step == 0;
+    // A row's lines among the tiles of its panels.
+    const int64_t lines_after = V::tile_rows * panel_columns<V>() * int64_t{sizeof(E)} / 64 + 1;
 
     void chunk(int64_t first, int64_t last) const {
         const int64_t rows = last - first;
         Carver carver;
-        const int64_t u_at = carver.reserve<Operated>(rows * padded),
+        const int64_t u_at = carver.reserve<Operated>((in_place ? 0 : rows) * padded),
                       q_at = carver.reserve<S>(rows * bottleneck),
                       t_at = carver.reserve<Operated>(block_tokens * bottleneck),
                       shared_at = carver.reserve<S>(rows * padded);
@@ -89,24 +119,30 @@ struct DecompressForward {
         auto* t = reinterpret_cast<Operated*>(base + t_at);
         auto* shared = reinterpret_cast<S*>(base + shared_at);
         for (int64_t m = 0; m < rows; ++m) shared_row(first + m, shared + m * padded);
-        group_half<V, dtype, Products, Out>(p.u, first, rows, p.d, padded, p.r, p.w1u_packed, p.b1,
-                                            reinterpret_cast<Operated*>(base + u_at), q,
-                                            bottleneck);
+        Strided<Operated> u{reinterpret_cast<Operated*>(base + u_at), padded, 1};
+        if constexpr (std::is_same_v<E, Operated>)
+            if (in_place) u = {static_cast<const E*>(p.u) + first * p.d, p.d, 1};
+        if (!in_place)
+            copy_rows<V, dtype, Out>(p.u, first, rows, p.d, padded,
+                                     reinterpret_cast<Operated*>(base + u_at));
+        group_half<V, Products>(u, rows, p.d, p.r, p.w1u_packed, p.b1, q, bottleneck);
         for_token_blocks(p.groups, first, last, [&](const TokenBlock& block) {
             for (int64_t i = 0; i < block.count; ++i)
                 bottleneck_row<V, Out>(static_cast<const S*>(p.projected) + block.token[i] * p.r,
                                        q + (block.group[i] - first) * bottleneck, p.r, bottleneck,
                                        p.phi, t + i * bottleneck);
+            RowsAfter<E> after{p, block, lines_after};
             for (int64_t n = 0; n < columns; n += panel_columns<V>()) {
                 const int64_t width = smaller(panel_columns<V>(), columns - n);
-                panel_product<Products, V>(t, bottleneck, 1, block.count,
-                                           static_cast<const Operated*>(p.w2_packed) + n * inner,
-                                           width * Products::step, width, inner,
-                                           [&](int64_t row, int64_t column, V delta) {
-                                               const int64_t group = block.group[row] - first;
-                                               write(block.token[row], n + column, delta,
-                                                     V::load(shared + group * padded + n + column));
-                                           });
+                panel_product<Products, V>(
+                    Strided{t, bottleneck, 1}, block.count, 0, inner,
+                    static_cast<const Operated*>(p.w2_packed) + n * inner, width * Products::step,
+                    width,
+                    [&](int64_t row) {
+                        const int64_t group = block.group[row] - first;
+                        return row_of_y(block.token[row], n, shared + group * padded + n);
+                    },
+                    after);
             }
         });
     }
@@ -121,20 +157,18 @@ struct DecompressForward {
         });
     }
 
-    // One vector of y, at column `at` of a token. The same column of the next panel is fetched
-    // ahead: pieces of a row are used a block apart in time, which hides them from the hardware.
-    inline __attribute__((always_inline)) void write(int64_t token, int64_t at, V delta,
-                                                     V shared) const {
+    // Takes W_2 t and writes y, from column `at` of a token on; `common` is u + b_2 from there on.
+    auto row_of_y(int64_t token, int64_t at, const S* common) const {
         E* y = static_cast<E*>(p.y) + token * p.d + at;
-        __builtin_prefetch(y + panel_columns<V>(), 1);
-        const Part<V> part{0, static_cast<int>(smaller(V::width, p.d - at))};
-        V o = delta + shared;
-        if (p.residual) {
-            const E* x = static_cast<const E*>(p.residual) + token * p.residual_stride + at;
-            __builtin_prefetch(x + panel_columns<V>());
-            o = o + part.template load<T>(x);
-        }
-        part.template store<T>(y, o);
+        const E* x = static_cast<const E*>(p.residual);
+        if (x) x += token * p.residual_stride + at;
+        const int64_t left = p.d - at;
+        return [=](int64_t column, V delta) {
+            const Part<V> part{column, static_cast<int>(smaller(V::width, left - column))};
+            V o = delta + V::load(common + column);
+            if (x) o = o + part.template load<T>(x);
+            part.template store<T>(y, o);
+        };
     }
 };
 

@@ -37,8 +37,8 @@ struct DecompressBackward {
         auto at = [&](int64_t offset) { return reinterpret_cast<S*>(base + offset); };
         S *u = at(u_at), *q = at(q_at), *dq = at(dq_at), *du = at(du_at), *t = at(t_at),
           *dt = at(dt_at), *dy = at(dy_at), *db1 = at(db1_at), *db2 = at(db2_at);
-        group_half<V, dtype, Products, Acc<V>>(p.u, first, rows, p.d, padded, p.r, p.w1u_packed,
-                                               p.b1, u, q, bottleneck);
+        copy_rows<V, dtype, Acc<V>>(p.u, first, rows, p.d, padded, u);
+        group_half<V, Products>({u, padded, 1}, rows, p.d, p.r, p.w1u_packed, p.b1, q, bottleneck);
         zero_row<V>(dq, rows * bottleneck);
         zero_row<V>(du, rows * padded);
         for_token_blocks(p.groups, first, last, [&](const TokenBlock& block) {
@@ -56,21 +56,22 @@ struct DecompressBackward {
                 add_row<V>(du + m * padded, dy + i * padded, padded);
                 add_row<V>(db2, dy + i * padded, padded);
             }
-            product<Products, V>(dy, padded, 1, block.count,
+            product<Products, V>(Strided{dy, padded, 1}, block.count,
                                  {static_cast<const S*>(p.w2_packed_rows), 0}, bottleneck, dt,
                                  bottleneck, p.d, false);
-            product<Products, V>(t, 1, bottleneck, p.r, {dy, padded}, padded, w2.of(thread), padded,
-                                 block.count, true);
+            product<Products, V>(Strided{t, 1, bottleneck}, p.r, {dy, padded}, padded,
+                                 w2.of(thread), padded, block.count, true);
             for (int64_t i = 0; i < block.count; ++i)
                 through_phi(block.token[i], t + i * bottleneck, dt + i * bottleneck,
                             dq + (block.group[i] - first) * bottleneck, db1);
             add_row<V>(b1.of(thread), db1, bottleneck);
             add_row<V>(b2.of(thread), db2, padded);
         });
-        product<Products, V>(dq, bottleneck, 1, rows, {static_cast<const S*>(p.w1u_packed_rows), 0},
-                             padded, du, padded, p.r, true);
-        product<Products, V>(dq, 1, bottleneck, p.r, {u, padded}, padded, w1u.of(thread), padded,
-                             rows, true);
+        product<Products, V>(Strided{dq, bottleneck, 1}, rows,
+                             {static_cast<const S*>(p.w1u_packed_rows), 0}, padded, du, padded, p.r,
+                             true);
+        product<Products, V>(Strided{dq, 1, bottleneck}, p.r, {u, padded}, padded, w1u.of(thread),
+                             padded, rows, true);
         for (int64_t m = 0; m < rows; ++m) {
             E* out = static_cast<E*>(p.du) + (first + m) * p.d;
             for_parts<V>(p.d, [&](Part<V> part) {

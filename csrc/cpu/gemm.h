@@ -1,14 +1,21 @@
 // Small matrix products on one thread, C [+]= A · B, for cache-sized operands.
 //
-// B comes as panels of `Panel::columns` columns, or as plain rows in scratch memory. C and B are
-// padded to whole vectors, so a tile never needs a mask. A is read by broadcasting one element
-// (one bf16 pair) at a time, which takes any row and inner stride, transposed A included.
+// B comes as panels of `panel_columns` columns, or as plain rows in scratch memory. C and B are
+// padded to whole vectors, so a tile never needs a mask. A is read by broadcasting one element (one
+// bf16 pair) at a time, so its rows may lie anywhere (RowList), and it may be transposed (Strided).
 #pragma once
+
+#include <type_traits>
 
 #include "params.h"
 
 namespace variator {
 namespace VARIATOR_ISA {
+
+template <class V>
+constexpr int64_t panel_columns() {
+    return V::width * V::tile_vectors;
+}
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -25,6 +32,23 @@ struct Plain {
     static V load(const Element* b) { return V::load(b); }
 };
 
+// A of a product: rows at a fixed distance, elements of a row `inner_stride` apart.
+template <class E>
+struct Strided {
+    const E* data;
+    int64_t row_stride, inner_stride;
+    const E* row(int64_t m) const { return data + m * row_stride; }
+};
+template <class E>
+Strided(E*, int64_t, int64_t) -> Strided<std::remove_const_t<E>>;
+// A of a product: each row where it happens to be.
+template <class E>
+struct RowList {
+    const E* const* rows;
+    static constexpr int64_t inner_stride = 1;
+    const E* row(int64_t m) const { return rows[m]; }
+};
+
 // B of a product: `ld` elements from one inner step to the next, or 0 for packed panels.
 template <class E>
 struct Operand {
@@ -32,44 +56,53 @@ struct Operand {
     int64_t ld;
 };
 
-// sink(row, column, sum) takes each finished vector, so a product's result can go where it is
-// wanted without a trip through memory.
-template <class P, class V, int rows, int vectors, class Sink>
-inline __attribute__((always_inline)) void tile(const typename P::Element* a, int64_t row_stride,
-                                                int64_t inner_stride, const typename P::Element* b,
-                                                int64_t ld, int64_t inner, int64_t first_row,
-                                                Sink& sink) {
+// sink(row) gives what takes a row's finished vectors, (column, sum) each, so a product's result
+// can go where it is wanted without a trip through memory. It is asked once a row: what it returns
+// holds the row's addresses in registers, which stores could otherwise seem to change.
+template <class P, class V, int rows, int vectors, class A, class Sink>
+inline __attribute__((always_inline)) void tile(const A& a, int64_t first_row, int64_t first_inner,
+                                                int64_t inner, const typename P::Element* b,
+                                                int64_t ld, Sink& sink) {
+    const typename P::Element* am[rows];
     V sum[rows][vectors];
 #pragma GCC unroll 8
-    for (int m = 0; m < rows; ++m)
+    for (int m = 0; m < rows; ++m) {
+        am[m] = a.row(first_row + m) + first_inner * a.inner_stride;
 #pragma GCC unroll 4
         for (int n = 0; n < vectors; ++n) sum[m][n] = V::zero();
-    for (int64_t k = 0; k < inner; k += P::step) {
-        const typename P::Element* bk = b + k / P::step * ld;
+    }
+    for (int64_t k = 0; k < inner; k += P::step, b += ld) {
+        const int64_t at = k * a.inner_stride;
 #pragma GCC unroll 8
-        for (int m = 0; m < rows; ++m) {
-            const typename P::Element* am = a + m * row_stride + k * inner_stride;
+        for (int m = 0; m < rows; ++m)
 #pragma GCC unroll 4
             for (int n = 0; n < vectors; ++n)
-                sum[m][n] = P::multiply_add(sum[m][n], am, P::load(bk + n * V::width * P::step));
-        }
+                sum[m][n] =
+                    P::multiply_add(sum[m][n], am[m] + at, P::load(b + n * V::width * P::step));
     }
 #pragma GCC unroll 8
-    for (int m = 0; m < rows; ++m)
+    for (int m = 0; m < rows; ++m) {
+        const auto put = sink(first_row + m);
 #pragma GCC unroll 4
-        for (int n = 0; n < vectors; ++n) sink(first_row + m, int64_t{n} * V::width, sum[m][n]);
+        for (int n = 0; n < vectors; ++n) put(int64_t{n} * V::width, sum[m][n]);
+    }
 }
 
-// One panel of B, columns a multiple of V::width and at most a tile's.
-template <class P, class V, int vectors, class Sink>
-void panel_rows(const typename P::Element* a, int64_t row_stride, int64_t inner_stride,
-                int64_t rows, const typename P::Element* b, int64_t ld, int64_t inner, Sink& sink) {
+struct Nothing {
+    void operator()() const {}
+};
+
+// Part of A, from inner step `first` on, and of one panel of B, its columns a multiple of V::width
+// and at most a tile's. meanwhile() runs before each tile and may use what a product leaves idle,
+// the path to memory.
+template <class P, class V, int vectors, class A, class Sink, class Meanwhile>
+void panel_rows(const A& a, int64_t rows, int64_t first, int64_t inner,
+                const typename P::Element* b, int64_t ld, Sink& sink, Meanwhile& meanwhile) {
     for (int64_t m = 0; m < rows; m += V::tile_rows) {
-        const typename P::Element* am = a + m * row_stride;
-#define VARIATOR_TILE(R)                                                                 \
-    case R:                                                                              \
-        if constexpr (R <= V::tile_rows)                                                 \
-            tile<P, V, R, vectors>(am, row_stride, inner_stride, b, ld, inner, m, sink); \
+        meanwhile();
+#define VARIATOR_TILE(R)                                                                          \
+    case R:                                                                                       \
+        if constexpr (R <= V::tile_rows) tile<P, V, R, vectors>(a, m, first, inner, b, ld, sink); \
         break
         switch (smaller(V::tile_rows, rows - m)) {
             VARIATOR_TILE(1);
@@ -83,14 +116,14 @@ void panel_rows(const typename P::Element* a, int64_t row_stride, int64_t inner_
     }
 }
 
-template <class P, class V, class Sink>
-void panel_product(const typename P::Element* a, int64_t row_stride, int64_t inner_stride,
-                   int64_t rows, const typename P::Element* b, int64_t ld, int64_t columns,
-                   int64_t inner, Sink sink) {
-#define VARIATOR_VECTORS(N)                                                             \
-    case N:                                                                             \
-        if constexpr (N <= V::tile_vectors)                                             \
-            panel_rows<P, V, N>(a, row_stride, inner_stride, rows, b, ld, inner, sink); \
+template <class P, class V, class A, class Sink, class Meanwhile>
+void panel_product(const A& a, int64_t rows, int64_t first, int64_t inner,
+                   const typename P::Element* b, int64_t ld, int64_t columns, Sink sink,
+                   Meanwhile& meanwhile) {
+#define VARIATOR_VECTORS(N)                                                     \
+    case N:                                                                     \
+        if constexpr (N <= V::tile_vectors)                                     \
+            panel_rows<P, V, N>(a, rows, first, inner, b, ld, sink, meanwhile); \
         break
     switch (columns / V::width) {
         VARIATOR_VECTORS(1);
@@ -101,23 +134,25 @@ void panel_product(const typename P::Element* a, int64_t row_stride, int64_t inn
 #undef VARIATOR_VECTORS
 }
 
-template <class V>
-constexpr int64_t panel_columns() {
-    return V::width * V::tile_vectors;
+// So much of a panel as stays in the first-level cache beside A and C.
+template <class P, class V>
+constexpr int64_t inner_block() {
+    return 24576 / (panel_columns<V>() * sizeof(typename P::Element)) / 2 * 2;
 }
 
-// C [rows, columns] [+]= A · B; columns a multiple of V::width, inner one of P::step.
-template <class P, class V>
-void product(const typename P::Element* a, int64_t row_stride, int64_t inner_stride, int64_t rows,
-             Operand<typename P::Element> b, int64_t columns, typename V::Scalar* c, int64_t ldc,
-             int64_t inner, bool add) {
+// C [rows, columns] [+]= factors · (A · B); columns a multiple of V::width, inner one of P::step;
+// `factors` one a row, or null.
+template <class P, class V, class A, class Meanwhile = Nothing>
+void product(const A& a, int64_t rows, Operand<typename P::Element> b, int64_t columns,
+             typename V::Scalar* c, int64_t ldc, int64_t inner, bool add,
+             const typename V::Scalar* factors = nullptr, Meanwhile meanwhile = {}) {
+    using S = typename V::Scalar;
     if (inner == 0 && !add) {
         for (int64_t m = 0; m < rows; ++m)
             for (int64_t n = 0; n < columns; ++n) c[m * ldc + n] = 0;
         return;
     }
-    // So much of a panel as stays in the first-level cache beside A and C.
-    constexpr int64_t block = 24576 / (panel_columns<V>() * sizeof(typename P::Element)) / 2 * 2;
+    constexpr int64_t block = inner_block<P, V>();
     for (int64_t k = 0; k < inner; k += block) {
         int64_t depth = smaller(block, inner - k);
         for (int64_t n = 0; n < columns; n += panel_columns<V>()) {
@@ -125,14 +160,19 @@ void product(const typename P::Element* a, int64_t row_stride, int64_t inner_str
             int64_t ld = b.ld ? b.ld * P::step : width * P::step;
             const typename P::Element* panel = b.ld ? b.data + n * P::step : b.data + n * inner;
             const bool sums = add || k > 0;
-            panel_product<P, V>(a + k * inner_stride, row_stride, inner_stride, rows,
-                                panel + k / P::step * ld, ld, width, depth,
-                                [=](int64_t row, int64_t column, V sum) {
-                                    // Added only now: partial sums of a block each round less than
-                                    // one long sum.
-                                    auto* out = c + row * ldc + n + column;
-                                    (sums ? V::load(out) + sum : sum).store(out);
-                                });
+            panel_product<P, V>(
+                a, rows, k, depth, panel + k / P::step * ld, ld, width,
+                [=](int64_t row) {
+                    S* out = c + row * ldc + n;
+                    const V factor = V::set(factors ? factors[row] : S(1));
+                    return [=](int64_t column, V sum) {
+                        // Added only now: partial sums of a block each round less than one long
+                        // sum.
+                        const V before = sums ? V::load(out + column) : V::zero();
+                        V::fma(factor, sum, before).store(out + column);
+                    };
+                },
+                meanwhile);
         }
     }
 }

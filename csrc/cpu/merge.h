@@ -89,7 +89,50 @@ void weighted_sum(const MergeParams& p, int64_t group, const typename V::Scalar*
     });
 }
 
+// scores[i] += factor * W_c[i] · row for K scores; rows of W_c are ld apart, `row` is of type T.
+template <class V, class T, int K>
+void add_scores(const typename T::Element* row, int64_t d, typename V::Scalar factor,
+                const typename V::Scalar* merge, int64_t ld, typename V::Scalar* scores) {
+    V sums[K];
+#pragma GCC unroll 8
+    for (int i = 0; i < K; ++i) sums[i] = V::zero();
+    for_parts<V>(d, [&](Part<V> part) {
+        const V value = part.template load<T>(row);
+#pragma GCC unroll 8
+        for (int i = 0; i < K; ++i)
+            sums[i] = V::fma(value, part.template load<Acc<V>>(merge + i * ld), sums[i]);
+    });
+#pragma GCC unroll 8
+    for (int i = 0; i < K; ++i) scores[i] += factor * sums[i].sum();
+}
+
+// Fetches the rows of one slot of a chunk into the second-level cache, some lines at a time: a
+// product over one slot hides the way to memory of the next.
+template <class E>
+struct RowsAhead {
+    const MergeParams& p;
+    int64_t slot, group, end;
+    int64_t lines;  // a call
+    int64_t at = 0;
+
+    void operator()() {
+        constexpr int64_t line = 64 / sizeof(E);
+        for (int64_t n = 0; n < lines && group < end; ++n) {
+            if (slot < p.groups.length[group])
+                __builtin_prefetch(
+                    static_cast<const E*>(p.x) + (p.groups.start[group] + slot) * p.x_stride + at,
+                    0, 2);
+            if ((at += line) >= p.d) at = 0, ++group;
+        }
+    }
+};
+
 // Products is Plain<V> on acc elements, or Pairs on bf16 ones; Out stores what it multiplies.
+//
+// With a folded norm (see MergeParams) scores and projection come from the rows of x where they
+// lie, and what a row's norm multiplies it by is applied to the few sums. Rows that the products
+// cannot read (fp16, an odd d with pairs), and all rows of a norm that is not folded, go through
+// scratch.
 template <class V, DType dtype, class Products, class Out>
 struct MergeForward {
     using S = typename V::Scalar;
@@ -100,31 +143,60 @@ struct MergeForward {
     const int64_t inner = round_up(p.d, Products::step);
     const int64_t scores_columns = round_up(p.groups.k, V::width);
     const int64_t projected_columns = round_up(p.r, V::width);
+    const bool direct = p.groups.k <= direct_scores;
+    const bool in_place = p.folded && std::is_same_v<E, Operated> && p.d % Products::step == 0;
+    // A row's lines among the tiles of its product.
+    const int64_t lines_ahead =
+        V::tile_rows * (p.d * int64_t{sizeof(E)} / 64 + 1) /
+            larger(1, (inner + inner_block<Products, V>() - 1) / inner_block<Products, V>() *
+                          ((projected_columns + panel_columns<V>() - 1) / panel_columns<V>())) +
+        1;
 
     void chunk(int64_t first, int64_t last) const {
         const int64_t k = p.groups.k, rows = last - first;
         Carver carver;
-        const int64_t h_at = carver.reserve<Operated>(rows * padded),
+        const int64_t h_at = carver.reserve<Operated>((in_place ? 0 : rows) * padded),
+                      zeros_at = carver.reserve<Operated>(padded),
+                      a_at = carver.reserve<const Operated*>(rows),
+                      scale_at = carver.reserve<S>(rows),
                       s_at = carver.reserve<S>(rows * scores_columns),
                       t_at = carver.reserve<S>(rows * projected_columns),
                       stats_at = carver.reserve<Statistics<S>>(rows * k),
                       rows_at = carver.reserve<const E*>(k), factors_at = carver.reserve<S>(2 * k);
         char* base = static_cast<char*>(thread_scratch(carver.bytes));
         auto* h = reinterpret_cast<Operated*>(base + h_at);
+        auto* zeros = reinterpret_cast<Operated*>(base + zeros_at);
+        auto* a = reinterpret_cast<const Operated**>(base + a_at);
+        auto* scale = reinterpret_cast<S*>(base + scale_at);
         auto* scores = reinterpret_cast<S*>(base + s_at);
         auto* tile = reinterpret_cast<S*>(base + t_at);
         auto* stats = reinterpret_cast<Statistics<S>*>(base + stats_at);
 
-        const auto* merge = static_cast<const Operated*>(p.merge_packed);
-        const auto* projection = static_cast<const Operated*>(p.projection_packed);
+        zero_row<V>(zeros, padded);
+        if (direct) zero_row<V>(scores, rows * scores_columns);
         for (int64_t j = 0; j < k; ++j) {
-            for (int64_t m = 0; m < rows; ++m)
-                load_row(first + m, j, h + m * padded, stats + m * k);
-            product<Products, V>(h, padded, 1, rows, {merge + j * scores_columns * inner, 0},
-                                 scores_columns, scores, scores_columns, inner, j > 0);
+            for (int64_t m = 0; m < rows; ++m) {
+                a[m] = zeros, scale[m] = 0;
+                if (!p.groups.has(first + m, j)) continue;
+                const E* x = row_of_x(first + m, j);
+                stats[m * k + j] = statistics<V, dtype>(x, p.d, p.norm, p.eps);
+                a[m] = operand(x, stats[m * k + j], h + m * padded);
+                scale[m] = p.folded ? stats[m * k + j].scale : S(1);
+                if (direct) score(a[m], j, scale[m], scores + m * scores_columns);
+            }
+            const RowList<Operated> list{a};
+            if (!direct)
+                product<Products, V>(
+                    list, rows,
+                    {static_cast<const Operated*>(p.merge_weight) + j * scores_columns * inner, 0},
+                    scores_columns, scores, scores_columns, inner, j > 0, scale);
             if (!p.projected) continue;
-            product<Products, V>(h, padded, 1, rows, {projection, 0}, projected_columns, tile,
-                                 projected_columns, inner, false);
+            const bool more = j + 1 < k;
+            product<Products, V>(
+                list, rows, {static_cast<const Operated*>(p.projection_packed), 0},
+                projected_columns, tile, projected_columns, inner, false, scale,
+                RowsAhead<E>{p, more ? j + 1 : 0, more ? first : last,
+                             more ? last : smaller(last + rows, p.groups.count), lines_ahead});
             for (int64_t m = 0; m < rows; ++m) {
                 if (!p.groups.has(first + m, j)) continue;
                 S* out = static_cast<S*>(p.projected) + (p.groups.start[first + m] + j) * p.r;
@@ -132,24 +204,52 @@ struct MergeForward {
             }
         }
         for (int64_t m = 0; m < rows; ++m) {
-            S* a = scores + m * scores_columns;
-            masked_softmax(a, static_cast<const S*>(p.merge_bias), p.groups, first + m);
+            S* weights = scores + m * scores_columns;
+            masked_softmax(weights, static_cast<const S*>(p.merge_bias), p.groups, first + m);
             if (p.weights)
-                __builtin_memcpy(static_cast<S*>(p.weights) + (first + m) * k, a, k * sizeof(S));
-            if (p.poison) static_cast<S*>(p.poison)[first + m] = sum_of(a, k) * S(0);
-            weighted_sum<V, dtype>(p, first + m, a, stats + m * k,
+                __builtin_memcpy(static_cast<S*>(p.weights) + (first + m) * k, weights,
+                                 k * sizeof(S));
+            if (p.poison) static_cast<S*>(p.poison)[first + m] = sum_of(weights, k) * S(0);
+            weighted_sum<V, dtype>(p, first + m, weights, stats + m * k,
                                    reinterpret_cast<const E**>(base + rows_at),
                                    reinterpret_cast<S*>(base + factors_at),
                                    reinterpret_cast<S*>(base + factors_at) + k);
         }
     }
 
-    void load_row(int64_t group, int64_t slot, Operated* h, Statistics<S>* stats) const {
-        if (!p.groups.has(group, slot)) return zero_row<V>(h, padded);
-        const E* x = static_cast<const E*>(p.x) + (p.groups.start[group] + slot) * p.x_stride;
-        stats[slot] = statistics<V, dtype>(x, p.d, p.norm, p.eps);
-        normed_row<V, dtype, Out>(x, p.d, padded, stats[slot], static_cast<const S*>(p.norm_weight),
-                                  static_cast<const S*>(p.norm_bias), h);
+    const E* row_of_x(int64_t group, int64_t slot) const {
+        return static_cast<const E*>(p.x) + (p.groups.start[group] + slot) * p.x_stride;
+    }
+
+    // The row that the products read: x itself, or what `h` is given.
+    const Operated* operand(const E* x, Statistics<S> stats, Operated* h) const {
+        if constexpr (std::is_same_v<E, Operated>)
+            if (in_place) return x;
+        if (p.folded)
+            normed_row<V, dtype, Out>(x, p.d, padded, {0, 1}, nullptr, nullptr, h);
+        else
+            normed_row<V, dtype, Out>(x, p.d, padded, stats, static_cast<const S*>(p.norm_weight),
+                                      static_cast<const S*>(p.norm_bias), h);
+        return h;
+    }
+
+    void score(const Operated* row, int64_t slot, S factor, S* scores) const {
+        const S* merge = static_cast<const S*>(p.merge_weight) + slot * p.d;
+        const int64_t ld = p.groups.k * p.d;
+#define VARIATOR_SCORES(K) \
+    case K:                \
+        return add_scores<V, Out, K>(row, p.d, factor, merge, ld, scores)
+        switch (p.groups.k) {
+            VARIATOR_SCORES(1);
+            VARIATOR_SCORES(2);
+            VARIATOR_SCORES(3);
+            VARIATOR_SCORES(4);
+            VARIATOR_SCORES(5);
+            VARIATOR_SCORES(6);
+            VARIATOR_SCORES(7);
+            VARIATOR_SCORES(8);
+        }
+#undef VARIATOR_SCORES
     }
 };
 

@@ -65,16 +65,16 @@ struct MergeBackward {
         const auto* rows_of_merge = static_cast<const S*>(p.merge_packed_rows);
         for (int64_t j = 0; j < k; ++j) {
             slot_rows(first, rows, j, stats, h, dg, dh, dp);
-            product<Products, V>(ds, scores, 1, rows, {rows_of_merge + j * k * padded, 0}, padded,
-                                 dh, padded, k, true);
+            product<Products, V>(Strided{ds, scores, 1}, rows, {rows_of_merge + j * k * padded, 0},
+                                 padded, dh, padded, k, true);
             if (p.d_merge_weight)
-                product<Products, V>(ds, 1, scores, k, {h, padded}, padded,
+                product<Products, V>(Strided{ds, 1, scores}, k, {h, padded}, padded,
                                      merge_weight.of(thread) + j * k * padded, padded, rows, true);
             if (p.d_projected) {
-                product<Products, V>(dp, projected, 1, rows,
+                product<Products, V>(Strided{dp, projected, 1}, rows,
                                      {static_cast<const S*>(p.projection_packed_rows), 0}, padded,
                                      dh, padded, p.r, true);
-                product<Products, V>(dp, 1, projected, p.r, {h, padded}, padded,
+                product<Products, V>(Strided{dp, 1, projected}, p.r, {h, padded}, padded,
                                      projection.of(thread), padded, rows, true);
             }
             zero_row<V>(d_norm, 2 * padded);

@@ -25,6 +25,10 @@ struct Groups {
     }
 };
 
+// Up to this ratio the scores are k dot products a token, made while the token is normalised; a
+// matrix product would pad k to whole vectors. Above it, panels are read less often than rows.
+constexpr int64_t direct_scores = 8;
+
 // "acc" below is float, or double where the storage type is double.
 struct MergeParams {
     DType dtype;
@@ -37,7 +41,9 @@ struct MergeParams {
     const void* norm_weight;  // acc [d] or null
     const void* norm_bias;    // acc [d] or null
     double eps;
-    const void* merge_packed;       // pack_merge of W_c
+    bool folded;                    // norm_weight is already in merge_weight and projection_packed;
+                                    // for norms without mean and bias
+    const void* merge_weight;       // W_c: acc [k, k*d] for k <= direct_scores, else its pack
     const void* merge_bias;         // acc [k]
     const void* projection_packed;  // pack of W_1h^T, or null
     void* merged;                   // out [groups, d]

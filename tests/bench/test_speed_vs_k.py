@@ -30,6 +30,7 @@ def test_writes_json_and_png(tiny: str, tmp_path: Path) -> None:
     assert {"cpu", "cores", "isa"} <= content["machine"].keys()
     assert {"torch", "transformers", "python"} <= content["versions"].keys()
     assert {"commit", "dirty"} == content["git"].keys()
+    assert {"freed_memory_kept", "large_pages"} == content["settings"]["allocator"].keys()
     rows = [row for row in content["rows"] if row["case"] == "sublayer"]
     assert [(r["arm"], r["k"]) for r in rows] == [
         ("hf", None),

@@ -84,10 +84,12 @@ def test_changed_weights_are_packed_again(change):
 def test_unchanged_weights_are_packed_once():
     layer, x = Layer(), torch.randn(2, 19, D)
     layer(x)
-    weight = layer.wi.weight
-    packed = packing.cache.get(weight, "linear", lambda: pytest.fail("packed again"))
+    forms = {key: dict(entry.forms) for key, entry in packing.cache._entries.items()}
+    assert (id(layer.wi.weight),) in forms
     layer(x)
-    assert packing.cache.get(weight, "linear", lambda: pytest.fail("packed again")) is packed
+    for key, found in forms.items():
+        for kind, packed in found.items():
+            assert packing.cache._entries[key].forms[kind] is packed
 
 
 def test_the_cache_forgets_freed_weights():
@@ -124,7 +126,8 @@ def test_packed_linear(dtype, activation):
         return y if activation == "none" else activate(y, activation)
 
     wide = cast(ffn, torch.double)
-    out = packing.packed_linear(x, ffn.w_in, ffn.b_in, activation)
+    linear = packing.linear(ffn.w_in, ffn.b_in)
+    out = linear(x.to(packing.product_dtype(dtype)), activation)
     assert out.dtype == packing.product_dtype(dtype)
     assert_close(out, plain(x, ffn.w_in, ffn.b_in), plain(x.double(), wide.w_in, wide.b_in))
 
@@ -143,5 +146,5 @@ def test_stale_forms_are_dropped():
         layer(x)
         halve_in_place(layer)
     layer(x)
-    forms = packing.cache._entries[id(layer.wi.weight)][1]
-    assert len({state for state, _ in forms.values()}) == 1
+    entry = packing.cache._entries[id(layer.wi.weight),]
+    assert len(entry.forms) == 1 and entry.state == packing._state((layer.wi.weight,))

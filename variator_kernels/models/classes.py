@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers.modeling_utils
 from torch import Tensor, nn
 
 from .. import checks, functional
@@ -111,11 +110,9 @@ class _Sublayer(nn.Module):
         if mask is not None and mask.device != hidden_states.device:
             mask = mask.to(hidden_states.device)
         plugin: Any = self.plugins[str(ratio)]
-        out = functional.compressed_ffn(
+        return functional.compressed_ffn(
             hidden_states, plugin.weights(), describe(self), mask=mask, backend=state.backend
         )
-        # A sublayer without a norm leaves the residual to its block.
-        return out if self.variator_family.norm else out - hidden_states
 
 
 class _Layer(_Sublayer):
@@ -159,8 +156,8 @@ def _warn_if_untrained(encoder: _Encoder, ratio: int) -> None:
                 return
     state.warned = True
     warnings.warn(
-        f"the plugins of ratio {ratio} are untrained: each group of {ratio} tokens gets its mean "
-        "FFN output. Train them or load_plugins()",
+        f"the plugins of ratio {ratio} are untrained: each group of {ratio} tokens gets the FFN "
+        "output of its mean. Train them or load_plugins()",
         UserWarning,
         stacklevel=4,
     )
@@ -195,7 +192,8 @@ def patched_class(family: Family, name: str) -> type[nn.Module]:
         body[_MASK_INDEX] = list(signature.parameters).index("attention_mask") - 1
     kind = type(name, (mixin, original), body)
     # Where transformers looks up, by the class's full name, which hidden states can be returned.
-    recorded = getattr(transformers.modeling_utils, "_CAN_RECORD_REGISTRY", {})
+    library = importlib.import_module("transformers.modeling_utils")
+    recorded = getattr(library, "_CAN_RECORD_REGISTRY", {})
     dict.__setitem__(recorded, str(kind), getattr(original, "_can_record_outputs", None))
     return kind
 

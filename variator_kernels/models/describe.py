@@ -50,6 +50,8 @@ def describe(layer: nn.Module) -> FeedForward:
     sublayer = FeedForward(
         *(_stand_in(layer, family, w_out),) * 2,
         post_norm=family.post_norm,
+        # A sublayer without a norm leaves the residual to its block.
+        residual=bool(family.norm),
         dropout_outer=_probability(follow(layer, family.outer_dropout)),
     )
     norm = lookup(layer, family.norm)

@@ -113,18 +113,24 @@ def unpatch(model: Model) -> Model:
     return model
 
 
-def plugin_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of all plugins, of every ratio: what there is to train.
+def plugin_parameters(model: nn.Module, ratios: Iterable[int] | None = None) -> list[nn.Parameter]:
+    """The parameters of all plugins, or of those of ``ratios``: what there is to train.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or has no plugins for one of ``ratios``.
     """
-    states(model)
+    wanted = None if ratios is None else tuple(ratios)
+    for state in states(model):
+        for k in wanted or ():
+            if k not in state.ratios:
+                raise ValueError(f"ratios must have plugins, {state.ratios}, got {k!r}")
     return [
         parameter
         for module in model.modules()
         if STATE in vars(module) and "plugins" in module._modules
-        for parameter in module._modules["plugins"].parameters()  # type: ignore[union-attr]
+        for k, plugin in module.plugins.items()  # type: ignore[union-attr,operator]
+        if wanted is None or int(k) in wanted
+        for parameter in plugin.parameters()
     ]
 
 

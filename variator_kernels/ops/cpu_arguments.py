@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks, extension
 from ..grouping import max_groups
+from .arguments import Norm, require
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 NORMS = {"none": 0, "rms": 1, "layer": 2}
@@ -25,11 +26,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def as_accumulator(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` contiguous in the accumulator dtype of storage ``dtype``."""
-    wide = accumulator(dtype)
-    if tensor.dtype == wide and tensor.is_contiguous():
-        return tensor
-    return tensor.detach().to(wide).contiguous()
+    """``tensor``, detached and contiguous, in the accumulator dtype of storage ``dtype``."""
+    return tensor.detach().to(accumulator(dtype)).contiguous()
 
 
 def optional_accumulator(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -37,10 +35,19 @@ def optional_accumulator(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | 
     return None if tensor is None else as_accumulator(tensor, dtype)
 
 
-def flat(x: Tensor) -> Tensor:
-    """``[tokens, d]`` with unit inner stride; a view where the memory allows it."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
+def folds(norm: Norm) -> bool:
+    """Whether a norm only scales: then its weight can be part of the weights that follow, and its
+    row's scale be applied to what they give."""
+    return norm.name != "layer" and norm.bias is None
+
+
+def folded(weight: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
+    """``weight [out, m*d]`` in the accumulator dtype, with the norm's weight in it if it folds."""
+    wide = as_accumulator(weight, dtype)
+    if norm.weight is None or not folds(norm):
+        return wide
+    d = norm.weight.shape[0]
+    return (wide.view(wide.shape[0], -1, d) * norm.weight).view(wide.shape)
 
 
 class Groups(NamedTuple):
@@ -126,12 +133,6 @@ class Layout:
             )
 
 
-def require(holds: bool, what: str) -> None:
-    """The kernels read addresses: an op called with arguments that do not fit must not run."""
-    if not holds:
-        raise ValueError(f"argument does not fit: {what}")
-
-
 def pack(
     source: Tensor,
     *,
@@ -148,10 +149,12 @@ def pack(
     return packed
 
 
-def pack_merge(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """W_c ``[k, k*d]`` for the scores: by slot, inner dimension d."""
-    wide = as_accumulator(weight, dtype)
+def pack_merge(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """W_c ``[k, k*d]``, in the accumulator dtype, for the scores: as it is for a small k, else in
+    panels by slot."""
     k = wide.shape[0]
+    if k <= extension.load().direct_scores:
+        return wide
     d = wide.shape[1] // k
     return pack(
         wide, inner=(d, 1), columns=(k, k * d), matrices=(k, d), bf16=dtype == torch.bfloat16

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from . import layered, op, reference
 def compressed_ffn(
     x: Tensor,
     plugin: PluginWeights,
-    ffn: FeedForward,
+    ffn: FeedForward | Any,
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -27,16 +29,18 @@ def compressed_ffn(
         ffn: a :class:`FeedForward`, or anything with a ``feed_forward()`` that returns one.
         mask: ``[B, n]``, nonzero for a real token. Padding passes through unchanged.
         cu_seqlens: int32 or int64 offsets ``[sequences + 1]`` of packed input.
-        backend: ``"auto"``, ``"reference"`` or ``"cpu"``.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
 
     Returns:
         ``y`` of x's shape; its dtype is x's, promoted as ``x + FFN(x)`` would be.
 
     Raises:
-        ValueError: a shape, dtype, device or backend does not fit; the message names it.
+        TypeError: ``ffn`` is neither. ValueError: a shape, dtype, device or backend does not fit;
+        the message names it.
     """
     plugin = plugin if isinstance(plugin, PluginWeights) else plugin.weights()
-    ffn = ffn if isinstance(ffn, FeedForward) else ffn.feed_forward()
+    if not isinstance(ffn, FeedForward):
+        ffn = _described(ffn)
     checks.hidden(x, cu_seqlens)
     checks.token_mask(mask, cu_seqlens, x)
     checks.plugin(plugin, x)
@@ -59,3 +63,12 @@ def _fits_one_op(x: Tensor, plugin: PluginWeights, ffn: FeedForward) -> bool:
         return True
     tensors = [t for t in (x, *plugin, *ffn) if isinstance(t, Tensor)]
     return not any(t.requires_grad for t in tensors)
+
+
+def _described(ffn: Any) -> FeedForward:
+    if not hasattr(ffn, "feed_forward"):
+        raise TypeError(
+            f"ffn must be a FeedForward or have a feed_forward(), got {type(ffn).__name__} "
+            "(CompressedFFN takes a model's own sublayer)"
+        )
+    return ffn.feed_forward()

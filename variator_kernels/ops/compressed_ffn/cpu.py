@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ... import packing
 from ...feed_forward import FeedForward, PluginWeights, products
 from ..adapter_decompress.cpu import run as run_decompress
+from ..arguments import Norm, flat
 from ..cpu_arguments import (
     Layout,
     accumulator,
     as_accumulator,
-    flat,
+    folded,
     optional_accumulator,
     pack_columns,
     pack_merge,
@@ -27,13 +30,16 @@ BLOCK_GROUPS = 2048
 
 def packed_products(g: Tensor, ffn: FeedForward) -> Tensor:
     """``FFN(g)`` for ``g [rows, d]`` with packed weights, in g's dtype."""
-    weights = [w for w in (ffn.w_in, ffn.w_gate, ffn.w_out) if w is not None]
-    if not all(packing.can_pack(w) for w in weights):
+    w_in, w_out = packing.linear(ffn.w_in, ffn.b_in), packing.linear(ffn.w_out, ffn.b_out)
+    w_gate = None if ffn.w_gate is None else packing.linear(ffn.w_gate, ffn.b_gate)
+    if w_in is None or w_out is None or (w_gate is None) != (ffn.w_gate is None):
         return products(g, ffn).to(g.dtype)
-    inner = packing.packed_linear(g, ffn.w_in, ffn.b_in, ffn.activation)
-    if ffn.w_gate is not None:
-        inner = packing.packed_linear_times(g, inner, ffn.w_gate, ffn.b_gate)
-    return packing.packed_linear(inner, ffn.w_out, ffn.b_out).to(g.dtype)
+    dtype = g.dtype
+    g = g.to(packing.product_dtype(ffn.w_in.dtype))
+    inner = w_in(g, ffn.activation)
+    if w_gate is not None:
+        inner = w_gate.times(g, inner)
+    return w_out(inner.to(packing.product_dtype(ffn.w_out.dtype))).to(dtype)
 
 
 def compressed_ffn(
@@ -49,22 +55,15 @@ def compressed_ffn(
     layout = Layout(x, mask, cu_seqlens)
     groups = layout.groups(k, compact=True)
     rows = flat(x)
-    y = torch.empty(x.shape, dtype=dtype)
+    fresh = torch.empty if ffn.residual or layout.covers_all else torch.zeros
+    y = fresh(x.shape, dtype=dtype)
     y_rows = y.view(-1, d)
-    layout.copy_padding(rows, y_rows)
+    if ffn.residual:
+        layout.copy_padding(rows, y_rows)
     if groups.groups == 0:
         return y
-    w1u, w1h, w2, merge_weight = _packed_plugin(plugin, dtype)
+    packed = _packed_plugin(plugin, ffn, dtype)
     r = plugin.b1.shape[0]
-    merge_bias, b1, b2 = (
-        as_accumulator(t, dtype) for t in (plugin.merge_bias, plugin.b1, plugin.b2)
-    )
-    norm_weight, norm_bias = (
-        optional_accumulator(t, dtype) for t in (ffn.norm_weight, ffn.norm_bias)
-    )
-    norm = (
-        ("none", None, None, 0.0) if ffn.post_norm else (ffn.norm, norm_weight, norm_bias, ffn.eps)
-    )
     wide = accumulator(dtype)
     projected = torch.empty(rows.shape[0], r, dtype=wide)
     for first in range(0, groups.groups, BLOCK_GROUPS):
@@ -76,11 +75,11 @@ def compressed_ffn(
             rows,
             groups,
             span,
-            merge_weight,
-            merge_bias,
-            w1h,
+            packed.merge_weight,
+            packed.merge_bias,
+            packed.w1h,
             r,
-            norm,
+            packed.norm,
             merged,
             projected,
             None,
@@ -88,27 +87,57 @@ def compressed_ffn(
         )
         u = packed_products(merged, ffn)
         run_decompress(
-            u, groups, span, plugin.activation, projected, w1u, b1, w2, b2, rows, y_rows, poison
+            u,
+            groups,
+            span,
+            plugin.activation,
+            projected,
+            packed.w1u,
+            packed.b1,
+            packed.w2,
+            packed.b2,
+            rows if ffn.residual else None,
+            y_rows,
+            poison,
         )
     if not ffn.post_norm:
         return y
     return normalize_real(y, ffn, k, mask, cu_seqlens)
 
 
-def _packed_plugin(
-    plugin: PluginWeights, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W_1u, W_1h, W_2 and W_c in panels, packed again only when a weight changed."""
-    isa = packing.instruction_set()
+class PackedPlugin(NamedTuple):
+    """A plugin's weights as the kernels read them, the norm before them folded in if it folds."""
 
-    def halves() -> tuple[Tensor, Tensor]:
+    merge_weight: Tensor
+    merge_bias: Tensor
+    w1u: Tensor
+    w1h: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    norm: Norm
+
+
+def _packed_plugin(plugin: PluginWeights, ffn: FeedForward, dtype: torch.dtype) -> PackedPlugin:
+    """Packed again only when a weight changed."""
+    kind = "none" if ffn.post_norm else ffn.norm
+    used = () if kind == "none" else (ffn.norm_weight, ffn.norm_bias)
+    sources = (*plugin[:6], *(t for t in used if t is not None))
+
+    def make() -> PackedPlugin:
+        weight, bias = (optional_accumulator(t, dtype) for t in used or (None, None))
+        norm = Norm(kind, weight, bias, ffn.eps)
         w1u, w1h = plugin.w1.detach().chunk(2, -1)
-        return pack_columns(w1u, dtype, bf16=True), pack_columns(w1h, dtype, bf16=True)
+        return PackedPlugin(
+            pack_merge(folded(plugin.merge_weight, norm, dtype), dtype),
+            as_accumulator(plugin.merge_bias, dtype),
+            pack_columns(w1u, dtype, bf16=True),
+            pack_columns(folded(w1h, norm, dtype), dtype, bf16=True),
+            as_accumulator(plugin.b1, dtype),
+            pack_columns(plugin.w2, dtype, bf16=True),
+            as_accumulator(plugin.b2, dtype),
+            norm,
+        )
 
-    get = packing.cache.get
-    w1u, w1h = get(plugin.w1, ("halves", dtype, isa), halves)
-    w2 = get(plugin.w2, ("columns", dtype, isa), lambda: pack_columns(plugin.w2, dtype, bf16=True))
-    merge = get(
-        plugin.merge_weight, ("merge", dtype, isa), lambda: pack_merge(plugin.merge_weight, dtype)
-    )
-    return w1u, w1h, w2, merge
+    form = ("plugin", dtype, kind, ffn.norm_bias is None, ffn.eps, packing.instruction_set())
+    return packing.cache.get(sources, form, make)

@@ -25,7 +25,7 @@ def compressed_ffn(
     backend: str,
 ) -> Tensor:
     w1u, w1h = plugin.w1.chunk(2, -1)
-    pre_norm = not ffn.post_norm
+    pre_norm = not ffn.post_norm and ffn.norm != "none"
     merged, projected, _ = merge.group_merge(
         x,
         plugin.merge_weight,
@@ -48,14 +48,14 @@ def compressed_ffn(
         plugin.b1,
         plugin.w2,
         plugin.b2,
-        x.to(out_dtype),
+        x.to(out_dtype) if ffn.residual else None,
         mask,
         cu_seqlens,
         plugin.ratio,
         plugin.activation,
         backend,
     )
-    if pre_norm:
+    if not ffn.post_norm:
         return y
     return normalize_real(y, ffn, plugin.ratio, mask, cu_seqlens)
 

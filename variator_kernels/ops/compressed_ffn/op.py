@@ -17,7 +17,7 @@ _ARGUMENTS = (
     "Tensor x, Tensor? mask, Tensor? cu_seqlens, Tensor merge_weight, Tensor merge_bias, Tensor w1,"
     " Tensor b1, Tensor w2, Tensor b2, Tensor w_in, Tensor w_out, Tensor? w_gate, Tensor? b_in,"
     " Tensor? b_out, Tensor? b_gate, Tensor? norm_weight, Tensor? norm_bias, str activation,"
-    " str norm, float eps, bool post_norm, str adapter_activation, str backend"
+    " str norm, float eps, bool post_norm, bool residual, str adapter_activation, str backend"
 )
 _TENSORS = 17  # the leading arguments that are tensors
 _DIFFERENTIABLE = (0, *range(3, _TENSORS))
@@ -38,7 +38,7 @@ def compressed_ffn(
     return torch.ops.variator.compressed_ffn(
         x, mask, cu_seqlens, *plugin[:6], ffn.w_in, ffn.w_out, ffn.w_gate, ffn.b_in, ffn.b_out,
         ffn.b_gate, ffn.norm_weight, ffn.norm_bias, ffn.activation, ffn.norm, ffn.eps,
-        ffn.post_norm, plugin.activation, backend,
+        ffn.post_norm, ffn.residual, plugin.activation, backend,
     )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def _unflatten(
 ) -> tuple[Tensor, PluginWeights, FeedForward, Tensor | None, Tensor | None, str]:
     x, mask, cu_seqlens = arguments[:3]
     w_in, w_out, w_gate, b_in, b_out, b_gate, norm_weight, norm_bias = arguments[9:_TENSORS]
-    activation, norm, eps, post_norm, phi, backend = arguments[_TENSORS:]
+    activation, norm, eps, post_norm, residual, phi, backend = arguments[_TENSORS:]
     merge_weight, merge_bias, w1, b1, w2, b2 = arguments[3:9]
     plugin = PluginWeights(merge_weight, merge_bias, w1, b1, w2, b2, phi)
     ffn = FeedForward(
@@ -63,6 +63,7 @@ def _unflatten(
         norm_bias,
         eps,
         post_norm,
+        residual,
     )
     return x, plugin, ffn, mask, cu_seqlens, backend
 

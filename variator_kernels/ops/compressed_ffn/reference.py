@@ -41,7 +41,7 @@ def compressed_ffn(
         cu_seqlens=cu_seqlens,
         activation=plugin.activation,
     )
-    y = (x + o).to(torch.promote_types(x.dtype, u.dtype))
+    y = (x + o if ffn.residual else o).to(torch.promote_types(x.dtype, u.dtype))
     if ffn.post_norm:
         kept = y if real is None else torch.where(real, y, 0)
         normed = normalize(kept, *norm).to(y.dtype)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ... import extension
 from ...grouping import max_groups
+from ..arguments import Norm, check_merge, check_merge_backward, flat
 from ..cpu_arguments import (
     DTYPES,
     NORMS,
@@ -15,13 +16,13 @@ from ..cpu_arguments import (
     accumulator,
     address,
     as_accumulator,
-    flat,
+    folded,
+    folds,
     optional_accumulator,
     pack_columns,
     pack_merge,
     pack_merge_rows,
     pack_rows,
-    require,
 )
 
 
@@ -29,11 +30,11 @@ def run(
     x: Tensor,
     groups: Groups,
     span: tuple[int, int],
-    merge_packed: Tensor,
+    merge_weight: Tensor,
     merge_bias: Tensor,
     projection_packed: Tensor | None,
     r: int,
-    norm: tuple[str, Tensor | None, Tensor | None, float],
+    norm: Norm,
     merged: Tensor,
     projected: Tensor | None,
     weights: Tensor | None,
@@ -41,9 +42,9 @@ def run(
 ) -> None:
     """Merges the groups ``first .. first+count-1`` of flat ``x [tokens, d]`` into ``merged``.
 
+    ``merge_weight`` and ``projection_packed`` are packed from ``folded(...)``.
     ``poison [groups]`` gets 0, or NaN for a group that holds NaN.
     """
-    name, norm_weight, norm_bias, eps = norm
     extension.load().merge(
         DTYPES[x.dtype],
         torch.get_num_threads(),
@@ -52,11 +53,12 @@ def run(
         r,
         x.data_ptr(),
         x.stride(0),
-        NORMS[name],
-        address(norm_weight),
-        address(norm_bias),
-        eps,
-        merge_packed.data_ptr(),
+        NORMS[norm.name],
+        address(norm.weight),
+        address(norm.bias),
+        norm.eps,
+        folds(norm),
+        merge_weight.data_ptr(),
         merge_bias.data_ptr(),
         address(projection_packed),
         merged.data_ptr(),
@@ -79,10 +81,7 @@ def group_merge(
     projection: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     k, d = bias.shape[0], x.shape[-1]
-    require(weight.shape == (k, k * d), f"weight is {list(weight.shape)}")
-    require(projection is None or projection.shape[1] == d, "projection's columns")
-    for vector in (norm_weight, norm_bias):
-        require(vector is None or vector.shape == (d,), "norm weight or bias")
+    check_merge(x, weight, norm_weight, norm_bias, projection, k)
     layout = Layout(x, mask, cu_seqlens)
     groups = layout.groups(k, compact=False)
     wide = accumulator(x.dtype)
@@ -94,18 +93,25 @@ def group_merge(
     fresh = torch.empty if layout.covers_all else torch.zeros
     projected = fresh(*x.shape[:-1], r, dtype=wide)
     rows = flat(x)
-    packed = None if projection is None else pack_columns(projection, x.dtype, bf16=True)
+    wide_norm = Norm(
+        norm,
+        optional_accumulator(norm_weight, x.dtype),
+        optional_accumulator(norm_bias, x.dtype),
+        eps,
+    )
+    packed = None
+    if projection is not None:
+        packed = pack_columns(folded(projection, wide_norm, x.dtype), x.dtype, bf16=True)
     bias = as_accumulator(bias, x.dtype)
-    norm_weight, norm_bias = (optional_accumulator(t, x.dtype) for t in (norm_weight, norm_bias))
     run(
         rows,
         groups,
         (0, groups.groups),
-        pack_merge(weight, x.dtype),
+        pack_merge(folded(weight, wide_norm, x.dtype), x.dtype),
         bias,
         packed,
         r,
-        (norm, norm_weight, norm_bias, eps),
+        wide_norm,
         merged,
         projected if r else None,
         weights,
@@ -130,9 +136,7 @@ def group_merge_backward(
     layout = Layout(x, mask, cu_seqlens)
     k, d = weights.shape[-1], x.shape[-1]
     groups = layout.groups(k, compact=False)
-    require(weights.numel() == groups.groups * k, f"weights are {list(weights.shape)}")
-    require(d_merged.numel() == groups.groups * d, f"d_merged is {list(d_merged.shape)}")
-    require(weight.shape == (k, k * d), f"weight is {list(weight.shape)}")
+    check_merge_backward(d_merged, x, weights, weight, groups.groups)
     wide = accumulator(x.dtype)
     rows = flat(x)
     dx = (torch.empty if layout.covers_all else torch.zeros)(x.shape, dtype=x.dtype)

@@ -1,0 +1,127 @@
+"""What compression saves on a dev set: multiply-adds, and measured time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import variator_kernels as vk
+from variator_kernels.flops import Parts
+from variator_kernels.train import losses
+from variator_kernels.train.collate import collator
+
+from ..common import checks, timing
+from ..common.results import Row
+from . import originals, tasks
+
+ROWS = 32
+"""Rows of one batch; rows of similar length share one."""
+
+
+@torch.no_grad()
+def measure(
+    folder: Path, task: tasks.Task, data: Path, ratios: tuple[int, ...], rounds: int
+) -> list[Row]:
+    """A row a ratio: cost, and seconds of the encoder over the dev set against the original's.
+
+    The original runs as Hugging Face runs it. A row whose hidden states are not right, against
+    float64, has no time.
+    """
+    model, tokenizer = originals.read(folder, task=True)
+    dev, _ = tasks.load(data, task, "dev", model, tokenizer)
+    pad = collator(tokenizer, model.config)
+    batches = [
+        pad([dev[i] for i in range(start, min(start + ROWS, len(dev)))])
+        for start in range(0, len(dev), ROWS)
+    ]
+    inputs = [{k: b[k] for k in ("input_ids", "attention_mask")} for b in batches]
+    encoder = _encoder(model)
+    vk.patch(model, ratios[0], ratios)
+    _fill(model)
+
+    def over_all(ratio: int) -> Callable[[], None]:
+        def run() -> None:
+            with torch.inference_mode(), vk.use_ratio(model, ratio):
+                for batch in inputs:
+                    encoder(**batch)
+
+        return run
+
+    verdicts = {k: _check(encoder, model, inputs[len(inputs) // 2], k) for k in ratios}
+    calls = {k: over_all(k) for k in (1, *ratios)}
+    for call in calls.values():
+        call()
+    seconds, _ = timing.interleave(calls, rounds)
+    made = []
+    for k in ratios:
+        row: Row = {"k": k, **_cost(encoder, inputs, k)}
+        row |= {"error": verdicts[k].error, "allowed": verdicts[k].allowed}
+        if verdicts[k].ok:
+            row |= {
+                "status": "ok",
+                "seconds": timing.quartiles(seconds[k]),
+                "dense_seconds": timing.quartiles(seconds[1]),
+                "speedup": timing.ratio(seconds[1], seconds[k]),
+            }
+        else:
+            row |= {"status": "failed", "reason": "the hidden states are not right"}
+        made.append(row)
+    return made
+
+
+def _encoder(model: Any) -> Any:
+    return model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+
+
+def _fill(model: Any) -> None:
+    """Plugins away from zero, so that the check sees every term."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in vk.plugin_parameters(model):
+        parameter.normal_(0, 0.02, generator=generator)
+
+
+def _check(encoder: Any, model: Any, batch: dict[str, Tensor], ratio: int) -> checks.Verdict:
+    """Real tokens of the kernels' outputs, against float64 and plain PyTorch."""
+    real = losses.masks(batch)[0]
+    state = vk.ratio.states(model)[0]
+
+    def hidden(backend: str, dtype: torch.dtype) -> checks.Outputs:
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        state.backend = backend
+        model.to(dtype)
+        try:
+            with vk.use_ratio(model, ratio):
+                return (encoder(**batch).last_hidden_state[real],)
+        finally:
+            model.to(torch.float32).load_state_dict(before)
+            state.backend = "auto"
+
+    exact, plain = hidden("reference", torch.float64), hidden("reference", torch.float32)
+    return checks.judge(hidden("auto", torch.float32), checks.truth(exact, plain))
+
+
+def _cost(encoder: Any, inputs: list[dict[str, Tensor]], ratio: int) -> Row:
+    """Multiply-adds left in the encoder and in its FFNs, and parameters added, as fractions."""
+    used = dense = ffn = ffn_dense = 0
+    for batch in inputs:
+        lengths = batch["attention_mask"].sum(-1).tolist()
+        found = vk.flops.count(encoder, length=lengths, ratio=ratio)
+        used += found.multiply_adds.total
+        dense += found.dense_multiply_adds.total
+        ffn += _around_ffn(found.multiply_adds)
+        ffn_dense += found.dense_multiply_adds.ffn
+    added = found.parameters.merge + found.parameters.decompress
+    return {
+        "multiply_adds_left": used / dense,
+        "ffn_multiply_adds_left": ffn / ffn_dense,
+        "added_over_ffn": added / found.dense_parameters.ffn,
+        "added_over_encoder": added / found.dense_parameters.total,
+    }
+
+
+def _around_ffn(parts: Parts) -> int:
+    return parts.ffn + parts.merge + parts.decompress

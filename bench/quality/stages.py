@@ -1,0 +1,179 @@
+"""From an original to plugins and their answers. Every stage is a folder, made once.
+
+A stage that was killed goes on where it was; delete its folder to make it again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+import variator_kernels as vk
+from variator_kernels.train import DistillationConfig, DistillationTrainer, noise, rows
+from variator_kernels.train.collate import collator
+
+from ..common.results import Row
+from . import originals, tasks
+from .recipe import Recipe, Variant
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What holds for every stage of a run."""
+
+    base: str
+    """Folder of the pretrained model, or :data:`originals.SMALL_T5`."""
+    data: Path
+    work: Path
+    recipe: Recipe
+
+
+def original(setup: Setup, task: tasks.Task) -> tuple[Path, float]:
+    """The fine-tuned model's folder, and its accuracy on the dev set."""
+    return originals.original(setup.base, task, setup.data, setup.work)
+
+
+def answers(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> list[Row]:
+    """Loss and accuracy of a variant's plugins on the dev set, a row a ratio."""
+    folder = _folder(setup, variant, seed, task.name)
+    result = folder / "answers.json"
+    if not result.is_file():
+        model, tokenizer = originals.read(original(setup, task)[0], task=True)
+        plugins = _plugins(setup, task, variant, seed)
+        _patched(model, variant, seed)
+        if plugins is not None:
+            vk.load_plugins(model, plugins)
+        dev, correct = tasks.load(setup.data, task, "dev", model, tokenizer)
+        config = DistillationConfig(
+            output_dir=str(folder),
+            sample_ratios=len(variant.ratios) > 1,
+            per_device_eval_batch_size=64,
+            use_cpu=True,
+            report_to="none",
+        )
+        trainer = DistillationTrainer(
+            model,
+            config,
+            eval_dataset=dev,
+            correct=correct,
+            data_collator=collator(tokenizer, model.config),
+        )
+        found = trainer.evaluate()
+        made = [
+            {
+                "task": task.name,
+                "variant": variant.name,
+                "bottleneck": variant.bottleneck,
+                "seed": seed,
+                "k": k,
+                "accuracy": found[f"eval_k{k}_accuracy"],
+                "loss": found[f"eval_k{k}_loss"],
+                "dense_accuracy": found["eval_dense_accuracy"],
+            }
+            for k in variant.ratios
+        ]
+        folder.mkdir(parents=True, exist_ok=True)
+        result.write_text(json.dumps(made, indent=1))
+    return json.loads(result.read_text())
+
+
+def _plugins(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> Path | None:
+    """The folder of the plugins to use on ``task``; None: initial values."""
+    start = _started(setup, task, variant, seed)
+    if not variant.adapt:
+        return start
+    folder = _folder(setup, variant, seed, task.name)
+    if not (folder / "plugins.json").is_file():
+        model, tokenizer = originals.read(original(setup, task)[0], task=True)
+        least = setup.recipe.adapt_least
+        train, _ = tasks.load(setup.data, task, "train", model, tokenizer, least)
+        _patched(model, variant, seed)
+        if start is not None:
+            vk.load_plugins(model, start)
+        _train(setup, variant, seed, "adapt", model, tokenizer, train, folder)
+    return folder
+
+
+def _started(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> Path | None:
+    """Plugins after calibration and pre-training, on the model before it saw a task."""
+    if not (variant.calibrate or variant.pretrain):
+        return None
+    scratch = setup.base == originals.SMALL_T5
+    folder = _folder(setup, variant, seed, f"{task.name}-plain" if scratch else "plain")
+    if (folder / "plugins.json").is_file():
+        return folder
+    source = original(setup, task)[0] if scratch else Path(setup.base)
+    model, tokenizer = originals.read(source, task=False)
+    pieces = rows.paragraphs(tasks.plain_text(setup.data), tokenizer, setup.recipe.piece)
+    corrupt = noise.corrupted_spans if model.config.is_encoder_decoder else noise.masked_tokens
+    train = rows.Rows(pieces, corrupt(tokenizer), seed)
+    _patched(model, variant, seed)
+    if variant.calibrate:
+        _calibrate(setup, variant, model, tokenizer, train, seed)
+    if variant.pretrain:
+        _train(setup, variant, seed, "pretrain", model, tokenizer, train, folder)
+    else:
+        vk.save_plugins(model, folder)
+    return folder
+
+
+def _calibrate(
+    setup: Setup, variant: Variant, model: Any, tokenizer: Any, train: rows.Rows, seed: int
+) -> None:
+    """On rows from all over the text; the same ones every time."""
+    count = min(setup.recipe.calibration_rows, len(train))
+    picked = [train.draw((i * len(train) // count + seed) % len(train), 0) for i in range(count)]
+    pad = collator(tokenizer, model.config)
+    batches = [pad(picked[i::10]) for i in range(10)]
+    for batch in batches:
+        batch.pop("labels", None)
+    vk.calibrate(
+        model, batches, merge=variant.frozen != "merge", adapter=variant.frozen != "adapter"
+    )
+
+
+def _train(
+    setup: Setup,
+    variant: Variant,
+    seed: int,
+    step: str,
+    model: Any,
+    tokenizer: Any,
+    train: rows.Rows,
+    folder: Path,
+) -> None:
+    config = DistillationConfig(
+        output_dir=str(folder / "run"),
+        sample_ratios=len(variant.ratios) > 1,
+        seed=seed,
+        use_cpu=True,
+        report_to="none",
+        **setup.recipe.stage(step, len(variant.ratios)),
+    )
+    trainer = DistillationTrainer(
+        model, config, train_dataset=train, data_collator=collator(tokenizer, model.config)
+    )
+    for name, parameter in model.named_parameters():
+        if variant.frozen and ".plugins." in name and f".{variant.frozen}." in name:
+            parameter.requires_grad_(False)
+    trainer.train(resume_from_checkpoint=True)
+    vk.save_plugins(model, folder)
+
+
+def _patched(model: Any, variant: Variant, seed: int) -> None:
+    set_seed(seed)
+    vk.patch(model, variant.ratios[0], variant.ratios, variant.bottleneck)
+
+
+def _folder(setup: Setup, variant: Variant, seed: int, stage: str) -> Path:
+    name = variant.name.replace(" ", "-")
+    return setup.work / "plugins" / f"{name}-seed{seed}" / stage
+
+
+def settings(setup: Setup) -> Row:
+    """For the result file."""
+    return asdict(setup.recipe) | {"fine_tuning": originals.FINE_TUNING}

@@ -1,0 +1,163 @@
+"""Quality against the compression ratio k: accuracy, distillation loss, cost and measured speed.
+
+A model is fine-tuned on a task, plugins are trained for it in two steps, and both answer the dev
+set. Every stage is kept in a folder (``--work``): a run that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import logging
+
+from .common import machine, minilm, options, results, text
+from .common.results import Row
+from .quality import figure, originals, recipe, speed, stages, tasks
+from .quality.recipe import VARIANTS, Recipe, Variant
+
+TARGETS = {2: 0.5, 4: 1.3, 8: 2.0, 16: 3.0, 32: 4.0}
+"""Points that plugins for MiniLM may lose on SST-2, at most."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m bench.quality_vs_k", description=__doc__)
+    add = made.add_argument
+    add(
+        "--model",
+        default="minilm",
+        help=f"minilm (default; from the extra 'quality'), {originals.SMALL_T5}, or a folder",
+    )
+    add("--data", type=Path, default=text.DATA, help="folder with sst2/, rte/, wikitext2/")
+    add("--work", type=Path, help="where stages are kept; default build/quality/<model>")
+    add("--tasks", type=options.words, default=["sst2"], help="some of sst2, rte; default sst2")
+    add("--variants", type=options.words, help=f"some of {', '.join(VARIANTS)}; default all")
+    add("--seeds", type=options.count, default=3, help="of the full variant; the others have 1")
+    add("--ratios", type=options.ratios, default=list(recipe.RATIOS), help="default 2,4,8,16,32")
+    add("--rounds", type=options.count, default=7, help="of the timing; default 7")
+    add("--threads", type=options.count, default=torch.get_num_threads())
+    add("--output", help="folder; default bench/results/<this kind of machine>")
+    add("--quick", action="store_true", help="a few steps of everything: does it run?")
+    return made
+
+
+def base(name: str) -> str:
+    """The folder of the model to start from."""
+    if name == "minilm":
+        return str(minilm.folder())
+    if name != originals.SMALL_T5 and not (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"model must be minilm, {originals.SMALL_T5} or a folder with config.json, got {name!r}"
+        )
+    return name
+
+
+def chosen(args: argparse.Namespace) -> list[tuple[Variant, int]]:
+    """Variants with their seeds."""
+    wanted = args.variants or list(VARIANTS)
+    unknown = [name for name in wanted if name not in VARIANTS]
+    if unknown:
+        raise ValueError(f"variants must be of {tuple(VARIANTS)}, got {unknown[0]!r}")
+    made = []
+    for name in wanted:
+        variant = VARIANTS[name]
+        ratios = tuple(k for k in variant.ratios if k in args.ratios)
+        seeds = args.seeds if name == "full" else 1
+        made += [(replace(variant, ratios=ratios), seed) for seed in range(seeds) if ratios]
+    return made
+
+
+def summary(rows: list[Row], costs: dict[tuple[str, int], Row]) -> list[Row]:
+    """Medians over seeds, with cost and speed beside them."""
+    made = []
+    for task, variant, k in dict.fromkeys((r["task"], r["variant"], r["k"]) for r in rows):
+        found = results.pick(rows, task=task, variant=variant, k=k)
+        cost = costs[task, k]
+        row: Row = {
+            name: statistics.median(r[name] for r in found)
+            for name in ("accuracy", "loss", "dense_accuracy")
+        }
+        row["lost"] = 100 * (row["dense_accuracy"] - row["accuracy"])
+        row |= {"task": task, "variant": variant, "k": k, "seeds": len(found)}
+        row["speedup"] = cost["speedup"]["median"] if cost["status"] == "ok" else None
+        row["multiply_adds_left"] = cost["multiply_adds_left"]
+        made.append(row)
+    return made
+
+
+def table(rows: list[Row], targets: bool) -> Table:
+    """The summary."""
+    made = Table(title="medians over seeds", title_justify="left")
+    for name in ("task", "variant", "k", "accuracy", "lost", "loss", "MACs left", "speed-up"):
+        made.add_column(name, justify="left" if name in ("task", "variant") else "right")
+    for row in rows:
+        limit = TARGETS.get(row["k"]) if targets and row["variant"] == "full" else None
+        note = "" if limit is None else f" (at most {limit})"
+        made.add_row(
+            row["task"],
+            row["variant"],
+            str(row["k"]),
+            f"{100 * row['accuracy']:.1f}",
+            f"{row['lost']:.1f}{note}",
+            f"{row['loss']:.4f}",
+            f"{row['multiply_adds_left']:.0%}",
+            f"{row['speedup']:.2f}" if row["speedup"] else "FAILED",
+        )
+    return made
+
+
+def run(args: argparse.Namespace, setup: stages.Setup, console: Console) -> Row:
+    """All stages; the result file is written after each."""
+    settings = {"threads": args.threads, "rounds": args.rounds, "ratios": args.ratios}
+    model = {"name": args.model if args.model == "minilm" else Path(args.model).name}
+    content = results.result("quality_vs_k", settings | stages.settings(setup), model)
+    costs: dict[tuple[str, int], Row] = {}
+    content["originals"], content["costs"] = [], []
+    path = results.folder(args.output) / "quality_vs_k.json"
+    for task in (tasks.TASKS[name] for name in args.tasks):
+        folder, accuracy = stages.original(setup, task)
+        console.print(f"{task.name}: the original answers {100 * accuracy:.1f} % right")
+        content["originals"].append({"task": task.name, "accuracy": accuracy})
+        measured = speed.measure(folder, task, args.data, tuple(args.ratios), args.rounds)
+        costs |= {(task.name, row["k"]): row for row in measured}
+        content["costs"] += [{"task": task.name, **row} for row in measured]
+        for variant, seed in chosen(args):
+            console.print(f"{task.name}: {variant.name}, seed {seed}")
+            content["rows"] += stages.answers(setup, task, variant, seed)
+            content["summary"] = summary(content["rows"], costs)
+            results.write(path, content)
+    console.print(table(content["summary"], args.model == "minilm"))
+    console.print(f"written: {options.shown(path)}, {options.shown(figure.draw(content, path))}")
+    return content
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, print, write JSON and PNG; 1 if a check failed."""
+    made = parser()
+    args = made.parse_args(arguments)
+    try:
+        settings: dict[str, Any] = {"bf16": machine.has_bf16()}
+        if args.quick:
+            settings |= {"calibration_rows": 20, "pretrain_steps": 2, "adapt_steps": 2}
+        name = "quick" if args.quick else Path(args.model).name
+        work = args.work or machine.ROOT / "build" / "quality" / name
+        setup = stages.Setup(base(args.model), args.data, work, Recipe(**settings))
+        chosen(args)
+    except ValueError as error:
+        made.error(str(error))
+    torch.set_num_threads(args.threads)
+    logging.set_verbosity_error()
+    content = run(args, setup, Console(width=None if sys.stdout.isatty() else 150))
+    return int(any(row["status"] != "ok" for row in content["costs"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

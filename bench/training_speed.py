@@ -1,0 +1,159 @@
+"""Training speed: a step of plugin training through the kernels, against the eager reference.
+
+A step is what ``DistillationTrainer`` does: the teacher's forward, the student's forward and
+backward, and Adam. The arms share one process and take turns. Loss and gradients of each arm are
+compared with float64 before and after; without a green check an arm has no number, and the exit
+code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import variator_kernels as vk
+from variator_kernels.train import DistillationConfig, DistillationTrainer, losses
+
+from .common import allocations, checks, models, options, results, timing
+from .common.results import Row
+
+ARMS = {"reference": "reference", "ours": "auto"}
+MIB = 2**20
+
+
+class Arm:
+    """One patched copy of the model, its optimizer, and the batch."""
+
+    def __init__(self, model: Any, backend: str, args: argparse.Namespace, folder: str) -> None:
+        self.model = vk.patch(
+            copy.deepcopy(model), args.ratio, (args.ratio,), args.bottleneck, backend=backend
+        )
+        generator = models.generator(1)
+        with torch.no_grad():
+            for parameter in vk.plugin_parameters(self.model):
+                parameter.normal_(0, 0.02, generator=generator)
+        config = DistillationConfig(output_dir=folder, use_cpu=True, max_steps=1, report_to="none")
+        self.trainer = DistillationTrainer(self.model, config)
+        self.optimizer = self.trainer.create_optimizer()
+        shape = (args.batch, args.length)
+        high = self.model.config.vocab_size
+        ids = torch.randint(5, high, shape, generator=models.generator(2))
+        self.batch = {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.long)}
+        self.total = losses.counts(self.batch)
+
+    def gradients(self) -> checks.Outputs:
+        """Loss and gradients of every plugin parameter."""
+        self.optimizer.zero_grad()
+        loss = self.trainer.training_step(self.model, dict(self.batch), self.total)
+        return loss, *(p.grad for p in vk.plugin_parameters(self.model))
+
+    def step(self) -> checks.Outputs:
+        """A whole step; plugins stay where they are, so that every round does the same."""
+        loss, *_ = self.gradients()
+        self.optimizer.step()
+        return (loss,)
+
+    def double(self) -> checks.Outputs:
+        """Loss and gradients in float64."""
+        before = copy.deepcopy(self.model.state_dict())
+        self.model.double()
+        found = tuple(tensor.clone() for tensor in self.gradients())
+        self.model.float()
+        self.model.load_state_dict(before)
+        self.optimizer.zero_grad()
+        return found
+
+
+def measure(arms: dict[str, Arm], rounds: int) -> list[Row]:
+    """Check, time in turns, check again; memory by arm."""
+    truth = checks.truth(arms["reference"].double(), arms["reference"].gradients())
+    verdicts = {name: checks.judge(arm.gradients(), truth) for name, arm in arms.items()}
+    peaks = {name: allocations.profiled(arm.gradients).peak for name, arm in arms.items()}
+    for arm in arms.values():
+        for group in arm.optimizer.param_groups:
+            group["lr"] = group["weight_decay"] = 0.0
+        arm.step()
+    seconds, _ = timing.interleave({name: arm.step for name, arm in arms.items()}, rounds)
+    rows = []
+    for name, arm in arms.items():
+        worst = max(
+            (verdicts[name], checks.judge(arm.gradients(), truth)),
+            key=lambda verdict: (not verdict.ok, verdict.error / max(verdict.allowed, 1e-30)),
+        )
+        row: Row = {"arm": name, "error": worst.error, "allowed": worst.allowed}
+        if worst.ok:
+            row |= {
+                "status": "ok",
+                "samples": seconds[name],
+                "seconds": timing.quartiles(seconds[name]),
+                "over_reference": timing.ratio(seconds[name], seconds["reference"]),
+                "peak_bytes": peaks[name],
+                "peak_over_reference": peaks[name] / peaks["reference"],
+            }
+        else:
+            row |= {"status": "failed", "reason": f"error {worst.error:.3g} > {worst.allowed:.3g}"}
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[Row]) -> Table:
+    """Step time and memory, beside the reference's."""
+    made = Table(title="a training step", title_justify="left")
+    for name in ("arm", "seconds", "over reference", "peak, MiB", "over reference", "check"):
+        made.add_column(name, justify="left" if name == "arm" else "right")
+    for row in rows:
+        check = f"{row['error']:.1e} / {row['allowed']:.1e}"
+        if row["status"] != "ok":
+            made.add_row(row["arm"], "FAILED", "", "", "", check)
+            continue
+        made.add_row(
+            row["arm"],
+            f"{row['seconds']['median']:.3f}",
+            f"{row['over_reference']['median']:.2f}",
+            f"{row['peak_bytes'] / MIB:.0f}",
+            f"{row['peak_over_reference']:.2f}",
+            check,
+        )
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, print, write JSON; 1 if an arm failed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.training_speed", description=__doc__)
+    options.add_common(parser)
+    parser.add_argument("--ratio", type=options.count, default=4, help="k; default 4")
+    parser.add_argument("--repeats", type=options.count, help="rounds; default 9")
+    parser.add_argument("--quick", action="store_true", help="little work: does everything run?")
+    args = parser.parse_args(arguments)
+    args.dtype = ["fp32"]
+    args.length = args.length or (None if args.quick else 128)  # the paper's paragraphs
+    try:
+        options.settle_common(args)
+        model = models.architecture(args.model)
+    except ValueError as error:
+        parser.error(str(error))
+    torch.set_num_threads(args.threads)
+    names = ("batch", "length", "bottleneck", "ratio", "threads")
+    settings = {name: getattr(args, name) for name in names}
+    content = results.result("training_speed", settings, options.describe(model))
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    options.print_head(console, content)
+    built = models.encoder(model, torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        arms = {name: Arm(built, backend, args, folder) for name, backend in ARMS.items()}
+        content["rows"] = measure(arms, args.repeats or (3 if args.quick else 9))
+    path = results.folder(args.output) / "training_speed.json"
+    results.write(path, content)
+    console.print(table(content["rows"]), f"written: {options.shown(path)}")
+    return int(any(row["status"] == "failed" for row in content["rows"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""vk.calibrate: closer to the dense model, in every family, and nothing else changed."""
+
+import pytest
+import torch
+
+import variator_kernels as vk
+from tests.models import tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:the plugins of ratio")
+
+
+def model(family="t5", **settings):
+    """With plugins at their initial values."""
+    made = tiny.model(family, "gated-gelu" if family != "t5" else "relu", **settings)
+    return vk.patch(made, ratio=4, ratios=(2, 4), bottleneck=12)
+
+
+def batches(number=12, left=False):
+    made = []
+    for seed in range(number):
+        ids, mask = tiny.batch(23, 9, 17, 30, seed=seed)
+        if left:
+            ids, mask = (
+                torch.stack(
+                    [row.roll(30 - int(real.sum())) for row, real in zip(x, mask, strict=True)]
+                )
+                for x in (ids, mask)
+            )
+        made.append({"input_ids": ids, "attention_mask": mask})
+    return made
+
+
+@torch.no_grad()
+def loss(made, ratio, seed=100):
+    ids, mask = tiny.batch(21, 8, 27, 15, seed=seed)
+    with vk.use_ratio(made, 1):
+        teacher = tiny.encode(made, ids, mask)
+    with vk.use_ratio(made, ratio):
+        student = tiny.encode(made, ids, mask)
+    return float((student - teacher)[mask != 0].square().mean())
+
+
+@pytest.mark.parametrize("family", ["t5", "umt5"])
+def test_comes_closer_to_the_dense_model(family):
+    made = model(family)
+    before = {k: loss(made, k) for k in (2, 4)}
+    made.train()
+    modes = [module.training for module in made.modules()]
+    vk.calibrate(made, batches())
+    assert [module.training for module in made.modules()] == modes
+    made.eval()
+    for k, value in before.items():
+        assert loss(made, k) < 0.8 * value
+
+
+def test_uses_real_tokens_alone():
+    ids, mask = tiny.batch(21, 8, 27, 15, seed=100)
+    outputs = []
+    for left in (False, True):
+        made = model()
+        vk.calibrate(made, batches(left=left), ratios=[4])
+        with torch.no_grad():
+            outputs.append(tiny.encode(made, ids, mask)[mask != 0])
+    torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
+
+
+def test_changes_what_it_is_asked_to_change():
+    made = model()
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    vk.calibrate(made, batches(), ratios=[4], merge=False)
+    changed = {
+        name for name, value in made.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert changed and all(".plugins.4.adapter." in name for name in changed)
+    vk.calibrate(made, batches(), ratios=[2], adapter=False)
+    changed = {
+        name for name, value in made.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert all(".plugins.4.adapter." in n or ".plugins.2.merge." in n for n in changed)
+
+
+def test_identity_adapters_too():
+    made = vk.patch(tiny.model(), ratio=4, ratios=(4,), bottleneck=12, activation="identity")
+    before = loss(made, 4)
+    vk.calibrate(made, batches())
+    assert loss(made, 4) < 0.8 * before
+
+
+def test_refuses_what_it_cannot_use():
+    made = model()
+    with pytest.raises(ValueError, match="not patched"):
+        vk.calibrate(tiny.model(), batches())
+    with pytest.raises(ValueError, match="must be at least 2, one to check the other, got 1"):
+        vk.calibrate(made, batches(1))
+    with pytest.raises(ValueError, match=r"must hold attention_mask, got \['input_ids'\]"):
+        vk.calibrate(made, [{"input_ids": b["input_ids"]} for b in batches(2)])
+    with pytest.raises(ValueError, match="got 3"):
+        vk.calibrate(made, batches(), ratios=[3])
+    assert made.encoder.variator_state.local.observer is None

@@ -1,0 +1,157 @@
+"""The command line: runs to the end, survives a kill, and refuses bad data in words."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.train import toy
+from variator_kernels.train.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--bottleneck", "4", "--per_device_train_batch_size", "8", "--use_cpu"]
+PRETRAIN = ["--max-length", "24", *SMALL, "--ratios", "2", "4"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("toy")
+    toy.t5(made / "model")
+    toy.plain_text(made / "text.txt")
+    toy.table(made / "task.tsv")
+    return made
+
+
+def command(folder, output, step="pretrain", data="text.txt", *more):
+    extra = PRETRAIN if step == "pretrain" else [*SMALL, "--labels", "bad,good"]
+    given = ["--model", "model", "--data", data, "--output", str(output)]
+    given = [str(folder / word) if (folder / word).exists() else word for word in given]
+    return [step, *given, *extra, *more]
+
+
+def start(arguments, *launcher):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "variator_kernels.train", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(run):
+    """Its output; it must end well, and nothing of it may stay behind if it does not."""
+    try:
+        text = run.communicate(timeout=240)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    assert run.returncode == 0, text
+    return text
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_with_the_same_plugins(folder, tmp_path):
+    more = ["--max_steps", "120", "--save_steps", "6", "--logging_steps", "5", "--dropout"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finish(start(command(folder, whole, "pretrain", "text.txt", *more)))
+    wait, kills, steps = random.Random(0), 0, []
+    while kills < 4:
+        run = start(command(folder, cut, "pretrain", "text.txt", *more))
+        begun = max(steps, default=0)
+        while run.poll() is None:
+            steps = [int(p.name[11:]) for p in cut.glob("checkpoint-*")]
+            if max(steps, default=0) > begun:
+                break
+            time.sleep(0.001)
+        time.sleep(wait.uniform(0, 0.2))
+        if run.poll() is not None:
+            break
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        kills += 1
+    assert kills >= 2, "the run was over before it could be killed"
+    text = finish(start(command(folder, cut, "pretrain", "text.txt", *more)))
+    assert text.count("train_runtime") == 1
+    files = [path / "plugins.safetensors" for path in (whole, cut)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    again = finish(start(command(folder, cut, "pretrain", "text.txt", *more)))
+    assert "train_runtime" not in again, "it is finished"
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_plugins_of_one(folder, tmp_path):
+    """The same global batch. Sums run in another order, and Adam divides small gradients by their
+    own size: parameters may differ by 1 % of what training moved them, the losses by 1e-3."""
+    more = ["--max_steps", "12", "--save_steps", "5", "--eval-data", str(folder / "text.txt")]
+    more += ["--eval_steps", "6", "--learning_rate", "0.01", "--warmup_steps", "0"]
+    finish(start(command(folder, tmp_path / "one", "pretrain", "text.txt", *more)))
+    spread = command(folder, tmp_path / "two", "pretrain", "text.txt", *more)
+    spread[spread.index("--per_device_train_batch_size") + 1] = "4"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    finish(start(spread, *launcher))
+    found = [load_file(tmp_path / name / "plugins.safetensors") for name in ("one", "two")]
+    worst = max(float((found[1][key] - value).abs().max()) for key, value in found[0].items())
+    assert worst < 12 * 0.01 * 0.01, "12 steps of at most 0.01"
+    metrics = [json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("one", "two")]
+    for key in ("eval_k2_loss", "eval_k4_loss"):
+        assert metrics[1][key] == pytest.approx(metrics[0][key], rel=1e-3)
+
+
+def test_adapts_what_was_pretrained(folder, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    main(command(folder, first, "pretrain", "text.txt", "--max_steps", "3"))
+    more = ["--plugins", str(first), "--max_steps", "40", "--learning_rate", "0.01"]
+    more += ["--eval-data", str(folder / "task.tsv"), "--eval_steps", "20"]
+    more += ["--task_weight", "0.1", "--layer_weight", "0.1"]
+    main(command(folder, second, "adapt", "task.tsv", *more))
+    metrics = json.loads((second / "metrics.json").read_text())
+    state = json.loads((second / "checkpoint-40" / "trainer_state.json").read_text())
+    history = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert history[1] < history[0]
+    assert metrics["eval_loss"] == pytest.approx(history[1])
+    assert 0 <= metrics["eval_k4_accuracy"] <= 1
+    assert "eval_k2_accuracy" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"holds a run with seed=42, now it is 3"):
+        main(command(folder, second, "adapt", "task.tsv", *more, "--seed", "3"))
+
+
+@pytest.mark.parametrize(
+    ("step", "name", "content", "more", "message"),
+    [
+        ("pretrain", "a.txt", "", [], "a.txt is empty"),
+        ("pretrain", "a.txt", "w1 w2\n", [], "no paragraph of at least 8"),
+        ("adapt", "a.tsv", "text\tlabel\nw1\t0\n", [], "no column 'sentence'"),
+        ("adapt", "a.tsv", "sentence\tlabel\nw1\tmaybe\n", [], "a.tsv:2 has the label 'maybe'"),
+        ("adapt", "a.tsv", "sentence\tlabel\nw1\t0\n", ["--template", "{x}"], "no column 'x'"),
+        ("adapt", "a.tsv", "sentence\tlabel\nw1\t0\n", ["--ratios", "1"], "ratios must be >= 2"),
+        ("adapt", "none.tsv", None, [], "there is no .*none.tsv"),
+    ],
+)
+def test_refuses_bad_data_and_leaves_the_output_alone(
+    folder, tmp_path, step, name, content, more, message
+):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    output = tmp_path / "output"
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        main(command(folder, output, step, str(tmp_path / name), *more))
+    assert not output.exists()
+
+
+def test_an_error_is_one_line(folder, tmp_path):
+    (tmp_path / "a.txt").touch()
+    run = start(command(folder, tmp_path / "output", "pretrain", str(tmp_path / "a.txt")))
+    text = run.communicate()[0]
+    assert run.returncode == 1
+    assert text.splitlines()[-1].startswith("error: data ") and "Traceback" not in text

@@ -1,0 +1,210 @@
+"""DistillationTrainer: what it trains, what it keeps, what it reports."""
+
+import copy
+
+import pytest
+import torch
+
+import variator_kernels as vk
+from tests.models import tiny
+from variator_kernels.train import DistillationConfig, DistillationTrainer, checkpoints
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+ROWS = [
+    {"input_ids": ids[mask != 0].tolist()}
+    for ids, mask in zip(*tiny.batch(9, 4, 6, 11, 7, 3, 5, 8), strict=True)
+]
+
+
+def collate(rows):
+    width = max(len(row["input_ids"]) for row in rows)
+    ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def trainer(folder, model=None, **settings):
+    model = model or tiny.patched(head="EncoderModel", dropout=0.1)
+    settings = {"per_device_train_batch_size": 4, "max_steps": 6, "warmup_steps": 0} | settings
+    config = DistillationConfig(
+        output_dir=str(folder), use_cpu=True, disable_tqdm=True, save_steps=2, **settings
+    )
+    return DistillationTrainer(
+        model, config, train_dataset=ROWS, eval_dataset=ROWS, data_collator=collate
+    )
+
+
+def plugins(model, *ratios):
+    return [p.detach().clone() for p in vk.plugin_parameters(model, ratios or None)]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_trains_the_active_ratio_alone(tmp_path):
+    made = trainer(tmp_path)
+    model = made.model
+    before = copy.deepcopy(model)
+    loss = made.evaluate()["eval_k4_loss"]
+    made.train()
+    assert same(plugins(model, 2), plugins(before, 2))
+    changed = zip(plugins(model, 4), plugins(before, 4), strict=True)
+    assert all(not torch.equal(a, b) for a, b in changed)
+    base = dict(before.named_parameters())
+    for name, parameter in model.named_parameters():
+        trained = ".plugins.4." in name
+        assert parameter.requires_grad == trained
+        assert trained or torch.equal(parameter, base[name])
+    assert made.evaluate()["eval_k4_loss"] < loss
+
+
+def test_deals_every_ratio_the_same_number_of_steps(tmp_path):
+    model = tiny.patched(head="EncoderModel", ratios=(2, 3, 4, 8))
+    made = trainer(tmp_path, model, sample_ratios=True, max_steps=8)
+    dealt = [made.ratio_at(step) for step in range(400)]
+    for turn in range(0, 400, 4):
+        assert sorted(dealt[turn : turn + 4]) == [2, 3, 4, 8]
+    assert len(set(tuple(dealt[i : i + 4]) for i in range(0, 400, 4))) > 5
+    before = copy.deepcopy(model)
+    made.train()
+    for ratio in (2, 3, 4, 8):
+        assert not same(plugins(model, ratio), plugins(before, ratio))
+    assert set(made.evaluate()) >= {f"eval_k{k}_loss" for k in (2, 3, 4, 8)}
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_the_gradient_is_that_of_the_mean_squared_error(tmp_path, dropout):
+    made = trainer(tmp_path, dropout=dropout, learning_rate=0.0)
+    batch = collate(ROWS[:4])
+    torch.manual_seed(5)
+    loss = made.compute_loss(made.model.train(), batch)
+    loss.backward()
+    got = [p.grad for p in vk.plugin_parameters(made.model, (4,))]
+
+    plain = tiny.patched(head="EncoderModel", dropout=0.1)
+    with torch.no_grad(), vk.use_ratio(plain, 1):
+        target = plain(**batch).last_hidden_state
+    torch.manual_seed(5)
+    out = plain.train(dropout)(**batch).last_hidden_state
+    real = batch["attention_mask"] != 0
+    expected = torch.nn.functional.mse_loss(out[real], target[real])
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for g, parameter in zip(got, vk.plugin_parameters(plain, (4,)), strict=True):
+        torch.testing.assert_close(g, parameter.grad, atol=1e-7, rtol=1e-4)
+
+
+def test_accumulated_batches_give_what_one_gives(tmp_path):
+    models = []
+    for rows, accumulated in ((4, 1), (1, 4)):
+        made = trainer(
+            tmp_path / str(rows),
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=accumulated,
+            optim="sgd",
+            max_grad_norm=0.0,
+            learning_rate=0.1,
+        )
+        made.train()
+        models.append(made.model)
+    for a, b in zip(*map(plugins, models), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_resuming_ends_bit_for_bit_alike(tmp_path, stop):
+    settings = {"sample_ratios": True, "dropout": True, "learning_rate": 1e-2}
+    whole = trainer(tmp_path / "whole", **settings)
+    whole.train(resume_from_checkpoint=True)
+    cut = trainer(tmp_path / "cut", **settings)
+    cut.train()
+    for path in (tmp_path / "cut").glob("checkpoint-*"):
+        if int(path.name.rpartition("-")[2]) > stop:
+            (path / checkpoints.COMPLETE).unlink()
+    again = trainer(tmp_path / "cut", **settings)
+    steps = []
+    step = again.training_step
+    again.training_step = lambda *args, **kwargs: (
+        steps.append(again.state.global_step) or step(*args, **kwargs)
+    )
+    again.train(resume_from_checkpoint=True)
+    assert steps == list(range(4 if stop == 4 else 0, 6)), "two checkpoints are kept: 4 and 6"
+    assert same(plugins(whole.model), plugins(again.model))
+
+
+def test_a_checkpoint_that_was_not_finished_is_not_used(tmp_path, monkeypatch):
+    made = trainer(tmp_path)
+    real = type(made)._save_optimizer_and_scheduler
+
+    def killed(self, folder):
+        if folder.endswith("-4"):
+            raise KeyboardInterrupt
+        real(self, folder)
+
+    monkeypatch.setattr(type(made), "_save_optimizer_and_scheduler", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert (tmp_path / "checkpoint-4" / "plugins.safetensors").is_file()
+    assert checkpoints.last(tmp_path) == tmp_path / "checkpoint-2"
+    monkeypatch.undo()
+    trainer(tmp_path).train(resume_from_checkpoint=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
+    made = trainer(tmp_path, max_steps=8)
+    step = made.training_step
+
+    def poisoned(*args, **kwargs):
+        if made.state.global_step == 5:
+            with torch.no_grad():
+                made.model.encoder.block[0].layer[0].SelfAttention.q.weight.fill_(float("nan"))
+        return step(*args, **kwargs)
+
+    made.training_step = poisoned
+    with pytest.raises(FloatingPointError, match=r"step 5 \(ratio 4\) is nan; .*checkpoint-4: low"):
+        made.train()
+    assert all(torch.isfinite(p).all() for p in plugins(made.model))
+    again = tiny.patched(head="EncoderModel", dropout=0.1)
+    vk.load_plugins(again, tmp_path / "checkpoint-4")
+    assert not same(plugins(again, 4), plugins(tiny.patched(head="EncoderModel"), 4))
+
+
+def test_evaluates_means_over_tokens_and_rows(tmp_path):
+    made = trainer(tmp_path, per_device_eval_batch_size=3)
+    made.correct = lambda outputs, batch: outputs.last_hidden_state[:, 0, 0] > 0
+    got = made.evaluate()
+    model, batch = made.model.eval(), collate(ROWS)
+    with torch.no_grad():
+        with vk.use_ratio(model, 1):
+            teacher = model(**batch).last_hidden_state
+        student = model(**batch).last_hidden_state
+    real = batch["attention_mask"] != 0
+    error = torch.nn.functional.mse_loss(student[real], teacher[real]).item()
+    assert got["eval_k4_loss"] == got["eval_loss"] == pytest.approx(error, rel=1e-5)
+    right = (teacher[:, 0, 0] > 0).double().mean().item()
+    assert got["eval_dense_accuracy"] == pytest.approx(right)
+
+
+def test_refuses_what_it_cannot_train(tmp_path):
+    with pytest.raises(ValueError, match="not patched"):
+        trainer(tmp_path, tiny.model())
+    dense = tiny.patched()
+    vk.set_ratio(dense, 1)
+    with pytest.raises(ValueError, match=r"ratio is 1 \(dense\)"):
+        trainer(tmp_path, dense)
+    with pytest.raises(ValueError, match="set dropout=True"):
+        trainer(tmp_path, gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="layer_weight must be a finite number >= 0, got -1"):
+        trainer(tmp_path, layer_weight=-1)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    made = []
+    for saving in (False, True):
+        settings = {"gradient_checkpointing": saving, "dropout": True}
+        model = tiny.patched(head="EncoderModel", dropout=0.0)
+        made.append(trainer(tmp_path / str(saving), model, **settings))
+        made[-1].train()
+    for a, b in zip(*(plugins(m.model) for m in made), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)

@@ -1,0 +1,74 @@
+"""``python -m variator_kernels.train pretrain|adapt``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from .config import STEP_DEFAULTS, STEPS, DistillationConfig
+from .run import Job, run
+
+EPILOG = """\
+Every other option is one of DistillationConfig's, a transformers.TrainingArguments:
+--learning_rate, --max_steps, --per_device_train_batch_size, --eval_steps, --save_steps, --seed,
+--bf16, --task_weight, --layer_weight, --logits_weight and so on. Start several processes with
+torchrun or accelerate launch.
+"""
+
+
+def _ratios(words: list[str]) -> tuple[int, ...]:
+    return tuple(sorted({int(word) for text in words for word in text.split(",") if word}))
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m variator_kernels.train",
+        description="Train compression plugins for a model. Killed and started again, it goes on.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add("step", choices=STEPS, help="pretrain on plain text, or adapt to a task")
+    add("--model", required=True, help="folder of a Hugging Face model and its tokenizer")
+    add("--data", required=True, help=".txt, .tsv, .jsonl, or name[:config[:split]] for datasets")
+    add("--output", required=True, help="folder for plugins, checkpoints and metrics")
+    add("--ratios", nargs="+", default=[], help="k, one or more; default: those of --plugins, or 4")
+    add("--eval-data", help="like --data: evaluated during the run and at its end")
+    add("--plugins", help="folder of plugins to start from")
+    add("--calibrate", type=int, default=0, help="rows to calibrate on first; default 0: none")
+    add("--bottleneck", type=int, default=64, help="r; default 64")
+    add("--activation", default="tanh", help="tanh (default) or identity")
+    add("--backend", default="auto", help="auto (default), reference, cpu")
+    add("--text", default="sentence", help="the column of the text, or two with a comma")
+    add("--label", default="label", help="the column of the label")
+    add("--labels", default="", help="names of the labels, with commas, if the model has none")
+    add("--template", help='one text of several columns: "sst2 sentence: {sentence}"')
+    add("--max-length", type=int, help="tokens of a piece (pretrain, 128), or to cut texts to")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given, rest = parser().parse_known_args(arguments)
+    options = HfArgumentParser(DistillationConfig)
+    options.set_defaults(**STEP_DEFAULTS[given.step], eval_strategy="steps")
+    config: Any
+    (config,) = options.parse_args_into_dataclasses([*rest, "--output_dir", given.output])
+    values = vars(given)
+    values["text"] = tuple(given.text.split(","))
+    values["labels"] = tuple(name for name in given.labels.split(",") if name)
+    values["ratios"] = _ratios(given.ratios)
+    metrics = run(Job(**values), config)
+    if config.process_index == 0:
+        for name, value in metrics.items():
+            print(f"{name:<24}{value:.4f}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")

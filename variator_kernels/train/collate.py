@@ -1,0 +1,33 @@
+"""Rows to batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
+
+from .losses import IGNORED
+
+
+def collator(tokenizer: Any, config: Any) -> Any:
+    """Pads to the longest row; for an encoder-decoder also makes the decoder's inputs.
+
+    Args:
+        config: the model's.
+    """
+    if config.is_encoder_decoder:
+        return DataCollatorForSeq2Seq(tokenizer, model=_Decoder(config))
+    return DataCollatorWithPadding(tokenizer)
+
+
+class _Decoder:
+    """Decoder inputs as the model makes them from labels; not all of its classes do."""
+
+    def __init__(self, config: Any) -> None:
+        self.start, self.pad = config.decoder_start_token_id, config.pad_token_id
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        shifted = labels.roll(1, -1)
+        shifted[:, 0] = self.start
+        return shifted.masked_fill(shifted == IGNORED, self.pad)

@@ -1,0 +1,104 @@
+"""How plugins are trained: every hyper-parameter, in one dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+STEPS = ("pretrain", "adapt")
+STEP_DEFAULTS: dict[str, dict[str, Any]] = {
+    "pretrain": {},
+    "adapt": {
+        "learning_rate": 1e-5,
+        "per_device_train_batch_size": 32,
+        "max_steps": 26_000,
+        "lr_scheduler_type": "constant_with_warmup",
+    },
+}
+"""What a step does otherwise than :class:`DistillationConfig`'s defaults."""
+SCHEDULE = (
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "num_train_epochs",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "seed",
+    "bf16",
+    "fp16",
+)
+"""The fields of ``TrainingArguments`` that decide what a run ends with."""
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """``transformers.TrainingArguments`` with the values of the paper's released scripts.
+
+    The defaults are those of pre-training, for T5 at k = 4: Adam at 1e-3, falling linearly after
+    50 steps of warm-up, 64 paragraphs of 128 tokens a step (over all devices), 60,000 steps, weight
+    decay 1e-5, gradients clipped at norm 10. :func:`config_for` gives those of adaptation: 1e-5
+    held constant, 32 rows a step, 26,000 steps. Short runs want a higher rate (``README``).
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+    """
+
+    learning_rate: float = _option(1e-3, "initial learning rate of Adam")
+    per_device_train_batch_size: int = _option(64, "rows a device and step")
+    max_steps: int = _option(60_000, "number of steps; -1: num_train_epochs decides")
+    warmup_steps: float = _option(50, "steps over which the rate rises from 0")
+    weight_decay: float = _option(1e-5, "of AdamW; biases have none")
+    max_grad_norm: float = _option(10.0, "gradients are clipped at this norm")
+    logging_steps: float = _option(50, "steps between two lines of the log")
+    eval_steps: float | None = _option(2000, "steps between two evaluations")
+    save_steps: float = _option(500, "steps between two checkpoints")
+    save_total_limit: int | None = _option(2, "checkpoints that are kept")
+    remove_unused_columns: bool = _option(False, "the collators decide what a batch holds")
+
+    sample_ratios: bool = _option(
+        False, "train the plugins of all ratios of the model, one ratio a step"
+    )
+    task_weight: float = _option(0.0, "weight of the model's own loss (paper: 0 is best)")
+    layer_weight: float = _option(0.0, "weight of matching the output of every layer")
+    logits_weight: float = _option(0.0, "weight of matching the teacher's class distribution")
+    dropout: bool = _option(False, "leave the model's dropout on while its plugins train")
+    group_by_length: bool = _option(True, "put rows of similar length into one step")
+
+    def __post_init__(self) -> None:
+        for name in ("task_weight", "layer_weight", "logits_weight"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        # Pinning needs a device to copy to, and warns once a loader without one.
+        self.dataloader_pin_memory &= torch.cuda.is_available()
+        super().__post_init__()
+
+
+def config_for(step: str, **changes: Any) -> DistillationConfig:
+    """The defaults of one of the two training steps, with ``changes``.
+
+    Args:
+        step: ``"pretrain"`` or ``"adapt"``.
+        changes: fields of :class:`DistillationConfig`.
+    """
+    if step not in STEPS:
+        raise ValueError(f"step must be one of {STEPS}, got {step!r}")
+    return DistillationConfig(**STEP_DEFAULTS[step] | changes)
+
+
+def fingerprint(config: DistillationConfig) -> dict[str, Any]:
+    """The fields that decide what a run ends with, as JSON can hold them."""
+    own = set(DistillationConfig.__annotations__) - set(TrainingArguments.__dataclass_fields__)
+    values = config.to_dict()
+    return {name: values[name] for name in (*SCHEDULE, *sorted(own | {"group_by_length"}))}

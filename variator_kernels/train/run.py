@@ -1,0 +1,191 @@
+"""One run of one training step: folders and files in, plugins out."""
+
+from __future__ import annotations
+
+import json
+import os
+import string
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModel, AutoTokenizer, set_seed
+from transformers import AutoModelForSeq2SeqLM as Seq2Seq
+from transformers import AutoModelForSequenceClassification as Classifier
+
+from ..checkpoint import load_plugins, save_plugins
+from ..models.patch import patch
+from ..ratio import states
+from . import data, noise, rows, task
+from .collate import collator
+from .config import STEPS, DistillationConfig, fingerprint
+from .trainer import Correct, DistillationTrainer
+
+SETTINGS, METRICS = "run.json", "metrics.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train on what. Paths are files or folders on this machine.
+
+    ``step`` is ``"pretrain"`` or ``"adapt"``. ``ratios`` empty: those of ``plugins``, else 4.
+    ``text``: the columns that hold a task's text, one or two; ``template``, such as
+    ``"sst2 sentence: {sentence}"``, makes one text of a row's columns instead. ``labels``: the
+    names a label may have, for a model that does not know them. ``max_length``: tokens of a piece
+    in pre-training (128 if None); in adaptation longer texts are cut to it (None: they are an
+    error if the model cannot take them).
+    """
+
+    step: str
+    model: str
+    data: str
+    output: str
+    ratios: tuple[int, ...] = ()
+    eval_data: str | None = None
+    plugins: str | None = None
+    calibrate: int = 0
+    bottleneck: int = 64
+    activation: str = "tanh"
+    backend: str = "auto"
+    text: tuple[str, ...] = ("sentence",)
+    label: str = "label"
+    template: str | None = None
+    labels: tuple[str, ...] = ()
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.step not in STEPS:
+            raise ValueError(f"step must be one of {STEPS}, got {self.step!r}")
+        if not 1 <= len(self.text) <= 2:
+            raise ValueError(f"text must name one column or two, got {self.text}")
+        if self.calibrate < 0:
+            raise ValueError(f"calibrate must be >= 0 rows, got {self.calibrate}")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a row of the data must have."""
+        if self.step == "pretrain":
+            return (data.TEXT,)
+        if self.template is None:
+            return (*self.text, self.label)
+        fields = [name for _, name, _, _ in string.Formatter().parse(self.template) if name]
+        return (*dict.fromkeys(fields), self.label)
+
+
+def run(job: Job, config: DistillationConfig) -> dict[str, float]:
+    """Train, or go on training, and write ``plugins.*`` and ``metrics.json`` to ``job.output``.
+
+    Killed at any moment and called again with the same arguments it goes on from the newest
+    checkpoint and ends with the same plugins. A finished run is not repeated.
+
+    Returns:
+        The metrics of the last evaluation; empty without ``eval_data``.
+
+    Raises:
+        FileNotFoundError, ValueError: a file or an argument does not fit, or ``output`` holds
+        another run. FloatingPointError: the loss was not finite. Checkpoints stay as they were.
+    """
+    output = Path(job.output)
+    settings = json.loads(json.dumps({**asdict(job), **fingerprint(config)}))
+    _check_same(output, settings)
+    if (output / METRICS).is_file():
+        return json.loads((output / METRICS).read_text(encoding="utf-8"))
+    set_seed(config.seed)
+    model, tokenizer = _load(job)
+    train, correct = _rows(job, job.data, model, tokenizer, config.seed)
+    held_out = job.eval_data and _rows(job, job.eval_data, model, tokenizer, config.seed)[0]
+    plugged(model, job)
+    config.sample_ratios = len(states(model)[0].ratios) > 1
+    config.output_dir = str(output)
+    config.eval_strategy = config.eval_strategy if held_out else "no"
+    trainer = DistillationTrainer(
+        model,
+        config,
+        train_dataset=train,
+        eval_dataset=held_out,
+        correct=correct,
+        data_collator=collator(tokenizer, model.config),
+    )
+    if config.should_save:
+        output.mkdir(parents=True, exist_ok=True)
+        _write(output / SETTINGS, settings)
+    trainer.train(resume_from_checkpoint=True)
+    metrics = trainer.evaluate() if held_out else {}
+    trainer.accelerator.wait_for_everyone()
+    if config.should_save:
+        save_plugins(model, output)
+        _write(output / METRICS, metrics)
+    return metrics
+
+
+def plugged(model: Any, job: Job) -> None:
+    """Patch ``model`` and fill the plugins that training starts from."""
+    if job.plugins and not job.ratios:
+        load_plugins(model, job.plugins)
+        return
+    ratios = job.ratios or (4,)
+    patch(model, ratios[0], ratios, job.bottleneck, job.activation, backend=job.backend)
+    if job.plugins:
+        load_plugins(model, job.plugins)
+
+
+def _load(job: Job) -> tuple[Any, Any]:
+    """The model in fp32, with the head that the step needs, and its tokenizer."""
+    if not (Path(job.model) / "config.json").is_file():
+        raise FileNotFoundError(f"model must be a folder with config.json, got {job.model!r}")
+    known = AutoConfig.from_pretrained(job.model, local_files_only=True)
+    if job.step == "pretrain":
+        kind = AutoModel
+    else:
+        kind = Seq2Seq if known.is_encoder_decoder else Classifier
+    model = kind.from_pretrained(job.model, local_files_only=True, dtype="float32")
+    return model, AutoTokenizer.from_pretrained(job.model, local_files_only=True)
+
+
+def _rows(
+    job: Job, source: str, model: Any, tokenizer: Any, seed: int
+) -> tuple[rows.Rows, Correct | None]:
+    read = data.read(source, job.columns)
+    limit = _limit(model.config)
+    if job.step == "pretrain":
+        pieces = rows.paragraphs(read, tokenizer, min(job.max_length or 128, limit or 1 << 30))
+        corrupt = noise.corrupted_spans if model.config.is_encoder_decoder else noise.masked_tokens
+        return rows.Rows(pieces, corrupt(tokenizer), seed), None
+    labels, correct = task.targets(
+        read, job.label, task.names_of(model, job.labels), model, tokenizer
+    )
+    text = job.text
+    if job.template is not None:
+        text = (data.TEXT,)
+        read = [data.Row(row.place, {data.TEXT: job.template.format(**row.values)}) for row in read]
+    made = rows.examples(read, text, tokenizer, job.max_length, limit)
+    for row, label in zip(made, labels, strict=True):
+        row["labels"] = label
+    return rows.Rows(made), correct
+
+
+def _limit(config: Any) -> int | None:
+    """The most tokens that the model takes; relative positions have no end."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type == "roberta":
+        positions -= config.pad_token_id + 1  # its positions start behind the padding's
+    return positions
+
+
+def _check_same(output: Path, settings: dict[str, Any]) -> None:
+    if not (output / SETTINGS).is_file():
+        return
+    before = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
+    for name in {**before, **settings}:
+        if before.get(name) != settings.get(name):
+            raise ValueError(
+                f"output {output} holds a run with {name}={before.get(name)!r}, now it is "
+                f"{settings.get(name)!r}: name another folder, or the same settings"
+            )
+
+
+def _write(path: Path, content: Any) -> None:
+    """At once or not at all."""
+    part = path.with_name(f".{path.name}")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,223 @@
+"""DistillationTrainer: transformers.Trainer, with a model's plugins as what it trains."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import load_plugins, save_plugins
+from ..models.patch import plugin_parameters
+from ..ratio import states, use_ratio
+from . import checkpoints, losses
+from .config import DistillationConfig
+from .resumable import ResumableTrainer
+
+Correct = Callable[[Any, Mapping[str, Any]], Tensor]
+"""``correct(outputs, batch)``: ``[B]``, whether each row was answered right."""
+
+
+class DistillationTrainer(ResumableTrainer):
+    """Trains the plugins of a patched model to make up for what compression changes.
+
+    The teacher is the same model at ratio 1, without gradients and dropout: no second copy. Only
+    plugins get gradients: those of every ratio in turn with ``args.sample_ratios``, else those of
+    the model's active ratio. Checkpoints hold the plugins alone (:func:`load_plugins` reads them),
+    appear whole or not at all, and ``train(resume_from_checkpoint=True)`` goes on exactly where
+    the newest one was written, or starts if there is none.
+
+    Args:
+        model: patched, of any head; its base parameters are frozen here.
+        args: a :class:`DistillationConfig`.
+        train_dataset, eval_dataset: map-style, rows of dicts with ``input_ids``.
+        correct: for an accuracy beside the loss, see :data:`Correct`.
+        rest: as for ``transformers.Trainer``.
+
+    Raises:
+        ValueError: the model is not patched, or there is nothing to train at its ratio.
+        FloatingPointError: a loss was not finite; the step was not taken.
+    """
+
+    args: DistillationConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: DistillationConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        correct: Correct | None = None,
+        **rest: Any,
+    ) -> None:
+        (state,) = states(model)
+        if not args.sample_ratios and state.ratio == 1:
+            raise ValueError("model's ratio is 1 (dense), there is nothing to train: set_ratio()")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"one process must train on one device, got {args.n_gpu}: start one process a "
+                "device with torchrun or accelerate launch"
+            )
+        saving = args.gradient_checkpointing or any(
+            getattr(module, "gradient_checkpointing", False) for module in model.modules()
+        )
+        if saving and not args.dropout:
+            raise ValueError(
+                "gradient checkpointing works in training mode alone: set dropout=True (and the "
+                "configuration's dropout probabilities to 0 for the same loss)"
+            )
+        self.ratios = state.ratios if args.sample_ratios else (state.ratio,)
+        self.correct = correct
+        state.warned = True  # that plugins are untrained is no news here
+        model.requires_grad_(False)
+        for parameter in plugin_parameters(model, self.ratios):
+            parameter.requires_grad_(True)
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = len(self.ratios) > 1
+        super().__init__(
+            model,
+            args,
+            train_dataset,
+            group=args.group_by_length,
+            eval_dataset=eval_dataset,
+            **rest,
+        )
+        # Gradients of accumulated batches are sums of shares of one mean: nothing to divide.
+        self.model_accepts_loss_kwargs = True
+
+    def ratio_at(self, step: int) -> int:
+        """The ratio that step trains: each once in ``len(ratios)`` steps, in random order."""
+        turn, position = divmod(step, len(self.ratios))
+        order = random.Random(f"{self.args.seed} {turn}").sample(self.ratios, len(self.ratios))
+        return order[position]
+
+    # The loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of one step, and how many tokens they hold over all devices."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        size = torch.stack([losses.counts(batch) for batch in batches]).sum(0)
+        return batches, self.accelerator.reduce(size.to(self.args.device), "sum")
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        total = losses.counts(inputs) if num_items_in_batch is None else num_items_in_batch
+        ratio = self.ratio_at(self.state.global_step)
+        teacher = self._teacher(model, inputs)
+        student = self._student(model, inputs, ratio)
+        loss = losses.distillation(student, teacher, inputs, total, self.args.layer_weight)
+        if self.args.task_weight:
+            loss = loss + self.args.task_weight * losses.task(student, inputs, total)
+        if self.args.logits_weight:
+            share = losses.logits(student, teacher, inputs, total)
+            loss = loss + self.args.logits_weight * share
+        if not bool(torch.isfinite(loss)):
+            kept = checkpoints.last(self.args.output_dir)
+            raise FloatingPointError(
+                f"the loss of step {self.state.global_step} (ratio {ratio}) is {loss.item()}; its "
+                f"gradient was not used, the newest checkpoint is {kept or 'none'}: lower the "
+                "learning rate, or look for non-finite weights and inputs"
+            )
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # whose gradients will be averaged
+        return (loss, student) if return_outputs else loss
+
+    def _teacher(self, model: Any, inputs: Mapping[str, Any]) -> Any:
+        model.eval()
+        with torch.no_grad(), use_ratio(self.model, 1), self.compute_loss_context_manager():
+            return model(**_without_labels(inputs), output_hidden_states=True)
+
+    def _student(self, model: Any, inputs: Mapping[str, Any], ratio: int) -> Any:
+        model.train(self.args.dropout and torch.is_grad_enabled())
+        given = inputs if self.args.task_weight else _without_labels(inputs)
+        with use_ratio(self.model, ratio), self.compute_loss_context_manager():
+            return model(**given, output_hidden_states=True)
+
+    # Evaluation
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Distillation loss and accuracy of every trained ratio, means over tokens and rows.
+
+        Returns:
+            ``eval_k4_loss``, ``eval_k4_accuracy`` and so on, ``eval_dense_accuracy``, and
+            ``eval_loss``, the mean over ratios.
+        """
+        loader = self.get_eval_dataloader(eval_dataset)
+        self.callback_handler.eval_dataloader = loader
+        rows = []
+        for inputs in loader:
+            rows.append(self._evaluate_rows(self._prepare_inputs(inputs)))
+            self.control = self.callback_handler.on_prediction_step(
+                self.args, self.state, self.control
+            )
+        metrics = self._metrics(torch.cat(rows).double().sum(0).tolist(), metric_key_prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _evaluate_rows(self, inputs: dict[str, Any]) -> Tensor:
+        """``[B, ...]``: 1, tokens of both stacks, right (dense); a ratio: both errors, right."""
+        model = self.model_wrapped
+        masks = losses.masks(inputs)
+        none = torch.zeros(len(masks[0]), device=masks[0].device)
+
+        def right(outputs: Any) -> Tensor:
+            return none if self.correct is None else self.correct(outputs, inputs).float()
+
+        teacher = self._teacher(model, inputs)
+        sizes = [mask.sum(-1).float() for mask in masks]
+        columns = [none + 1, *sizes, *([none] * (2 - len(sizes))), right(teacher)]
+        for ratio in self.ratios:
+            student = self._student(model, inputs, ratio)
+            pairs = zip(losses.stacks(student), losses.stacks(teacher), masks, strict=True)
+            errors = [losses.squared_errors(a[-1], b[-1], mask) for a, b, mask in pairs]
+            columns += [*errors, *([none] * (2 - len(errors))), right(student)]
+        return self.accelerator.gather_for_metrics(torch.stack(columns, -1)).cpu()
+
+    def _metrics(self, sums: list[float], prefix: str) -> dict[str, float]:
+        rows, encoder, decoder, dense = sums[:4]
+        metrics = {}
+        if self.correct is not None:
+            metrics[f"{prefix}_dense_accuracy"] = dense / rows
+        for i, ratio in enumerate(self.ratios):
+            first, second, right = sums[4 + 3 * i : 7 + 3 * i]
+            metrics[f"{prefix}_k{ratio}_loss"] = first / max(encoder, 1) + second / max(decoder, 1)
+            if self.correct is not None:
+                metrics[f"{prefix}_k{ratio}_accuracy"] = right / rows
+        found = [metrics[f"{prefix}_k{ratio}_loss"] for ratio in self.ratios]
+        metrics[f"{prefix}_loss"] = sum(found) / len(found)
+        return metrics
+
+    # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            save_plugins(self.model, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_plugins(self.model, resume_from_checkpoint)
+        (state,) = states(self.model)
+        state.warned = True
+
+    def _load_best_model(self) -> None:
+        load_plugins(self.model, str(self.state.best_model_checkpoint))
+
+
+def _without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The model would work out a loss that nobody reads."""
+    return {key: value for key, value in inputs.items() if key not in losses.LABELS}
