@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from .common import allocations, cells, machine, models, options, results, sublayer
+from .common import allocations, cells, cost, machine, models, options, results, sublayer
 from .common.cells import Key
 from .common.checks import factor_of, judge
 from .common.compiling import Unavailable
@@ -61,7 +61,7 @@ def measure(cell: Row) -> Row:
         reason = f"error {verdict.error:.3g}, allowed {verdict.allowed:.3g}"
         return {"status": "failed", "reason": reason}
     config, item = model.config, layer.x.element_size()
-    width = min(2 * config.d_model, config.d_ff)
+    width = min(2 * config.hidden_size, cost.inner_size(config))
     return {
         "status": "ok",
         "reason": "",

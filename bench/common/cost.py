@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
-from transformers import T5Config
 
 from variator_kernels import flops
+from variator_kernels.models.families import FAMILIES
 
 
-def sublayer_bound(
-    config: T5Config, lengths: list[int], k: int | None, bottleneck: int
-) -> float | None:
+def sublayer_bound(config: Any, lengths: list[int], k: int | None, bottleneck: int) -> float | None:
     """The speed-up of the FFN sublayer if time were multiply-adds; None for a dense arm."""
     if not k:
         return None
-    d, tokens, groups = config.d_model, sum(lengths), sum(-(-n // k) for n in lengths)
-    ffn = flops.ffn_macs(d, config.d_ff, config.is_gated_act)
+    d, tokens, groups = config.hidden_size, sum(lengths), sum(-(-n // k) for n in lengths)
+    gated = getattr(config, "is_gated_act", False)
+    ffn = flops.ffn_macs(d, inner_size(config), gated)
     plugin = flops.merge_macs(tokens, d, k) + flops.decompress_macs(tokens, groups, d, bottleneck)
     return tokens * ffn / (groups * ffn + plugin)
+
+
+def inner_size(config: Any) -> int:
+    """f, whatever the family calls it."""
+    return getattr(config, FAMILIES[config.model_type].inner_size)
 
 
 def encoder_bound(

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers.models.t5.modeling_t5 import T5LayerFF
+from torch import Tensor, nn
 
-from variator_kernels.models.describe import describe
+from variator_kernels.feed_forward import FeedForward
+from variator_kernels.models.describe import describe, family_of
+from variator_kernels.models.families import lookup
 
 from .compiling import Unavailable, compiled
 from .timing import median_of
@@ -32,19 +34,16 @@ Forward = Callable[[Tensor], Tensor]
 class DensePacked:
     """One dense sublayer on packed weights; ``rows`` a block and how norm and residual are done."""
 
-    layer: T5LayerFF
+    ffn: FeedForward
     norm: Forward
     rows: int
     fused_add: bool
 
     def __post_init__(self) -> None:
-        inner = self.layer.DenseReluDense
-        first = [inner.wi] if hasattr(inner, "wi") else [inner.wi_0, inner.wi_1]
-        pack = torch.ops.mkldnn._reorder_linear_weight
-        self.w_in, *gate = (pack(linear.weight.detach()) for linear in first)
-        self.w_gate = gate[0] if gate else None
-        self.w_out = pack(inner.wo.weight.detach())
-        self.post_op = POST_OPS[str(describe(self.layer).activation)]
+        ffn, pack = self.ffn, torch.ops.mkldnn._reorder_linear_weight
+        self.w_in, self.w_out = pack(ffn.w_in.detach()), pack(ffn.w_out.detach())
+        self.w_gate = None if ffn.w_gate is None else pack(ffn.w_gate.detach())
+        self.post_op = POST_OPS[ffn.activation]
 
     def __call__(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
@@ -56,38 +55,52 @@ class DensePacked:
         return out.view_as(x)
 
     def block(self, x: Tensor) -> Tensor:
-        linear = torch.ops.mkldnn._linear_pointwise
-        h = self.norm(x)
-        inner = linear(h, self.w_in, None, *self.post_op)
+        linear, ffn = torch.ops.mkldnn._linear_pointwise, self.ffn
+        h = x if ffn.post_norm else self.norm(x)
+        inner = linear(h, self.w_in, ffn.b_in, *self.post_op)
         if self.w_gate is not None:
-            inner = linear.binary(h, inner, self.w_gate, None, "mul")
+            inner = linear.binary(h, inner, self.w_gate, ffn.b_gate, "mul")
         if self.fused_add:
-            return linear.binary(inner, x, self.w_out, None, "add")
-        return x + linear(inner, self.w_out, None, "none", [], "")
+            out = linear.binary(inner, x, self.w_out, ffn.b_out, "add")
+        else:
+            out = linear(inner, self.w_out, ffn.b_out, "none", [], "")
+            out = x + out if ffn.residual else out
+        return self.norm(out) if ffn.post_norm else out
 
 
-def variants(layer: T5LayerFF) -> dict[str, Forward]:
+def library_norm(ffn: FeedForward, x: Tensor) -> Tensor:
+    """The sublayer's norm by PyTorch's own kernel."""
+    weight: Any = ffn.norm_weight
+    if ffn.norm == "layer":
+        return F.layer_norm(x, weight.shape, weight, ffn.norm_bias, ffn.eps)
+    return F.rms_norm(x, weight.shape, weight, ffn.eps)
+
+
+def variants(layer: nn.Module) -> dict[str, Forward]:
     """Every dense candidate by name; the frozen inductor graph of the sublayer is one of them."""
     if not torch.backends.mkldnn.is_available():
         raise Unavailable("this torch has no oneDNN")
-    weight, eps = layer.layer_norm.weight.detach(), layer.layer_norm.variance_epsilon
-    norms: dict[str, Forward] = {"rms_norm": lambda x: F.rms_norm(x, weight.shape, weight, eps)}
+    ffn = describe(layer)
+    norms: dict[str, Forward] = {"no norm": lambda x: x}
+    if ffn.norm != "none":
+        norms = {f"{ffn.norm}_norm": partial(library_norm, ffn)}
     found: dict[str, Forward] = {}
     try:
-        norms["compiled norm"] = compiled(layer.layer_norm)
+        if ffn.norm == "rms":
+            norms["compiled norm"] = compiled(lookup(layer, family_of(layer).norm))
         found["frozen inductor graph"] = compiled(layer)
     except Unavailable:
         pass
     for name, norm in norms.items():
         for rows in BLOCKS:
-            for fused in (False, True):
+            for fused in (False, True) if ffn.residual else (False,):
                 size = f"{rows} rows a block" if rows else "one block"
                 add = "fused add" if fused else "separate add"
-                found[f"{name}, {size}, {add}"] = DensePacked(layer, norm, rows, fused)
+                found[f"{name}, {size}, {add}"] = DensePacked(ffn, norm, rows, fused)
     return found
 
 
-def fastest(layer: T5LayerFF, x: Tensor) -> tuple[str, Forward]:
+def fastest(layer: nn.Module, x: Tensor) -> tuple[str, Forward]:
     """The fastest candidate on ``x``: one look at each, a longer one at the best."""
     total = x.numel() // x.shape[-1]
     try:

@@ -85,7 +85,7 @@ class Encoder:
 
     def patched(self, model: nn.Module, backend: str) -> nn.Module:
         """With plugins away from zero, the same ones whatever the backend and the dtype."""
-        vk.patch_t5(
+        vk.patch(
             model,
             ratio=self.ratios[0],
             ratios=self.ratios,

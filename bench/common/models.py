@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,9 +24,9 @@ from transformers import (
     T5EncoderModel,
     UMT5EncoderModel,
 )
-from transformers.models.t5.modeling_t5 import T5LayerFF
 
 from variator_kernels.feed_forward import FeedForward, PluginWeights
+from variator_kernels.models.find import find
 
 from . import minilm
 
@@ -120,27 +121,38 @@ def sharing(built: PreTrainedModel, attention: str) -> PreTrainedModel:
     with torch.device("meta"):
         twin = type(built)(config)
     twin.load_state_dict(built.state_dict(), assign=True)
+    for name, buffer in built.named_buffers():
+        path, _, own = name.rpartition(".")
+        setattr(twin.get_submodule(path), own, buffer)  # BERT's position ids are not in the state
     return twin.eval().requires_grad_(False)
 
 
-def sublayer(model: Architecture, dtype: torch.dtype) -> T5LayerFF:
-    """The first encoder block's FFN sublayer, norm to residual."""
+def sublayer(model: Architecture, dtype: torch.dtype) -> Any:
+    """The first block's FFN sublayer; calling it runs that alone, of a BERT's block too."""
     if model.folder:
-        return encoder(model, dtype).encoder.block[0].layer[-1]
-    layer, source = T5LayerFF(model.config), generator(1)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=source)
-            else:
-                parameter.normal_(1, 0.1, generator=source)
-    cast(layer, dtype)
+        layer = find(encoder(model, dtype)).layers[0]
+    else:
+        layer = cast(_random_sublayer(model.config), dtype)
+    layer.forward = getattr(layer, "feed_forward_chunk", layer.forward)
     return layer
 
 
-def plugin(config: T5Config, k: int, bottleneck: int, dtype: torch.dtype) -> PluginWeights:
+def _random_sublayer(config: Any) -> Any:
+    config = copy.deepcopy(config)
+    config.num_hidden_layers, config.vocab_size = 1, 8
+    layer, source = find(ENCODERS[config.model_type](config)).layers[0], generator(1)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=source)
+            else:
+                parameter.normal_(0 if name.endswith("bias") else 1, 0.1, generator=source)
+    return layer
+
+
+def plugin(config: Any, k: int, bottleneck: int, dtype: torch.dtype) -> PluginWeights:
     """A plugin with every parameter away from zero, so that checks see every term."""
-    d, source = config.d_model, generator(k)
+    d, source = config.hidden_size, generator(k)
 
     def normal(*shape: int) -> Tensor:
         return (torch.randn(*shape, generator=source) * shape[-1] ** -0.5).to(dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import encoder, machine, models, sublayer
+from . import cost, encoder, machine, models, sublayer
 from .results import Row
 
 ARMS = tuple(
@@ -17,6 +17,9 @@ ARMS = tuple(
         sublayer.DENSE_ARMS + encoder.DENSE_ARMS + sublayer.PLUGIN_ARMS + encoder.PLUGIN_ARMS
     )
 )
+
+
+T5_SIZES = ("d_kv", "feed_forward_proj")
 
 
 def words(text: str) -> list[str]:
@@ -42,7 +45,7 @@ def ratios(text: str) -> list[int]:
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Model, input, dtypes, threads, output."""
-    built_in = ", ".join(models.BUILT_IN)
+    built_in = ", ".join(models.NAMES)
     parser.add_argument(
         "--model", default="t5-base", help=f"{built_in}, or a folder with config.json"
     )
@@ -89,9 +92,15 @@ def check_arms(arms: Any) -> list[str]:
 def describe(model: models.Architecture) -> Row:
     """The model, for the result file."""
     config = model.config
-    names = ("d_model", "d_ff", "d_kv", "num_heads", "num_layers", "feed_forward_proj")
-    sizes = {name: getattr(config, name) for name in names}
-    return {"name": model.name, "weights": model.weights, **sizes}
+    sizes = {
+        "d_model": config.hidden_size,
+        "d_ff": cost.inner_size(config),
+        "num_heads": config.num_attention_heads,
+        "num_layers": config.num_hidden_layers,
+    }
+    own = {name: getattr(config, name) for name in T5_SIZES if hasattr(config, name)}
+    family = {"name": model.name, "weights": model.weights, "family": config.model_type}
+    return {**family, **sizes, **own}
 
 
 def shown(path: Path) -> str:

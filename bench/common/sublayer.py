@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.t5.modeling_t5 import T5LayerFF
 
 from variator_kernels import functional
 from variator_kernels.feed_forward import FeedForward, PluginWeights, normalize, products
@@ -58,14 +57,14 @@ class Sublayer:
     batch: int
     length: int
     bottleneck: int = 64
-    layer: T5LayerFF = field(init=False)
+    layer: nn.Module = field(init=False)
     x: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         config, kind = self.model.config, models.DTYPES[self.dtype]
         self.layer = models.sublayer(self.model, kind)
         self.ffn = describe(self.layer)
-        self.x = models.hidden(self.batch, self.length, config.d_model, kind)
+        self.x = models.hidden(self.batch, self.length, config.hidden_size, kind)
         self.mask = models.ragged_mask(self.batch, self.length)
         self.dense_variant = ""
 
@@ -161,7 +160,10 @@ class Sublayer:
     def dense_exact(self, x: Tensor) -> Tensor:
         """Not the layer itself in float64: its norm would still compute in fp32."""
         ffn = models.widened(self.ffn)
-        return x + products(normalize(x, ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps), ffn)
+        norm = (ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)
+        out = products(x if ffn.post_norm else normalize(x, *norm), ffn)
+        out = x + out if ffn.residual else out
+        return normalize(out, *norm) if ffn.post_norm else out
 
     def measure_backward(self, key: Key) -> Truth:
         """The same for output and gradients."""

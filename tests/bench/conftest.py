@@ -18,11 +18,38 @@ TINY = {
 }
 
 
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "vocab_size": 100,
+}
+DISTILBERT = {
+    "model_type": "distilbert",
+    "dim": 64,
+    "hidden_dim": 128,
+    "n_heads": 4,
+    "n_layers": 2,
+    "vocab_size": 100,
+}
+
+
+def written(tmp_path: Path, config: dict) -> str:
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
 @pytest.fixture(params=["relu", "gated-gelu"])
 def tiny(tmp_path: Path, request: pytest.FixtureRequest) -> str:
     """A folder that holds a configuration and no weights."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    config = {**TINY, "feed_forward_proj": request.param}
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
+    return written(tmp_path, {**TINY, "feed_forward_proj": request.param})
+
+
+@pytest.fixture(params=[BERT, DISTILBERT], ids=lambda config: config["model_type"])
+def tiny_bert(tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    """The same of a BERT."""
+    return written(tmp_path, request.param)

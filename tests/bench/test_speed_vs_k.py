@@ -59,6 +59,15 @@ def test_every_case(tiny: str, tmp_path: Path) -> None:
     assert ragged and all(row["tokens"] < row["batch"] * row["length"] for row in ragged)
 
 
+def test_a_bert(tiny_bert: str, tmp_path: Path) -> None:
+    arms = "hf,hf-sdpa,dense-packed,reference,ours"
+    code, content = run(tiny_bert, tmp_path, "--arms", arms, "--ragged", "--backward")
+    assert code == 0
+    assert {row["case"] for row in content["rows"]} == {"sublayer", "ragged", "backward", "encoder"}
+    assert {row["status"] for row in content["rows"]} <= {"ok", "skipped"}
+    assert content["model"]["d_ff"] == 128 and content["model"]["weights"] == "random"
+
+
 def test_a_wrong_arm_has_no_number(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

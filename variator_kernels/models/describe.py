@@ -33,7 +33,7 @@ def describe(layer: nn.Module) -> FeedForward:
         TypeError: ``layer`` is not an FFN sublayer of a known family, or what the kernels replace
             (its norm, its dropout) was replaced or hooked.
     """
-    family = getattr(type(layer), ROW, None) or _family(layer)
+    family = family_of(layer)
     for name in family.bypassed:
         part = follow(layer, name)
         home = type(part).forward.__module__
@@ -81,7 +81,11 @@ def describe(layer: nn.Module) -> FeedForward:
     )
 
 
-def _family(layer: nn.Module) -> Family:
+def family_of(layer: nn.Module) -> Family:
+    """The family whose FFN sublayer ``layer`` is, patched or not; TypeError if there is none."""
+    patched = getattr(type(layer), ROW, None)
+    if patched is not None:
+        return patched
     for family in FAMILIES.values():
         if is_a(layer, family, family.layer):
             return family
