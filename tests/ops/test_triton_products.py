@@ -1,4 +1,4 @@
-"""The Triton product by itself: activations, gate, biases, descriptors, the persistent grid, NaN."""
+"""The Triton product by itself: activations, gate, biases, descriptors, persistent grid, NaN."""
 
 from __future__ import annotations
 
