@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     report["ceilings"] = clock.ceilings()
     triton = next(status for status in backends.status() if status.name == "triton")
     kernels = "triton" if triton.usable else "reference"
-    options: dict[str, Any] = {"rounds": 2 if dry else chosen.rounds, "kernels": kernels}
+    options: dict[str, Any] = {"rounds": 1 if dry else chosen.rounds, "kernels": kernels}
     for case in CASES:
         if time.monotonic() - began > MEASURE_END:
             report["not_measured"].append({**case._asdict(), "reason": "the time was up"})
@@ -184,8 +184,8 @@ def _toy(case: Any) -> tuple[Any, Any]:
     from bench.gpu.sublayers import MODELS
 
     arms = tuple(arm for arm in case.arms if not arm.endswith("-compiled"))
-    case = case._replace(batch=1, length=16, ratios=case.ratios[:1], arms=arms)
-    return case, MODELS[case.model]._replace(d=32, f=48)
+    case = case._replace(batch=1, length=8, ratios=case.ratios[:1], arms=arms)
+    return case, MODELS[case.model]._replace(d=16, f=16)
 
 
 def _proof(report: dict[str, Any]) -> str:
