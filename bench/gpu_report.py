@@ -184,8 +184,8 @@ def _toy(case: Any) -> tuple[Any, Any]:
     from bench.gpu.sublayers import MODELS
 
     arms = tuple(arm for arm in case.arms if not arm.endswith("-compiled"))
-    case = case._replace(batch=1, length=8, ratios=case.ratios[:1], arms=arms)
-    return case, MODELS[case.model]._replace(d=16, f=16)
+    case = case._replace(batch=1, length=16, ratios=case.ratios[:1], arms=arms)
+    return case, MODELS[case.model]._replace(d=32, f=48)
 
 
 def _proof(report: dict[str, Any]) -> str:
