@@ -1,0 +1,23 @@
+// The launchers: one a kernel.
+#pragma once
+
+#include "params.h"
+
+#if defined(VARIATOR_EMULATION)
+#include "emulation/runtime.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
+
+namespace variator::cuda {
+
+cudaError_t merge(const MergeParams& p, cudaStream_t stream);
+cudaError_t decompress(const DecompressParams& p, cudaStream_t stream);
+cudaError_t copy_absent(const CopyAbsentParams& p, cudaStream_t stream);
+cudaError_t merge_backward(const MergeBackwardParams& p, cudaStream_t stream);
+cudaError_t decompress_backward(const DecompressBackwardParams& p, cudaStream_t stream);
+cudaError_t outer_sum(const OuterSumParams& p, cudaStream_t stream);
+cudaError_t product(const ProductParams& p, cudaStream_t stream);
+cudaError_t one_launch(const OneLaunchParams& p, cudaStream_t stream);
+
+}  // namespace variator::cuda

@@ -1,0 +1,194 @@
+// What a kernel is told: one plain struct each. Addresses are of device memory owned by the caller,
+// sizes and strides count elements. T below is the storage type, bf16 or fp16; rows of T start at
+// multiples of 16 bytes, so every hidden size and row stride is a multiple of 8.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define VARIATOR_HD __host__ __device__ __forceinline__
+#else
+#define VARIATOR_HD inline
+#endif
+
+namespace variator::cuda {
+
+enum class DType : int { bf16 = 1, f16 = 2 };
+enum class Norm : int { none = 0, rms = 1, layer = 2 };
+enum class Phi : int { identity = 0, tanh = 1 };
+enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
+
+constexpr int64_t max_ratio = 32;        // a warp's lanes are a group's slots in the softmax
+constexpr int64_t max_bottleneck = 512;  // shared memory of the decompress
+
+// Groups of up to k neighbouring tokens. Group i holds the tokens start[i] .. start[i]+length[i]-1
+// of the flat token list, less those whose mask byte is 0. Without the arrays the tokens are rows
+// of `row_tokens`, each cut into `row_groups` groups from its start.
+struct Groups {
+    const int64_t* start;
+    const int64_t* length;
+    const uint8_t* mask;  // a byte a token, or null: all real
+    int64_t count, k;
+    int64_t row_tokens, row_groups;
+
+    VARIATOR_HD int64_t first(int64_t group) const {
+        if (start != nullptr) return start[group];
+        return group / row_groups * row_tokens + group % row_groups * k;
+    }
+    VARIATOR_HD int64_t size(int64_t group) const {
+        const int64_t n = length != nullptr ? length[group] : row_tokens - group % row_groups * k;
+        return n < k ? n : k;
+    }
+    // The token in a slot, or -1.
+    VARIATOR_HD int64_t token(int64_t group, int64_t slot) const {
+        if (group >= count || slot >= size(group)) return -1;
+        const int64_t found = first(group) + slot;
+        return mask == nullptr || mask[found] != 0 ? found : -1;
+    }
+};
+
+// h = norm(x) of rows x [tokens, d]: (x - mean) * scale * weight + bias.
+struct NormParams {
+    Norm kind;
+    const float* weight;  // [d] or null
+    const float* bias;    // [d] or null
+    float eps;
+};
+
+struct MergeParams {
+    DType dtype;
+    Groups groups;
+    int64_t d, r;   // r: a multiple of 64, zero rows below; 0: no projection wanted
+    const void* x;  // T [tokens, d], rows x_stride apart
+    int64_t x_stride;
+    NormParams norm;
+    const void* merge_weight;  // T [k, k*d]
+    const float* merge_bias;   // [k]
+    const void* projection;    // T [r, d], rows projection_stride apart: W_1h; or null
+    int64_t projection_stride;
+    int64_t projected_columns;  // columns of `projected`, at most r
+    void* merged;               // out T [groups, d]
+    float* projected;           // out [tokens, projected_columns], or null
+    float* weights;             // out [groups, k], the softmax, or null
+};
+
+struct DecompressParams {
+    DType dtype;
+    Groups groups;
+    int64_t d,
+        r;  // r: a multiple of 64; columns of zeros in w1u's rows and w2 beyond the real ones
+    Phi phi;
+    const void* u;           // T [groups, d]
+    const float* projected;  // [tokens, projected_columns]: W_1h h
+    int64_t projected_columns;
+    const void* w1u;  // T [r, d], rows w1u_stride apart
+    int64_t w1u_stride;
+    const float* b1;       // [r]
+    const void* w2;        // T [d, r]
+    const float* b2;       // [d]
+    const void* residual;  // T [tokens, d], rows residual_stride apart, or null
+    int64_t residual_stride;
+    void* y;  // out T [tokens, d]; rows of absent tokens untouched
+};
+
+struct MergeBackwardParams {
+    DType dtype;
+    Groups groups;
+    int64_t d, r;
+    const void* x;
+    int64_t x_stride;
+    NormParams norm;
+    const float* weights;              // [groups, k], from the forward
+    const void* merge_weight;          // T [k, k*d]
+    const void* projection_transpose;  // T [d, r], or null
+    int64_t projected_columns;
+    const void* d_merged;      // T [groups, d]
+    const float* d_projected;  // [tokens, projected_columns] or null
+    void* dx;                  // out T [tokens, d]; rows of absent tokens untouched
+    float* d_scores;           // out [groups, k]
+    float* moments;            // out [groups, k, 2]: mean and scale of each slot's row
+    float* d_norm_weight;      // out [tiles, d], to be summed over the tiles, or null
+    float* d_norm_bias;        // out [tiles, d], or null
+};
+
+struct DecompressBackwardParams {
+    DType dtype;
+    Groups groups;
+    int64_t d, r;
+    Phi phi;
+    const void* u;
+    const float* projected;
+    int64_t projected_columns;
+    const void* w1u;  // T [r, d], rows w1u_stride apart
+    int64_t w1u_stride;
+    const void* w1u_transpose;  // T [d, r]
+    const void* w2_transpose;   // T [r, d]
+    const float* b1;            // [r]
+    const void* dy;             // T [tokens, d], rows dy_stride apart
+    int64_t dy_stride;
+    void* du;            // out T [groups, d]
+    float* d_projected;  // out [tokens, projected_columns]; rows of absent tokens untouched
+    float* bottleneck;   // out [tokens, projected_columns]: t
+    float* d_q;          // out [groups, projected_columns]: gradient of W_1u u + b_1
+};
+
+// out[s] = sum over a part s of the rows m of left[m]ᵀ right[m], where the rows are the slots of
+// the groups: all of them, or slot `slot` of each. Parts are to be summed over s.
+struct OuterSumParams {
+    DType dtype;
+    Groups groups;
+    int64_t slot;        // -1: all slots
+    bool left_by_group;  // left's row is the group, else the token
+    bool right_by_group;
+    const float* left;  // rows of `left_columns`
+    int64_t left_columns;
+    const void* right;  // T, rows of d, right_stride apart
+    int64_t right_stride, d;
+    NormParams norm;       // applied to right's rows
+    const float* moments;  // [groups, k, 2] for the norm, or null where there is none
+    int64_t parts;
+    float* out;  // [parts, left_columns, out_stride] from column 0
+    int64_t out_stride;
+};
+
+// Rows of x whose mask byte is 0, or that lie outside offsets[0] .. offsets[last]-1, into y.
+struct CopyAbsentParams {
+    int64_t tokens, d;
+    const uint8_t* mask;
+    const int64_t* offsets;
+    int64_t last;
+    const void* x;
+    int64_t x_stride;
+    void* y;
+};
+
+// out [rows, columns] = activation(a · weightᵀ + bias) [* out, where `multiply` is set].
+struct ProductParams {
+    DType dtype;
+    int64_t rows, columns, inner;
+    const void* a;       // T [rows, inner]
+    const void* weight;  // T [columns, inner]
+    const void* bias;    // T [columns] or null
+    Activation activation;
+    const void* factor;  // T [rows, columns], multiplied to the result, or null
+    void* out;           // T [rows, columns]
+};
+
+// The whole sublayer in one launch. Weights, norm, x, y: as above.
+struct OneLaunchParams {
+    MergeParams merge;  // merged, projected: workspace; weights: null
+    int64_t f;
+    const void* w_in;    // T [f, d]
+    const void* w_gate;  // T [f, d] or null
+    const void* w_out;   // T [d, f]
+    const void* b_in;    // T or null
+    const void* b_gate;
+    const void* b_out;
+    Activation activation;
+    void* inner;                  // workspace T [groups, f]
+    float* partial;               // workspace [splits, groups, d]
+    int64_t splits;               // parts of f in the second product
+    DecompressParams decompress;  // u: workspace
+};
+
+}  // namespace variator::cuda
