@@ -132,22 +132,22 @@ struct DecompressBackwardParams {
     float* d_q;          // out [groups, projected_columns]: gradient of W_1u u + b_1
 };
 
-// out[s] = sum over a part s of the rows m of left[m]ᵀ right[m], where the rows are the slots of
-// the groups: all of them, or slot `slot` of each. Parts are to be summed over s.
+// out[s] = Σ left[m]ᵀ right[m] over part s of the rows m: the slots of the groups, all of them or
+// slot `slot` of each. To be summed over the parts, which are ranges of groups.
 struct OuterSumParams {
     DType dtype;
     Groups groups;
-    int64_t slot;        // -1: all slots
-    bool left_by_group;  // left's row is the group, else the token
-    bool right_by_group;
-    const float* left;  // rows of `left_columns`
-    int64_t left_columns;
-    const void* right;  // T, rows of d, right_stride apart
+    int64_t slot;                        // -1: all slots
+    bool left_by_group, right_by_group;  // a row is the group's, else the token's
+    const float* left;                   // [.., left_stride]
+    int64_t left_stride;
+    int64_t left_columns;  // the column behind left's own, if there is one, is all ones
+    const void* right;     // T [.., d], rows right_stride apart, under a norm
     int64_t right_stride, d;
-    NormParams norm;       // applied to right's rows
+    NormParams norm;
     const float* moments;  // [groups, k, 2] for the norm, or null where there is none
     int64_t parts;
-    float* out;  // [parts, left_columns, out_stride] from column 0
+    float* out;  // [parts, left_columns, out_stride], d columns of each row
     int64_t out_stride;
 };
 
