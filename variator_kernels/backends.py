@@ -1,8 +1,10 @@
-"""Which implementation runs an op: ``reference``, ``cpu``; ``triton`` and ``cuda`` later."""
+"""Which implementation runs an op: ``reference``, ``cpu``, ``triton``; ``cuda`` later."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +12,9 @@ import torch
 
 from . import extension
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Status(NamedTuple):
@@ -22,6 +25,24 @@ class Status(NamedTuple):
     detail: str
 
 
+def _triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# Read at import: torch.compile traces through resolve().
+_TRITON = _triton_version()
+_INTERPRETER = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
+_PROVEN: dict[str, list[dict]] = json.loads(Path(__file__).with_name("proven.json").read_text())
+
+
+def proven_on(backend: str) -> list[str]:
+    """The GPU architectures on which a backend's tests and report passed, as committed."""
+    return [row["arch"] for row in _PROVEN.get(backend, [])]
+
+
 def status() -> list[Status]:
     """Every backend of this package and whether it is usable in this process."""
     cpu = extension.load()
@@ -30,7 +51,23 @@ def status() -> list[Status]:
     else:
         found = ", ".join(cpu.available_isas())
         cpu_status = Status("cpu", True, f"instruction set {cpu.active_isa()} (of {found})")
-    return [Status("reference", True, "plain PyTorch, any device"), cpu_status]
+    return [Status("reference", True, "plain PyTorch, any device"), cpu_status, _triton_status()]
+
+
+def _triton_status() -> Status:
+    proven = proven_on("triton")
+    experience = (
+        f"ran on {', '.join(proven)}; 'auto' picks it there"
+        if proven
+        else "compiled ahead of time, never run on a GPU: 'auto' does not pick it"
+    )
+    if _TRITON is None:
+        return Status("triton", False, f"Triton is not installed ({experience})")
+    if _INTERPRETER:
+        return Status("triton", True, f"Triton {_TRITON}, interpreted on the CPU ({experience})")
+    if not torch.cuda.is_available():
+        return Status("triton", False, f"PyTorch sees no GPU ({experience})")
+    return Status("triton", True, f"Triton {_TRITON}, {torch.cuda.get_device_name()} ({experience})")
 
 
 def build_info() -> dict:
@@ -47,14 +84,25 @@ def resolve(backend: str, x: torch.Tensor) -> str:
     """
     if backend == "reference":
         return backend
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
-    reason = _why_not_cpu(x)
-    if reason is None:
-        return "cpu"
     if backend == "auto":
+        if _why_not_cpu(x) is None:
+            return "cpu"
+        if _proven_for(x, "triton") and _why_not_triton(x) is None:
+            return "triton"
         return "reference"
-    raise ValueError(f"backend 'cpu' cannot run here: {reason}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    reason = _why_not_cpu(x) if backend == "cpu" else _why_not_triton(x)
+    if reason is not None:
+        raise ValueError(f"backend {backend!r} cannot run here: {reason}")
+    return backend
+
+
+def _proven_for(x: torch.Tensor, backend: str) -> bool:
+    if x.device.type != "cuda" or not proven_on(backend):
+        return False
+    properties = torch.cuda.get_device_properties(x.device)
+    return f"sm_{properties.major}{properties.minor}" in proven_on(backend)
 
 
 def _why_not_cpu(x: torch.Tensor) -> str | None:
@@ -64,4 +112,14 @@ def _why_not_cpu(x: torch.Tensor) -> str | None:
         return f"the input's dtype is {x.dtype}, expected one of {CPU_DTYPES}"
     if extension.load() is None:
         return extension.why_missing()
+    return None
+
+
+def _why_not_triton(x: torch.Tensor) -> str | None:
+    if x.device.type != "cuda" and not _INTERPRETER:
+        return f"the input is on device {x.device}, expected cuda"
+    if x.dtype not in GPU_DTYPES:
+        return f"the input's dtype is {x.dtype}, expected one of {GPU_DTYPES}"
+    if _TRITON is None:
+        return "Triton is not installed"
     return None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks, extension
 from ..grouping import max_groups
+from .arguments import require
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 NORMS = {"none": 0, "rms": 1, "layer": 2}
@@ -35,12 +36,6 @@ def as_accumulator(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def optional_accumulator(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """:func:`as_accumulator` of a tensor that may be missing."""
     return None if tensor is None else as_accumulator(tensor, dtype)
-
-
-def flat(x: Tensor) -> Tensor:
-    """``[tokens, d]`` with unit inner stride; a view where the memory allows it."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
 
 class Groups(NamedTuple):
@@ -124,12 +119,6 @@ class Layout:
                 x.shape[1],
                 x.element_size(),
             )
-
-
-def require(holds: bool, what: str) -> None:
-    """The kernels read addresses: an op called with arguments that do not fit must not run."""
-    if not holds:
-        raise ValueError(f"argument does not fit: {what}")
 
 
 def pack(

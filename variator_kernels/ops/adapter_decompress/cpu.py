@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import extension
+from ..arguments import check_decompress, flat, require
 from ..cpu_arguments import (
     ACTIVATIONS,
     DTYPES,
@@ -14,10 +15,8 @@ from ..cpu_arguments import (
     accumulator,
     address,
     as_accumulator,
-    flat,
     pack_columns,
     pack_rows,
-    require,
 )
 
 
@@ -59,16 +58,6 @@ def run(
     )
 
 
-def _check(
-    u: Tensor, projected: Tensor, w1u: Tensor, b1: Tensor, w2: Tensor, groups: Groups
-) -> None:
-    d, r = u.shape[-1], projected.shape[-1]
-    require(u.numel() == groups.groups * d, f"u is {list(u.shape)}")
-    require(w1u.shape == (r, d), f"w1u is {list(w1u.shape)}")
-    require(b1.shape == (r,), f"b1 is {list(b1.shape)}")
-    require(w2.shape == (d, r), f"w2 is {list(w2.shape)}")
-
-
 def adapter_decompress(
     u: Tensor,
     projected: Tensor,
@@ -85,7 +74,7 @@ def adapter_decompress(
     dtype = u.dtype
     layout = Layout(projected, mask, cu_seqlens)
     groups = layout.groups(ratio, compact=False)
-    _check(u, projected, w1u, b1, w2, groups)
+    check_decompress(u, projected, w1u, b1, w2, groups.groups)
     require(b2.shape == u.shape[-1:], f"b2 is {list(b2.shape)}")
     shape = (*projected.shape[:-1], u.shape[-1])
     if residual is None:
@@ -129,7 +118,7 @@ def adapter_decompress_backward(
     layout = Layout(projected, mask, cu_seqlens)
     groups = layout.groups(ratio, compact=False)
     r, d = w1u.shape
-    _check(u, projected, w1u, b1, w2, groups)
+    check_decompress(u, projected, w1u, b1, w2, groups.groups)
     require(dy.shape == (*projected.shape[:-1], d), f"dy is {list(dy.shape)}")
     u = flat(u).contiguous()
     du = torch.empty(u.shape, dtype=dtype)

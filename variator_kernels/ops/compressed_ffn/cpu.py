@@ -8,11 +8,11 @@ from torch import Tensor
 from ... import packing
 from ...feed_forward import FeedForward, PluginWeights, products
 from ..adapter_decompress.cpu import run as run_decompress
+from ..arguments import flat
 from ..cpu_arguments import (
     Layout,
     accumulator,
     as_accumulator,
-    flat,
     optional_accumulator,
     pack_columns,
     pack_merge,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ... import extension
 from ...grouping import max_groups
+from ..arguments import check_merge, check_merge_backward, flat
 from ..cpu_arguments import (
     DTYPES,
     NORMS,
@@ -15,13 +16,11 @@ from ..cpu_arguments import (
     accumulator,
     address,
     as_accumulator,
-    flat,
     optional_accumulator,
     pack_columns,
     pack_merge,
     pack_merge_rows,
     pack_rows,
-    require,
 )
 
 
@@ -79,10 +78,7 @@ def group_merge(
     projection: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     k, d = bias.shape[0], x.shape[-1]
-    require(weight.shape == (k, k * d), f"weight is {list(weight.shape)}")
-    require(projection is None or projection.shape[1] == d, "projection's columns")
-    for vector in (norm_weight, norm_bias):
-        require(vector is None or vector.shape == (d,), "norm weight or bias")
+    check_merge(x, weight, norm_weight, norm_bias, projection, k)
     layout = Layout(x, mask, cu_seqlens)
     groups = layout.groups(k, compact=False)
     wide = accumulator(x.dtype)
@@ -130,9 +126,7 @@ def group_merge_backward(
     layout = Layout(x, mask, cu_seqlens)
     k, d = weights.shape[-1], x.shape[-1]
     groups = layout.groups(k, compact=False)
-    require(weights.numel() == groups.groups * k, f"weights are {list(weights.shape)}")
-    require(d_merged.numel() == groups.groups * d, f"d_merged is {list(d_merged.shape)}")
-    require(weight.shape == (k, k * d), f"weight is {list(weight.shape)}")
+    check_merge_backward(d_merged, x, weights, weight, groups.groups)
     wide = accumulator(x.dtype)
     rows = flat(x)
     dx = (torch.empty if layout.covers_all else torch.zeros)(x.shape, dtype=x.dtype)

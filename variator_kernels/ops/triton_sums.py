@@ -1,0 +1,71 @@
+"""The launch of triton_kernels/weight_sums.py: weight gradients of both ops."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..triton_kernels import launch
+from ..triton_kernels.weight_sums import weight_sums_kernel
+from .gpu_arguments import Groups
+
+
+class Norm(NamedTuple):
+    """The norm in front of the merge: its name, weight and bias (or None), eps."""
+
+    name: str = "none"
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 0.0
+
+
+class Statistics(NamedTuple):
+    """Mean and reciprocal deviation by slot, ``[groups, K2]`` fp32; None without a norm."""
+
+    mean: Tensor | None = None
+    rstd: Tensor | None = None
+
+
+def weight_sums(
+    a: Tensor,
+    spans: Groups,
+    b: Tensor | None,
+    *,
+    norm: Norm = Norm(),
+    statistics: Statistics = Statistics(),
+    scores: Tensor | None = None,
+    columns: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``Σ b ⊗ norm(a)`` over the tokens of flat ``a [tokens, d]``, ``b [tokens, r]``, in fp32.
+
+    Returns ``[r, d]``; for ``scores [groups, K2]`` ``[k (slot), k (score), d]``; and with
+    ``columns`` the sum of ``a``, ``[d]``.
+    """
+    k, d = spans.ratio, a.shape[1]
+    k2, r = launch.power_of_2(k), 0 if b is None else b.shape[1]
+    case = {"arch": launch.arch(a), "d": d, "k": k, "dtype": launch.name(a.dtype)}
+    row = launch.settings("weight_sums", **case)
+    across = triton.cdiv(d, row["bd"])
+    tiles = triton.cdiv(spans.count, row["bg"])
+    shares = max(1, min(tiles, row["programs"] * launch.processors(a) // (across * k)))
+    tiles_a_share = triton.cdiv(tiles, shares)
+    parts = shares * k
+
+    def part(*shape: int) -> Tensor:
+        return a.new_empty(parts, *shape, dtype=torch.float32)
+
+    sum_b, sum_scores = part(r, d), part(k, d) if scores is not None else None
+    sum_a = part(d) if columns else None
+    weight_sums_kernel[(across, k, shares)](
+        a, norm.weight, norm.bias, *statistics, b, scores,
+        spans.start, spans.length, spans.span, spans.mask, sum_b, sum_scores, sum_a,
+        spans.count, spans.launched, spans.n, spans.per_row, d, a.stride(0), tiles_a_share,
+        K=k, K2=k2, C=max(16, k2), BG=row["bg"], BD=row["bd"], R=r, R2=launch.power_of_2(r, 16),
+        NORM=norm.name, FORM=spans.form, PRECISION=launch.precision(a.dtype),
+        **launch.options(row),
+    )  # fmt: skip
+    by_slot = None if sum_scores is None else sum_scores.view(shares, k, k, d).sum(0)
+    return sum_b.sum(0), by_slot, None if sum_a is None else sum_a.sum(0)

@@ -1,0 +1,1 @@
+"""The Triton kernels and their launch settings. Nothing here knows of modules or autograd."""

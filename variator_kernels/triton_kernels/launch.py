@@ -1,0 +1,89 @@
+"""Launch settings as data: ``launch.json``, written by ``python -m bench.tune_triton``.
+
+A row has a kernel's name, what it is for (any of ``arch``, ``d``, ``f``, ``k``, ``dtype``) and its
+settings. The row that names most of what a launch is for wins, the later one of equals; a row without
+conditions is the fallback. Nothing is tuned at run time.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TABLE = Path(__file__).with_name("launch.json")
+INTERPRETER = "interpreter"
+
+
+@functools.cache
+def table() -> tuple[dict[str, Any], ...]:
+    """The rows of the committed table."""
+    return tuple(json.loads(TABLE.read_text()))
+
+
+@functools.cache
+def _arch(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def arch(x: Tensor) -> str:
+    """``"sm_90"``, ``"gfx942"``; ``"interpreter"`` for a tensor on the CPU."""
+    return _arch(x.device) if x.device.type == "cuda" else INTERPRETER
+
+
+@functools.cache
+def settings(kernel: str, **case: Any) -> dict[str, Any]:
+    """The settings of ``kernel`` for a case (``arch``, ``d``, ``f``, ``k``, ``dtype``)."""
+    best: dict[str, Any] = {}
+    most = -1
+    for row in table():
+        if row["kernel"] != kernel:
+            continue
+        wanted = row["case"]
+        if len(wanted) >= most and all(case.get(name) == value for name, value in wanted.items()):
+            best, most = row["settings"], len(wanted)
+    if most < 0:
+        raise LookupError(f"{TABLE.name} has no row for kernel {kernel!r} in {case}")
+    return best
+
+
+def power_of_2(value: int, least: int = 1) -> int:
+    """The smallest power of two that is at least both."""
+    return max(least, 1 << max(value - 1, 0).bit_length())
+
+
+def options(row: dict[str, Any]) -> dict[str, int]:
+    """What of the settings is for the compiler."""
+    return {"num_warps": row["warps"], "num_stages": row["stages"]}
+
+
+def precision(dtype: torch.dtype) -> str:
+    """fp32 products in full fp32: TF32 alone would miss the tolerance by far."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def name(dtype: torch.dtype) -> str:
+    """A dtype as the table names it."""
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def processors(x: Tensor) -> int:
+    """Multiprocessors of x's device; 2 under the interpreter."""
+    return _processors(x.device) if x.device.type == "cuda" else 2
+
+
+def device_of(x: Tensor) -> torch.cuda.device_of:
+    """Kernels start on the current device: makes it x's."""
+    return torch.cuda.device_of(x)
