@@ -9,8 +9,6 @@ import torch
 
 from . import __version__, backends
 
-LATER = ("triton", "cuda")
-
 
 def _version(package: str) -> str:
     try:
@@ -38,7 +36,6 @@ def report() -> str:
         f"  {s.name:<16}{'usable' if s.usable else 'not usable'}: {s.detail}"
         for s in backends.status()
     ]
-    text += [f"  {name:<16}not usable: not part of this version" for name in LATER]
     return "\n".join(text)
 
 

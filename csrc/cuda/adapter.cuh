@@ -21,7 +21,7 @@ struct GroupHalfShared {
 template <class T>
 VARIATOR_DEVICE void group_half(const Lane& at, const Groups& groups, int64_t first, int64_t d,
                                 int64_t r, const void* u, const void* w1u, int64_t w1u_stride,
-                                const float* b1, GroupHalfShared& shared, float* q) {
+                                const Vector& b1, GroupHalfShared& shared, float* q) {
     const int64_t group = first + at.row;
     const Span span = Span::of_warp(at.warp, 0, static_cast<int>(ceil_div(d, block_columns)));
     for (int64_t n = 0; n < r; n += bottleneck_chunk) {
@@ -45,7 +45,7 @@ VARIATOR_DEVICE void group_half(const Lane& at, const Groups& groups, int64_t fi
             shared.partial[at.warp][16 * m + i / 2 * 8 + at.row][2 * at.part + i % 2] = acc[m][i];
         block_sync();
         for (int i = thread_index(); i < bottleneck_chunk * tile_groups; i += threads) {
-            float sum = b1[n + i / tile_groups];
+            float sum = load1<T>(b1, n + i / tile_groups);
             for (int warp = 0; warp < warps; ++warp)
                 sum += shared.partial[warp][i / tile_groups][i % tile_groups];
             q[n * tile_groups + i] = sum;

@@ -10,17 +10,17 @@ namespace {
 
 template <class T>
 cudaError_t merge_backward_of(const MergeBackwardParams& p, cudaStream_t stream) {
-    const auto kernel = p.r == bottleneck_chunk ? merge_backward_kernel<T, true>
-                                                : merge_backward_kernel<T, false>;
-    return launch(kernel, {plan::tiles(p.groups.count)}, threads, merge_backward_shared_bytes(p.r),
-                  stream, false, p);
+    const auto kernel =
+        p.r == bottleneck_chunk ? merge_backward_kernel<T, true> : merge_backward_kernel<T, false>;
+    return launch(kernel, {plan::tiles(p.groups.launched)}, threads,
+                  merge_backward_shared_bytes(p.r), stream, false, p);
 }
 
 template <class T>
 cudaError_t decompress_backward_of(const DecompressBackwardParams& p, cudaStream_t stream) {
     const auto kernel = p.r == bottleneck_chunk ? decompress_backward_kernel<T, true>
                                                 : decompress_backward_kernel<T, false>;
-    return launch(kernel, {plan::tiles(p.groups.count)}, threads,
+    return launch(kernel, {plan::tiles(p.groups.launched)}, threads,
                   decompress_backward_shared_bytes(p.r), stream, false, p);
 }
 
@@ -39,8 +39,7 @@ cudaError_t decompress_backward(const DecompressBackwardParams& p, cudaStream_t 
 cudaError_t outer_sum(const OuterSumParams& p, cudaStream_t stream) {
     const Grid grid{plan::ceil_div(p.d, outer_right), plan::ceil_div(p.left_columns, outer_left),
                     p.parts};
-    const auto kernel =
-        p.dtype == DType::bf16 ? outer_sum_kernel<BF16> : outer_sum_kernel<F16>;
+    const auto kernel = p.dtype == DType::bf16 ? outer_sum_kernel<BF16> : outer_sum_kernel<F16>;
     return launch(kernel, grid, threads, sizeof(OuterSumShared), stream, false, p);
 }
 

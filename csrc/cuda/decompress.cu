@@ -11,8 +11,8 @@ cudaError_t decompress_of(const DecompressParams& p, cudaStream_t stream) {
     int multiprocessors = 0;
     const cudaError_t error = count_multiprocessors(multiprocessors);
     if (error != cudaSuccess) return error;
-    const int64_t each = plan::blocks_a_part(p.groups.count, p.d, multiprocessors);
-    const Grid grid{plan::tiles(p.groups.count),
+    const int64_t each = plan::blocks_a_part(p.groups.launched, p.d, multiprocessors);
+    const Grid grid{plan::tiles(p.groups.launched),
                     plan::ceil_div(plan::ceil_div(p.d, plan::column_block), each)};
     const auto kernel =
         p.r == bottleneck_chunk ? decompress_kernel<T, true> : decompress_kernel<T, false>;
@@ -24,11 +24,6 @@ cudaError_t decompress_of(const DecompressParams& p, cudaStream_t stream) {
 
 cudaError_t decompress(const DecompressParams& p, cudaStream_t stream) {
     return p.dtype == DType::bf16 ? decompress_of<BF16>(p, stream) : decompress_of<F16>(p, stream);
-}
-
-cudaError_t copy_absent(const CopyAbsentParams& p, cudaStream_t stream) {
-    return launch(copy_absent_kernel, {plan::ceil_div(p.tokens, warps)}, threads, 0, stream, false,
-                  p);
 }
 
 }  // namespace variator::cuda

@@ -62,7 +62,7 @@ struct DecompressTile {
             if (inside && group < p.groups.count) {
                 float b2[8];
                 widen<T>(load16(element(p.u, group * p.d + column)), shared_by_group);
-                load8(p.b2, column, 0, b2);
+                load8<T>(p.b2, column, 0, b2);
                 VARIATOR_UNROLL
                 for (int i = 0; i < 8; ++i) shared_by_group[i] += b2[i];
             }
@@ -77,11 +77,14 @@ struct DecompressTile {
     VARIATOR_DEVICE void write_quad(int slot, int row_slot, int block, int64_t column, bool inside,
                                     const Expansion<T, one_chunk>& expansion,
                                     const float (&shared_by_group)[8]) {
-        int64_t token[quad];
+        int token[quad];
+        bool real[quad];
         Vec16 x[quad];
         VARIATOR_UNROLL
         for (int i = 0; i < quad; ++i) {
-            token[i] = inside ? p.groups.token(group, slot + i) : -1;
+            const Groups::Slot found = p.groups.slot(group, slot + i);
+            token[i] = inside ? static_cast<int>(found.token) : -1;
+            real[i] = found.real;
             x[i] = zero16();
             if (token[i] >= 0 && p.residual != nullptr)
                 x[i] = load16_once(element(p.residual, token[i] * p.residual_stride + column));
@@ -100,7 +103,7 @@ struct DecompressTile {
                 VARIATOR_UNROLL
                 for (int c = 0; c < 8; ++c)
                     y[c] += shared_by_group[c] + acc[c / 2][i % 2 * 2 + c % 2];
-                store16(element(p.y, token[i] * p.d + column), narrow<T>(y));
+                store16(element(p.y, token[i] * p.d + column), real[i] ? narrow<T>(y) : x[i]);
             }
         }
     }
@@ -114,17 +117,6 @@ decompress_kernel(const DecompressParams p, int blocks_a_part) {
     const int begin = static_cast<int>(block_y()) * blocks_a_part;
     const int end = begin + blocks_a_part < blocks ? begin + blocks_a_part : blocks;
     DecompressTile<T, one_chunk>{p, shared_memory(), block_x() * tile_groups, begin, end}.run();
-}
-
-// Rows that no group holds pass through: a warp a row.
-VARIATOR_KERNEL(threads, 4)
-copy_absent_kernel(const CopyAbsentParams p) {
-    const int64_t token = block_x() * warps + thread_index() / 32;
-    if (token >= p.tokens) return;
-    if (p.mask != nullptr ? p.mask[token] != 0 : token >= p.offsets[0] && token < p.offsets[p.last])
-        return;
-    for (int64_t c = thread_index() % 32 * 8; c < p.d; c += 256)
-        store16(element(p.y, token * p.d + c), load16_once(element(p.x, token * p.x_stride + c)));
 }
 
 }  // namespace variator::cuda

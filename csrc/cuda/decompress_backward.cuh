@@ -41,7 +41,8 @@ struct DecompressBackwardTile {
     VARIATOR_DEVICE int column(int block) const { return block * block_columns + 8 * at.part; }
 
     VARIATOR_DEVICE void run() {
-        group_half<T>(at, p.groups, first, p.d, p.r, p.u, p.w1u, p.w1u_stride, p.b1, shared.half, q);
+        group_half<T>(at, p.groups, first, p.d, p.r, p.u, p.w1u, p.w1u_stride, p.b1, shared.half,
+                      q);
         for (int64_t i = thread_index(); i < p.r * tile_groups; i += threads) dq[i] = 0;
         for (int slot = 0; slot < k; slot += quad) {
             const QuadRows rows = QuadRows::find(p.groups, group, slot);
@@ -68,22 +69,22 @@ struct DecompressBackwardTile {
             VARIATOR_UNROLL
             for (int tile = 0; tile < 4; ++tile) {
                 const int64_t c = n + spread(tile, at.row);
-                const Vec16 w =
-                    load16_if(inside, element(p.w2_transpose, c * p.d + column(block)));
+                const Vec16 w = load16_if(inside, element(p.w2_transpose, c * p.d + column(block)));
                 multiply<T>(acc[0][tile], dy[0], dy[1], w);
                 multiply<T>(acc[1][tile], dy[2], dy[3], w);
             }
         }
-        add_warps(at, acc, shared.partial, [&](int row, int at_column, const float(&dt)[4]) {
+        add_warps(at, acc, shared.partial, [&](int row, int at_column, const float (&dt)[4]) {
             const int g = row % tile_groups;
-            const int64_t token = p.groups.token(first + g, slot + row / tile_groups);
+            const Groups::Slot found = p.groups.slot(first + g, slot + row / tile_groups);
             VARIATOR_UNROLL
             for (int i = 0; i < 4; ++i) {
-                const int64_t c = n + at_column + i, here = token * p.projected_columns + c;
+                const int64_t c = n + at_column + i, here = found.token * p.projected_columns + c;
                 float dz = 0;
-                if (token >= 0 && c < p.projected_columns) {
-                    const float t = phi(p.projected[here] + q[c * tile_groups + g], p.phi);
-                    dz = dt[i] * phi_slope(t, p.phi);
+                if (found.token >= 0 && c < p.projected_columns) {
+                    const float t =
+                        found.real ? phi(p.projected[here] + q[c * tile_groups + g], p.phi) : 0.0f;
+                    if (found.real) dz = dt[i] * phi_slope(t, p.phi);
                     p.d_projected[here] = dz;
                     p.bottleneck[here] = t;
                 }
@@ -108,7 +109,8 @@ struct DecompressBackwardTile {
         for (int i = 0; i < 8; ++i) du[i] = acc[i / 2][i % 2];
         for (int slot = 0; slot < k; slot += quad) {
             Vec16 dy[quad];
-            QuadRows::find(p.groups, group, slot).load(p.dy, p.dy_stride, column(block), inside, dy);
+            QuadRows::find(p.groups, group, slot)
+                .load(p.dy, p.dy_stride, column(block), inside, dy);
             VARIATOR_UNROLL
             for (int i = 0; i < quad; ++i) {
                 float v[8];

@@ -13,7 +13,6 @@ namespace variator::cuda {
 
 cudaError_t merge(const MergeParams& p, cudaStream_t stream);
 cudaError_t decompress(const DecompressParams& p, cudaStream_t stream);
-cudaError_t copy_absent(const CopyAbsentParams& p, cudaStream_t stream);
 cudaError_t merge_backward(const MergeBackwardParams& p, cudaStream_t stream);
 cudaError_t decompress_backward(const DecompressBackwardParams& p, cudaStream_t stream);
 cudaError_t outer_sum(const OuterSumParams& p, cudaStream_t stream);

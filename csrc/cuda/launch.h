@@ -17,6 +17,17 @@ inline cudaError_t count_multiprocessors(int& count) {
     return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
 }
 
+// How many blocks of a kernel run at once on the current device.
+template <class Kernel>
+cudaError_t blocks_at_once(Kernel kernel, int threads, size_t shared, int& blocks) {
+    int multiprocessors = 0;
+    cudaError_t error = count_multiprocessors(multiprocessors);
+    if (error == cudaSuccess)
+        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared);
+    blocks *= multiprocessors;
+    return error;
+}
+
 struct Grid {
     int64_t x, y = 1, z = 1;
 };

@@ -8,7 +8,7 @@ namespace {
 
 template <class T>
 cudaError_t merge_of(const MergeParams& p, cudaStream_t stream) {
-    const Grid grid{plan::tiles(p.groups.count)};
+    const Grid grid{plan::tiles(p.groups.launched)};
     auto run = [&](auto kernel) {
         return launch(kernel, grid, threads, sizeof(MergeShared), stream, false, p);
     };

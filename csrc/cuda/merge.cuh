@@ -115,11 +115,14 @@ struct MergeTile {
             }
         });
         add_warps(at, acc, shared.partial, [&](int row, int column, const float (&sum)[tiles]) {
-            const int64_t token =
-                p.groups.token(first + row % tile_groups, slot + row / tile_groups);
-            if (token >= 0)
-                store_up_to(p.projected + token * p.projected_columns, n + column,
-                            p.projected_columns, sum);
+            const Groups::Slot at_slot =
+                p.groups.slot(first + row % tile_groups, slot + row / tile_groups);
+            if (at_slot.token < 0) return;
+            float value[tiles];
+            VARIATOR_UNROLL
+            for (int i = 0; i < tiles; ++i) value[i] = at_slot.real ? sum[i] : 0.0f;
+            store_up_to(p.projected + at_slot.token * p.projected_columns, n + column,
+                        p.projected_columns, value);
         });
     }
 
@@ -156,7 +159,7 @@ struct MergeTile {
         VARIATOR_UNROLL
         for (int warp = 0; warp < warps && slot < 16 * score_tiles; ++warp)
             s += shared.scores[warp][slot][at.warp];
-        s = exists ? s + p.merge_bias[slot] : -INFINITY;
+        s = exists ? s + load1<T>(p.merge_bias, slot) : -INFINITY;
         float top = s;
         VARIATOR_UNROLL
         for (int lanes = 1; lanes < 32; lanes *= 2) top = fmaxf(top, shuffle_xor(top, lanes));

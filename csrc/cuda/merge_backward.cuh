@@ -177,9 +177,9 @@ struct MergeBackwardTile {
                 const float ds = shared.ds[s][at.row];
                 const int64_t row = static_cast<int64_t>(s) * k + slot + i;
                 float w[8];
-                widen<T>(load16_if(inside(block),
-                                   element(p.merge_weight, row * p.d + column(block))),
-                         w);
+                widen<T>(
+                    load16_if(inside(block), element(p.merge_weight, row * p.d + column(block))),
+                    w);
                 VARIATOR_UNROLL
                 for (int c = 0; c < 8; ++c) dh[i][c] += ds * w[c];
             }
@@ -191,7 +191,7 @@ struct MergeBackwardTile {
                                     float (&weight)[8]) const {
         Vec16 x[quad];
         rows.load(p.x, p.x_stride, column(block), inside(block), x);
-        load8(inside(block) ? p.norm.weight : nullptr, column(block), 1, weight);
+        load8<T>(inside(block) ? p.norm.weight : Vector{}, column(block), 1, weight);
         VARIATOR_UNROLL
         for (int i = 0; i < quad; ++i) {
             widen<T>(x[i], n[i]);
@@ -211,13 +211,12 @@ struct MergeBackwardTile {
                 gradient(slot, block, dh);
                 normalised(rows, block, n, weight);
                 VARIATOR_UNROLL
-                for (int i = 0; i < quad; ++i)
-                    VARIATOR_UNROLL
-                    for (int c = 0; c < 8; ++c) {
-                        const float e = dh[i][c] * weight[c];  // 0 outside the columns
-                        mean_e[i] += e;
-                        mean_en[i] += e * n[i][c];
-                    }
+                for (int i = 0; i < quad; ++i) VARIATOR_UNROLL
+                for (int c = 0; c < 8; ++c) {
+                    const float e = dh[i][c] * weight[c];  // 0 outside the columns
+                    mean_e[i] += e;
+                    mean_en[i] += e * n[i][c];
+                }
             }
             join_means(mean_e, mean_en);
         }
@@ -231,7 +230,7 @@ struct MergeBackwardTile {
             mean_e[i] = row_sum(mean_e[i]);
             mean_en[i] = row_sum(mean_en[i]);
             if (at.part != 0) continue;
-            float(&mine)[2] = shared.sums[at.warp][i * tile_groups + at.row];
+            float (&mine)[2] = shared.sums[at.warp][i * tile_groups + at.row];
             mine[0] = mean_e[i], mine[1] = mean_en[i];
         }
         block_sync();
@@ -255,19 +254,22 @@ struct MergeBackwardTile {
         normalised(rows, block, n, weight);
         VARIATOR_UNROLL
         for (int i = 0; i < quad; ++i) {
-            if (rows.token[i] < 0) continue;
-            float dx[8];
-            VARIATOR_UNROLL
-            for (int c = 0; c < 8; ++c) {
-                d_weight[c] += dh[i][c] * n[i][c];
-                d_bias[c] += dh[i][c];
-                dx[c] = p.norm.kind == Norm::none
-                            ? dh[i][c]
-                            : rows.scale[i] *
-                                  (dh[i][c] * weight[c] - mean_e[i] - n[i][c] * mean_en[i]);
+            const Groups::Slot found = p.groups.slot(group, slot + i);
+            if (found.token < 0) continue;
+            float dx[8] = {};
+            if (found.real) {
+                VARIATOR_UNROLL
+                for (int c = 0; c < 8; ++c) {
+                    d_weight[c] += dh[i][c] * n[i][c];
+                    d_bias[c] += dh[i][c];
+                    dx[c] = p.norm.kind == Norm::none
+                                ? dh[i][c]
+                                : rows.scale[i] *
+                                      (dh[i][c] * weight[c] - mean_e[i] - n[i][c] * mean_en[i]);
+                }
             }
             if (inside(block))
-                store16(element(p.dx, rows.token[i] * p.d + column(block)), narrow<T>(dx));
+                store16(element(p.dx, found.token * p.d + column(block)), narrow<T>(dx));
         }
         add_to_norm(p.d_norm_weight, slot, block, d_weight);
         add_to_norm(p.d_norm_bias, slot, block, d_bias);
@@ -277,9 +279,8 @@ struct MergeBackwardTile {
     VARIATOR_DEVICE void add_to_norm(float* out, int slot, int block, float (&sum)[8]) const {
         if (out == nullptr) return;
         VARIATOR_UNROLL
-        for (int c = 0; c < 8; ++c)
-            VARIATOR_UNROLL
-            for (int lanes = 4; lanes < 32; lanes *= 2) sum[c] += shuffle_xor(sum[c], lanes);
+        for (int c = 0; c < 8; ++c) VARIATOR_UNROLL
+        for (int lanes = 4; lanes < 32; lanes *= 2) sum[c] += shuffle_xor(sum[c], lanes);
         if (at.row != 0 || !inside(block)) return;
         float* to = out + tile * p.d + column(block);
         VARIATOR_UNROLL

@@ -50,9 +50,8 @@ struct OuterSumTile {
                 load4(&shared.right[i][column], right);
                 load4(&shared.right[i][column + outer_right / 2], right + 4);
                 VARIATOR_UNROLL
-                for (int a = 0; a < 4; ++a)
-                    VARIATOR_UNROLL
-                    for (int b = 0; b < 8; ++b) acc[a][b] += left[a] * right[b];
+                for (int a = 0; a < 4; ++a) VARIATOR_UNROLL
+                for (int b = 0; b < 8; ++b) acc[a][b] += left[a] * right[b];
             }
             block_sync();
         }
@@ -82,8 +81,8 @@ struct OuterSumTile {
             if (p.moments != nullptr) {
                 const float* moments = p.moments + (at.group * p.groups.k + at.slot) * 2;
                 float weight[8], bias[8];
-                load8(p.norm.weight, column, 1, weight);
-                load8(p.norm.bias, column, 0, bias);
+                load8<T>(p.norm.weight, column, 1, weight);
+                load8<T>(p.norm.bias, column, 0, bias);
                 x = normed<T>(x, moments[0], moments[1], weight, bias);
             }
             widen<T>(x, v);
@@ -107,8 +106,8 @@ struct OuterSumTile {
 template <class T>
 VARIATOR_KERNEL(threads, 2)
 outer_sum_kernel(const OuterSumParams p) {
-    OuterSumTile<T>{p, *reinterpret_cast<OuterSumShared*>(shared_memory()),
-                    block_x() * outer_right, block_y() * outer_left, block_z()}
+    OuterSumTile<T>{p, *reinterpret_cast<OuterSumShared*>(shared_memory()), block_x() * outer_right,
+                    block_y() * outer_left, block_z()}
         .run();
 }
 

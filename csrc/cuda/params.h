@@ -21,37 +21,59 @@ enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu 
 constexpr int64_t max_ratio = 32;        // a warp's lanes are a group's slots in the softmax
 constexpr int64_t max_bottleneck = 512;  // shared memory of the decompress
 
-// Groups of up to k neighbouring tokens. Group i holds the tokens start[i] .. start[i]+length[i]-1
-// of the flat token list, less those whose mask byte is 0. Without the arrays the tokens are rows
-// of `row_tokens`, each cut into `row_groups` groups from its start.
+// Which tokens lie in the k slots of each group, in one of three forms. Every token has exactly one
+// slot, padding too, so a kernel that walks over all slots writes every row. Sizes fit 32 bits.
+//   plain:  rows of n tokens, each cut into per_row groups; no array.
+//   masked: the same from start[row] on, a row's first real token, wrapping around at its end.
+//   packed: group i merges the tokens start[i] .. + length[i]-1 of one list of n and owns span[i],
+//           wrapping around at its end; groups from `count` on merge nothing.
 struct Groups {
     const int64_t* start;
     const int64_t* length;
-    const uint8_t* mask;  // a byte a token, or null: all real
-    int64_t count, k;
-    int64_t row_tokens, row_groups;
+    const int64_t* span;
+    const uint8_t* mask;  // masked: a byte a token
+    int64_t n, per_row;
+    int64_t count;     // groups that have a merged vector
+    int64_t launched;  // groups to walk over
+    int64_t k;
 
-    VARIATOR_HD int64_t first(int64_t group) const {
-        if (start != nullptr) return start[group];
-        return group / row_groups * row_tokens + group % row_groups * k;
+    struct Slot {
+        int64_t token;  // -1: none
+        bool real;      // false: padding
+    };
+    VARIATOR_HD Slot slot(int64_t group, int64_t j) const {
+        if (group >= launched || j >= k) return {-1, false};
+        if (span != nullptr) {
+            if (j >= span[group]) return {-1, false};
+            const int64_t token = start[group] + j;
+            return {token < n ? token : token - n, j < length[group]};
+        }
+        const uint32_t row = static_cast<uint32_t>(group) / static_cast<uint32_t>(per_row);
+        int64_t at = (group - row * per_row) * k + j;
+        if (at >= n) return {-1, false};
+        if (start == nullptr) return {row * n + at, true};
+        at += start[row];
+        const int64_t token = row * n + (at < n ? at : at - n);
+        return {token, mask[token] != 0};
     }
-    VARIATOR_HD int64_t size(int64_t group) const {
-        const int64_t n = length != nullptr ? length[group] : row_tokens - group % row_groups * k;
-        return n < k ? n : k;
+    // The token to be merged, or -1.
+    VARIATOR_HD int64_t token(int64_t group, int64_t j) const {
+        const Slot found = slot(group, j);
+        return found.real ? found.token : -1;
     }
-    // The token in a slot, or -1.
-    VARIATOR_HD int64_t token(int64_t group, int64_t slot) const {
-        if (group >= count || slot >= size(group)) return -1;
-        const int64_t found = first(group) + slot;
-        return mask == nullptr || mask[found] != 0 ? found : -1;
-    }
+};
+
+// A bias or a norm's weight: fp32 where `wide`, else T.
+struct Vector {
+    const void* data;
+    bool wide;
 };
 
 // h = norm(x) of rows x [tokens, d]: (x - mean) * scale * weight + bias.
 struct NormParams {
     Norm kind;
-    const float* weight;  // [d] or null
-    const float* bias;    // [d] or null
+    Vector weight;  // [d] or null
+    Vector bias;    // [d] or null
     float eps;
 };
 
@@ -63,12 +85,12 @@ struct MergeParams {
     int64_t x_stride;
     NormParams norm;
     const void* merge_weight;  // T [k, k*d]
-    const float* merge_bias;   // [k]
+    Vector merge_bias;         // [k]
     const void* projection;    // T [r, d], rows projection_stride apart: W_1h; or null
     int64_t projection_stride;
     int64_t projected_columns;  // columns of `projected`, at most r
     void* merged;               // out T [groups, d]
-    float* projected;           // out [tokens, projected_columns], or null
+    float* projected;           // out [tokens, projected_columns], 0 for padding; or null
     float* weights;             // out [groups, k], the softmax, or null
 };
 
@@ -83,12 +105,12 @@ struct DecompressParams {
     int64_t projected_columns;
     const void* w1u;  // T [r, d], rows w1u_stride apart
     int64_t w1u_stride;
-    const float* b1;       // [r]
+    Vector b1;             // [r]
     const void* w2;        // T [d, r]
-    const float* b2;       // [d]
+    Vector b2;             // [d]
     const void* residual;  // T [tokens, d], rows residual_stride apart, or null
     int64_t residual_stride;
-    void* y;  // out T [tokens, d]; rows of absent tokens untouched
+    void* y;  // out T [tokens, d]; for padding the residual, or 0
 };
 
 struct MergeBackwardParams {
@@ -104,7 +126,7 @@ struct MergeBackwardParams {
     int64_t projected_columns;
     const void* d_merged;      // T [groups, d]
     const float* d_projected;  // [tokens, projected_columns] or null
-    void* dx;                  // out T [tokens, d]; rows of absent tokens untouched
+    void* dx;                  // out T [tokens, d], 0 for padding
     float* d_scores;           // out [groups, k]
     float* moments;            // out [groups, k, 2]: mean and scale of each slot's row
     float* d_norm_weight;      // out [tiles, d], to be summed over the tiles, or null
@@ -123,12 +145,12 @@ struct DecompressBackwardParams {
     int64_t w1u_stride;
     const void* w1u_transpose;  // T [d, r]
     const void* w2_transpose;   // T [r, d]
-    const float* b1;            // [r]
+    Vector b1;                  // [r]
     const void* dy;             // T [tokens, d], rows dy_stride apart
     int64_t dy_stride;
     void* du;            // out T [groups, d]
-    float* d_projected;  // out [tokens, projected_columns]; rows of absent tokens untouched
-    float* bottleneck;   // out [tokens, projected_columns]: t
+    float* d_projected;  // out [tokens, projected_columns], 0 for padding
+    float* bottleneck;   // out [tokens, projected_columns]: t, 0 for padding
     float* d_q;          // out [groups, projected_columns]: gradient of W_1u u + b_1
 };
 
@@ -151,17 +173,6 @@ struct OuterSumParams {
     int64_t out_stride;
 };
 
-// Rows of x whose mask byte is 0, or that lie outside offsets[0] .. offsets[last]-1, into y.
-struct CopyAbsentParams {
-    int64_t tokens, d;
-    const uint8_t* mask;
-    const int64_t* offsets;
-    int64_t last;
-    const void* x;
-    int64_t x_stride;
-    void* y;
-};
-
 // out [rows, columns] = activation(a · weightᵀ + bias) [* out, where `multiply` is set].
 struct ProductParams {
     DType dtype;
@@ -174,21 +185,23 @@ struct ProductParams {
     void* out;           // T [rows, columns]
 };
 
-// The whole sublayer in one launch. Weights, norm, x, y: as above.
+// The whole sublayer in one launch, for r = 64. Weights, norm, x, y: as above.
 struct OneLaunchParams {
     MergeParams merge;  // merged, projected: workspace; weights: null
     int64_t f;
     const void* w_in;    // T [f, d]
     const void* w_gate;  // T [f, d] or null
     const void* w_out;   // T [d, f]
-    const void* b_in;    // T or null
-    const void* b_gate;
-    const void* b_out;
+    const void* b_in;    // T [f] or null
+    const void* b_gate;  // T [f] or null
+    const void* b_out;   // T [d] or null
     Activation activation;
-    void* inner;                  // workspace T [groups, f]
-    float* partial;               // workspace [splits, groups, d]
-    int64_t splits;               // parts of f in the second product
-    DecompressParams decompress;  // u: workspace
+    void* inner;     // workspace T [groups, f]
+    float* partial;  // workspace [splits, groups, d]
+    int64_t splits;  // parts of f in the second product
+    void* u;         // workspace T [groups, d]
+    DecompressParams decompress;
+    int64_t blocks_a_part;  // column blocks that a thread block decompresses at a time
 };
 
 }  // namespace variator::cuda

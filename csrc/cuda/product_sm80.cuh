@@ -3,6 +3,7 @@
 
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/kernel/default_gemm_universal_with_visitor.h>
+
 #include <cutlass/epilogue/threadblock/fusion/visitors.hpp>
 
 #include "epilogue.cuh"
@@ -64,12 +65,12 @@ struct ProductSm80 {
     static constexpr int alignment = 8, stages = 4;
 
     using Threads = visitors::OutputTileThreadLayout<Tile, WarpTile, T, alignment, 1>;
-    using Bias = visitors::VisitorRowBroadcast<Threads, T,
-                                               cute::Stride<cute::_0, cute::_1, int64_t>>;
+    using Bias =
+        visitors::VisitorRowBroadcast<Threads, T, cute::Stride<cute::_0, cute::_1, int64_t>>;
     using Matrix = cute::Stride<int64_t, cute::_1, int64_t>;
     using Factor = visitors::VisitorAuxLoad<Threads, T, Matrix>;
-    using Store = visitors::VisitorAuxStore<Threads, T,
-                                            cutlass::FloatRoundStyle::round_to_nearest, Matrix>;
+    using Store =
+        visitors::VisitorAuxStore<Threads, T, cutlass::FloatRoundStyle::round_to_nearest, Matrix>;
     using Tree = visitors::Sm80EVT<
         Store, visitors::Sm80EVT<FinishVisitor<T>, visitors::VisitorAccFetch, Bias, Factor>>;
     using Kernel = typename cutlass::gemm::kernel::DefaultGemmWithVisitor<
@@ -90,9 +91,9 @@ struct ProductSm80 {
         typename Tree::Arguments epilogue{
             {{}, {bias, T(0), {}}, {factor, T(0), matrix}, {p.activation, factor != nullptr}},
             {static_cast<T*>(p.out), matrix}};
-        typename Gemm::Arguments arguments(cutlass::gemm::GemmUniversalMode::kGemm, {m, n, k}, 1,
-                                           epilogue, p.a, p.weight, nullptr, nullptr, p.rows * p.inner,
-                                           p.columns * p.inner, 0, 0, p.inner, p.inner, 0, 0);
+        typename Gemm::Arguments arguments(
+            cutlass::gemm::GemmUniversalMode::kGemm, {m, n, k}, 1, epilogue, p.a, p.weight, nullptr,
+            nullptr, p.rows * p.inner, p.columns * p.inner, 0, 0, p.inner, p.inner, 0, 0);
         return run_cutlass<Gemm>(arguments, stream);
     }
 };

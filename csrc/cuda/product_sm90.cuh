@@ -1,9 +1,10 @@
 // The FFN's products on Hopper: CUTLASS's warp-specialised kernels (TMA, wgmma).
 #pragma once
 
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
-#include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 #include <cutlass/util/packed_stride.hpp>
 
@@ -48,7 +49,8 @@ struct FetchFactor {
     CUTLASS_DEVICE bool is_C_load_needed() const { return params.given; }
 
     template <class... Args>
-    CUTLASS_DEVICE auto get_producer_load_callbacks(const fusion::detail::ProducerLoadArgs<Args...>&) {
+    CUTLASS_DEVICE auto get_producer_load_callbacks(
+        const fusion::detail::ProducerLoadArgs<Args...>&) {
         return fusion::detail::EmptyProducerLoadCallbacks{};
     }
     template <bool reference_source, class... Args>
@@ -74,8 +76,8 @@ struct ProductSm90 {
         cutlass::epilogue::collective::EpilogueTileAuto, float, float, T, Row, alignment, T, Row,
         alignment, Epilogue, Callbacks>::CollectiveOp;
     using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-        cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, T, Row, alignment, T, Column, alignment,
-        float, Tile, Cluster,
+        cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, T, Row, alignment, T, Column,
+        alignment, float, Tile, Cluster,
         cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
             sizeof(typename CollectiveEpilogue::SharedStorage))>,
         Mainloop>::CollectiveOp;
@@ -86,10 +88,14 @@ struct ProductSm90 {
     static cudaError_t run(const ProductParams& p, int multiprocessors, cudaStream_t stream) {
         const int m = static_cast<int>(p.rows), n = static_cast<int>(p.columns),
                   k = static_cast<int>(p.inner);
-        const auto stride_a = cutlass::make_cute_packed_stride(typename Kernel::StrideA{}, {m, k, 1});
-        const auto stride_b = cutlass::make_cute_packed_stride(typename Kernel::StrideB{}, {n, k, 1});
-        const auto stride_c = cutlass::make_cute_packed_stride(typename Kernel::StrideC{}, {m, n, 1});
-        const auto stride_d = cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, {m, n, 1});
+        const auto stride_a =
+            cutlass::make_cute_packed_stride(typename Kernel::StrideA{}, {m, k, 1});
+        const auto stride_b =
+            cutlass::make_cute_packed_stride(typename Kernel::StrideB{}, {n, k, 1});
+        const auto stride_c =
+            cutlass::make_cute_packed_stride(typename Kernel::StrideC{}, {m, n, 1});
+        const auto stride_d =
+            cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, {m, n, 1});
         const bool multiply = p.factor != nullptr;
         typename Gemm::Arguments arguments{
             cutlass::gemm::GemmUniversalMode::kGemm,
@@ -106,16 +112,13 @@ struct ProductSm90 {
 };
 
 template <class T>
-using LargeProductSm90 =
-    ProductSm90<T, cute::Shape<cute::_128, cute::_192, cute::_64>,
-                cute::Shape<cute::_2, cute::_1, cute::_1>,
-                cutlass::gemm::KernelTmaWarpSpecializedCooperative,
-                cutlass::epilogue::TmaWarpSpecializedCooperative>;
+using LargeProductSm90 = ProductSm90<T, cute::Shape<cute::_128, cute::_192, cute::_64>,
+                                     cute::Shape<cute::_2, cute::_1, cute::_1>,
+                                     cutlass::gemm::KernelTmaWarpSpecializedCooperative,
+                                     cutlass::epilogue::TmaWarpSpecializedCooperative>;
 template <class T>
-using SmallProductSm90 =
-    ProductSm90<T, cute::Shape<cute::_64, cute::_128, cute::_64>,
-                cute::Shape<cute::_1, cute::_1, cute::_1>,
-                cutlass::gemm::KernelTmaWarpSpecializedPingpong,
-                cutlass::epilogue::TmaWarpSpecialized>;
+using SmallProductSm90 = ProductSm90<
+    T, cute::Shape<cute::_64, cute::_128, cute::_64>, cute::Shape<cute::_1, cute::_1, cute::_1>,
+    cutlass::gemm::KernelTmaWarpSpecializedPingpong, cutlass::epilogue::TmaWarpSpecialized>;
 
 }  // namespace variator::cuda

@@ -2,7 +2,8 @@
 
 namespace variator::cuda {
 
-cudaError_t large_product_sm90_f16(const ProductParams& p, int multiprocessors, cudaStream_t stream) {
+cudaError_t large_product_sm90_f16(const ProductParams& p, int multiprocessors,
+                                   cudaStream_t stream) {
     return LargeProductSm90<cutlass::half_t>::run(p, multiprocessors, stream);
 }
 

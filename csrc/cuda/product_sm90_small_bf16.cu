@@ -2,7 +2,8 @@
 
 namespace variator::cuda {
 
-cudaError_t small_product_sm90_bf16(const ProductParams& p, int multiprocessors, cudaStream_t stream) {
+cudaError_t small_product_sm90_bf16(const ProductParams& p, int multiprocessors,
+                                    cudaStream_t stream) {
     return SmallProductSm90<cutlass::bfloat16_t>::run(p, multiprocessors, stream);
 }
 

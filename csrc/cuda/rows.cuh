@@ -73,8 +73,8 @@ VARIATOR_DEVICE void norm_quad(const NormParams& norm, const QuadRows& rows, int
                                bool inside, Vec16 (&x)[quad]) {
     if (norm.kind == Norm::none || !inside) return;
     float weight[8], bias[8];
-    load8(norm.weight, column, 1, weight);
-    load8(norm.bias, column, 0, bias);
+    load8<T>(norm.weight, column, 1, weight);
+    load8<T>(norm.bias, column, 0, bias);
     VARIATOR_UNROLL
     for (int i = 0; i < quad; ++i)
         if (rows.token[i] >= 0) x[i] = normed<T>(x[i], rows.mean[i], rows.scale[i], weight, bias);

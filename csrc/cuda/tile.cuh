@@ -63,15 +63,23 @@ VARIATOR_DEVICE Vec16 narrow(const float (&x)[8]) {
     for (int i = 0; i < 4; ++i) v.word[i] = T::pack(x[2 * i], x[2 * i + 1]);
     return v;
 }
-// Eight floats of a vector that may be missing.
-VARIATOR_DEVICE void load8(const float* p, int64_t at, float missing, float (&x)[8]) {
-    if (p == nullptr) {
+// Eight elements of a vector that may be missing.
+template <class T>
+VARIATOR_DEVICE void load8(const Vector& v, int64_t at, float missing, float (&x)[8]) {
+    if (v.data == nullptr) {
         VARIATOR_UNROLL
         for (int i = 0; i < 8; ++i) x[i] = missing;
+    } else if (v.wide) {
+        load4(static_cast<const float*>(v.data) + at, x);
+        load4(static_cast<const float*>(v.data) + at + 4, x + 4);
     } else {
-        load4(p + at, x);
-        load4(p + at + 4, x + 4);
+        widen<T>(load16(element(v.data, at)), x);
     }
+}
+template <class T>
+VARIATOR_DEVICE float load1(const Vector& v, int64_t at) {
+    return v.wide ? static_cast<const float*>(v.data)[at]
+                  : T::widen(static_cast<const typename T::Element*>(v.data)[at]);
 }
 
 // c += (low, high) · rightᵀ over the 32 columns of a block.
