@@ -1,6 +1,8 @@
 # make bench    the speed-vs-k curve            make test      lint and the whole test suite
 # make lint     the checks alone                make format    reformat the sources
 # make sanitize tests/ops under the sanitizers  make kernels-bench   each kernel alone
+# make compile-table  the Triton kernels, compiled for GPUs that need not be there
+# make gpu-report     tests and measurements on this machine's GPU, unattended, with PYTHON itself
 # make clean    remove what was built           make distclean       and the environment
 #
 # Everything is installed into .venv, in the versions of constraints.txt.
@@ -12,6 +14,9 @@ TORCH_ARGS ?=
 BENCH_ARGS ?=
 TEST_ARGS ?=
 SANITIZE_ARGS ?=
+GPU_ARGS ?=
+# For an environment whose PyTorch brought none.
+TRITON ?= triton==3.6.0
 SANITIZE_TESTS ?= tests/ops
 
 SHELL := bash
@@ -19,7 +24,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help bench test lint format sanitize kernels-bench clean distclean
+.PHONY: help bench test lint format sanitize kernels-bench compile-table gpu-report clean distclean
 
 BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
@@ -51,6 +56,7 @@ $(VENV)/.stamp-bench: $(VENV)/.stamp-base $(BUILD_FILES)
 	@$(call install_package,bench)
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-base $(BUILD_FILES)
+	@$(PY) -c 'import triton' 2>/dev/null || $(INSTALL) $(TRITON)
 	@$(call install_package,bench$(,)test$(,)train$(,)dev)
 
 , := ,
@@ -64,6 +70,12 @@ bench: $(VENV)/.stamp-bench
 
 kernels-bench: $(VENV)/.stamp-test
 	@$(PY) -m pytest bench/kernels --benchmark-only $(BENCH_ARGS)
+
+compile-table: $(VENV)/.stamp-test
+	@$(PY) -m bench.compile_triton
+
+gpu-report:
+	@$(PYTHON) -m bench.gpu_report $(GPU_ARGS)
 
 lint: $(VENV)/.stamp-test
 	@echo "== ruff check";    $(BIN)/ruff check .

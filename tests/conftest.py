@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
+from tests import interpreter
+
+interpreter.enable()
+
+import pytest  # noqa: E402  (nothing may import Triton before)
+import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,7 @@ def report() -> str:
         ("python", platform.python_version()),
         ("torch", torch.__version__),
         ("transformers", _version("transformers")),
+        ("triton", _version("triton")),
         ("safetensors", _version("safetensors")),
         ("threads", str(torch.get_num_threads())),
     ]

@@ -72,7 +72,9 @@ def _triton_status() -> Status:
         return Status("triton", True, f"Triton {_TRITON}, interpreted on the CPU ({experience})")
     if not torch.cuda.is_available():
         return Status("triton", False, f"PyTorch sees no GPU ({experience})")
-    return Status("triton", True, f"Triton {_TRITON}, {torch.cuda.get_device_name()} ({experience})")
+    return Status(
+        "triton", True, f"Triton {_TRITON}, {torch.cuda.get_device_name()} ({experience})"
+    )
 
 
 def _cuda_status() -> Status:

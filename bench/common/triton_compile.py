@@ -114,6 +114,11 @@ def compile_call(arch: str, call: Callable[[], Any]) -> list[dict[str, Any]]:
     with compiling(arch) as found:
         call()
     return [
-        {"kernel": name, "arch": arch, "warps": kernel.metadata.num_warps, **resources(arch, kernel)}
+        {
+            "kernel": name,
+            "arch": arch,
+            "warps": kernel.metadata.num_warps,
+            **resources(arch, kernel),
+        }
         for name, kernel in found
     ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from variator_kernels import extension
+from variator_kernels import backends, extension
 from variator_kernels.feed_forward import FeedForward, PluginWeights
 
 CPU = extension.load()
@@ -14,6 +14,17 @@ ISAS = CPU.available_isas() if CPU is not None else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 RATIOS = [2, 3, 4, 5, 8, 16, 32]
 needs_cpu = pytest.mark.skipif(CPU is None, reason=f"no CPU kernels: {extension.why_missing()}")
+
+# Triton's kernels run on a GPU where there is one, else interpreted (tests/interpreter.py).
+GPU = torch.cuda.is_available()
+TRITON = next(status for status in backends.status() if status.name == "triton")
+on_triton = pytest.param(
+    "triton",
+    marks=[
+        pytest.mark.skipif(not TRITON.usable, reason=f"no Triton kernels: {TRITON.detail}"),
+        *([pytest.mark.gpu] if GPU else []),
+    ],
+)
 
 # (rows, tokens, hidden size): one token, fewer than k, ragged tail, whole groups, no row, no
 # token, a hidden size below, at and beside a vector's width.
@@ -27,6 +38,8 @@ SHAPES = [
     (1, 130, 7),
     (2, 70, 193),
 ]
+# Enough for the interpreter, which takes tenths of a second a call; of them three in 16 bits.
+INTERPRETED_SHAPES = [(2, 1, 24), (1, 7, 16), (3, 37, 50), (0, 5, 24), (2, 0, 24), (1, 21, 96)]
 MASKS = ["none", "right", "left", "holes", "empty row"]
 
 
@@ -102,13 +115,53 @@ def assert_close(out: Tensor, plain: Tensor, truth: Tensor, what: str = "output"
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
+def dtypes_of(kernels: str) -> list[torch.dtype]:
+    """The dtypes a set of kernels knows."""
+    return DTYPES[:3] if kernels == "triton" else DTYPES
+
+
+def skip_unknown(dtype: torch.dtype, kernels: str) -> None:
+    if dtype not in dtypes_of(kernels):
+        pytest.skip(f"the {kernels} kernels have no {dtype}")
+
+
+def interpreted(kernels: str) -> bool:
+    return kernels == "triton" and not GPU
+
+
+def shapes_of(kernels: str, dtype: torch.dtype) -> list[tuple[int, int, int]]:
+    if not interpreted(kernels):
+        return SHAPES
+    return INTERPRETED_SHAPES if dtype == torch.float32 else INTERPRETED_SHAPES[:3]
+
+
+def moved(values, kernels: str):
+    """Tensors, and NamedTuples of them, to where ``kernels`` run."""
+    device = "cuda" if kernels == "triton" and GPU else "cpu"
+    if isinstance(values, Tensor):
+        return values.to(device)
+    if isinstance(values, tuple):
+        made = [moved(v, kernels) for v in values]
+        return type(values)(*made) if hasattr(values, "_fields") else tuple(made)
+    return values
+
+
 @pytest.fixture
-def isa(request):
-    """Runs a test under one instruction set of the CPU kernels (indirect parameter)."""
+def kernels(request):
+    """Runs a test on one set of kernels (indirect parameter) and gives its backend's name.
+
+    A set is an instruction set of the CPU's kernels, or ``"triton"``.
+    """
+    if request.param == "triton":
+        yield "triton"
+        return
     before = CPU.active_isa()
     CPU.set_isa(request.param)
-    yield request.param
+    yield "cpu"
     CPU.set_isa(before)
 
 
-every_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
+every_kernel = pytest.mark.parametrize("kernels", [*ISAS, on_triton], indirect=True)
+kernel_backends = [pytest.param("cpu", marks=needs_cpu), on_triton]
+every_kernel_backend = pytest.mark.parametrize("backend", kernel_backends)
+every_backend = pytest.mark.parametrize("backend", ["reference", *kernel_backends])

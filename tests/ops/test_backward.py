@@ -10,16 +10,18 @@ from tests.ops.cases import (
     MASKS,
     assert_close,
     cast,
-    every_isa,
+    every_backend,
+    every_kernel,
+    every_kernel_backend,
     feed_forward,
-    isa,  # noqa: F401  (fixture)
+    interpreted,
+    kernels,  # noqa: F401  (fixture)
     masked,
+    moved,
     needs_cpu,
     plugin,
 )
 from variator_kernels import functional as vf
-
-pytestmark = needs_cpu
 
 
 def leaves(values):
@@ -40,13 +42,15 @@ def gradients(x, p, ffn, dtype, backend, dy, **options):
     return dict(zip(tensors, found, strict=True))
 
 
-def check(x, p, ffn, **options):
-    dy = torch.randn(x.shape).to(x.dtype)
+def check(backend, x, p, ffn, **options):
+    x, p, ffn = moved((x, p, ffn), backend)
+    options = {name: moved(value, backend) for name, value in options.items()}
+    dy = torch.randn(x.shape).to(x)
     if options.get("mask") is not None:
         dy = dy * options["mask"][..., None]
     truth = gradients(x, p, ffn, torch.double, "reference", dy, **options)
     plain = gradients(x, p, ffn, x.dtype, "reference", dy, **options)
-    out = gradients(x, p, ffn, x.dtype, "cpu", dy, **options)
+    out = gradients(x, p, ffn, x.dtype, backend, dy, **options)
     for names in PARTS:
         names = [name for name in names if name in truth]
         if not names:
@@ -88,10 +92,10 @@ def assert_gradient(out: Tensor, plain: Tensor, truth: Tensor, what: str) -> Non
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-@every_isa
+@every_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mask_kind", MASKS)
-def test_gradients(isa, dtype, mask_kind):  # noqa: F811
+def test_gradients(kernels, dtype, mask_kind):  # noqa: F811
     for rows, n, d, k, kind in [
         (2, 37, 50, 4, "t5"),
         (3, 61, 33, 8, "v1.1"),
@@ -104,21 +108,31 @@ def test_gradients(isa, dtype, mask_kind):  # noqa: F811
         if dtype != torch.float32 and ffn.activation == "relu":
             # ReLU's gradient jumps at 0: one rounding of g may flip a unit, here or in PyTorch.
             ffn = ffn._replace(activation="gelu")
-        check(torch.randn(rows, n, d).to(dtype), p, ffn, mask=masked(mask_kind, rows, n))
+        check(kernels, torch.randn(rows, n, d).to(dtype), p, ffn, mask=masked(mask_kind, rows, n))
 
 
-@every_isa
-def test_gradients_of_many_groups(isa):  # noqa: F811
+@every_kernel
+def test_gradients_of_many_groups(kernels):  # noqa: F811
     """More groups than one chunk holds, more tokens than one block."""
+    n = 71 if interpreted(kernels) else 301
     p, ffn = plugin(40, 2, 12, torch.float32), feed_forward(40, 48, torch.float32, "t5")
-    check(torch.randn(2, 301, 40), p, ffn)
+    check(kernels, torch.randn(2, n, 40), p, ffn)
 
 
-def test_gradients_of_packed_input():
+@every_kernel
+@pytest.mark.parametrize("k", [16, 32])
+def test_gradients_of_large_groups(kernels, k):  # noqa: F811
+    p, ffn = plugin(24, k, 9, torch.float32), feed_forward(24, 40, torch.float32, "bert")
+    check(kernels, torch.randn(2, 70, 24), p, ffn._replace(post_norm=False))
+
+
+@every_kernel_backend
+def test_gradients_of_packed_input(backend):
     p, ffn = plugin(24, 4, 8, torch.float32), feed_forward(24, 40, torch.float32, "t5")
-    check(torch.randn(17, 24), p, ffn, cu_seqlens=torch.tensor([0, 9, 9, 17]))
+    check(backend, torch.randn(17, 24), p, ffn, cu_seqlens=torch.tensor([0, 9, 9, 17]))
 
 
+@needs_cpu
 @pytest.mark.parametrize("mask_kind", ["none", "holes"])
 @pytest.mark.parametrize("activation", ["tanh", "identity"])
 def test_gradcheck(mask_kind, activation):
@@ -149,68 +163,74 @@ def test_gradcheck(mask_kind, activation):
     assert torch.autograd.gradcheck(decompress, (u, x, *p[2:6]))
 
 
-def test_backward_is_deterministic():
+@every_kernel_backend
+def test_backward_is_deterministic(backend):
     p, ffn = plugin(32, 4, 8, torch.float32), feed_forward(32, 40, torch.float32, "t5")
-    x, dy = torch.randn(4, 100, 32), torch.randn(4, 100, 32)
-    first = gradients(x, p, ffn, torch.float32, "cpu", dy)
-    for _ in range(3):
-        again = gradients(x, p, ffn, torch.float32, "cpu", dy)
+    n = 25 if interpreted(backend) else 100
+    x, dy, p, ffn = moved((torch.randn(4, n, 32), torch.randn(4, n, 32), p, ffn), backend)
+    first = gradients(x, p, ffn, torch.float32, backend, dy)
+    for _ in range(1 if interpreted(backend) else 3):
+        again = gradients(x, p, ffn, torch.float32, backend, dy)
         for name in first:
             assert torch.equal(first[name], again[name]), name
 
 
-def test_autocast_over_fp32_parameters():
-    p = leaves(plugin(32, 4, 8, torch.float32))
-    ffn = feed_forward(32, 48, torch.float32, "t5")
-    x = torch.randn(2, 19, 32, requires_grad=True)
+@every_kernel_backend
+def test_autocast_over_fp32_parameters(backend):
+    p = leaves(moved(plugin(32, 4, 8, torch.float32), backend))
+    ffn = moved(feed_forward(32, 48, torch.float32, "t5"), backend)
+    x = moved(torch.randn(2, 19, 32), backend).requires_grad_()
     results = {}
-    for backend in ("reference", "cpu"):
-        with torch.autocast("cpu", torch.bfloat16):
-            y = vf.compressed_ffn(x, p, ffn, backend=backend)
+    for name in ("reference", backend):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            y = vf.compressed_ffn(x, p, ffn, backend=name)
         assert y.dtype == torch.float32
-        results[backend] = (y, *torch.autograd.grad(y.square().sum(), (x, *p[:6])))
+        results[name] = (y, *torch.autograd.grad(y.square().sum(), (x, *p[:6])))
     truth_p, truth_ffn = leaves(cast(p, torch.double)), cast(ffn, torch.double)
     xd = x.detach().double().requires_grad_()
     y = vf.compressed_ffn(xd, truth_p, truth_ffn, backend="reference")
     truth = (y, *torch.autograd.grad(y.square().sum(), (xd, *truth_p[:6])))
-    for out, plain, true in zip(results["cpu"], results["reference"], truth, strict=True):
+    for out, plain, true in zip(results[backend], results["reference"], truth, strict=True):
         assert_close(out, plain, true)
 
 
-def test_dropout_of_the_merged_vector():
+@every_backend
+def test_dropout_of_the_merged_vector(backend):
     """Dropout sits on FFN(g): the tokens of a group share what was dropped."""
     d, k = 64, 4
     p = plugin(d, k, 8, torch.float32)
     p = p._replace(w2=torch.zeros_like(p.w2), b2=torch.zeros_like(p.b2))
     ffn = feed_forward(d, 48, torch.float32, "t5")._replace(dropout_outer=0.5)
-    x = torch.randn(1, 8, d)
-    for backend in ("reference", "cpu"):
-        o = (vf.compressed_ffn(x, p, ffn, backend=backend) - x).reshape(2, k, d)
-        dropped = o.abs() < 1e-6
-        assert 0.2 < dropped.float().mean() < 0.8
-        assert (dropped == dropped[:, :1]).all()
+    x, p, ffn = moved((torch.randn(1, 8, d), p, ffn), backend)
+    o = (vf.compressed_ffn(x, p, ffn, backend=backend) - x).reshape(2, k, d)
+    dropped = o.abs() < 1e-6
+    assert 0.2 < dropped.float().mean() < 0.8
+    assert (dropped == dropped[:, :1]).all()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@every_backend
 @pytest.mark.parametrize("kind", ["t5", "bert"])
 def test_what_padding_holds_reaches_no_gradient(backend, kind):
-    p, ffn = leaves(plugin(24, 4, 8, torch.float32)), feed_forward(24, 40, torch.float32, kind)
-    ffn = leaves(ffn)
+    p, ffn = plugin(24, 4, 8, torch.float32), feed_forward(24, 40, torch.float32, kind)
     mask = masked("left", 3, 19)
-    x = torch.where(mask[..., None], torch.randn(3, 19, 24), float("nan")).requires_grad_()
+    x = torch.where(mask[..., None], torch.randn(3, 19, 24), float("nan"))
+    x, p, ffn, mask = moved((x, p, ffn, mask), backend)
+    x, p, ffn = x.requires_grad_(), leaves(p), leaves(ffn)
     y = vf.compressed_ffn(x, p, ffn, mask=mask, backend=backend)
     tensors = [t for t in (*p, *ffn) if isinstance(t, Tensor)]
     for gradient in torch.autograd.grad(y[mask].sum(), tensors):
         assert torch.isfinite(gradient).all()
-    u = torch.randn(3, 5, 24)
+    u = torch.randn(3, 5, 24).to(x)
     o = vf.adapter_decompress(u, x, *p[2:6], ratio=4, mask=mask, backend=backend)
     for gradient in torch.autograd.grad(o.sum(), p[2:6]):
         assert torch.isfinite(gradient).all()
 
 
-def test_second_derivatives_are_refused():
-    p, ffn = leaves(plugin(24, 4, 8, torch.float32)), feed_forward(24, 40, torch.float32, "t5")
-    x = torch.randn(2, 9, 24, requires_grad=True)
-    y = vf.compressed_ffn(x, p, ffn, backend="cpu")
+@every_kernel_backend
+def test_second_derivatives_are_refused(backend):
+    p, ffn = plugin(24, 4, 8, torch.float32), feed_forward(24, 40, torch.float32, "t5")
+    x, p, ffn = moved((torch.randn(2, 9, 24), p, ffn), backend)
+    x, p = x.requires_grad_(), leaves(p)
+    y = vf.compressed_ffn(x, p, ffn, backend=backend)
     with pytest.raises(RuntimeError, match="no second derivatives"):
         torch.autograd.grad(y.sum(), x, create_graph=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -9,45 +11,51 @@ from tests.ops.cases import (
     DTYPES,
     MASKS,
     RATIOS,
-    SHAPES,
     assert_close,
     cast,
-    every_isa,
+    dtypes_of,
+    every_kernel,
+    every_kernel_backend,
     feed_forward,
-    isa,  # noqa: F401  (fixture)
+    interpreted,
+    kernels,  # noqa: F401  (fixture)
     masked,
-    needs_cpu,
+    moved,
     plugin,
+    shapes_of,
+    skip_unknown,
 )
 from variator_kernels import functional as vf
 
-pytestmark = needs_cpu
 
-
-def compare(op, x, arguments, what, **options):
-    """Runs ``op(x, *arguments)`` on the CPU kernels, plain and in float64; checks the first."""
+def compare(backend, op, x, arguments, what, **options):
+    """Runs ``op(x, *arguments)`` on a backend, plain and in float64; checks the first."""
+    x, arguments = moved(x, backend), moved(tuple(arguments), backend)
+    options = {name: moved(value, backend) for name, value in options.items()}
     wide = [a.double() if isinstance(a, torch.Tensor) else cast(a, torch.double) for a in arguments]
     with torch.no_grad():
         truth = op(x.double(), *wide, backend="reference", **options)
         plain = op(x, *arguments, backend="reference", **options)
-        out = op(x, *arguments, backend="cpu", **options)
+        out = op(x, *arguments, backend=backend, **options)
     assert out.dtype == x.dtype
     assert_close(out, plain, truth, what)
 
 
-@every_isa
+@every_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask_kind", MASKS)
-def test_every_shape(isa, dtype, mask_kind):  # noqa: F811
-    for rows, n, d in SHAPES:
+def test_every_shape(kernels, dtype, mask_kind):  # noqa: F811
+    skip_unknown(dtype, kernels)
+    for rows, n, d in shapes_of(kernels, dtype):
         k = 4 if d != 193 else 8
         x = torch.randn(rows, n, d).to(dtype)
         mask = masked(mask_kind, rows, n)
         p, ffn = plugin(d, k, 8, dtype), feed_forward(d, 40, dtype, "t5")
         where = f"{rows}x{n}x{d}"
-        compare(vf.group_merge, x, p[:2], f"group_merge {where}", mask=mask)
+        compare(kernels, vf.group_merge, x, p[:2], f"group_merge {where}", mask=mask)
         u = torch.randn(rows, -(-n // k), d).to(dtype)
         compare(
+            kernels,
             lambda h, u, *w, **o: vf.adapter_decompress(u, h, *w, **o),
             x,
             (u, *p[2:6]),
@@ -55,41 +63,46 @@ def test_every_shape(isa, dtype, mask_kind):  # noqa: F811
             ratio=k,
             mask=mask,
         )
-        compare(vf.compressed_ffn, x, (p, ffn), f"compressed_ffn {where}", mask=mask)
+        compare(kernels, vf.compressed_ffn, x, (p, ffn), f"compressed_ffn {where}", mask=mask)
 
 
-@every_isa
+@every_kernel
 @pytest.mark.parametrize("k", RATIOS)
-def test_every_ratio(isa, k):  # noqa: F811
+def test_every_ratio(kernels, k):  # noqa: F811
     for dtype in DTYPES[:2]:
         p, ffn = plugin(48, k, 20, dtype), feed_forward(48, 64, dtype, "t5")
         x = torch.randn(3, 75, 48).to(dtype)
         for kind in ("none", "holes"):
-            compare(vf.compressed_ffn, x, (p, ffn), f"{kind} {dtype}", mask=masked(kind, 3, 75))
+            mask = masked(kind, 3, 75)
+            compare(kernels, vf.compressed_ffn, x, (p, ffn), f"{kind} {dtype}", mask=mask)
 
 
-@every_isa
+@every_kernel
 @pytest.mark.parametrize("kind", ["t5", "v1.1", "bert"])
 @pytest.mark.parametrize("activation", ["tanh", "identity"])
-def test_every_kind_of_ffn(isa, kind, activation):  # noqa: F811
-    for dtype in DTYPES:
+def test_every_kind_of_ffn(kernels, kind, activation):  # noqa: F811
+    for dtype in dtypes_of(kernels):
         p, ffn = plugin(40, 3, 5, dtype, activation), feed_forward(40, 56, dtype, kind)
         x = torch.randn(2, 23, 40).to(dtype)
         for mask_kind in ("none", "left"):
             mask = masked(mask_kind, 2, 23)
-            compare(vf.compressed_ffn, x, (p, ffn), f"{kind} {dtype} {mask_kind}", mask=mask)
+            where = f"{kind} {dtype} {mask_kind}"
+            compare(kernels, vf.compressed_ffn, x, (p, ffn), where, mask=mask)
 
 
-@every_isa
-def test_t5_base_size(isa):  # noqa: F811
+@every_kernel
+def test_t5_base_size(kernels):  # noqa: F811
+    d, f = (96, 160) if interpreted(kernels) else (768, 3072)
     for dtype in (torch.float32, torch.bfloat16):
-        p, ffn = plugin(768, 4, 64, dtype), feed_forward(768, 3072, dtype, "t5")
-        x = torch.randn(2, 130, 768).to(dtype)
-        compare(vf.compressed_ffn, x, (p, ffn), str(dtype), mask=masked("right", 2, 130))
+        p, ffn = plugin(d, 4, 64, dtype), feed_forward(d, f, dtype, "t5")
+        x = torch.randn(2, 130, d).to(dtype)
+        compare(kernels, vf.compressed_ffn, x, (p, ffn), str(dtype), mask=masked("right", 2, 130))
 
 
+@every_kernel_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_packed_input_means_the_padded_batch(dtype):
+def test_packed_input_means_the_padded_batch(backend, dtype):
+    skip_unknown(dtype, backend)
     k, d = 4, 24
     lengths = [9, 1, 0, 16, 3]
     cu = torch.tensor([0, *lengths]).cumsum(0).int()
@@ -98,15 +111,18 @@ def test_packed_input_means_the_padded_batch(dtype):
     padded = torch.full((len(lengths), max(lengths), d), float("nan")).to(dtype)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     padded[mask] = packed
-    for backend in ("reference", "cpu"):
+    weights, place = moved((p, ffn), backend), functools.partial(moved, kernels=backend)
+    for name in ("reference", backend):
+        run = functools.partial(vf.compressed_ffn, backend=name)
         with torch.no_grad():
-            a = vf.compressed_ffn(packed, p, ffn, cu_seqlens=cu, backend=backend)
-            b = vf.compressed_ffn(padded, p, ffn, mask=mask, backend=backend)
-            assert torch.equal(a, b[mask]) or torch.allclose(a, b[mask], rtol=1e-2, atol=1e-2)
-    compare(vf.compressed_ffn, packed, (p, ffn), "compressed_ffn", cu_seqlens=cu)
-    compare(vf.group_merge, packed, p[:2], "group_merge", cu_seqlens=cu)
+            a = run(place(packed), *weights, cu_seqlens=place(cu))
+            b = run(place(padded), *weights, mask=place(mask))[place(mask)]
+        assert torch.equal(a, b) or torch.allclose(a, b, rtol=1e-2, atol=1e-2)
+    compare(backend, vf.compressed_ffn, packed, (p, ffn), "compressed_ffn", cu_seqlens=cu)
+    compare(backend, vf.group_merge, packed, p[:2], "group_merge", cu_seqlens=cu)
     u = torch.randn((len(packed) + len(lengths) * (k - 1)) // k, d).to(dtype)
     compare(
+        backend,
         lambda h, u, *w, **o: vf.adapter_decompress(u, h, *w, **o),
         packed,
         (u, *p[2:6]),
@@ -116,38 +132,41 @@ def test_packed_input_means_the_padded_batch(dtype):
     )
 
 
-def test_mixed_dtypes_follow_transformers():
+@every_kernel_backend
+def test_mixed_dtypes_follow_transformers(backend):
     """T5 in fp16 keeps wo in fp32: the sum x + FFN(x) is then fp32."""
     p = plugin(24, 4, 8, torch.float16)
     ffn = feed_forward(24, 40, torch.float16, "t5")
     ffn = ffn._replace(w_out=ffn.w_out.float())
-    x = torch.randn(2, 10, 24, dtype=torch.float16)
+    x, p, ffn = moved((torch.randn(2, 10, 24, dtype=torch.float16), p, ffn), backend)
     with torch.no_grad():
         truth = vf.compressed_ffn(
             x.double(), cast(p, torch.double), cast(ffn, torch.double), backend="reference"
         )
         plain = vf.compressed_ffn(x, p, ffn, backend="reference")
-        out = vf.compressed_ffn(x, p, ffn, backend="cpu")
+        out = vf.compressed_ffn(x, p, ffn, backend=backend)
     assert out.dtype == plain.dtype == torch.float32
     assert_close(out, plain, truth)
 
 
+@every_kernel_backend
 @pytest.mark.parametrize("kind", ["t5", "bert"])
 @pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")])
-def test_a_norm_of_another_dtype(kind, dtypes):
+def test_a_norm_of_another_dtype(backend, kind, dtypes):
     dtype, norm_dtype = (getattr(torch, name) for name in dtypes)
     p, ffn = plugin(24, 4, 8, dtype), feed_forward(24, 40, dtype, kind)
     ffn = ffn._replace(norm_weight=ffn.norm_weight.to(norm_dtype))
     x = torch.randn(3, 19, 24).to(dtype)
     mask = masked("left", 3, 19)
-    compare(vf.compressed_ffn, x, (p, ffn), kind, mask=mask)
+    compare(backend, vf.compressed_ffn, x, (p, ffn), kind, mask=mask)
+    x, p, ffn, mask = moved((x, p, ffn, mask), backend)
     with torch.no_grad():
-        y = vf.compressed_ffn(x, p, ffn, mask=mask, backend="cpu")
+        y = vf.compressed_ffn(x, p, ffn, mask=mask, backend=backend)
     assert torch.equal(y[~mask], x[~mask])
 
 
-@every_isa
-def test_layer_norm_of_a_large_mean(isa):  # noqa: F811
+@every_kernel
+def test_layer_norm_of_a_large_mean(kernels):  # noqa: F811
     p, ffn = plugin(48, 4, 8, torch.float32), feed_forward(48, 64, torch.float32, "bert")
     x = 300 + torch.randn(2, 22, 48)
-    compare(vf.compressed_ffn, x, (p, ffn._replace(post_norm=False)), "offset")
+    compare(kernels, vf.compressed_ffn, x, (p, ffn._replace(post_norm=False)), "offset")

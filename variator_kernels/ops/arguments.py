@@ -52,4 +52,3 @@ def check_decompress(
     require(w1u.shape == (r, d), f"w1u is {list(w1u.shape)}")
     require(b1.shape == (r,), f"b1 is {list(b1.shape)}")
     require(w2.shape == (d, r), f"w2 is {list(w2.shape)}")
-

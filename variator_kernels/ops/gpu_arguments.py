@@ -7,8 +7,8 @@ and nothing needs to be zeroed or copied before. Three forms:
 ``plain``   ``[B, n, d]`` without a mask: all arithmetic, no tensor.
 ``masked``  ``start [B]`` is the row position of the first real token. Slots count from there and
             wrap around at the row's end to the left padding.
-``packed``  ``start``, ``length``, ``span`` ``[launched]``: a group's first token, how many tokens it
-            merges, and how many it owns. Groups behind the last real one own the tokens outside
+``packed``  ``start``, ``length``, ``span`` ``[launched]``: a group's first token, how many tokens
+            it merges, and how many it owns. Groups behind the last real one own the tokens outside
             ``cu_seqlens[0] .. cu_seqlens[-1]`` (they wrap around at the end of the list), which are
             passed through.
 """
@@ -36,7 +36,7 @@ class Groups(NamedTuple):
     """Tokens a row; for packed input all tokens."""
     per_row: int
     """Groups a row; for packed input all groups."""
-    count: int
+    total: int
     """Groups that have a merged vector."""
     launched: int
     """Groups to walk over: packed input has one more that may own tokens."""
@@ -49,9 +49,7 @@ def groups(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, ratio: int
     if cu_seqlens is not None:
         start, length, span = _packed(x.shape[0], cu_seqlens.long(), ratio, per_row + 1)
         n, count = x.shape[0], per_row
-        return Groups(
-            "packed", start, length, span, None, n, per_row, count, per_row + 1, ratio
-        )
+        return Groups("packed", start, length, span, None, n, per_row, count, per_row + 1, ratio)
     rows, n = x.shape[:2]
     count = rows * per_row
     if mask is None:

@@ -13,6 +13,14 @@ from ..triton_kernels.weight_sums import weight_sums_kernel
 from .gpu_arguments import Groups
 
 
+class Sums(NamedTuple):
+    """In fp32: ``b`` ``[r, d]``; ``scores`` ``[k (slot), k (score), d]``; ``a`` ``[d]``."""
+
+    b: Tensor
+    scores: Tensor
+    a: Tensor
+
+
 class Norm(NamedTuple):
     """The norm in front of the merge: its name, weight and bias (or None), eps."""
 
@@ -29,27 +37,30 @@ class Statistics(NamedTuple):
     rstd: Tensor | None = None
 
 
+NO_NORM, NO_STATISTICS = Norm(), Statistics()
+
+
 def weight_sums(
     a: Tensor,
     spans: Groups,
     b: Tensor | None,
     *,
-    norm: Norm = Norm(),
-    statistics: Statistics = Statistics(),
+    norm: Norm = NO_NORM,
+    statistics: Statistics = NO_STATISTICS,
     scores: Tensor | None = None,
     columns: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``Σ b ⊗ norm(a)`` over the tokens of flat ``a [tokens, d]``, ``b [tokens, r]``, in fp32.
+) -> Sums:
+    """``Σ b ⊗ norm(a)`` over the tokens of flat ``a [tokens, d]``, ``b [tokens, r]``.
 
-    Returns ``[r, d]``; for ``scores [groups, K2]`` ``[k (slot), k (score), d]``; and with
-    ``columns`` the sum of ``a``, ``[d]``.
+    Also ``Σ scores ⊗ norm(a)`` for ``scores [groups, K2]``, and with ``columns`` the sum of ``a``;
+    what is not asked for is empty.
     """
     k, d = spans.ratio, a.shape[1]
     k2, r = launch.power_of_2(k), 0 if b is None else b.shape[1]
     case = {"arch": launch.arch(a), "d": d, "k": k, "dtype": launch.name(a.dtype)}
     row = launch.settings("weight_sums", **case)
     across = triton.cdiv(d, row["bd"])
-    tiles = triton.cdiv(spans.count, row["bg"])
+    tiles = triton.cdiv(spans.total, row["bg"])
     shares = max(1, min(tiles, row["programs"] * launch.processors(a) // (across * k)))
     tiles_a_share = triton.cdiv(tiles, shares)
     parts = shares * k
@@ -57,15 +68,15 @@ def weight_sums(
     def part(*shape: int) -> Tensor:
         return a.new_empty(parts, *shape, dtype=torch.float32)
 
-    sum_b, sum_scores = part(r, d), part(k, d) if scores is not None else None
-    sum_a = part(d) if columns else None
+    sum_b, sum_scores = part(r, d), part(k if scores is not None else 0, d)
+    sum_a = part(d if columns else 0)
     weight_sums_kernel[(across, k, shares)](
         a, norm.weight, norm.bias, *statistics, b, scores,
         spans.start, spans.length, spans.span, spans.mask, sum_b, sum_scores, sum_a,
-        spans.count, spans.launched, spans.n, spans.per_row, d, a.stride(0), tiles_a_share,
+        spans.total, spans.launched, spans.n, spans.per_row, d, a.stride(0), tiles_a_share,
         K=k, K2=k2, C=max(16, k2), BG=row["bg"], BD=row["bd"], R=r, R2=launch.power_of_2(r, 16),
-        NORM=norm.name, FORM=spans.form, PRECISION=launch.precision(a.dtype),
+        NORM=norm.name, FORM=spans.form, COLUMNS=columns, PRECISION=launch.precision(a),
         **launch.options(row),
     )  # fmt: skip
-    by_slot = None if sum_scores is None else sum_scores.view(shares, k, k, d).sum(0)
-    return sum_b.sum(0), by_slot, None if sum_a is None else sum_a.sum(0)
+    by_slot = sum_scores.view(shares, k, *sum_scores.shape[1:]).sum(0)
+    return Sums(sum_b.sum(0), by_slot, sum_a.sum(0))

@@ -46,6 +46,7 @@ def adapter_decompress_kernel(
     count, launched, n, per_row, d, w1u_stride, w2_stride, residual_stride,
     K: tl.constexpr, BT: tl.constexpr, BU: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
     R2: tl.constexpr, TANH: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program writes the tokens of BT consecutive slots.
 
@@ -68,7 +69,8 @@ def adapter_decompress_kernel(
     poison = tl.zeros([BT], tl.float32)
     if p_poison is not None:
         poison = 0.0 * tl.load(p_poison + o_g.to(tl.int64) * K, mask=real, other=0.0)
-    for o in range(0, d, BD):
+    # Said here, STAGES pipelines all loads: u and the residual feed no product.
+    for o in tl.range(0, d, BD, num_stages=STAGES):
         o_d = o + tl.arange(0, BD)
         m_d = o_d < d
         p = p_w2 + o_d.to(tl.int64)[None, :] * w2_stride + o_r[:, None]

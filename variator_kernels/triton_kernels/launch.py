@@ -1,8 +1,8 @@
 """Launch settings as data: ``launch.json``, written by ``python -m bench.tune_triton``.
 
-A row has a kernel's name, what it is for (any of ``arch``, ``d``, ``f``, ``k``, ``dtype``) and its
-settings. The row that names most of what a launch is for wins, the later one of equals; a row without
-conditions is the fallback. Nothing is tuned at run time.
+A row has a kernel's name, what it is for (any of ``arch``, ``d``, ``f``, ``k``, ``dtype``,
+``activation``) and its settings. The row that names most of what a launch is for wins, of equals
+later one; a row without conditions is the fallback. Nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -19,10 +19,22 @@ TABLE = Path(__file__).with_name("launch.json")
 INTERPRETER = "interpreter"
 
 
-@functools.cache
-def table() -> tuple[dict[str, Any], ...]:
-    """The rows of the committed table."""
-    return tuple(json.loads(TABLE.read_text()))
+_rows: list[dict[str, Any]] | None = None
+
+
+def table() -> list[dict[str, Any]]:
+    """The rows in use: the committed table's, unless :func:`use` gave others."""
+    global _rows
+    if _rows is None:
+        _rows = json.loads(TABLE.read_text())
+    return _rows
+
+
+def use(rows: list[dict[str, Any]]) -> None:
+    """Other rows from now on, for tuning."""
+    global _rows
+    _rows = rows
+    settings.cache_clear()
 
 
 @functools.cache
@@ -40,7 +52,7 @@ def arch(x: Tensor) -> str:
 
 @functools.cache
 def settings(kernel: str, **case: Any) -> dict[str, Any]:
-    """The settings of ``kernel`` for a case (``arch``, ``d``, ``f``, ``k``, ``dtype``)."""
+    """The settings of ``kernel`` for a case: values by the names above."""
     best: dict[str, Any] = {}
     most = -1
     for row in table():
@@ -64,9 +76,13 @@ def options(row: dict[str, Any]) -> dict[str, int]:
     return {"num_warps": row["warps"], "num_stages": row["stages"]}
 
 
-def precision(dtype: torch.dtype) -> str:
-    """fp32 products in full fp32: TF32 alone would miss the tolerance by far."""
-    return "ieee" if dtype == torch.float32 else "tf32"
+def precision(x: Tensor) -> str:
+    """How products of fp32 are made; of 16-bit types it says nothing.
+
+    NVIDIA's tensor cores take three TF32 products for nearly all of fp32's bits; one alone would
+    miss the tolerance by far, and without them large tiles do not fit into registers.
+    """
+    return "tf32x3" if arch(x).startswith("sm_") else "ieee"
 
 
 def name(dtype: torch.dtype) -> str:

@@ -1,10 +1,10 @@
 """group_merge: scores, softmax, weighted sum and ``W_1h h`` from one look at x in device memory.
 
 A program takes a tile of BG groups by SC slots as the rows of its matrix products. The scores of a
-token need that slot's part of W_c: the tile is multiplied with the parts of all its SC slots and each
-row keeps its own. Where SC covers all slots the program also makes the weighted sum, from rows that
-are still in cache; where k is too large for that, programs write the scores of their slots and
-``weighted_sum_kernel`` finishes.
+token need that slot's part of W_c: the tile is multiplied with the parts of all its SC slots and
+each row keeps its own. Where SC covers all slots the program also makes the weighted sum, from rows
+that are still in cache; where k is too large for that, programs write the scores of their slots
+and ``weighted_sum_kernel`` finishes.
 """
 
 import triton
@@ -20,7 +20,7 @@ def write_merged(
     K: tl.constexpr, K2: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
     NORM: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """Columns ``o .. o+BD-1`` of the merged vectors: the sum over slots, then the norm's vectors."""
+    """Columns ``o .. o+BD-1`` of the merged vectors: sum over slots, then the norm's vectors."""
     o_k = tl.arange(0, K2)
     o_d = o + tl.arange(0, BD)
     b_sum = tl.zeros([BG, BD], tl.float32)

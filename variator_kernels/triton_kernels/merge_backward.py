@@ -95,13 +95,12 @@ def merge_backward_kernel(
     m_c = (o_i < K) & (o_s < K) & (o_c < SC * K2)
     o_slot = o_g.to(tl.int64) * K2
     # ds stands in the columns of its own slot alone.
-    m = real[:, None] & m_c[None, :] & ((o_t % SC)[:, None] == (o_c // K2)[None, :])
-    p = p_d_scores + o_slot[:, None] + o_i[None, :]
-    b_ds = tl.load(p, mask=m, other=0.0).to(dtype)
+    m_own = real[:, None] & m_c[None, :] & ((o_t % SC)[:, None] == (o_c // K2)[None, :])
+    b_ds = tl.load(p_d_scores + o_slot[:, None] + o_i[None, :], mask=m_own, other=0.0).to(dtype)
     b_dp = b_ds
     if R > 0:
-        p = p_d_projected + token[:, None] * R + o_r[None, :]
-        b_dp = tl.load(p, mask=real[:, None] & (o_r < R)[None, :], other=0.0).to(dtype)
+        p_dp = p_d_projected + token[:, None] * R + o_r[None, :]
+        b_dp = tl.load(p_dp, mask=real[:, None] & (o_r < R)[None, :], other=0.0).to(dtype)
     a = tl.load(p_weights + o_g.to(tl.int64) * K + o_j, mask=real, other=0.0)
     p_row = p_x + token * x_stride
     p_gradient = p_d_merged + o_g.to(tl.int64) * d

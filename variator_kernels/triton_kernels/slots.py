@@ -38,16 +38,16 @@ def locate(
 
 
 @triton.jit
-def row_statistics(
-    p_row, m_row, d, eps, BT: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr
-):
+def row_statistics(p_row, m_row, d, eps, BT: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr):
     """Mean (0 for RMS norm) and reciprocal deviation of rows of ``d`` numbers, in fp32."""
     mean = tl.zeros([BT], tl.float32)
     if NORM == "layer":
         for o in range(0, d, BD):
             o_d = o + tl.arange(0, BD)
             m = m_row[:, None] & (o_d < d)[None, :]
-            mean += tl.sum(tl.load(p_row[:, None] + o_d[None, :], mask=m, other=0.0).to(tl.float32), 1)
+            mean += tl.sum(
+                tl.load(p_row[:, None] + o_d[None, :], mask=m, other=0.0).to(tl.float32), 1
+            )
         mean = mean / d
     squares = tl.zeros([BT], tl.float32)
     for o in range(0, d, BD):

@@ -13,7 +13,7 @@ def weight_sums_kernel(
     count, launched, n, per_row, d, a_stride, tiles,
     K: tl.constexpr, K2: tl.constexpr, C: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
     R: tl.constexpr, R2: tl.constexpr, NORM: tl.constexpr, FORM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Columns of one slot over a share of the groups, fp32. A program writes its own part:
 
@@ -54,7 +54,7 @@ def weight_sums_kernel(
             p = p_scores + o_slot[:, None] + o_c[None, :]
             b_s = tl.load(p, mask=m, other=0.0).to(dtype)
             b_scores = tl.dot(tl.trans(b_a), b_s, b_scores, input_precision=PRECISION)
-        if p_sum_a is not None:
+        if COLUMNS:
             b_columns += tl.sum(b_a.to(tl.float32), 0)
     part = (tl.program_id(2) * K + j).to(tl.int64)
     if R > 0:
@@ -63,5 +63,5 @@ def weight_sums_kernel(
     if p_scores is not None:
         p = p_sum_scores + (part * K + o_c[None, :]) * d + o_d[:, None]
         tl.store(p, b_scores, mask=m_d[:, None] & (o_c < K)[None, :])
-    if p_sum_a is not None:
+    if COLUMNS:
         tl.store(p_sum_a + part * d + o_d, b_columns, mask=m_d)

@@ -39,16 +39,18 @@ def run(
     if spans.launched == 0:
         return
     k, d, r = spans.ratio, y.shape[-1], b1.shape[0]
-    row = launch.settings("adapter_decompress", arch=launch.arch(y), d=d, k=k, dtype=launch.name(y.dtype))
+    row = launch.settings(
+        "adapter_decompress", arch=launch.arch(y), d=d, k=k, dtype=launch.name(y.dtype)
+    )
     w1u, w2 = rows_of(w1u), rows_of(w2)
     adapter_decompress_kernel[(triton.cdiv(spans.launched * k, row["bt"]),)](
         u, projected, w1u, b1.contiguous(), w2, b2.contiguous(), residual, poison,
         spans.start, spans.length, spans.span, spans.mask, y,
-        spans.count, spans.launched, spans.n, spans.per_row, d,
+        spans.total, spans.launched, spans.n, spans.per_row, d,
         w1u.stride(0), w2.stride(0), 0 if residual is None else residual.stride(0),
         K=k, BT=row["bt"], BU=groups_a_tile(row["bt"], k), BD=row["bd"], R=r,
         R2=launch.power_of_2(r, 16), TANH=activation == "tanh", FORM=spans.form,
-        PRECISION=launch.precision(y.dtype), **launch.options(row),
+        PRECISION=launch.precision(y), STAGES=row["stages"], **launch.options(row),
     )  # fmt: skip
 
 
@@ -66,7 +68,7 @@ def adapter_decompress(
     activation: str,
 ) -> Tensor:
     spans = groups(projected, mask, cu_seqlens, ratio)
-    check_decompress(u, projected, w1u, b1, w2, spans.count)
+    check_decompress(u, projected, w1u, b1, w2, spans.total)
     require(b2.shape == u.shape[-1:], f"b2 is {list(b2.shape)}")
     shape = (*projected.shape[:-1], u.shape[-1])
     require(residual is None or residual.shape == shape, "residual's shape")
@@ -95,7 +97,7 @@ def adapter_decompress_backward(
     dtype, k = u.dtype, ratio
     r, d = w1u.shape
     spans = groups(projected, mask, cu_seqlens, k)
-    check_decompress(u, projected, w1u, b1, w2, spans.count)
+    check_decompress(u, projected, w1u, b1, w2, spans.total)
     require(dy.shape == (*projected.shape[:-1], d), f"dy is {list(dy.shape)}")
     u = flat(u).contiguous()
     du = torch.empty_like(u)
@@ -109,9 +111,9 @@ def adapter_decompress_backward(
         t = u.new_empty(dy.shape[0], r)
         _inner_gradient(dy, u, spans, activation, projected, w1u, b1, w2, t, d_projected)
         d_group = _group_gradient(dy, spans, d_projected, w1u, du)
-        d_w2, _, d_b2 = weight_sums(dy, spans, t, columns=True)
+        sums = weight_sums(dy, spans, t, columns=True)
     d_w1u = (d_group.to(dtype).t() @ u).to(torch.float32)
-    return du, d_projected, d_w1u, d_group.sum(0), d_w2.t().contiguous(), d_b2
+    return du, d_projected, d_w1u, d_group.sum(0), sums.b.t().contiguous(), sums.a
 
 
 def _inner_gradient(
@@ -134,11 +136,11 @@ def _inner_gradient(
     inner_gradient_kernel[(triton.cdiv(spans.launched * k, row["bt"]),)](
         dy, u, flat(projected.to(torch.float32)).contiguous(), w1u, b1.contiguous(), w2,
         spans.start, spans.length, spans.span, spans.mask, t, d_projected,
-        spans.count, spans.launched, spans.n, spans.per_row, d,
+        spans.total, spans.launched, spans.n, spans.per_row, d,
         dy.stride(0), w1u.stride(0), w2.stride(0),
         K=k, BT=row["bt"], BU=groups_a_tile(row["bt"], k), BD=row["bd"], R=r,
         R2=launch.power_of_2(r, 16), TANH=activation == "tanh", FORM=spans.form,
-        PRECISION=launch.precision(u.dtype), **launch.options(row),
+        PRECISION=launch.precision(u), **launch.options(row),
     )  # fmt: skip
 
 
@@ -149,11 +151,11 @@ def _group_gradient(
     k, (r, d) = spans.ratio, w1u.shape
     case = {"arch": launch.arch(du), "d": d, "k": k, "dtype": launch.name(du.dtype)}
     row = launch.settings("group_gradient", **case)
-    d_group = du.new_empty(spans.count, r, dtype=torch.float32)
-    group_gradient_kernel[(triton.cdiv(spans.count, row["bg"]), triton.cdiv(d, row["bd"]))](
+    d_group = du.new_empty(spans.total, r, dtype=torch.float32)
+    group_gradient_kernel[(triton.cdiv(spans.total, row["bg"]), triton.cdiv(d, row["bd"]))](
         dy, d_projected, w1u, spans.start, spans.length, spans.span, spans.mask, du, d_group,
-        spans.count, spans.launched, spans.n, spans.per_row, d, dy.stride(0), w1u.stride(0),
+        spans.total, spans.launched, spans.n, spans.per_row, d, dy.stride(0), w1u.stride(0),
         K=k, BG=row["bg"], BD=row["bd"], R=r, R2=launch.power_of_2(r, 16), FORM=spans.form,
-        PRECISION=launch.precision(du.dtype), **launch.options(row),
+        PRECISION=launch.precision(du), **launch.options(row),
     )  # fmt: skip
     return d_group

@@ -27,7 +27,7 @@ def compressed_ffn(
         ffn: a :class:`FeedForward`, or anything with a ``feed_forward()`` that returns one.
         mask: ``[B, n]``, nonzero for a real token. Padding passes through unchanged.
         cu_seqlens: int32 or int64 offsets ``[sequences + 1]`` of packed input.
-        backend: ``"auto"``, ``"reference"`` or ``"cpu"``.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
 
     Returns:
         ``y`` of x's shape; its dtype is x's, promoted as ``x + FFN(x)`` would be.

@@ -16,12 +16,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...feed_forward import FeedForward, PluginWeights, activate, products
 from ...triton_kernels import launch
 from ...triton_kernels.linear import linear_kernel
+from ...triton_kernels.row_norm import row_norm_kernel
 from ..adapter_decompress.triton import run as run_decompress
 from ..arguments import flat
-from ..gpu_arguments import dense, groups, rows_of
+from ..gpu_arguments import Groups, dense, groups, rows_of
 from ..group_merge.triton import run as run_merge
-from ..triton_sums import Norm
-from .layered import normalize_real
+from ..triton_sums import NO_NORM, Norm
 
 
 def linear(
@@ -36,7 +36,7 @@ def linear(
     case: dict[str, Any],
 ) -> Tensor:
     """``act(a · wᵀ + bias) [* (a · w_gateᵀ + gate_bias)]``; all of one dtype, ``a [rows, in]``."""
-    row = launch.settings(kernel, **case)
+    row = launch.settings(kernel, activation=activation, **case)
     if row["products"] == "torch":
         out = F.linear(a, w, bias)
         out = out if activation == "none" else activate(out, activation)
@@ -62,7 +62,7 @@ def linear(
         a.stride(0), w.stride(0), 0 if w_gate is None else w_gate.stride(0),
         BM=bm, BN=bn, BK=bk, GROUP=row["group"], ACTIVATION=activation, GATED=w_gate is not None,
         TMA=tma, PERSISTENT=row["persistent"] > 0,
-        PRECISION=launch.precision(a.dtype), **launch.options(row),
+        PRECISION=launch.precision(a), **launch.options(row),
     )  # fmt: skip
     return out
 
@@ -79,9 +79,32 @@ def fused_products(g: Tensor, ffn: FeedForward, k: int) -> Tensor:
     f, d = ffn.w_in.shape
     case = {"arch": launch.arch(g), "d": d, "f": f, "k": k, "dtype": launch.name(g.dtype)}
     inner = linear(
-        "linear_in" if ffn.w_gate is None else "linear_gated", g, ffn.w_in, ffn.b_in, ffn.activation, ffn.w_gate, ffn.b_gate, case=case
+        "linear_in" if ffn.w_gate is None else "linear_gated",
+        g,
+        ffn.w_in,
+        ffn.b_in,
+        ffn.activation,
+        ffn.w_gate,
+        ffn.b_gate,
+        case=case,
     )
     return linear("linear_out", inner, ffn.w_out, ffn.b_out, "none", case=case)
+
+
+def _normalize(y: Tensor, spans: Groups, ffn: FeedForward) -> None:
+    """The norm after the residual: real rows of ``y [tokens, d]``, in place."""
+    k, d = spans.ratio, y.shape[1]
+    case = {"arch": launch.arch(y), "d": d, "k": k, "dtype": launch.name(y.dtype)}
+    row = launch.settings("row_norm", **case)
+    if spans.launched == 0:
+        return
+    row_norm_kernel[(triton.cdiv(spans.launched * k, row["bt"]),)](
+        y, dense(ffn.norm_weight), dense(ffn.norm_bias),
+        spans.start, spans.length, spans.span, spans.mask,
+        spans.launched, spans.n, spans.per_row, d, ffn.eps,
+        K=k, BT=row["bt"], D2=launch.power_of_2(d), NORM=ffn.norm, FORM=spans.form,
+        **launch.options(row),
+    )  # fmt: skip
 
 
 def compressed_ffn(
@@ -98,10 +121,10 @@ def compressed_ffn(
     rows = flat(x)
     y = x.new_empty(x.shape)
     w1u, w1h = plugin.w1.chunk(2, -1)
-    merged = x.new_empty(spans.count, d)
-    weights = x.new_empty(spans.count, k, dtype=torch.float32)
+    merged = x.new_empty(spans.total, d)
+    weights = x.new_empty(spans.total, k, dtype=torch.float32)
     projected = x.new_empty(rows.shape[0], r, dtype=torch.float32)
-    norm = Norm()
+    norm = NO_NORM
     if not ffn.post_norm:
         norm = Norm(ffn.norm, dense(ffn.norm_weight), dense(ffn.norm_bias), ffn.eps)
     with launch.device_of(x):
@@ -114,4 +137,6 @@ def compressed_ffn(
             u, spans, plugin.activation, projected, w1u, plugin.b1, plugin.w2, plugin.b2,
             rows, y.view(-1, d), poison=weights,
         )  # fmt: skip
-    return normalize_real(y, ffn, k, mask, cu_seqlens) if ffn.post_norm else y
+        if ffn.post_norm and ffn.norm != "none":
+            _normalize(y.view(-1, d), spans, ffn)
+    return y

@@ -11,7 +11,7 @@ from ...triton_kernels.merge import group_merge_kernel, weighted_sum_kernel
 from ...triton_kernels.merge_backward import merge_backward_kernel, score_gradient_kernel
 from ..arguments import check_merge, check_merge_backward, flat
 from ..gpu_arguments import Groups, dense, groups, rows_of
-from ..triton_sums import Norm, Statistics, weight_sums
+from ..triton_sums import NO_STATISTICS, Norm, Statistics, weight_sums
 
 # Columns of the score product: a tile holds as many slots as fit.
 SCORE_COLUMNS = 64
@@ -34,7 +34,7 @@ def run(
     projected: Tensor | None,
     weights: Tensor,
 ) -> None:
-    """Merges flat ``x [tokens, d]``: writes ``merged``, ``projected`` and the softmax ``weights``."""
+    """Merges flat ``x [tokens, d]`` to ``merged``, ``projected`` and the softmax ``weights``."""
     if spans.launched == 0:
         return
     k, d = spans.ratio, x.shape[1]
@@ -45,9 +45,9 @@ def run(
     groups_a_tile = max(1, row["bt"] // slots)
     scores = mean = rstd = None
     if parts > 1:
-        scores = x.new_empty(parts, spans.count, k2, dtype=torch.float32)
+        scores = x.new_empty(parts, spans.total, k2, dtype=torch.float32)
         if norm.name != "none":
-            rstd = x.new_empty(spans.count, k2, dtype=torch.float32)
+            rstd = x.new_empty(spans.total, k2, dtype=torch.float32)
             mean = torch.empty_like(rstd) if norm.name == "layer" else None
     weight, r = rows_of(weight), 0 if projection is None else projection.shape[0]
     if projection is not None:
@@ -56,14 +56,15 @@ def run(
         x, weight, bias, projection, norm.weight, norm.bias,
         spans.start, spans.length, spans.span, spans.mask,
         merged, projected, weights, scores, mean, rstd,
-        spans.count, spans.launched, spans.n, spans.per_row, d,
+        spans.total, spans.launched, spans.n, spans.per_row, d,
         x.stride(0), weight.stride(0), 0 if projection is None else projection.stride(0), norm.eps,
         K=k, K2=k2, SC=slots, C=max(16, slots * k2), BG=groups_a_tile,
-        BD=row["bd"], BS=row["bs"], R=r, R2=launch.power_of_2(r, 16), NORM=norm.name, FORM=spans.form,
+        BD=row["bd"], BS=row["bs"], R=r, R2=launch.power_of_2(r, 16),
+        NORM=norm.name, FORM=spans.form,
         # In fp16 the norm's weight times x, not yet normalised, could overflow.
         STATISTICS_FIRST=norm.name == "layer"
         or (norm.name == "rms" and x.dtype == torch.float16),
-        PRECISION=launch.precision(x.dtype), **launch.options(row),
+        PRECISION=launch.precision(x), **launch.options(row),
     )  # fmt: skip
     if parts > 1:
         row = launch.settings("weighted_sum", **case)
@@ -71,7 +72,7 @@ def run(
         weighted_sum_kernel[grid](
             x, bias, norm.weight, norm.bias, spans.start, spans.length, spans.span, spans.mask,
             merged, weights, scores, mean, rstd,
-            spans.count, spans.launched, spans.n, spans.per_row, d, x.stride(0),
+            spans.total, spans.launched, spans.n, spans.per_row, d, x.stride(0),
             K=k, K2=k2, PARTS=parts, BG=row["bg"], BS=row["bs"], NORM=norm.name, FORM=spans.form,
             **launch.options(row),
         )  # fmt: skip
@@ -123,27 +124,31 @@ def group_merge_backward(
     k, d = weights.shape[-1], x.shape[-1]
     r = 0 if projection is None else projection.shape[0]
     spans = groups(x, mask, cu_seqlens, k)
-    check_merge_backward(d_merged, x, weights, weight, spans.count)
+    check_merge_backward(d_merged, x, weights, weight, spans.total)
     vectors = Norm(norm, dense(norm_weight), dense(norm_bias), eps)
     dx = x.new_empty(x.shape)
     if spans.launched == 0:
         wide = x.new_zeros(k * k * d + k + r * d, dtype=torch.float32)
         d_weight, d_bias, d_projection = wide.split([k * k * d, k, r * d])
-        empty = [x.new_zeros(0 if v is None else d, dtype=torch.float32) for v in vectors[1:3]]
-        return dx, d_weight.view(k, k * d), d_bias, d_projection.view(r, d), *empty
+        d_norm_weight, d_norm_bias = (
+            x.new_zeros(0 if v is None else d, dtype=torch.float32) for v in vectors[1:3]
+        )
+        d_weight, d_projection = d_weight.view(k, k * d), d_projection.view(r, d)
+        return dx, d_weight, d_bias, d_projection, d_norm_weight, d_norm_bias
     with launch.device_of(x):
         rows, d_merged = flat(x), d_merged.to(x.dtype).contiguous()
-        d_projected = d_projected.to(torch.float32).contiguous().view(-1, r) if r else None
+        d_rows = d_projected.to(torch.float32).contiguous().view(-1, r) if r else None
         d_scores, statistics = _score_gradient(rows, spans, vectors, weights, d_merged)
         parts = _hidden_gradient(
             rows, spans, vectors, weights, weight, projection,
-            d_merged, d_projected, d_scores, statistics, dx,
+            d_merged, d_rows, d_scores, statistics, dx,
         )  # fmt: skip
-        d_projection, d_weight, _ = weight_sums(
-            rows, spans, d_projected, norm=vectors, statistics=statistics, scores=d_scores
+        sums = weight_sums(
+            rows, spans, d_rows, norm=vectors, statistics=statistics, scores=d_scores
         )
-    d_weight = d_weight.transpose(0, 1).reshape(k, k * d)
-    return dx, d_weight, d_scores.sum(0)[:k], d_projection, *(part.sum(0) for part in parts)
+    d_weight = sums.scores.transpose(0, 1).reshape(k, k * d)
+    d_norm_weight, d_norm_bias = (part.sum(0) for part in parts)
+    return dx, d_weight, d_scores.sum(0)[:k], sums.b, d_norm_weight, d_norm_bias
 
 
 def _score_gradient(
@@ -154,15 +159,15 @@ def _score_gradient(
     k2 = launch.power_of_2(k)
     case = {"arch": launch.arch(x), "d": d, "k": k, "dtype": launch.name(x.dtype)}
     row = launch.settings("score_gradient", **case)
-    d_scores = x.new_empty(spans.count, k2, dtype=torch.float32)
-    statistics = Statistics()
+    d_scores = x.new_empty(spans.total, k2, dtype=torch.float32)
+    statistics = NO_STATISTICS
     if norm.name != "none":
         statistics = Statistics(torch.empty_like(d_scores), torch.empty_like(d_scores))
     groups_a_tile = max(1, row["bt"] // k2)
-    score_gradient_kernel[(triton.cdiv(spans.count, groups_a_tile),)](
+    score_gradient_kernel[(triton.cdiv(spans.total, groups_a_tile),)](
         x, norm.weight, norm.bias, spans.start, spans.length, spans.span, spans.mask,
         weights.contiguous(), d_merged, d_scores, *statistics,
-        spans.count, spans.launched, spans.n, spans.per_row, d, x.stride(0), norm.eps,
+        spans.total, spans.launched, spans.n, spans.per_row, d, x.stride(0), norm.eps,
         K=k, K2=k2, BG=groups_a_tile, BD=row["bd"], NORM=norm.name, FORM=spans.form,
         **launch.options(row),
     )  # fmt: skip
@@ -201,10 +206,10 @@ def _hidden_gradient(
         spans.start, spans.length, spans.span, spans.mask,
         weights.contiguous(), d_merged, d_projected, d_scores, *statistics,
         dx, d_norm_weight, d_norm_bias,
-        spans.count, spans.launched, spans.n, spans.per_row, d,
+        spans.total, spans.launched, spans.n, spans.per_row, d,
         x.stride(0), weight.stride(0), 0 if projection is None else projection.stride(0),
         K=k, K2=k2, SC=slots, C=max(16, slots * k2), BG=groups_a_tile, BD=row["bd"],
         R=r, R2=launch.power_of_2(r, 16), NORM=norm.name, FORM=spans.form,
-        PRECISION=launch.precision(x.dtype), **launch.options(row),
+        PRECISION=launch.precision(x), **launch.options(row),
     )  # fmt: skip
     return d_norm_weight, d_norm_bias

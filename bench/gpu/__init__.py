@@ -1,0 +1,1 @@
+"""What the GPU report measures, and how (``python -m bench.gpu_report``)."""

@@ -1,0 +1,60 @@
+"""What is measured, most wanted first: the report stops starting cases when its time is up."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+DENSE, PLUGIN = ("hf", "hf-compiled"), ("reference", "reference-compiled", "ours")
+EAGER = ("hf", "reference", "ours")
+RATIOS = (2, 4, 8, 16, 32)
+
+
+class Case(NamedTuple):
+    """One table of the report: arms of one sublayer at one size."""
+
+    name: str
+    model: str
+    batch: int
+    length: int
+    ratios: tuple[int, ...]
+    arms: tuple[str, ...] = EAGER
+    backward: bool = False
+
+
+CASES = (
+    Case("target", "t5-base", 32, 512, (4,), (*DENSE, *PLUGIN)),
+    Case("curve", "t5-base", 32, 512, RATIOS),
+    Case("backward", "t5-base", 32, 512, (4,), ("reference", "ours"), backward=True),
+    Case("sizes", "t5-large", 32, 512, (4,)),
+    Case("sizes", "llama-7b", 8, 2048, (2, 4)),
+    Case("sizes", "bert-base", 32, 512, (4,)),
+    Case("small", "t5-base", 1, 128, (4,)),
+    Case("small", "t5-base", 1, 512, (4,)),
+    Case("backward", "t5-base", 32, 512, (2, 8, 16, 32), ("reference", "ours"), backward=True),
+    Case("target", "t5-large", 32, 512, (4,), (*DENSE, *PLUGIN)),
+    Case("target", "llama-7b", 8, 2048, (4,), (*DENSE, *PLUGIN)),
+    Case("target", "bert-base", 32, 512, (4,), (*DENSE, *PLUGIN)),
+    Case("target", "llama-7b", 8, 2048, (2,), (*DENSE, *PLUGIN)),
+)
+
+
+class Target(NamedTuple):
+    """A bound on a ratio within one case: ``ours`` against an arm, or over the floor."""
+
+    what: str
+    case: str
+    arm: str
+    limit: float
+    at_least: bool = True
+
+
+TARGETS = (
+    Target("against Hugging Face's sublayer, eager", "target", "hf", 3.5),
+    Target("against the dense sublayer, max-autotune", "target", "hf-compiled", 2.5),
+    Target("against the eager reference", "target", "reference", 2.2),
+    Target("against the reference, max-autotune", "target", "reference-compiled", 1.5),
+    Target("time over the floor", "target", "floor", 1.4, at_least=False),
+    Target("forward and backward against the eager reference", "backward", "reference", 1.5),
+    Target("peak memory of forward and backward, of the reference's", "backward", "memory", 1.0,
+           at_least=False),
+)  # fmt: skip

@@ -1,0 +1,48 @@
+"""The tuner keeps what is right and fast, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from bench import tune_triton
+from bench.gpu.clock import Clock
+from variator_kernels import backends
+from variator_kernels.triton_kernels import launch
+
+TRITON = next(status for status in backends.status() if status.name == "triton")
+
+
+@pytest.mark.skipif(not TRITON.usable, reason=f"no Triton kernels: {TRITON.detail}")
+def test_tunes(monkeypatch, tmp_path):
+    good = {"bt": 16, "bd": 16, "warps": 4, "stages": 1}
+    bad = {**good, "bd": 24}  # not a power of two
+    monkeypatch.setattr(tune_triton, "CANDIDATES", {"adapter_decompress": [bad, good]})
+    model = tune_triton.MODELS["t5-base"]._replace(d=32, f=48)
+    monkeypatch.setitem(tune_triton.MODELS, "t5-base", model)
+    monkeypatch.setitem(tune_triton.CASES, "t5-base", (1, 16))
+    medians = iter([2.0, 1.0])
+    monkeypatch.setattr(tune_triton, "quartiles", lambda samples: {"median": next(medians)})
+    table, before = tune_triton.Table(), len(launch.table())
+    try:
+        tried = tune_triton.tune("t5-base", 4, table, Clock("cpu"), time.monotonic() + 100, 1)
+        table.write(tmp_path / "launch.json")
+    finally:
+        launch.use(json.loads(launch.TABLE.read_text()))
+    assert [t.get("seconds") for t in tried if "kernel" in t] == [2.0, None, 1.0]
+    rows = json.loads((tmp_path / "launch.json").read_text())
+    assert len(rows) == before + 1 and rows[-1]["settings"] == good
+    assert rows[-1]["case"]["d"] == 32
+
+
+def test_every_row_of_the_table_can_win():
+    for row in launch.table():
+        assert set(row["case"]) <= {"arch", "d", "f", "k", "dtype", "activation"}
+        assert launch.settings(row["kernel"], **row["case"]) == row["settings"]
+
+
+def test_a_kernel_without_a_row_is_an_error():
+    with pytest.raises(LookupError, match="no row for kernel 'unknown'"):
+        launch.settings("unknown")

@@ -1,0 +1,62 @@
+"""Triton's kernels compiled for real GPUs, without one. `make compile-table` compiles all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.common import results
+
+ROOT = Path(__file__).parents[1]
+COMMITTED = ROOT / "bench" / "results" / "compiled" / "triton.json"
+pytest.importorskip("triton", reason="Triton is not installed")
+
+
+def compile_for(arch, folder, *arguments):
+    # A process of its own: in this one the kernels are interpreted.
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.compile_triton", "--output", str(folder)]
+    done = subprocess.run(
+        [*command, "--arch", arch, *arguments],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    return done, json.loads((folder / "triton.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize(
+    "arch, model, ratios",
+    [("sm_90", "t5-base", "4 32"), ("sm_90", "llama-7b", "2"), ("sm_80", "bert-base", "8"),
+     ("gfx942", "t5-base", "4")],
+)  # fmt: skip
+def test_compiles_without_spills(arch, model, ratios, tmp_path):
+    arguments = ("--model", model, "--dtype", "bf16", "--ratio", *ratios.split())
+    done, rows = compile_for(arch, tmp_path, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len({row["kernel"] for row in rows}) >= 8
+
+
+def test_the_committed_table_is_whole_and_clean():
+    from itertools import product
+
+    rows = json.loads(COMMITTED.read_text())["rows"]
+    limit = json.loads(COMMITTED.read_text())["settings"]["shared_limit"]
+    for row in rows:
+        assert row["spills"] == row["stack"] == 0, row
+        assert row["shared"] <= limit[row["arch"]], row
+    models = ("t5-base", "t5-large", "bert-base", "llama-7b")
+    for arch, model, k, dtype in product(
+        ("sm_80", "sm_90", "gfx942"), models, (2, 4, 8, 16, 32), ("bf16", "fp16")
+    ):
+        case = f"{model} k={k} {dtype}"
+        found = {r["kernel"] for r in results.pick(rows, arch=arch) if case in r["cases"]}
+        wanted = 9 if k > 8 else 8
+        assert len(found) >= wanted, f"{arch} {case}: {sorted(found)}"
