@@ -109,6 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
     from bench.gpu import plot, verdicts
     from bench.gpu.cases import CASES
     from bench.gpu.clock import Clock
+    from bench.gpu.kernels import measure_kernels
+    from bench.gpu.kernels import text as kernels_text
     from bench.gpu.measure import measure
     from variator_kernels import backends
 
@@ -119,6 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
         "backends": [status._asdict() for status in backends.status()],
         "steps": [],
         "rows": [],
+        "kernels": [],
         "not_measured": [],
     }
     chosen.output.mkdir(parents=True, exist_ok=True)
@@ -135,13 +138,15 @@ def main(arguments: list[str] | None = None) -> int:
         write()
     clock = Clock("cpu" if dry else "cuda")
     report["ceilings"] = clock.ceilings()
-    triton = next(status for status in backends.status() if status.name == "triton")
-    kernels = "triton" if triton.usable else "reference"
+    usable = tuple(s.name for s in backends.status() if s.usable and s.name in ("triton", "cuda"))
+    kernels = "triton" if "triton" in usable else "reference"
     options: dict[str, Any] = {"rounds": 2 if dry else chosen.rounds, "kernels": kernels}
     for case in CASES:
         if time.monotonic() - began > MEASURE_END:
             report["not_measured"].append({**case._asdict(), "reason": "the time was up"})
             continue
+        if "cuda" in usable:
+            case = case._replace(arms=(*case.arms, "cuda"))
         if dry:
             case, options["model"] = _toy(case)
         print(f"measuring {case.name} {case.model} {case.batch} x {case.length}", flush=True)
@@ -151,13 +156,24 @@ def main(arguments: list[str] | None = None) -> int:
             reason = f"{type(error).__name__}: {error}"[:500]
             report["not_measured"].append({**case._asdict(), "reason": reason})
         write()
+    sizes = {"model": options.get("model"), "rounds": options["rounds"], "backends": usable}
+    for batch, length in ((1, 16),) if dry else ((32, 512), (1, 512)):
+        try:
+            report["kernels"] += measure_kernels(
+                clock, report["ceilings"], batch=batch, length=length, **sizes
+            )
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"[:500]
+            report["not_measured"].append({"name": "kernels", "reason": reason})
     report["verdicts"] = verdicts.verdicts(report["rows"])
     write()
     picture = plot.draw(report, path.with_suffix(".png"))
     print(verdicts.text(report))
+    print(kernels_text(report["kernels"]))
     print(f"written: {path} {picture} ({report['seconds']} s)")
     failed = [step["step"] for step in report["steps"] if step["code"]]
     failed += [row["arm"] for row in report["rows"] if row["status"] != "ok"]
+    failed += [row["kernel"] for row in report["kernels"] if row["status"] != "ok"]
     if failed or report["not_measured"]:
         print(f"incomplete: {failed}, {len(report['not_measured'])} cases not measured")
         return 1

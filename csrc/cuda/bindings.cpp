@@ -71,7 +71,7 @@ void run(cudaError_t (*kernel)(const Params&, cudaStream_t), const char* name, c
 DType dtype_of(int dtype) { return static_cast<DType>(dtype); }
 
 void bind_merge(py::module_& m) {
-    py::class_<MergeParams>(m, "Merge")
+    py::class_<MergeParams>(m, "Merge", py::module_local())
         .def(py::init([](int dtype, const Groups& groups, int64_t d, int64_t r, Address x,
                          int64_t x_stride, const NormParams& norm, Address merge_weight,
                          const Vector& merge_bias, Address projection, int64_t projection_stride,
@@ -93,7 +93,7 @@ void bind_merge(py::module_& m) {
 }
 
 void bind_decompress(py::module_& m) {
-    py::class_<DecompressParams>(m, "Decompress")
+    py::class_<DecompressParams>(m, "Decompress", py::module_local())
         .def(py::init([](int dtype, const Groups& groups, int64_t d, int64_t r, int phi, Address u,
                          Address projected, int64_t projected_columns, Address w1u,
                          int64_t w1u_stride, const Vector& b1, Address w2, const Vector& b2,
@@ -212,6 +212,9 @@ void bind_products(py::module_& m) {
 
 // Sizes that the caller allocates by, and the choices that tests look at.
 void bind_plan(py::module_& m) {
+#if !defined(VARIATOR_EMULATION)
+    m.def("shared_bytes", &shared_bytes);
+#endif
     m.def("multiprocessors", [](int device) {
         DeviceGuard guard(device);
         int count = 0;
@@ -247,10 +250,9 @@ PYBIND11_MODULE(_cuda, m) {
     m.attr("max_ratio") = max_ratio;
     m.attr("max_bottleneck") = max_bottleneck;
 
-    py::class_<Target>(m, "Target").def(py::init([](int device, Address stream) {
-        return Target{device, stream};
-    }));
-    py::class_<Groups>(m, "Groups")
+    py::class_<Target>(m, "Target", py::module_local())
+        .def(py::init([](int device, Address stream) { return Target{device, stream}; }));
+    py::class_<Groups>(m, "Groups", py::module_local())
         .def(py::init([](Address start, Address length, Address span, Address mask, int64_t n,
                          int64_t per_row, int64_t count, int64_t launched, int64_t k) {
                  return Groups{at(start), at(length), at(span), at(mask), n,
@@ -258,11 +260,11 @@ PYBIND11_MODULE(_cuda, m) {
              }),
              py::kw_only(), "start"_a, "length"_a, "span"_a, "mask"_a, "n"_a, "per_row"_a,
              "count"_a, "launched"_a, "k"_a);
-    py::class_<Vector>(m, "Vector").def(py::init([](Address data, bool wide) {
+    py::class_<Vector>(m, "Vector", py::module_local()).def(py::init([](Address data, bool wide) {
         return Vector{at(data), wide};
     }));
-    py::class_<NormParams>(m, "Norm").def(
-        py::init([](int kind, const Vector& weight, const Vector& bias, float eps) {
+    py::class_<NormParams>(m, "Norm", py::module_local())
+        .def(py::init([](int kind, const Vector& weight, const Vector& bias, float eps) {
             return NormParams{static_cast<Norm>(kind), weight, bias, eps};
         }));
     bind_merge(m);

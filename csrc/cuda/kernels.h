@@ -1,6 +1,8 @@
 // The launchers: one a kernel.
 #pragma once
 
+#include <string>
+
 #include "params.h"
 
 #if defined(VARIATOR_EMULATION)
@@ -18,5 +20,8 @@ cudaError_t decompress_backward(const DecompressBackwardParams& p, cudaStream_t 
 cudaError_t outer_sum(const OuterSumParams& p, cudaStream_t stream);
 cudaError_t product(const ProductParams& p, cudaStream_t stream);
 cudaError_t one_launch(const OneLaunchParams& p, cudaStream_t stream);
+
+// Dynamic shared memory of a kernel by name, for a bottleneck of r; -1: no such kernel was built.
+int64_t shared_bytes(const std::string& kernel, int64_t r);
 
 }  // namespace variator::cuda

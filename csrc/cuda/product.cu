@@ -9,31 +9,31 @@
 namespace variator::cuda {
 namespace {
 
-cudaError_t product_sm90(const ProductParams& p, cudaStream_t stream) {
-    int multiprocessors = 0;
-    const cudaError_t error = count_multiprocessors(multiprocessors);
-    if (error != cudaSuccess) return error;
+#if defined(VARIATOR_CUDA_SM90)
+const ProductKernel& hopper_kernel(const ProductParams& p, int multiprocessors) {
     const bool bf16 = p.dtype == DType::bf16;
-    const auto kernel = plan::large_product_tile(p.rows, p.columns, multiprocessors)
-                            ? (bf16 ? large_product_sm90_bf16 : large_product_sm90_f16)
-                            : (bf16 ? small_product_sm90_bf16 : small_product_sm90_f16);
-    return kernel(p, multiprocessors, stream);
+    if (plan::large_product_tile(p.rows, p.columns, multiprocessors))
+        return bf16 ? large_product_sm90_bf16 : large_product_sm90_f16;
+    return bf16 ? small_product_sm90_bf16 : small_product_sm90_f16;
 }
+#endif
 
 }  // namespace
 
 cudaError_t product(const ProductParams& p, cudaStream_t stream) {
     if (p.rows == 0 || p.columns == 0) return cudaSuccess;
-    int device = 0, major = 0;
+    int device = 0, major = 0, multiprocessors = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess)
         error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error == cudaSuccess) error = count_multiprocessors(multiprocessors);
     if (error != cudaSuccess) return error;
 #if defined(VARIATOR_CUDA_SM90)
-    if (major == 9) return product_sm90(p, stream);
+    if (major == 9) return hopper_kernel(p, multiprocessors).run(p, multiprocessors, stream);
 #endif
 #if defined(VARIATOR_CUDA_SM80)
-    return p.dtype == DType::bf16 ? product_sm80_bf16(p, stream) : product_sm80_f16(p, stream);
+    return (p.dtype == DType::bf16 ? product_sm80_bf16 : product_sm80_f16)
+        .run(p, multiprocessors, stream);
 #else
     return cudaErrorNoKernelImageForDevice;
 #endif

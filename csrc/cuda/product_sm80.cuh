@@ -81,7 +81,7 @@ struct ProductSm80 {
         cutlass::arch::OpMultiplyAdd, 1>::GemmKernel;
     using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-    static cudaError_t run(const ProductParams& p, cudaStream_t stream) {
+    static cudaError_t run(const ProductParams& p, int, cudaStream_t stream) {
         const int m = static_cast<int>(p.rows), n = static_cast<int>(p.columns),
                   k = static_cast<int>(p.inner);
         const Matrix matrix{p.columns, cute::_1{}, p.rows * p.columns};

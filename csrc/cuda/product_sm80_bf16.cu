@@ -2,8 +2,8 @@
 
 namespace variator::cuda {
 
-cudaError_t product_sm80_bf16(const ProductParams& p, cudaStream_t stream) {
-    return ProductSm80<cutlass::bfloat16_t>::run(p, stream);
-}
+using Product = ProductSm80<cutlass::bfloat16_t>;
+const ProductKernel product_sm80_bf16{Product::run,
+                                      sizeof(typename Product::Kernel::SharedStorage)};
 
 }  // namespace variator::cuda

@@ -2,8 +2,7 @@
 
 namespace variator::cuda {
 
-cudaError_t product_sm80_f16(const ProductParams& p, cudaStream_t stream) {
-    return ProductSm80<cutlass::half_t>::run(p, stream);
-}
+using Product = ProductSm80<cutlass::half_t>;
+const ProductKernel product_sm80_f16{Product::run, sizeof(typename Product::Kernel::SharedStorage)};
 
 }  // namespace variator::cuda

@@ -2,9 +2,7 @@
 
 namespace variator::cuda {
 
-cudaError_t large_product_sm90_f16(const ProductParams& p, int multiprocessors,
-                                   cudaStream_t stream) {
-    return LargeProductSm90<cutlass::half_t>::run(p, multiprocessors, stream);
-}
+using Product = LargeProductSm90<cutlass::half_t>;
+const ProductKernel large_product_sm90_f16{Product::run, Product::Kernel::SharedStorageSize};
 
 }  // namespace variator::cuda

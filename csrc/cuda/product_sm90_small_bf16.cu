@@ -2,9 +2,7 @@
 
 namespace variator::cuda {
 
-cudaError_t small_product_sm90_bf16(const ProductParams& p, int multiprocessors,
-                                    cudaStream_t stream) {
-    return SmallProductSm90<cutlass::bfloat16_t>::run(p, multiprocessors, stream);
-}
+using Product = SmallProductSm90<cutlass::bfloat16_t>;
+const ProductKernel small_product_sm90_bf16{Product::run, Product::Kernel::SharedStorageSize};
 
 }  // namespace variator::cuda

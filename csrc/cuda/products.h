@@ -7,12 +7,15 @@
 
 namespace variator::cuda {
 
-cudaError_t large_product_sm90_bf16(const ProductParams& p, int multiprocessors, cudaStream_t);
-cudaError_t large_product_sm90_f16(const ProductParams& p, int multiprocessors, cudaStream_t);
-cudaError_t small_product_sm90_bf16(const ProductParams& p, int multiprocessors, cudaStream_t);
-cudaError_t small_product_sm90_f16(const ProductParams& p, int multiprocessors, cudaStream_t);
-cudaError_t product_sm80_bf16(const ProductParams& p, cudaStream_t);
-cudaError_t product_sm80_f16(const ProductParams& p, cudaStream_t);
+// A CUTLASS kernel: its launcher, and the dynamic shared memory it is launched with.
+struct ProductKernel {
+    cudaError_t (*run)(const ProductParams& p, int multiprocessors, cudaStream_t stream);
+    int shared_bytes;
+};
+
+extern const ProductKernel large_product_sm90_bf16, large_product_sm90_f16;  // tile [128, 192]
+extern const ProductKernel small_product_sm90_bf16, small_product_sm90_f16;  // tile [64, 128]
+extern const ProductKernel product_sm80_bf16, product_sm80_f16;              // tile [128, 128]
 
 // Launches a CUTLASS kernel that needs no workspace.
 template <class Gemm, class Arguments>
