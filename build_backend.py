@@ -18,7 +18,7 @@ def switched_on(name: str, default: str = "") -> bool:
 
 
 def find_nvcc() -> str | None:
-    """nvcc by CUDACXX, CUDA_HOME, PATH or the usual folders; None if it is nowhere or not wanted."""
+    """nvcc by CUDACXX, CUDA_HOME, PATH or the usual folders; None if nowhere or not wanted."""
     if not switched_on("VARIATOR_CUDA", "auto"):
         return None
     candidates = [shlex.split(os.environ.get("CUDACXX", "")) or [""]]

@@ -201,7 +201,7 @@ class BuildExtension(build_ext):
                     file=sys.stderr,
                     flush=True,
                 )
-            # Removed, never overwritten: a process may be running it. A leftover is worse than none.
+            # Removed, never overwritten: a process may run it. A leftover is worse than none.
             for earlier in package.glob(f"_{part}*.so"):
                 earlier.unlink()
             if built is not None:

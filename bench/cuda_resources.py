@@ -1,7 +1,7 @@
 """The table of what the CUDA kernels use, from the built extension: ``make cuda-table``.
 
-Registers, stack, shared memory, occupancy and matrix instructions by kernel and architecture, with a
-bottleneck of 64. No GPU is needed, and none of it says how fast a kernel runs. Writes
+Registers, stack, shared memory, occupancy and matrix instructions by kernel and architecture, for
+a bottleneck of 64. No GPU is needed, and none of it says how fast a kernel runs. Writes
 ``csrc/cuda/resources.json`` and ``resources.md``; fails where a kernel spills, keeps a stack, asks
 for too much shared memory or multiplies matrices without its matrix instructions.
 """
@@ -18,6 +18,7 @@ from variator_kernels import backends, extension
 
 OUTPUT = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 HIDDEN = ("symbol", "static_shared", "local")
+TEXT = ("kernel", "variant", "arch")
 COLUMNS = {
     "kernel": "kernel",
     "variant": "dtype, variant",
@@ -48,12 +49,12 @@ def markdown(rows: list[cuda_binary.Row], compiler: str) -> str:
     lines = [
         "# What the CUDA kernels use",
         "",
-        f"Compiled with {compiler}, for a bottleneck of 64; made by `make cuda-table`. The last number "
-        "of a variant is the template's: blocks of columns in registers (merge, one launch), or",
-        "whether the bottleneck is one chunk. None of these kernels ever ran on a GPU.",
+        f"Compiled with {compiler}, for a bottleneck of 64, by `make cuda-table`. The number of a",
+        "variant is the template's: blocks of columns in registers (merge, one launch), or whether",
+        "the bottleneck is one chunk. None of these kernels ever ran on a GPU.",
         "",
         "| " + " | ".join(COLUMNS.values()) + " |",
-        "| " + " | ".join("---" if c in ("kernel", "variant", "arch") else "---:" for c in COLUMNS) + " |",
+        "| " + " | ".join("---" if c in TEXT else "---:" for c in COLUMNS) + " |",
     ]  # fmt: skip
     lines += ["| " + " | ".join(str(row[c]) for c in COLUMNS) + " |" for row in rows]
     return "\n".join(lines) + "\n"

@@ -105,7 +105,8 @@ def count_instructions(module: Path, rows: list[Row]) -> None:
     of = {(row["arch"], row["symbol"]): row for row in rows}
     for row in rows:
         row.update(hgmma=0, hmma=0, calls=0, spills=0)
-    arch, row = "", None
+    arch = ""
+    row: Row | None = None
     names = (
         (r"\bHGMMA\.", "hgmma"), (r"\bHMMA\.", "hmma"), (r"\bCALL\.", "calls"),
         (r"\b(?:LDL|STL)\b", "spills"),

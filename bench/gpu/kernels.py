@@ -83,18 +83,16 @@ def cells(layer: Sublayer, k: int, backends: tuple[str, ...]) -> list[Cell]:
         return (F.linear(inner.to(dtype), ffn.w_out.to(dtype)),)
 
     only_cuda = tuple(name for name in backends if name == "cuda")
-    moved = {
-        "merge": tokens * (d * 2 + r * 4) + groups * d * 2,
-        "products": d * f + groups * (d + f),
-    }
+    # Of the plugin's kernels: x, W_1h h and a vector a group; of a product: its three matrices.
+    plugin_bytes = tokens * (d * 2 + r * 4) + groups * d * 2
+    product_bytes = 2 * (d * f + groups * (d + f))
     return [
-        Cell("group_merge", merged, merge_plain, moved["merge"],
+        Cell("group_merge", merged, merge_plain, plugin_bytes,
              2 * tokens * d * (k + 1 + r), backends),
-        Cell("adapter_decompress", decompressed, decompress_plain, moved["merge"] + tokens * d * 2,
+        Cell("adapter_decompress", decompressed, decompress_plain, plugin_bytes + tokens * d * 2,
              2 * (tokens + groups) * d * r, backends),
-        Cell("product in", first, first_plain, 2 * moved["products"], 2 * groups * d * f, only_cuda),
-        Cell("product out", second, second_plain, 2 * moved["products"], 2 * groups * d * f,
-             only_cuda),
+        Cell("product in", first, first_plain, product_bytes, 2 * groups * d * f, only_cuda),
+        Cell("product out", second, second_plain, product_bytes, 2 * groups * d * f, only_cuda),
     ]  # fmt: skip
 
 

@@ -6,8 +6,8 @@
 #include <string>
 
 #include "kernels.h"
-#include "launch.h"
 #include "plan.h"
+#include "query.h"
 
 namespace py = pybind11;
 using namespace py::literals;

@@ -4,18 +4,12 @@
 #include <cstddef>
 
 #include "device.cuh"
+#include "query.h"
 
 #if !defined(VARIATOR_EMULATION)
 #include <cuda_runtime.h>
 
 namespace variator::cuda {
-
-inline cudaError_t count_multiprocessors(int& count) {
-    int device = 0;
-    const cudaError_t error = cudaGetDevice(&device);
-    if (error != cudaSuccess) return error;
-    return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-}
 
 // How many blocks of a kernel run at once on the current device.
 template <class Kernel>

@@ -2,9 +2,9 @@
 #include <cuda_runtime.h>
 
 #include "kernels.h"
-#include "launch.h"
 #include "plan.h"
 #include "products.h"
+#include "query.h"
 
 namespace variator::cuda {
 namespace {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from tests.gpu.test_triton import SIZES, layer, on_gpu
 from tests.ops.cases import CUDA, GPU, assert_close, cast, masked
 from tests.ops.test_backward import gradients
 from variator_kernels import functional as vf
+from variator_kernels.feed_forward import activate
 from variator_kernels.ops.compressed_ffn import cuda as sublayer
 
 pytestmark = pytest.mark.skipif(not (GPU and CUDA.usable), reason=f"no GPU: {CUDA.detail}")
@@ -37,6 +40,10 @@ def test_real_sizes(way, name, k, dtype):
     assert_close(run(x, p, ffn, mask=mask), plain, truth, f"{name} k={k}")
 
 
+def nothing(x):
+    return x
+
+
 @pytest.mark.parametrize("rows", [1, 40, 128, 129, 4096, 5000])
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -46,9 +53,7 @@ def test_products(rows, activation, dtype, size):
     a, w = (torch.randn(n, size[1], device="cuda").to(dtype) for n in (rows, size[0]))
     w = w * size[1] ** -0.5
     bias, factor = (torch.randn(*s, size[0], device="cuda").to(dtype) for s in ((), (rows,)))
-    act = {"none": lambda v: v, "relu": torch.relu, "silu": torch.nn.functional.silu,
-           "gelu": torch.nn.functional.gelu,
-           "gelu_tanh": lambda v: torch.nn.functional.gelu(v, approximate="tanh")}[activation]  # fmt: skip
+    act = functools.partial(activate, activation=activation) if activation != "none" else nothing
 
     def plain(t, with_bias, with_factor):
         b = bias.to(t) if with_bias else None

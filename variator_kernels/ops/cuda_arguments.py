@@ -60,7 +60,7 @@ def spans_of(spans: Groups) -> Any:
         mask=address(spans.mask),
         n=spans.n,
         per_row=spans.per_row,
-        count=spans.count,
+        count=spans.total,
         launched=spans.launched,
         k=spans.ratio,
     )

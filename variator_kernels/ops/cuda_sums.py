@@ -9,6 +9,8 @@ from .. import extension
 from .cuda_arguments import Norm, address, dtype_code, multiprocessors, spans_of, target
 from .gpu_arguments import Groups
 
+NO_NORM = Norm()
+
 
 def outer_sum(
     left: Tensor,
@@ -19,7 +21,7 @@ def outer_sum(
     left_by_group: bool = False,
     right_by_group: bool = False,
     ones: bool = False,
-    norm: Norm = Norm(),
+    norm: Norm = NO_NORM,
     moments: Tensor | None = None,
 ) -> Tensor:
     """``Σ left[m]ᵀ norm(right[m])`` over the slots m that hold a token: ``[left's columns, d]``.
@@ -33,7 +35,7 @@ def outer_sum(
     """
     columns, d = left.shape[1] + ones, right.shape[1]
     cuda = extension.load("cuda")
-    parts = cuda.outer_parts(spans.count, columns, d, multiprocessors(right))
+    parts = cuda.outer_parts(spans.total, columns, d, multiprocessors(right))
     out = right.new_empty(parts, columns, d, dtype=torch.float32)
     cuda.outer_sum(
         target(right),

@@ -89,7 +89,7 @@ def adapter_decompress(
     activation: str,
 ) -> Tensor:
     spans = groups(projected, mask, cu_seqlens, ratio)
-    check_decompress(u, projected, w1u, b1, w2, spans.count)
+    check_decompress(u, projected, w1u, b1, w2, spans.total)
     require(b2.shape == u.shape[-1:], f"b2 is {list(b2.shape)}")
     shape = (*projected.shape[:-1], u.shape[-1])
     require(residual is None or residual.shape == shape, "residual's shape")
@@ -124,7 +124,7 @@ def adapter_decompress_backward(
     cuda, dtype = extension.load("cuda"), u.dtype
     r, d = w1u.shape
     spans = groups(projected, mask, cu_seqlens, ratio)
-    check_decompress(u, projected, w1u, b1, w2, spans.count)
+    check_decompress(u, projected, w1u, b1, w2, spans.total)
     check_sizes(d, ratio, r)
     require(dy.shape == (*projected.shape[:-1], d), f"dy is {list(dy.shape)}")
     u, dy = aligned(flat(u)), rows_of(flat(dy.to(dtype)))
@@ -134,7 +134,7 @@ def adapter_decompress_backward(
     du = torch.empty_like(u)
     d_projected = projected.new_empty(projected.shape, dtype=torch.float32)
     t = torch.empty_like(projected_rows)
-    d_q = u.new_empty(spans.count, r, dtype=torch.float32)
+    d_q = u.new_empty(spans.total, r, dtype=torch.float32)
     cuda.decompress_backward(
         target(u),
         dtype=dtype_code(dtype),

@@ -32,7 +32,7 @@ ONE_LAUNCH_GROUPS = 1024
 def linear(
     a: Tensor, weight: Tensor, bias: Tensor | None, activation: str, factor: Tensor | None = None
 ) -> Tensor:
-    """``act(a · weightᵀ + bias) [* factor]`` for ``a [rows, in]``, ``weight [out, in]``; one dtype."""
+    """``act(a · weightᵀ + bias) [* factor]``: ``a [rows, in]``, ``weight [out, in]``; one dtype."""
     out = a.new_empty(a.shape[0], weight.shape[0])
     extension.load("cuda").product(
         target(a),
@@ -76,7 +76,7 @@ def compressed_ffn(
     rows = flat(x)
     y = x.new_empty(x.shape)
     w1u, w1h = plugin.w1.chunk(2, -1)
-    merged, u = x.new_empty(spans.count, d), x.new_empty(spans.count, d)
+    merged, u = x.new_empty(spans.total, d), x.new_empty(spans.total, d)
     projected = x.new_empty(rows.shape[0], r, dtype=torch.float32)
     norm = Norm()
     if not ffn.post_norm:
@@ -85,7 +85,7 @@ def compressed_ffn(
     merge = Merge(
         rows, spans, plugin.merge_weight, plugin.merge_bias, norm, w1h, merged, projected, None
     )
-    one_launch = 0 < spans.count <= ONE_LAUNCH_GROUPS and r <= BOTTLENECK_CHUNK
+    one_launch = 0 < spans.total <= ONE_LAUNCH_GROUPS and r <= BOTTLENECK_CHUNK
     if not one_launch:
         merge.run(x)
         inner = linear(merged, cast.w_in, cast.b_in, ffn.activation)

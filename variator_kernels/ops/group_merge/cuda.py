@@ -119,7 +119,7 @@ def group_merge_backward(
     k, d = weights.shape[-1], x.shape[-1]
     r = 0 if projection is None else projection.shape[0]
     spans = groups(x, mask, cu_seqlens, k)
-    check_merge_backward(d_merged, x, weights, weight, spans.count)
+    check_merge_backward(d_merged, x, weights, weight, spans.total)
     check_sizes(d, k, r)
     vectors = norm_of(norm, norm_weight, norm_bias, eps, x.dtype)
     rows, weights = rows_of(flat(x)), aligned(weights)
@@ -128,8 +128,8 @@ def group_merge_backward(
     merge_weight = aligned(weight.detach().to(x.dtype))
     transpose = None if projection is None else pad_columns(projection.t(), x.dtype)
     dx = x.new_empty(x.shape)
-    d_scores = x.new_empty(spans.count, k, dtype=torch.float32)
-    moments = x.new_empty(spans.count, k, 2, dtype=torch.float32)
+    d_scores = x.new_empty(spans.total, k, dtype=torch.float32)
+    moments = x.new_empty(spans.total, k, 2, dtype=torch.float32)
     d_norm_weight, d_norm_bias = (
         x.new_empty(cuda.tiles(spans.launched), 0 if v is None else d, dtype=torch.float32)
         for v in (norm_weight, norm_bias)
