@@ -27,6 +27,8 @@ from .common.triton_compile import SHARED_LIMIT, TARGETS, compile_call
 
 OUTPUT = machine.RESULTS / "compiled"
 RATIOS = (2, 4, 8, 16, 32)
+# Masks and packed input change addresses alone: compiled for one case.
+FORMS, ALL_FORMS = ("plain", "masked", "packed"), ("t5-base", 4, "bf16")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # These multiply no matrices.
 PLAIN_KERNELS = ("weighted_sum_kernel", "score_gradient_kernel", "row_norm_kernel")
@@ -52,7 +54,7 @@ MODELS = {
 }
 
 
-def sublayer(model: Model, k: int, dtype: torch.dtype) -> Callable[[], None]:
+def sublayer(model: Model, k: int, dtype: torch.dtype, form: str = "plain") -> Callable[[], None]:
     """Forward and backward of one sublayer on tensors without memory: every launch there is."""
     rows, n, r, d, f = 32, 512, 64, model.d, model.f
 
@@ -75,14 +77,19 @@ def sublayer(model: Model, k: int, dtype: torch.dtype) -> Callable[[], None]:
             norm_bias=make(d) if model.norm == "layer" else None,
             post_norm=model.post_norm,
         )
-        x = make(rows, n, d)
-        y = ffn.compressed_ffn(x, plugin, described, None, None)
+        x, mask, offsets = make(rows, n, d), None, None
+        if form == "masked":
+            mask = torch.empty(rows, n, dtype=torch.bool, device="meta")
+        if form == "packed":
+            x = x.view(-1, d)
+            offsets = torch.empty(rows + 1, dtype=torch.int32, device="meta")
+        y = ffn.compressed_ffn(x, plugin, described, mask, offsets)
         norm = "none" if model.post_norm else model.norm
         norm_weight = None if model.post_norm else make(d)
         w1u, w1h = plugin.w1.chunk(2, -1)
         merge_weight = plugin.merge_weight
         merged, projected, weights = merge.group_merge(
-            x, merge_weight, plugin.merge_bias, None, None, norm, norm_weight, None, 1e-6, w1h
+            x, merge_weight, plugin.merge_bias, mask, offsets, norm, norm_weight, None, 1e-6, w1h
         )
         merge.group_merge_backward(
             merged,
@@ -90,8 +97,8 @@ def sublayer(model: Model, k: int, dtype: torch.dtype) -> Callable[[], None]:
             x,
             weights,
             merge_weight,
-            None,
-            None,
+            mask,
+            offsets,
             norm,
             norm_weight,
             None,
@@ -99,7 +106,7 @@ def sublayer(model: Model, k: int, dtype: torch.dtype) -> Callable[[], None]:
             w1h,
         )
         decompress.adapter_decompress_backward(
-            y, merged, projected, w1u, plugin.b1, plugin.w2, None, None, k, "tanh"
+            y, merged, projected, w1u, plugin.b1, plugin.w2, mask, offsets, k, "tanh"
         )
 
     return run
@@ -130,12 +137,14 @@ def table(
         for dtype in dtypes:
             for name in models:
                 for k in ratios:
-                    case = f"{name} k={k} {dtype}"
-                    tell(f"{arch} {case}")
-                    for row in compile_call(arch, sublayer(MODELS[name], k, DTYPES[dtype])):
-                        cases = rows.setdefault(tuple(row.items()), {**row, "cases": []})["cases"]
-                        if case not in cases:
-                            cases.append(case)
+                    for form in FORMS if (name, k, dtype) == ALL_FORMS else FORMS[:1]:
+                        case = f"{name} k={k} {dtype}" + (f" {form}" if form != "plain" else "")
+                        tell(f"{arch} {case}")
+                        call = sublayer(MODELS[name], k, DTYPES[dtype], form)
+                        for row in compile_call(arch, call):
+                            of = rows.setdefault(tuple(row.items()), {**row, "cases": []})["cases"]
+                            if case not in of:
+                                of.append(case)
     return list(rows.values())
 
 

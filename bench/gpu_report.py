@@ -22,11 +22,23 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "transformers", "variator-kernels")
-TESTS = ("tests/gpu", "tests/ops/test_forward.py", "tests/ops/test_backward.py",
-         "tests/ops/test_registration.py", "tests/ops/test_robustness.py")  # fmt: skip
+# Each in a process of its own, because most of their time is compilation: path and pytest's -k.
+TESTS = [
+    ("tests/gpu", "real_sizes"),
+    ("tests/gpu", "not real_sizes"),
+    ("tests/ops/test_registration.py", ""),
+    ("tests/ops/test_robustness.py", ""),
+]
+for _path in ("tests/ops/test_forward.py", "tests/ops/test_backward.py"):
+    TESTS += [
+        (_path, "bfloat16"),
+        (_path, "float16 and not bfloat16"),
+        (_path, "every_ratio or many or large"),
+        (_path, "not float16 and not every_ratio and not many and not large"),
+    ]
 RATIOS = (2, 4, 8, 16, 32)
 # Seconds after which tests are stopped and no further case is started.
-TESTS_END, MEASURE_END = 240, 480
+TESTS_END, MEASURE_END = 270, 490
 
 
 def command(name: str, arguments: list[str], limit: float) -> dict[str, Any]:
@@ -50,15 +62,16 @@ def prepare(began: float, arch: str) -> list[dict[str, Any]]:
     python, left = sys.executable, TESTS_END - (time.monotonic() - began)
     pip = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "."]
     compiling = [python, "-m", "bench.compile_triton", "--arch", arch, "--dtype", "bf16"]
-    with ThreadPoolExecutor(12) as pool:
+    with ThreadPoolExecutor(os.cpu_count() or 4) as pool:
         jobs = [pool.submit(command, "install", pip, left)]
         # What the measurements will launch comes from Triton's cache then.
         for k in RATIOS if arch in ("sm_80", "sm_90") else ():
             output = ["--ratio", str(k), "--output", str(ROOT / "build" / f"compiled-{k}")]
             jobs.append(pool.submit(command, f"compile k={k}", [*compiling, *output], left))
-        for path in TESTS:
+        for path, selected in TESTS:
             test = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", path]
-            jobs.append(pool.submit(command, path, test, left))
+            test += ["-k", selected] if selected else []
+            jobs.append(pool.submit(command, f"{path} {selected}".strip(), test, left))
         return [job.result() for job in jobs]
 
 

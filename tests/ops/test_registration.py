@@ -5,11 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.cases import feed_forward, masked, needs_cpu, plugin
+from tests.ops.cases import (
+    every_backend,
+    every_kernel_backend,
+    feed_forward,
+    masked,
+    moved,
+    needs_cpu,
+    plugin,
+)
 from variator_kernels import functional as vf
 from variator_kernels.ops.compressed_ffn import op as ffn_op
 
-pytestmark = needs_cpu
 D, K, R, N = 24, 4, 8, 19
 
 
@@ -22,26 +29,27 @@ def learnable(values):
     return [v.requires_grad_() for v in values]
 
 
-def test_opcheck_group_merge(mask):
+@every_kernel_backend
+def test_opcheck_group_merge(mask, backend):
     p = plugin(D, K, R, torch.float32)
-    x = torch.randn(2, N, D, requires_grad=True)
-    weights = learnable(p[:2])
-    projection = torch.randn(R, D, requires_grad=True)
-    norm = torch.ones(D, requires_grad=True)
-    arguments = (x, *weights, mask, None, "rms", norm, None, 1e-6, projection, "cpu")
+    tensors = (torch.randn(2, N, D), *p[:2], torch.ones(D), torch.randn(R, D))
+    x, *weights, norm, projection = learnable(moved(tensors, backend))
+    mask = moved(mask, backend)
+    arguments = (x, *weights, mask, None, "rms", norm, None, 1e-6, projection, backend)
     torch.library.opcheck(torch.ops.variator.group_merge.default, arguments)
 
 
-def test_opcheck_adapter_decompress(mask):
+@every_kernel_backend
+def test_opcheck_adapter_decompress(mask, backend):
     p = plugin(D, K, R, torch.float32)
-    u = torch.randn(2, -(-N // K), D, requires_grad=True)
-    projected = torch.randn(2, N, R, requires_grad=True)
-    w1u, b1, w2, b2 = learnable([p.w1[:, :D].clone(), p.b1, p.w2, p.b2])
-    residual = torch.randn(2, N, D, requires_grad=True)
-    arguments = (u, projected, w1u, b1, w2, b2, residual, mask, None, K, "tanh", "cpu")
+    adapter = (p.w1[:, :D].clone(), p.b1, p.w2, p.b2)
+    tensors = (torch.randn(2, -(-N // K), D), torch.randn(2, N, R), *adapter, torch.randn(2, N, D))
+    tensors, mask = learnable(moved(tensors, backend)), moved(mask, backend)
+    arguments = (*tensors, mask, None, K, "tanh", backend)
     torch.library.opcheck(torch.ops.variator.adapter_decompress.default, arguments)
 
 
+@needs_cpu
 @pytest.mark.parametrize("kind", ["t5", "v1.1", "bert"])
 def test_opcheck_compressed_ffn(mask, kind):
     p, f = plugin(D, K, R, torch.float32), feed_forward(D, 40, torch.float32, kind)
@@ -54,6 +62,7 @@ def test_opcheck_compressed_ffn(mask, kind):
     torch.library.opcheck(torch.ops.variator.compressed_ffn.default, arguments)
 
 
+@needs_cpu
 def test_the_op_itself_has_the_layered_gradient(mask):
     p, f = plugin(D, K, R, torch.float32), feed_forward(D, 40, torch.float32, "t5")
     learnable(p[:6])
@@ -70,12 +79,12 @@ def test_the_op_itself_has_the_layered_gradient(mask):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@every_backend
 def test_compiles_whole(mask, training, backend):
     p, f = plugin(D, K, R, torch.float32), feed_forward(D, 40, torch.float32, "t5")
+    x, mask, p, f = moved((torch.randn(2, N, D), mask, p, f), backend)
     if training:
-        learnable(p[:6])
-    x = torch.randn(2, N, D, requires_grad=training)
+        learnable([x, *p[:6]])
 
     def layer(x):
         return vf.compressed_ffn(x, p, f, mask=mask, backend=backend)
@@ -89,6 +98,7 @@ def test_compiles_whole(mask, training, backend):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@needs_cpu
 def test_compiles_with_inductor_and_dynamic_shapes():
     p, f = plugin(D, K, R, torch.float32), feed_forward(D, 40, torch.float32, "t5")
 
@@ -103,13 +113,14 @@ def test_compiles_with_inductor_and_dynamic_shapes():
             torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_functional_ops_compile():
+@every_kernel_backend
+def test_functional_ops_compile(backend):
     p = plugin(D, K, R, torch.float32)
-    x, u = torch.randn(2, N, D), torch.randn(2, -(-N // K), D)
+    x, u, p = moved((torch.randn(2, N, D), torch.randn(2, -(-N // K), D), p), backend)
 
     def both(x, u):
-        merged = vf.group_merge(x, *p[:2], backend="cpu")
-        return merged, vf.adapter_decompress(u, x, *p[2:6], ratio=K, backend="cpu")
+        merged = vf.group_merge(x, *p[:2], backend=backend)
+        return merged, vf.adapter_decompress(u, x, *p[2:6], ratio=K, backend=backend)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(x, u), both(x, u), strict=True):

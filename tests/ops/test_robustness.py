@@ -9,7 +9,14 @@ import threading
 import pytest
 import torch
 
-from tests.ops.cases import feed_forward, masked, needs_cpu, plugin
+from tests.ops.cases import (
+    every_kernel_backend,
+    feed_forward,
+    masked,
+    moved,
+    needs_cpu,
+    plugin,
+)
 from variator_kernels import functional as vf
 
 D, K, N = 24, 4, 19
@@ -18,14 +25,17 @@ FFN = feed_forward(D, 40, torch.float32, "t5")
 
 
 def run(x, **options):
+    backend = options.pop("backend", "auto")
+    x, p, ffn = moved((x, P, FFN), backend)
+    options = {name: moved(value, backend) for name, value in options.items()}
     with torch.no_grad():
-        return vf.compressed_ffn(x, P, FFN, backend=options.pop("backend", "auto"), **options)
+        return vf.compressed_ffn(x, p, ffn, backend=backend, **options).cpu()
 
 
-@needs_cpu
-def test_memory_layouts():
+@every_kernel_backend
+def test_memory_layouts(backend):
     x = torch.randn(3, N, D)
-    expected = run(x)
+    expected = run(x, backend=backend)
     wide = torch.randn(3, N, 2 * D)
     wide[..., ::2] = x
     apart = torch.zeros(3, N, D + 5)
@@ -37,13 +47,13 @@ def test_memory_layouts():
         "transposed batch": x.transpose(0, 1).contiguous().transpose(0, 1),
         "misaligned": misaligned,
     }.items():
-        assert torch.equal(run(view), expected), name
+        assert torch.equal(run(view, backend=backend), expected), name
     one_row = x[:1].expand(3, N, D)
-    assert torch.equal(run(one_row), expected[:1].expand(3, N, D))
+    assert torch.equal(run(one_row, backend=backend), expected[:1].expand(3, N, D))
     flat = x.reshape(-1, D)
     big = torch.zeros(1 + flat.shape[0] * 2, D)
     big[1::2] = flat
-    packed = run(big[1::2], cu_seqlens=torch.tensor([0, N, 2 * N, 3 * N]))
+    packed = run(big[1::2], cu_seqlens=torch.tensor([0, N, 2 * N, 3 * N]), backend=backend)
     assert torch.equal(packed, expected.view(-1, D))
 
 
@@ -58,27 +68,29 @@ def test_misaligned_halves(dtype):
         assert torch.equal(a, vf.compressed_ffn(shifted, p, ffn, backend="cpu"))
 
 
-@needs_cpu
+@every_kernel_backend
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_stays_in_its_row(bad):
+def test_nan_stays_in_its_row(backend, bad):
     x = torch.randn(4, N, D)
-    clean = run(x)
+    clean = run(x, backend=backend)
     x[2, 3, 5] = bad
-    y = run(x)
+    y = run(x, backend=backend)
     for row in (0, 1, 3):
         assert torch.equal(y[row], clean[row])
     assert torch.isnan(y[2, :K]).all()
     assert torch.equal(y[2, K:], clean[2, K:])  # not even the row's other groups
 
 
-@needs_cpu
-def test_nan_in_padding_harms_nothing():
+@every_kernel_backend
+def test_nan_in_padding_harms_nothing(backend):
     mask = masked("right", 3, N)
     x = torch.randn(3, N, D)
     poisoned = torch.where(mask[..., None], x, float("nan"))
-    assert torch.equal(run(poisoned, mask=mask)[mask], run(x, mask=mask)[mask])
+    clean = run(x, mask=mask, backend=backend)
+    assert torch.equal(run(poisoned, mask=mask, backend=backend)[mask], clean[mask])
+    poisoned, mask, p, ffn = moved((poisoned, mask, P, FFN), backend)
     poisoned.requires_grad_()
-    loss = vf.compressed_ffn(poisoned, P, FFN, mask=mask, backend="cpu")[mask].sum()
+    loss = vf.compressed_ffn(poisoned, p, ffn, mask=mask, backend=backend)[mask].sum()
     assert torch.isfinite(torch.autograd.grad(loss, poisoned)[0][mask]).all()
 
 
@@ -137,13 +149,35 @@ def test_fork(limit):
     assert done.returncode == 0, done.stderr
 
 
-@needs_cpu
-def test_empty_inputs():
-    assert run(torch.randn(0, N, D)).shape == (0, N, D)
-    assert run(torch.randn(2, 0, D)).shape == (2, 0, D)
-    assert run(torch.randn(0, D), cu_seqlens=torch.tensor([0])).shape == (0, D)
+@every_kernel_backend
+def test_empty_inputs(backend):
+    assert run(torch.randn(0, N, D), backend=backend).shape == (0, N, D)
+    assert run(torch.randn(2, 0, D), backend=backend).shape == (2, 0, D)
+    assert run(torch.randn(0, D), cu_seqlens=torch.tensor([0]), backend=backend).shape == (0, D)
     x = torch.randn(2, N, D)
-    assert torch.equal(run(x, mask=torch.zeros(2, N, dtype=torch.bool)), x)
+    nothing = torch.zeros(2, N, dtype=torch.bool)
+    assert torch.equal(run(x, mask=nothing, backend=backend), x)
+
+
+@every_kernel_backend
+def test_tokens_outside_of_the_offsets_pass_through(backend):
+    x = torch.randn(31, D)
+    for first, last in ((0, 31), (5, 5), (5, 20), (0, 9), (30, 31)):
+        cu = torch.tensor([first, (first + last) // 2, last])
+        y = run(x, cu_seqlens=cu, backend=backend)
+        assert torch.equal(y[:first], x[:first]) and torch.equal(y[last:], x[last:])
+        alone = run(x[first:last], cu_seqlens=cu - first, backend=backend)
+        torch.testing.assert_close(y[first:last], alone)
+
+
+@every_kernel_backend
+def test_gradients_of_empty_inputs_and_of_padding(backend):
+    for shape, mask in (((0, N, D), None), ((2, N, D), torch.zeros(2, N, dtype=torch.bool))):
+        x, mask, p, ffn = moved((torch.randn(*shape), mask, P, FFN), backend)
+        leaves = [t.clone().requires_grad_() for t in (x, *p[:6])]
+        y = vf.compressed_ffn(leaves[0], type(p)(*leaves[1:]), ffn, mask=mask, backend=backend)
+        dx, *others = torch.autograd.grad(y, leaves, torch.ones_like(y))
+        assert torch.equal(dx, torch.ones_like(dx)) and not any(g.any() for g in others)
 
 
 X = torch.randn(2, N, D)
@@ -211,17 +245,18 @@ def test_errors_name_the_argument(message, backend, monkeypatch):
         BAD[message]()
 
 
-@needs_cpu
-def test_the_ops_themselves_refuse_what_does_not_fit():
+@every_kernel_backend
+def test_the_ops_themselves_refuse_what_does_not_fit(backend):
     """They read addresses: a wrong shape must not become a wrong address."""
     op = torch.ops.variator.adapter_decompress
-    projected = torch.randn(2, N, 8)
-    good = (U, projected, P.w1[:, :D], P.b1, P.w2, P.b2, X, None, None, K, "tanh", "cpu")
+    tensors = (U, torch.randn(2, N, 8), P.w1[:, :D], P.b1, P.w2, P.b2, X)
+    good = (*moved(tensors, backend), None, None, K, "tanh", backend)
     assert op(*good).shape == X.shape
     for place, wrong in {0: U[:, 1:], 2: P.w1, 4: P.w2.t(), 5: P.b1, 6: X[:, 1:]}.items():
+        wrong = moved(wrong, backend)
         with pytest.raises(ValueError, match="does not fit"):
             op(*good[:place], wrong, *good[place + 1 :])
-    half = op(*good[:6], X.bfloat16(), *good[7:])
+    half = op(*good[:6], good[6].bfloat16(), *good[7:])
     torch.testing.assert_close(half, op(*good), rtol=2e-2, atol=2e-2)
 
 
