@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ PACKAGES = ("torch", "triton", "transformers", "variator-kernels")
 TESTS = [
     ("tests/gpu", "real_sizes"),
     ("tests/gpu", "not real_sizes"),
+    ("tests/cuda", ""),
     ("tests/ops/test_registration.py", ""),
     ("tests/ops/test_robustness.py", ""),
 ]
@@ -60,6 +62,12 @@ def command(name: str, arguments: list[str], limit: float) -> dict[str, Any]:
 def prepare(began: float, arch: str) -> list[dict[str, Any]]:
     """Install, tests and compilation, beside each other: none of them is timed."""
     python, left = sys.executable, TESTS_END - (time.monotonic() - began)
+    steps = []
+    if shutil.which("nvcc"):
+        # The tests run from this checkout, so its own folder needs the extension, and first.
+        inplace = [python, "setup.py", "build_ext", "--inplace"]
+        steps.append(command("CUDA kernels", inplace, left))
+        left = TESTS_END - (time.monotonic() - began)
     pip = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "."]
     compiling = [python, "-m", "bench.compile_triton", "--arch", arch, "--dtype", "bf16"]
     with ThreadPoolExecutor(os.cpu_count() or 4) as pool:
@@ -72,7 +80,7 @@ def prepare(began: float, arch: str) -> list[dict[str, Any]]:
             test = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", path]
             test += ["-k", selected] if selected else []
             jobs.append(pool.submit(command, f"{path} {selected}".strip(), test, left))
-        return [job.result() for job in jobs]
+        return steps + [job.result() for job in jobs]
 
 
 def describe(dry: bool) -> dict[str, Any]:
