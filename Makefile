@@ -117,7 +117,7 @@ test: lint $(EMULATION)/.stamp
 # pytest captures no file descriptors, or the sanitizers' reports would be lost with the process.
 SANITIZE_BUILD := build/sanitize
 library = $$($(CXX) -print-file-name=lib$(1).so)
-SANITIZED = VARIATOR_CPU_EXTENSION="$$(ls $(CURDIR)/$(SANITIZE_BUILD)/_cpu*.so)" \
+SANITIZED = VARIATOR_CUDA_EXTENSION= VARIATOR_CPU_EXTENSION="$$(ls $(CURDIR)/$(SANITIZE_BUILD)/_cpu*.so)" \
 	LD_PRELOAD="$(call library,asan):$(call library,ubsan):$(call library,stdc++)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 
