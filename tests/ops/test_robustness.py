@@ -162,7 +162,7 @@ def test_empty_inputs(backend):
 @every_kernel_backend
 def test_tokens_outside_of_the_offsets_pass_through(backend):
     x = torch.randn(31, D)
-    for first, last in ((0, 31), (5, 5), (5, 20), (0, 9), (30, 31)):
+    for first, last in ((5, 5), (5, 20), (0, 9)):
         cu = torch.tensor([first, (first + last) // 2, last])
         y = run(x, cu_seqlens=cu, backend=backend)
         assert torch.equal(y[:first], x[:first]) and torch.equal(y[last:], x[last:])
