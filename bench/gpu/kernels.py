@@ -39,7 +39,7 @@ def cells(layer: Sublayer, k: int, backends: tuple[str, ...]) -> list[Cell]:
     x, ffn, p = layer.x, layer.ffn, layer.plugin(k)
     tokens, d, f, r = layer.tokens, layer.model.d, layer.model.f, BOTTLENECK
     w1u, w1h = p.w1.chunk(2, -1)
-    norm = {"norm": ffn.norm, "norm_weight": ffn.norm_weight, "eps": ffn.eps}
+    norm: dict[str, Any] = {"norm": ffn.norm, "norm_weight": ffn.norm_weight, "eps": ffn.eps}
 
     def merge_plain(dtype: torch.dtype) -> Outputs:
         h = normalize(x.to(dtype), ffn.norm, ffn.norm_weight.to(dtype), None, ffn.eps)  # type: ignore[union-attr]

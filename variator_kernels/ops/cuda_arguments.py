@@ -78,10 +78,8 @@ def rows_of(matrix: Tensor) -> Tensor:
     return matrix if fits else aligned(matrix)
 
 
-def as_vector(vector: Tensor | None, dtype: torch.dtype, size: int = 0) -> Tensor | None:
+def as_vector(vector: Tensor, dtype: torch.dtype, size: int = 0) -> Tensor:
     """A bias in fp32 or the storage type ``dtype``, with zeros up to ``size``."""
-    if vector is None:
-        return None
     vector = vector.detach()
     if vector.dtype not in (torch.float32, dtype):
         vector = vector.float()
@@ -111,7 +109,8 @@ class Norm(NamedTuple):
 def norm_of(
     name: str, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> Norm:
-    return Norm(name, as_vector(weight, dtype), as_vector(bias, dtype), eps)
+    weight, bias = (None if v is None else as_vector(v, dtype) for v in (weight, bias))
+    return Norm(name, weight, bias, eps)
 
 
 def chunks(bottleneck: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,9 +55,9 @@ def linear(
 def _cast(ffn: FeedForward, dtype: torch.dtype) -> FeedForward:
     """The products' weights in ``dtype``, as the kernels read them."""
     names = ("w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate")
-    tensors = {name: getattr(ffn, name) for name in names}
+    found: dict[str, Any] = {name: getattr(ffn, name) for name in names}
     return ffn._replace(
-        **{n: aligned(t.detach().to(dtype)) for n, t in tensors.items() if t is not None}
+        **{n: aligned(t.detach().to(dtype)) for n, t in found.items() if t is not None}
     )
 
 

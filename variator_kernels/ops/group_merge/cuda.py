@@ -155,7 +155,7 @@ def group_merge_backward(
         d_norm_weight=0 if norm_weight is None else d_norm_weight.data_ptr(),
         d_norm_bias=0 if norm_bias is None else d_norm_bias.data_ptr(),
     )
-    hidden = {"norm": vectors, "moments": moments}
+    hidden: dict[str, Any] = {"norm": vectors, "moments": moments}
     slots = [
         outer_sum(d_scores, rows, spans, slot=j, left_by_group=True, **hidden) for j in range(k)
     ]
