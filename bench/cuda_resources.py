@@ -17,7 +17,6 @@ from bench.common import cuda_binary
 from variator_kernels import backends, extension
 
 OUTPUT = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-HIDDEN = ("symbol", "static_shared", "local")
 TEXT = ("kernel", "variant", "arch")
 COLUMNS = {
     "kernel": "kernel",
@@ -66,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     rows = [row for row in table() if row["arch"] in cuda_binary.CHIPS]
     compiler = backends.build_info().get("cuda", {}).get("compiler", "nvcc")
-    kept = [{key: value for key, value in row.items() if key not in HIDDEN} for row in rows]
+    kept = [{key: value for key, value in row.items() if key != "symbol"} for row in rows]
     text = json.dumps({"compiler": compiler, "kernels": kept}, indent=1)
     (chosen.output / "resources.json").write_text(text + "\n")
     (chosen.output / "resources.md").write_text(markdown(rows, compiler))

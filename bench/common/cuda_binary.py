@@ -103,8 +103,8 @@ def resources(module: Path) -> list[Row]:
 def count_instructions(module: Path, rows: list[Row]) -> None:
     """Adds to each row how often its machine code has an instruction that matters here."""
     of = {(row["arch"], row["symbol"]): row for row in rows}
-    for row in rows:
-        row.update(hgmma=0, hmma=0, calls=0, spills=0)
+    for each in rows:
+        each.update(hgmma=0, hmma=0, calls=0, spills=0)
     arch = ""
     row: Row | None = None
     names = (

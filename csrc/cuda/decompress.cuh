@@ -16,10 +16,10 @@ struct DecompressTile {
     using E = typename T::Element;
     const DecompressParams& p;
     char* memory;
-    const int64_t first;   // the tile's first group
+    const int first;       // the tile's first group
     const int begin, end;  // column blocks to write
     const Lane at = Lane::here();
-    const int64_t group = first + at.row;
+    const int group = first + at.row;
     const int k = static_cast<int>(p.groups.k);
     float* const q = reinterpret_cast<float*>(memory + sizeof(GroupHalfShared));
     E* const t = reinterpret_cast<E*>(q + p.r * tile_groups);
@@ -55,28 +55,21 @@ struct DecompressTile {
         Expansion<T, one_chunk> expansion{p.w2, p.d, p.r, at, {}};
         const Span span = Span::of_warp(at.warp, begin, end);
         for (int block = span.first; block < span.last; ++block) {
-            const int64_t column = static_cast<int64_t>(block) * block_columns + 8 * at.part;
+            const int column = block * block_columns + 8 * at.part;
             const bool inside = column < p.d;
             expansion.start(block);
-            float shared_by_group[8] = {};  // u + b_2
-            if (inside && group < p.groups.count) {
-                float b2[8];
-                widen<T>(load16(element(p.u, group * p.d + column)), shared_by_group);
-                load8<T>(p.b2, column, 0, b2);
-                VARIATOR_UNROLL
-                for (int i = 0; i < 8; ++i) shared_by_group[i] += b2[i];
-            }
+            const Vec16 u =
+                load16_if(inside && group < p.groups.count, element(p.u, group * p.d + column));
             VARIATOR_UNROLL
             for (int s = 0; s < pass_slots; s += quad) {
                 if (slot + s >= k) break;
-                write_quad(slot + s, s, block, column, inside, expansion, shared_by_group);
+                write_quad(slot + s, s, block, column, inside, expansion, u);
             }
         }
     }
 
-    VARIATOR_DEVICE void write_quad(int slot, int row_slot, int block, int64_t column, bool inside,
-                                    const Expansion<T, one_chunk>& expansion,
-                                    const float (&shared_by_group)[8]) {
+    VARIATOR_DEVICE void write_quad(int slot, int row_slot, int block, int column, bool inside,
+                                    const Expansion<T, one_chunk>& expansion, const Vec16& u) {
         int token[quad];
         bool real[quad];
         Vec16 x[quad];
@@ -95,14 +88,19 @@ struct DecompressTile {
             float acc[4][4] = {};
             const E* low = t + ((row_slot + 2 * pair) * tile_groups + at.row) * stride;
             expansion.add(block, low, low + tile_groups * stride, acc);
+            if (!inside) continue;
+            float common[8], b2[8];  // u + b_2: what a group's tokens share
+            widen<T>(u, common);
+            load8<T>(p.b2, column, 0, b2);
+            VARIATOR_UNROLL
+            for (int c = 0; c < 8; ++c) common[c] += b2[c];
             VARIATOR_UNROLL
             for (int i = 2 * pair; i < 2 * pair + 2; ++i) {
                 if (token[i] < 0) continue;
                 float y[8];
                 widen<T>(x[i], y);
                 VARIATOR_UNROLL
-                for (int c = 0; c < 8; ++c)
-                    y[c] += shared_by_group[c] + acc[c / 2][i % 2 * 2 + c % 2];
+                for (int c = 0; c < 8; ++c) y[c] += common[c] + acc[c / 2][i % 2 * 2 + c % 2];
                 store16(element(p.y, token[i] * p.d + column), real[i] ? narrow<T>(y) : x[i]);
             }
         }
@@ -116,7 +114,9 @@ decompress_kernel(const DecompressParams p, int blocks_a_part) {
     const int blocks = static_cast<int>(ceil_div(p.d, block_columns));
     const int begin = static_cast<int>(block_y()) * blocks_a_part;
     const int end = begin + blocks_a_part < blocks ? begin + blocks_a_part : blocks;
-    DecompressTile<T, one_chunk>{p, shared_memory(), block_x() * tile_groups, begin, end}.run();
+    DecompressTile<T, one_chunk>{p, shared_memory(), static_cast<int>(block_x()) * tile_groups,
+                                 begin, end}
+        .run();
 }
 
 }  // namespace variator::cuda

@@ -27,9 +27,9 @@ struct MergeTile {
 
     const MergeParams& p;
     MergeShared& shared;
-    const int64_t first;  // the tile's first group
+    const int first;  // the tile's first group
     const Lane at = Lane::here();
-    const int64_t group = first + at.row;
+    const int group = first + at.row;
     const int k = static_cast<int>(p.groups.k);
     const Span span = Span::of_warp(at.warp, 0, static_cast<int>(ceil_div(p.d, block_columns)));
 
@@ -153,7 +153,7 @@ struct MergeTile {
                 score[i / 4][i % 4];
         block_sync();
         const int slot = thread_index() % 32;
-        const int64_t mine = first + at.warp;
+        const int mine = first + at.warp;
         const bool exists = slot < k && p.groups.token(mine, slot) >= 0;
         float s = 0;
         VARIATOR_UNROLL
@@ -170,7 +170,7 @@ struct MergeTile {
         const float a = exists ? e / sum : 0.0f;
         shared.weight[slot][at.warp] = a;
         if (p.weights != nullptr && slot < k && mine < p.groups.count)
-            p.weights[mine * k + slot] = a;
+            p.weights[static_cast<int64_t>(mine) * k + slot] = a;
         block_sync();
     }
 
@@ -223,7 +223,7 @@ template <class T, int resident>
 VARIATOR_KERNEL(threads, resident == 4 ? 1 : 2)
 merge_kernel(const MergeParams p) {
     auto& shared = *reinterpret_cast<MergeShared*>(shared_memory());
-    MergeTile<T, resident>{p, shared, block_x() * tile_groups}.run();
+    MergeTile<T, resident>{p, shared, static_cast<int>(block_x()) * tile_groups}.run();
 }
 
 }  // namespace variator::cuda

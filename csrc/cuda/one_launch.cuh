@@ -40,7 +40,7 @@ struct OneLaunch {
         const int64_t tiles = ceil_div(p.merge.groups.launched, tile_groups);
         for (int64_t tile = block_x(); tile < tiles; tile += grid_x()) {
             MergeTile<T, resident>{p.merge, *reinterpret_cast<MergeShared*>(shared_memory()),
-                                   tile * tile_groups}
+                                   static_cast<int>(tile) * tile_groups}
                 .run();
             block_sync();
         }
@@ -137,7 +137,8 @@ struct OneLaunch {
         for (int64_t unit = block_x(); unit < units; unit += grid_x()) {
             const int begin = static_cast<int>(unit % parts) * each;
             const int end = begin + each < blocks ? begin + each : blocks;
-            DecompressTile<T, true>{q, shared_memory(), unit / parts * tile_groups, begin, end}
+            DecompressTile<T, true>{q, shared_memory(),
+                                    static_cast<int>(unit / parts) * tile_groups, begin, end}
                 .run();
             block_sync();
         }

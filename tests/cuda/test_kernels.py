@@ -83,6 +83,23 @@ def test_order_of_threads(cuda, order, way):
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_a_row_depends_on_itself_alone(cuda, monkeypatch, left):
+    """Bit for bit: neither batch mates nor what padding holds can be seen in a row's output."""
+    monkeypatch.setattr(sublayer, "ONE_LAUNCH_GROUPS", 0)
+    p, ffn = plugin(40, 5, 8, BF16), feed_forward(40, 56, BF16, "v1.1")
+    lengths, n = [13, 1, 0, 22], 24
+    x, mask = torch.full((4, n, 40), float("nan")).to(BF16), torch.zeros(4, n, dtype=torch.bool)
+    for i, length in enumerate(lengths):
+        place = slice(n - length, n) if left else slice(0, length)
+        x[i, place], mask[i, place] = torch.randn(length, 40).to(BF16), True
+    y = run(*moved((x, p, ffn), "cuda"), mask=moved(mask, "cuda")).cpu()
+    assert y[~mask].isnan().all()
+    for i in range(4):
+        alone = run(*moved((x[i, mask[i]][None], p, ffn), "cuda")).cpu()
+        assert torch.equal(y[i, mask[i]], alone[0])
+
+
 def test_nan_stays_in_its_group(cuda, way):
     p, ffn = plugin(24, 4, 8, BF16), feed_forward(24, 40, BF16, "t5")
     x = torch.randn(2, 22, 24).to(BF16)

@@ -55,10 +55,11 @@ def linear(
 def _cast(ffn: FeedForward, dtype: torch.dtype) -> FeedForward:
     """The products' weights in ``dtype``, as the kernels read them."""
     names = ("w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate")
-    found: dict[str, Any] = {name: getattr(ffn, name) for name in names}
-    return ffn._replace(
-        **{n: aligned(t.detach().to(dtype)) for n, t in found.items() if t is not None}
-    )
+    found = {name: getattr(ffn, name) for name in names}
+    cast: dict[str, Any] = {
+        name: aligned(t.detach().to(dtype)) for name, t in found.items() if t is not None
+    }
+    return ffn._replace(**cast)
 
 
 def compressed_ffn(
