@@ -119,7 +119,7 @@ SANITIZE_BUILD := build/sanitize
 library = $$($(CXX) -print-file-name=lib$(1).so)
 SANITIZED = VARIATOR_CUDA_EXTENSION= VARIATOR_CPU_EXTENSION="$$(ls $(CURDIR)/$(SANITIZE_BUILD)/_cpu*.so)" \
 	LD_PRELOAD="$(call library,asan):$(call library,ubsan):$(call library,stdc++)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TRITON_INTERPRET=0
 
 sanitize: $(VENV)/.stamp-test
 	@echo "== building with the sanitizers"

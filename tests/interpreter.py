@@ -9,8 +9,11 @@ import torch
 
 
 def enable() -> None:
-    """Kernels run on the CPU from here on; nothing happens where there is a GPU or no Triton."""
-    if torch.cuda.is_available():
+    """Kernels run on the CPU from here on.
+
+    Nothing happens where there is a GPU or no Triton, or TRITON_INTERPRET=0 asks for none.
+    """
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "0":
         return
     os.environ["TRITON_INTERPRET"] = "1"
     try:

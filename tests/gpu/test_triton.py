@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.cases import assert_close, cast, feed_forward, masked, plugin
+from tests.ops.cases import GPU, TRITON, assert_close, cast, feed_forward, masked, plugin
 from tests.ops.test_backward import gradients, leaves
 from variator_kernels import backends
 from variator_kernels import functional as vf
 
+REASON = f"needs a GPU: {TRITON.detail}"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not (GPU and TRITON.usable), reason=REASON)]
 SIZES = {
     "t5-base": (768, 3072, "t5"),
     "bert-base": (768, 3072, "bert"),
