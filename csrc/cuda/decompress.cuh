@@ -88,9 +88,10 @@ struct DecompressTile {
             float acc[4][4] = {};
             const E* low = t + ((row_slot + 2 * pair) * tile_groups + at.row) * stride;
             expansion.add(block, low, low + tile_groups * stride, acc);
+            if (!inside) continue;
             float common[8], b2[8];  // u + b_2: what a group's tokens share
             widen<T>(u, common);
-            load8<T>(inside ? p.b2 : Vector{}, column, 0, b2);
+            load8<T>(p.b2, column, 0, b2);
             VARIATOR_UNROLL
             for (int c = 0; c < 8; ++c) common[c] += b2[c];
             VARIATOR_UNROLL
