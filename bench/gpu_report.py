@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     report["ceilings"] = clock.ceilings()
     usable = tuple(s.name for s in backends.status() if s.usable and s.name in ("triton", "cuda"))
     kernels = "triton" if "triton" in usable else "reference"
-    options: dict[str, Any] = {"rounds": 2 if dry else chosen.rounds, "kernels": kernels}
+    options: dict[str, Any] = {"rounds": 1 if dry else chosen.rounds, "kernels": kernels}
     for case in CASES:
         if time.monotonic() - began > MEASURE_END:
             report["not_measured"].append({**case._asdict(), "reason": "the time was up"})

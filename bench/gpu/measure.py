@@ -140,7 +140,7 @@ def _time(group: dict[str, Row], calls: dict[str, Any], clock: Clock, rounds: in
             replays[arm] = call
     for arm, samples in clock.interleaved(replays, rounds).items():
         group[arm].update(seconds=quartiles(samples), samples=samples)
-    for arm, samples in clock.wall(calls, max(2, rounds // 4)).items():
+    for arm, samples in clock.wall(calls, max(1, rounds // 4)).items():
         group[arm].update(wall=quartiles(samples), wall_samples=samples)
     for arm, call in calls.items():
         group[arm]["memory"] = clock.peak_memory(call)

@@ -24,6 +24,7 @@ def weight_sums_kernel(
     dtype = p_a.dtype.element_ty
     j = tl.program_id(1)
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
+    o_j = tl.zeros([BG], tl.int32) + j
     o_r, o_c = tl.arange(0, R2), tl.arange(0, C)
     m_d = o_d < d
     b_sum = tl.zeros([BD, R2], tl.float32)
@@ -34,7 +35,7 @@ def weight_sums_kernel(
     for tile in range(first, first + tiles):
         o_g = tile * BG + tl.arange(0, BG)
         token, _, real = locate(
-            o_g, j, p_start, p_length, p_span, p_mask, launched, n, per_row, K, FORM
+            o_g, o_j, p_start, p_length, p_span, p_mask, launched, n, per_row, K, FORM
         )
         real = real & (o_g < count)
         o_slot = o_g.to(tl.int64) * K2
