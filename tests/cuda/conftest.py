@@ -7,6 +7,12 @@ import pytest
 from tests.ops.cases import CUDA, GPU
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if GPU and "tests/cuda/" in item.nodeid:
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture
 def cuda():
     """The device that the kernels run on here."""

@@ -14,7 +14,10 @@ from variator_kernels import functional as vf
 from variator_kernels.feed_forward import activate
 from variator_kernels.ops.compressed_ffn import cuda as sublayer
 
-pytestmark = pytest.mark.skipif(not (GPU and CUDA.usable), reason=f"no GPU: {CUDA.detail}")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (GPU and CUDA.usable), reason=f"no GPU: {CUDA.detail}"),
+]
 
 
 @pytest.fixture(params=["one launch", "launches"])
