@@ -1,6 +1,8 @@
 # make bench    the speed-vs-k curve            make test      lint and the whole test suite
 # make lint     the checks alone                make format    reformat the sources
 # make sanitize tests/ops under the sanitizers  make kernels-bench   each kernel alone
+# make emulation      the CUDA kernels' logic as CPU code, for the tests
+# make cuda-table     registers, shared memory and occupancy of the built CUDA kernels
 # make compile-table  the Triton kernels, compiled for GPUs that need not be there
 # make gpu-report     tests and measurements on this machine's GPU, unattended, with PYTHON itself
 # make clean    remove what was built           make distclean       and the environment
@@ -24,13 +26,14 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help bench test lint format sanitize kernels-bench compile-table gpu-report clean distclean
+.PHONY: help bench test lint format sanitize kernels-bench compile-table emulation \
+	cuda-table gpu-report clean distclean
 
 BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
-BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(CSRC)
+BUILD_FILES := pyproject.toml setup.py build_backend.py CMakeLists.txt csrc/cuda/CMakeLists.txt $(CSRC)
 
 # The tools of the build come first, so that the build itself needs no isolation and the versions
 # of constraints.txt hold for it too.
@@ -50,6 +53,8 @@ $(VENV)/.stamp-base: constraints.txt
 	@echo "== installing torch and the build tools (the first time, this takes minutes)"
 	@$(INSTALL) $(TORCH_ARGS) torch
 	@$(INSTALL) setuptools cmake ninja pybind11
+	@$(PY) -c 'import sys, build_backend as b; sys.exit(b.find_nvcc() is None)' || exit 0; \
+	    $(INSTALL) --no-deps nvidia-cutlass
 	@touch $@
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-base $(BUILD_FILES)
@@ -71,6 +76,21 @@ bench: $(VENV)/.stamp-bench
 kernels-bench: $(VENV)/.stamp-test
 	@$(PY) -m pytest bench/kernels --benchmark-only $(BENCH_ARGS)
 
+# tests/emulation.py looks for it there.
+EMULATION := build/emulation
+emulation: $(EMULATION)/.stamp
+$(EMULATION)/.stamp: $(VENV)/.stamp-base csrc/cuda/CMakeLists.txt $(filter csrc/cuda/%,$(CSRC))
+	@echo "== building the emulation of the CUDA kernels"
+	@mkdir -p $(EMULATION)
+	@{ CXX='$(CXX)' $(BIN)/cmake -S csrc/cuda -B $(EMULATION) -G Ninja \
+	    -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DPython_EXECUTABLE=$(PY) \
+	    -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)" -DVARIATOR_CUDA_EMULATION=ON && \
+	    $(BIN)/cmake --build $(EMULATION); } >$(EMULATION)/log 2>&1 || { cat $(EMULATION)/log; exit 1; }
+	@touch $@
+
+cuda-table: $(VENV)/.stamp-test
+	@$(PY) -m bench.cuda_resources
+
 compile-table: $(VENV)/.stamp-test
 	@$(PY) -m bench.compile_triton
 
@@ -88,7 +108,7 @@ format: $(VENV)/.stamp-test
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CSRC)
 
-test: lint
+test: lint $(EMULATION)/.stamp
 	@echo "== pytest"
 	@$(PY) -m pytest $(TEST_ARGS)
 
@@ -97,7 +117,7 @@ test: lint
 # pytest captures no file descriptors, or the sanitizers' reports would be lost with the process.
 SANITIZE_BUILD := build/sanitize
 library = $$($(CXX) -print-file-name=lib$(1).so)
-SANITIZED = VARIATOR_CPU_EXTENSION="$$(ls $(CURDIR)/$(SANITIZE_BUILD)/_cpu*.so)" \
+SANITIZED = VARIATOR_CUDA_EXTENSION= VARIATOR_CPU_EXTENSION="$$(ls $(CURDIR)/$(SANITIZE_BUILD)/_cpu*.so)" \
 	LD_PRELOAD="$(call library,asan):$(call library,ubsan):$(call library,stdc++)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TRITON_INTERPRET=0
 
@@ -115,7 +135,7 @@ sanitize: $(VENV)/.stamp-test
 
 clean:
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
-	@rm -f variator_kernels/_cpu*.so variator_kernels/_build_info.json $(VENV)/.stamp-*
+	@rm -f variator_kernels/_c*.so variator_kernels/_build_info.json $(VENV)/.stamp-*
 
 distclean: clean
 	@rm -rf $(VENV)

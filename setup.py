@@ -1,17 +1,21 @@
-"""Builds the C++ extension with CMake; where that cannot be done, the package is plain Python.
+"""Builds the extensions with CMake; where that cannot be done, the package is plain Python.
 
 What was built, and why something was not, goes to stderr and to variator_kernels/_build_info.json.
 
 VARIATOR_REQUIRE=cpu[,cuda]   a part that could not be built is an error
 VARIATOR_CMAKE_ARGS="..."     more arguments for CMake
 VARIATOR_SANITIZE=1           build with the address and undefined-behaviour sanitizers
+VARIATOR_CUDA=0               leave the CUDA kernels out even where nvcc is
+VARIATOR_CUDA_ARCHS="80;90a"  GPU architectures; default: the local GPU's, else these with PTX
 CXX, CXXFLAGS                 the compiler and its flags, as usual
+CUDACXX, CUDA_HOME            where nvcc is, if not on PATH or below /usr/local
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import shlex
@@ -25,8 +29,11 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+
+from build_backend import find_nvcc, switched_on  # noqa: E402
+
 PARTS = ("cpu", "cuda")
-NO_CUDA = "this version builds no CUDA kernels"
 
 
 class NotBuilt(Exception):
@@ -50,10 +57,6 @@ def missing_parts(required: list[str], info: dict) -> list[str]:
         for part in required
         if not info[part]["built"]
     ]
-
-
-def switched_on(name: str) -> bool:
-    return os.environ.get(name, "").strip().lower() not in ("", "0", "off", "no", "false")
 
 
 def find_compiler(cxx: str) -> str:
@@ -99,8 +102,19 @@ def run_step(step: str, command: list[str], env: dict[str, str]) -> None:
         raise NotBuilt(f"{step} failed: {first_error(done.stdout)}")
 
 
-def build_cpu(work: Path) -> tuple[Path, dict]:
-    """Builds the extension below `work`; returns its path and CMake's report on it."""
+def find_cutlass() -> str:
+    """The folder with CUTLASS's headers: CUTLASS_PATH, or in the package nvidia-cutlass."""
+    folder = os.environ.get("CUTLASS_PATH", "")
+    if not folder:
+        spec = importlib.util.find_spec("cutlass_library")
+        folder = str(Path(spec.origin).parent / "source") if spec and spec.origin else ""
+    if not Path(folder, "include", "cutlass", "cutlass.h").exists():
+        raise NotBuilt("CUTLASS's headers were not found (the package nvidia-cutlass has them)")
+    return folder
+
+
+def build(part: str, source: Path, work: Path, options: list[str]) -> tuple[Path, dict]:
+    """Builds the extension of ``source`` below ``work``; returns its path and CMake's report."""
     if os.name == "nt":
         raise NotBuilt("the extension is not supported on Windows")
     compiler = find_compiler(os.environ.get("CXX", ""))
@@ -112,23 +126,50 @@ def build_cpu(work: Path) -> tuple[Path, dict]:
     except ImportError:
         raise NotBuilt("pybind11 is not installed") from None
 
-    options = [f"-DVARIATOR_SANITIZE={'ON' if switched_on('VARIATOR_SANITIZE') else 'OFF'}"]
-    options += shlex.split(os.environ.get("VARIATOR_CMAKE_ARGS", ""))
     # One folder a configuration, so that a second build compiles only what changed. The tools may
     # lie in a temporary folder (build isolation), so their paths are given anew each time.
-    settings = [compiler, os.environ.get("CXXFLAGS", ""), sys.executable, bool(ninja), *options]
-    folder = work / f"cmake-{hashlib.sha256(repr(settings).encode()).hexdigest()[:12]}"
+    settings = [part, compiler, os.environ.get("CXXFLAGS", ""), sys.executable, bool(ninja)]
+    key = hashlib.sha256(repr([*settings, *options]).encode()).hexdigest()[:12]
+    folder = work / f"cmake-{key}"
     tools = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
     if ninja:
         tools += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     env = {**os.environ, "CXX": compiler}
-    configure = [cmake, "-S", str(ROOT), "-B", str(folder), *tools, *options]
+    configure = [cmake, "-S", str(source), "-B", str(folder), *tools, *options]
     run_step("CMake's configuration", configure, env)
     jobs = str(os.cpu_count() or 1)
     run_step("the compilation", [cmake, "--build", str(folder), "--parallel", jobs], env)
 
     report = json.loads((folder / "build_report.json").read_text())
     return folder / report.pop("file"), report
+
+
+def build_cpu(work: Path) -> tuple[Path, dict]:
+    options = [f"-DVARIATOR_SANITIZE={'ON' if switched_on('VARIATOR_SANITIZE') else 'OFF'}"]
+    options += shlex.split(os.environ.get("VARIATOR_CMAKE_ARGS", ""))
+    return build("cpu", ROOT, work, options)
+
+
+def build_cuda(work: Path) -> tuple[Path, dict]:
+    if not switched_on("VARIATOR_CUDA", "auto"):
+        raise NotBuilt("VARIATOR_CUDA=0")
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise NotBuilt("nvcc was not found (CUDACXX, CUDA_HOME, PATH, /usr/local/cuda*)")
+    archs = os.environ.get("VARIATOR_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";")
+    options = [
+        f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        f"-DVARIATOR_CUTLASS={find_cutlass()}",
+        f"-DVARIATOR_CUDA_ARCHS={archs}",
+    ]
+    return build("cuda", ROOT / "csrc" / "cuda", work, options)
+
+
+BUILDERS = {"cpu": build_cpu, "cuda": build_cuda}
+WITHOUT = {
+    "cpu": "The package will work without them, but slower.",
+    "cuda": "On a GPU the package will use other backends.",
+}
 
 
 class BuildExtension(build_ext):
@@ -142,28 +183,29 @@ class BuildExtension(build_ext):
         package = Path(self.get_ext_fullpath("variator_kernels._cpu")).parent
         package.mkdir(parents=True, exist_ok=True)
 
-        cpu = {"built": False, "reason": "not tried"}
-        info = {"cpu": cpu, "cuda": {"built": False, "reason": NO_CUDA}, "compiler": ""}
-        if missing := missing_parts([part for part in required if part != "cpu"], info):
-            raise CompileError("; ".join(missing))
-        built = None
-        try:
-            built, report = build_cpu(Path(self.get_finalized_command("build").build_base))
-            info["compiler"] = report.pop("compiler")
-            cpu.update(built=True, **report)
-        except NotBuilt as why:
-            cpu["reason"] = str(why)
-            print(
-                f"variator_kernels: the CPU kernels were not built: {why}. The package will work "
-                "without them, but slower. (VARIATOR_REQUIRE=cpu makes this an error.)",
-                file=sys.stderr,
-                flush=True,
-            )
-        # Removed, never overwritten: a process may be running it. One left over is worse than none.
-        for earlier in package.glob("_cpu*.so"):
-            earlier.unlink()
-        if built is not None:
-            shutil.copy2(built, package / built.name)
+        info: dict = {part: {"built": False, "reason": "not tried"} for part in PARTS}
+        info["compiler"] = ""
+        work = Path(self.get_finalized_command("build").build_base)
+        for part in PARTS:
+            built = None
+            try:
+                built, report = BUILDERS[part](work)
+                if part == "cpu":
+                    info["compiler"] = report.pop("compiler")
+                info[part].update(built=True, **report)
+            except NotBuilt as why:
+                info[part]["reason"] = str(why)
+                print(
+                    f"variator_kernels: the {part.upper()} kernels were not built: {why}. "
+                    f"{WITHOUT[part]} (VARIATOR_REQUIRE={part} makes this an error.)",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            # Removed, never overwritten: a process may run it. A leftover is worse than none.
+            for earlier in package.glob(f"_{part}*.so"):
+                earlier.unlink()
+            if built is not None:
+                shutil.copy2(built, package / built.name)
         (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
         if missing := missing_parts(required, info):
             raise CompileError("; ".join(missing))
@@ -182,7 +224,8 @@ class BuildExtension(build_ext):
 
     @staticmethod
     def _written(package: Path) -> list[Path]:
-        return sorted([*package.glob("_cpu*.so"), *package.glob("_build_info.json")])
+        built = [file for part in PARTS for file in package.glob(f"_{part}*.so")]
+        return sorted([*built, *package.glob("_build_info.json")])
 
 
 if __name__ == "__main__":

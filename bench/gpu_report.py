@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ PACKAGES = ("torch", "triton", "transformers", "variator-kernels")
 TESTS = [
     ("tests/gpu", "real_sizes"),
     ("tests/gpu", "not real_sizes"),
+    ("tests/cuda", ""),
     ("tests/ops/test_registration.py", ""),
     ("tests/ops/test_robustness.py", ""),
 ]
@@ -60,6 +62,12 @@ def command(name: str, arguments: list[str], limit: float) -> dict[str, Any]:
 def prepare(began: float, arch: str) -> list[dict[str, Any]]:
     """Install, tests and compilation, beside each other: none of them is timed."""
     python, left = sys.executable, TESTS_END - (time.monotonic() - began)
+    steps = []
+    if shutil.which("nvcc"):
+        # The tests run from this checkout, so its own folder needs the extension, and first.
+        inplace = [python, "setup.py", "build_ext", "--inplace"]
+        steps.append(command("CUDA kernels", inplace, left))
+        left = TESTS_END - (time.monotonic() - began)
     pip = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "."]
     compiling = [python, "-m", "bench.compile_triton", "--arch", arch, "--dtype", "bf16"]
     with ThreadPoolExecutor(os.cpu_count() or 4) as pool:
@@ -72,7 +80,7 @@ def prepare(began: float, arch: str) -> list[dict[str, Any]]:
             test = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", path]
             test += ["-k", selected] if selected else []
             jobs.append(pool.submit(command, f"{path} {selected}".strip(), test, left))
-        return [job.result() for job in jobs]
+        return steps + [job.result() for job in jobs]
 
 
 def describe(dry: bool) -> dict[str, Any]:
@@ -122,6 +130,8 @@ def main(arguments: list[str] | None = None) -> int:
     from bench.gpu import plot, verdicts
     from bench.gpu.cases import CASES
     from bench.gpu.clock import Clock
+    from bench.gpu.kernels import measure_kernels
+    from bench.gpu.kernels import text as kernels_text
     from bench.gpu.measure import measure
     from variator_kernels import backends
 
@@ -132,6 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         "backends": [status._asdict() for status in backends.status()],
         "steps": [],
         "rows": [],
+        "kernels": [],
         "not_measured": [],
     }
     chosen.output.mkdir(parents=True, exist_ok=True)
@@ -148,13 +159,15 @@ def main(arguments: list[str] | None = None) -> int:
         write()
     clock = Clock("cpu" if dry else "cuda")
     report["ceilings"] = clock.ceilings()
-    triton = next(status for status in backends.status() if status.name == "triton")
-    kernels = "triton" if triton.usable else "reference"
+    usable = tuple(s.name for s in backends.status() if s.usable and s.name in ("triton", "cuda"))
+    kernels = "triton" if "triton" in usable else "reference"
     options: dict[str, Any] = {"rounds": 1 if dry else chosen.rounds, "kernels": kernels}
     for case in CASES:
         if time.monotonic() - began > MEASURE_END:
             report["not_measured"].append({**case._asdict(), "reason": "the time was up"})
             continue
+        if "cuda" in usable:
+            case = case._replace(arms=(*case.arms, "cuda"))
         if dry:
             case, options["model"] = _toy(case)
         print(f"measuring {case.name} {case.model} {case.batch} x {case.length}", flush=True)
@@ -164,13 +177,24 @@ def main(arguments: list[str] | None = None) -> int:
             reason = f"{type(error).__name__}: {error}"[:500]
             report["not_measured"].append({**case._asdict(), "reason": reason})
         write()
+    sizes = {"model": options.get("model"), "rounds": options["rounds"], "backends": usable}
+    for batch, length in ((1, 16),) if dry else ((32, 512), (1, 512)):
+        try:
+            report["kernels"] += measure_kernels(
+                clock, report["ceilings"], batch=batch, length=length, **sizes
+            )
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"[:500]
+            report["not_measured"].append({"name": "kernels", "reason": reason})
     report["verdicts"] = verdicts.verdicts(report["rows"])
     write()
     picture = plot.draw(report, path.with_suffix(".png"))
     print(verdicts.text(report))
+    print(kernels_text(report["kernels"]))
     print(f"written: {path} {picture} ({report['seconds']} s)")
     failed = [step["step"] for step in report["steps"] if step["code"]]
     failed += [row["arm"] for row in report["rows"] if row["status"] != "ok"]
+    failed += [row["kernel"] for row in report["kernels"] if row["status"] != "ok"]
     if failed or report["not_measured"]:
         print(f"incomplete: {failed}, {len(report['not_measured'])} cases not measured")
         return 1

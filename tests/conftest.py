@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from tests import interpreter
+from tests import emulation, interpreter
 
 interpreter.enable()
+emulation.enable()
 
 import pytest  # noqa: E402  (nothing may import Triton before)
 import torch  # noqa: E402

@@ -10,8 +10,6 @@ import torch
 
 from . import __version__, backends
 
-LATER = ("cuda",)
-
 
 UNBUILT = (
     "  nothing was recorded: this is a source folder that was not built (an installed package is\n"
@@ -56,7 +54,6 @@ def report() -> str:
         f"  {s.name:<16}{'usable' if s.usable else 'not usable'}: {s.detail}"
         for s in backends.status()
     ]
-    text += [f"  {name:<16}not usable: not part of this version" for name in LATER]
     return "\n".join(text)
 
 

@@ -1,4 +1,4 @@
-"""Which implementation runs an op: ``reference``, ``cpu``, ``triton``; ``cuda`` later."""
+"""Which implementation runs an op: ``reference``, ``cpu``, ``triton``, ``cuda``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from . import extension
+from . import cuda_support, extension
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,7 +51,12 @@ def status() -> list[Status]:
     else:
         found = ", ".join(cpu.available_isas())
         cpu_status = Status("cpu", True, f"instruction set {cpu.active_isa()} (of {found})")
-    return [Status("reference", True, "plain PyTorch, any device"), cpu_status, _triton_status()]
+    return [
+        Status("reference", True, "plain PyTorch, any device"),
+        cpu_status,
+        _triton_status(),
+        _cuda_status(),
+    ]
 
 
 def _triton_status() -> Status:
@@ -70,6 +75,13 @@ def _triton_status() -> Status:
     return Status(
         "triton", True, f"Triton {_TRITON}, {torch.cuda.get_device_name()} ({experience})"
     )
+
+
+def _cuda_status() -> Status:
+    usable, detail = cuda_support.describe()
+    if not proven_on("cuda"):
+        detail += " (compiled, never run on a GPU: 'auto' does not pick it)"
+    return Status("cuda", usable, detail)
 
 
 def build_info() -> dict:
@@ -94,7 +106,8 @@ def resolve(backend: str, x: torch.Tensor) -> str:
         return "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
-    reason = _why_not_cpu(x) if backend == "cpu" else _why_not_triton(x)
+    why_not = {"cpu": _why_not_cpu, "triton": _why_not_triton, "cuda": cuda_support.why_not}
+    reason = why_not[backend](x)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run here: {reason}")
     return backend

@@ -1,4 +1,4 @@
-"""Loads the compiled CPU kernels, once; never fails the import of the package."""
+"""Loads the compiled kernels, once; never fails the import of the package."""
 
 from __future__ import annotations
 
@@ -10,41 +10,43 @@ from typing import Any
 
 import torch  # noqa: F401  (first: the kernels run on torch's own OpenMP threads)
 
-_NAME = "variator_kernels._cpu"
 
-
-def _load() -> tuple[Any, str]:
-    override = os.environ.get("VARIATOR_CPU_EXTENSION")
+def _import(part: str) -> tuple[Any, str]:
+    name, variable = f"variator_kernels._{part}", f"VARIATOR_{part.upper()}_EXTENSION"
+    override = os.environ.get(variable)
     try:
-        module: ModuleType
-        if override:
-            spec = importlib.util.spec_from_file_location(_NAME, override)
-            if spec is None or spec.loader is None:
-                return None, f"VARIATOR_CPU_EXTENSION={override} is not an extension module"
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(_NAME)
+        if not override:
+            return importlib.import_module(name), ""
+        spec = importlib.util.spec_from_file_location(name, override)
+        if spec is None or spec.loader is None:
+            return None, f"{variable}={override} is not an extension module"
+        module: ModuleType = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module, ""
     except ImportError as error:
-        return None, f"the extension {_NAME} is not built or does not load: {error}"
+        return None, f"the extension {name} is not built or does not load: {error}"
+
+
+def _load_cpu() -> tuple[Any, str]:
+    module, why = _import("cpu")
     wanted = os.environ.get("VARIATOR_CPU_ISA")
-    if wanted:
+    if module is not None and wanted:
         try:
             module.set_isa(wanted)
         except ValueError as error:
             return None, f"VARIATOR_CPU_ISA: {error}"
-    return module, ""
+    return module, why
 
 
 # At import, not at first use: torch.compile traces through load().
-_MODULE, _WHY_MISSING = _load()
+_LOADED = {"cpu": _load_cpu(), "cuda": _import("cuda")}
 
 
-def load() -> Any:
-    """The extension module, or None; :func:`why_missing` then says why."""
-    return _MODULE
+def load(part: str = "cpu") -> Any:
+    """The extension module of ``"cpu"`` or ``"cuda"``, or None; :func:`why_missing` says why."""
+    return _LOADED[part][0]
 
 
-def why_missing() -> str:
+def why_missing(part: str = "cpu") -> str:
     """Why :func:`load` gives None; empty if it does not."""
-    return _WHY_MISSING
+    return _LOADED[part][1]

@@ -75,7 +75,7 @@ class Arms:
                     return (dense(layer.x),)
 
             return run
-        backend = self.kernels if arm == "ours" else "reference"
+        backend = {"ours": self.kernels, "cuda": "cuda"}.get(arm, "reference")
         run = self.plugged(backend, layer.x, self.weights, layer.ffn)
         return compiled(run) if arm.endswith("compiled") else run
 

@@ -26,6 +26,16 @@ on_triton = pytest.param(
     ],
 )
 
+# The CUDA kernels on a GPU, else emulated (tests/emulation.py).
+CUDA = next(status for status in backends.status() if status.name == "cuda")
+on_cuda = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.skipif(not CUDA.usable, reason=f"no CUDA kernels: {CUDA.detail}"),
+        *([pytest.mark.gpu] if GPU else []),
+    ],
+)
+
 # (rows, tokens, hidden size): one token, fewer than k, ragged tail, whole groups, no row, no
 # token, a hidden size below, at and beside a vector's width.
 SHAPES = [
@@ -117,7 +127,7 @@ def assert_close(out: Tensor, plain: Tensor, truth: Tensor, what: str = "output"
 
 def dtypes_of(kernels: str) -> list[torch.dtype]:
     """The dtypes a set of kernels knows."""
-    return DTYPES[:3] if kernels == "triton" else DTYPES
+    return {"triton": DTYPES[:3], "cuda": DTYPES[1:3]}.get(kernels, DTYPES)
 
 
 def skip_unknown(dtype: torch.dtype, kernels: str) -> None:
@@ -131,13 +141,18 @@ def interpreted(kernels: str) -> bool:
 
 def shapes_of(kernels: str, dtype: torch.dtype) -> list[tuple[int, int, int]]:
     if not interpreted(kernels):
-        return SHAPES
+        return [(rows, n, hidden_of(kernels, d)) for rows, n, d in SHAPES]
     return INTERPRETED_SHAPES if dtype == torch.float32 else INTERPRETED_SHAPES[:3]
+
+
+def hidden_of(kernels: str, d: int) -> int:
+    """A hidden size that the kernels know, from ``d`` on."""
+    return -(-d // 8) * 8 if kernels == "cuda" else d
 
 
 def moved(values, kernels: str):
     """Tensors, and NamedTuples of them, to where ``kernels`` run."""
-    device = "cuda" if kernels == "triton" and GPU else "cpu"
+    device = "cuda" if kernels in ("triton", "cuda") and GPU else "cpu"
     if isinstance(values, Tensor):
         return values.to(device)
     if isinstance(values, tuple):
@@ -150,10 +165,10 @@ def moved(values, kernels: str):
 def kernels(request):
     """Runs a test on one set of kernels (indirect parameter) and gives its backend's name.
 
-    A set is an instruction set of the CPU's kernels, or ``"triton"``.
+    A set is an instruction set of the CPU's kernels, ``"triton"`` or ``"cuda"``.
     """
-    if request.param == "triton":
-        yield "triton"
+    if request.param in ("triton", "cuda"):
+        yield request.param
         return
     before = CPU.active_isa()
     CPU.set_isa(request.param)
@@ -161,7 +176,7 @@ def kernels(request):
     CPU.set_isa(before)
 
 
-every_kernel = pytest.mark.parametrize("kernels", [*ISAS, on_triton], indirect=True)
+every_kernel = pytest.mark.parametrize("kernels", [*ISAS, on_triton, on_cuda], indirect=True)
 kernel_backends = [pytest.param("cpu", marks=needs_cpu), on_triton]
 every_kernel_backend = pytest.mark.parametrize("backend", kernel_backends)
 every_backend = pytest.mark.parametrize("backend", ["reference", *kernel_backends])

@@ -10,16 +10,19 @@ from tests.ops.cases import (
     MASKS,
     assert_close,
     cast,
+    dtypes_of,
     every_backend,
     every_kernel,
     every_kernel_backend,
     feed_forward,
+    hidden_of,
     interpreted,
     kernels,  # noqa: F401  (fixture)
     masked,
     moved,
     needs_cpu,
     plugin,
+    skip_unknown,
 )
 from variator_kernels import functional as vf
 
@@ -96,6 +99,7 @@ def assert_gradient(out: Tensor, plain: Tensor, truth: Tensor, what: str) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mask_kind", MASKS)
 def test_gradients(kernels, dtype, mask_kind):  # noqa: F811
+    skip_unknown(dtype, kernels)
     cases = [
         (2, 37, 50, 4, "t5"),
         (3, 61, 33, 8, "v1.1"),
@@ -106,6 +110,7 @@ def test_gradients(kernels, dtype, mask_kind):  # noqa: F811
         cases = [(2, 37, 20, 4, "t5"), (1, 35, 33, 8, "v1.1"), *cases[2:]]
         cases = cases if dtype == torch.float32 else cases[:1]
     for rows, n, d, k, kind in cases:
+        d = hidden_of(kernels, d)
         if n < k and dtype != torch.float32:
             continue  # a group or two: their few roundings are no sample to compare
         p, ffn = plugin(d, k, 9, dtype), feed_forward(d, 40, dtype, kind)
@@ -119,15 +124,17 @@ def test_gradients(kernels, dtype, mask_kind):  # noqa: F811
 def test_gradients_of_many_groups(kernels):  # noqa: F811
     """More groups than one chunk holds, more tokens than one block."""
     n = 71 if interpreted(kernels) else 301
-    p, ffn = plugin(40, 2, 12, torch.float32), feed_forward(40, 48, torch.float32, "t5")
-    check(kernels, torch.randn(2, n, 40), p, ffn)
+    dtype = dtypes_of(kernels)[0]
+    p, ffn = plugin(40, 2, 12, dtype), feed_forward(40, 48, dtype, "v1.1")
+    check(kernels, torch.randn(2, n, 40).to(dtype), p, ffn)
 
 
 @every_kernel
 @pytest.mark.parametrize("k", [16, 32])
 def test_gradients_of_large_groups(kernels, k):  # noqa: F811
-    p, ffn = plugin(24, k, 9, torch.float32), feed_forward(24, 40, torch.float32, "bert")
-    check(kernels, torch.randn(2, 70, 24), p, ffn._replace(post_norm=False))
+    dtype = dtypes_of(kernels)[0]
+    p, ffn = plugin(24, k, 9, dtype), feed_forward(24, 40, dtype, "bert")
+    check(kernels, torch.randn(2, 70, 24).to(dtype), p, ffn._replace(post_norm=False))
 
 
 @every_kernel_backend

@@ -1,0 +1,275 @@
+// The Python module: addresses, sizes and strides in, by name. The Python side checks shapes,
+// dtypes and contiguity and owns all memory; every launch goes to the device and stream it names.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "plan.h"
+#include "query.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+using namespace variator::cuda;
+
+namespace {
+
+using Address = uintptr_t;
+
+// An address that converts to whatever pointer a params struct holds.
+struct Pointer {
+    Address address;
+    template <class T>
+    operator T*() const {
+        return reinterpret_cast<T*>(address);
+    }
+};
+
+Pointer at(Address address) { return {address}; }
+
+void check(cudaError_t error, const char* what) {
+    if (error != cudaSuccess)
+        throw std::runtime_error(std::string("CUDA kernel ") + what + ": " +
+                                 cudaGetErrorString(error));
+}
+
+// The device of a call, for its time.
+class DeviceGuard {
+  public:
+#if defined(VARIATOR_EMULATION)
+    explicit DeviceGuard(int) {}
+#else
+    explicit DeviceGuard(int device) {
+        check(cudaGetDevice(&before_), "device");
+        if (device != before_) check(cudaSetDevice(device), "device");
+        changed_ = device != before_;
+    }
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(before_);
+    }
+
+  private:
+    int before_ = 0;
+    bool changed_ = false;
+#endif
+};
+
+struct Target {
+    int device;
+    Address stream;
+};
+
+template <class Params>
+void run(cudaError_t (*kernel)(const Params&, cudaStream_t), const char* name, const Params& p,
+         const Target& target) {
+    py::gil_scoped_release quiet;
+    DeviceGuard guard(target.device);
+    check(kernel(p, at(target.stream)), name);
+}
+
+DType dtype_of(int dtype) { return static_cast<DType>(dtype); }
+
+void bind_merge(py::module_& m) {
+    py::class_<MergeParams>(m, "Merge", py::module_local())
+        .def(py::init([](int dtype, const Groups& groups, int64_t d, int64_t r, Address x,
+                         int64_t x_stride, const NormParams& norm, Address merge_weight,
+                         const Vector& merge_bias, Address projection, int64_t projection_stride,
+                         int64_t projected_columns, Address merged, Address projected,
+                         Address weights) {
+                 MergeParams p{};
+                 p.dtype = dtype_of(dtype), p.groups = groups, p.d = d, p.r = r;
+                 p.x = at(x), p.x_stride = x_stride, p.norm = norm;
+                 p.merge_weight = at(merge_weight), p.merge_bias = merge_bias;
+                 p.projection = at(projection), p.projection_stride = projection_stride;
+                 p.projected_columns = projected_columns;
+                 p.merged = at(merged), p.projected = at(projected), p.weights = at(weights);
+                 return p;
+             }),
+             py::kw_only(), "dtype"_a, "groups"_a, "d"_a, "r"_a, "x"_a, "x_stride"_a, "norm"_a,
+             "merge_weight"_a, "merge_bias"_a, "projection"_a, "projection_stride"_a,
+             "projected_columns"_a, "merged"_a, "projected"_a, "weights"_a)
+        .def("run", [](const MergeParams& p, const Target& to) { run(merge, "merge", p, to); });
+}
+
+void bind_decompress(py::module_& m) {
+    py::class_<DecompressParams>(m, "Decompress", py::module_local())
+        .def(py::init([](int dtype, const Groups& groups, int64_t d, int64_t r, int phi, Address u,
+                         Address projected, int64_t projected_columns, Address w1u,
+                         int64_t w1u_stride, const Vector& b1, Address w2, const Vector& b2,
+                         Address residual, int64_t residual_stride, Address y) {
+                 DecompressParams p{};
+                 p.dtype = dtype_of(dtype), p.groups = groups, p.d = d, p.r = r;
+                 p.phi = static_cast<Phi>(phi), p.u = at(u), p.projected = at(projected);
+                 p.projected_columns = projected_columns;
+                 p.w1u = at(w1u), p.w1u_stride = w1u_stride, p.b1 = b1;
+                 p.w2 = at(w2), p.b2 = b2;
+                 p.residual = at(residual), p.residual_stride = residual_stride, p.y = at(y);
+                 return p;
+             }),
+             py::kw_only(), "dtype"_a, "groups"_a, "d"_a, "r"_a, "phi"_a, "u"_a, "projected"_a,
+             "projected_columns"_a, "w1u"_a, "w1u_stride"_a, "b1"_a, "w2"_a, "b2"_a, "residual"_a,
+             "residual_stride"_a, "y"_a)
+        .def("run", [](const DecompressParams& p, const Target& to) {
+            run(decompress, "decompress", p, to);
+        });
+}
+
+void bind_backward(py::module_& m) {
+    m.def(
+        "merge_backward",
+        [](const Target& to, int dtype, const Groups& groups, int64_t d, int64_t r, Address x,
+           int64_t x_stride, const NormParams& norm, Address weights, Address merge_weight,
+           Address projection_transpose, int64_t projected_columns, Address d_merged,
+           Address d_projected, Address dx, Address d_scores, Address moments,
+           Address d_norm_weight, Address d_norm_bias) {
+            MergeBackwardParams p{};
+            p.dtype = dtype_of(dtype), p.groups = groups, p.d = d, p.r = r;
+            p.x = at(x), p.x_stride = x_stride, p.norm = norm;
+            p.weights = at(weights), p.merge_weight = at(merge_weight);
+            p.projection_transpose = at(projection_transpose);
+            p.projected_columns = projected_columns;
+            p.d_merged = at(d_merged), p.d_projected = at(d_projected), p.dx = at(dx);
+            p.d_scores = at(d_scores), p.moments = at(moments);
+            p.d_norm_weight = at(d_norm_weight), p.d_norm_bias = at(d_norm_bias);
+            run(merge_backward, "merge_backward", p, to);
+        },
+        py::arg("target"), py::kw_only(), "dtype"_a, "groups"_a, "d"_a, "r"_a, "x"_a, "x_stride"_a,
+        "norm"_a, "weights"_a, "merge_weight"_a, "projection_transpose"_a, "projected_columns"_a,
+        "d_merged"_a, "d_projected"_a, "dx"_a, "d_scores"_a, "moments"_a, "d_norm_weight"_a,
+        "d_norm_bias"_a);
+    m.def(
+        "decompress_backward",
+        [](const Target& to, int dtype, const Groups& groups, int64_t d, int64_t r, int phi,
+           Address u, Address projected, int64_t projected_columns, Address w1u, int64_t w1u_stride,
+           Address w1u_transpose, Address w2_transpose, const Vector& b1, Address dy,
+           int64_t dy_stride, Address du, Address d_projected, Address bottleneck, Address d_q) {
+            DecompressBackwardParams p{};
+            p.dtype = dtype_of(dtype), p.groups = groups, p.d = d, p.r = r;
+            p.phi = static_cast<Phi>(phi), p.u = at(u), p.projected = at(projected);
+            p.projected_columns = projected_columns, p.w1u = at(w1u), p.w1u_stride = w1u_stride;
+            p.w1u_transpose = at(w1u_transpose), p.w2_transpose = at(w2_transpose);
+            p.b1 = b1, p.dy = at(dy), p.dy_stride = dy_stride, p.du = at(du);
+            p.d_projected = at(d_projected), p.bottleneck = at(bottleneck), p.d_q = at(d_q);
+            run(decompress_backward, "decompress_backward", p, to);
+        },
+        py::arg("target"), py::kw_only(), "dtype"_a, "groups"_a, "d"_a, "r"_a, "phi"_a, "u"_a,
+        "projected"_a, "projected_columns"_a, "w1u"_a, "w1u_stride"_a, "w1u_transpose"_a,
+        "w2_transpose"_a, "b1"_a, "dy"_a, "dy_stride"_a, "du"_a, "d_projected"_a, "bottleneck"_a,
+        "d_q"_a);
+    m.def(
+        "outer_sum",
+        [](const Target& to, int dtype, const Groups& groups, int64_t slot, bool left_by_group,
+           bool right_by_group, Address left, int64_t left_stride, int64_t left_columns,
+           Address right, int64_t right_stride, int64_t d, const NormParams& norm, Address moments,
+           int64_t parts, Address out, int64_t out_stride) {
+            OuterSumParams p{};
+            p.dtype = dtype_of(dtype), p.groups = groups, p.slot = slot;
+            p.left_by_group = left_by_group, p.right_by_group = right_by_group;
+            p.left = at(left), p.left_stride = left_stride, p.left_columns = left_columns;
+            p.right = at(right), p.right_stride = right_stride, p.d = d;
+            p.norm = norm, p.moments = at(moments);
+            p.parts = parts, p.out = at(out), p.out_stride = out_stride;
+            run(outer_sum, "outer_sum", p, to);
+        },
+        py::arg("target"), py::kw_only(), "dtype"_a, "groups"_a, "slot"_a, "left_by_group"_a,
+        "right_by_group"_a, "left"_a, "left_stride"_a, "left_columns"_a, "right"_a,
+        "right_stride"_a, "d"_a, "norm"_a, "moments"_a, "parts"_a, "out"_a, "out_stride"_a);
+}
+
+void bind_products(py::module_& m) {
+    m.def(
+        "product",
+        [](const Target& to, int dtype, int64_t rows, int64_t columns, int64_t inner, Address a,
+           Address weight, Address bias, int activation, Address factor, Address out) {
+            const ProductParams p{
+                dtype_of(dtype), rows,       columns,  inner,
+                at(a),           at(weight), at(bias), static_cast<Activation>(activation),
+                at(factor),      at(out)};
+            run(product, "product", p, to);
+        },
+        py::arg("target"), py::kw_only(), "dtype"_a, "rows"_a, "columns"_a, "inner"_a, "a"_a,
+        "weight"_a, "bias"_a, "activation"_a, "factor"_a, "out"_a);
+    m.def(
+        "one_launch",
+        [](const Target& to, const MergeParams& merge, const DecompressParams& decompress,
+           int64_t f, Address w_in, Address w_gate, Address w_out, Address b_in, Address b_gate,
+           Address b_out, int activation, Address inner, Address partial, int64_t splits, Address u,
+           int64_t blocks_a_part) {
+            OneLaunchParams p{};
+            p.merge = merge, p.decompress = decompress, p.f = f;
+            p.w_in = at(w_in), p.w_gate = at(w_gate), p.w_out = at(w_out);
+            p.b_in = at(b_in), p.b_gate = at(b_gate), p.b_out = at(b_out);
+            p.activation = static_cast<Activation>(activation);
+            p.inner = at(inner), p.partial = at(partial), p.splits = splits;
+            p.u = at(u), p.blocks_a_part = blocks_a_part;
+            run(one_launch, "one_launch", p, to);
+        },
+        py::arg("target"), py::arg("merge"), py::arg("decompress"), py::kw_only(), "f"_a, "w_in"_a,
+        "w_gate"_a, "w_out"_a, "b_in"_a, "b_gate"_a, "b_out"_a, "activation"_a, "inner"_a,
+        "partial"_a, "splits"_a, "u"_a, "blocks_a_part"_a);
+}
+
+// Sizes that the caller allocates by, and the choices that tests look at.
+void bind_plan(py::module_& m) {
+#if !defined(VARIATOR_EMULATION)
+    m.def("shared_bytes", &shared_bytes);
+#endif
+    m.def("multiprocessors", [](int device) {
+        DeviceGuard guard(device);
+        int count = 0;
+        check(count_multiprocessors(count), "device");
+        return count;
+    });
+    m.def("tiles", &plan::tiles);
+    m.def("resident_blocks", &plan::resident_blocks);
+    m.def("blocks_a_part", &plan::blocks_a_part);
+    m.def("splits", &plan::splits);
+    m.def("one_launch_blocks", &plan::one_launch_blocks);
+    m.def("outer_parts", &plan::outer_parts);
+    m.def("large_product_tile", &plan::large_product_tile);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+#if defined(VARIATOR_EMULATION)
+    m.attr("emulated") = true;
+#else
+    m.attr("emulated") = false;
+    m.attr("architectures") = VARIATOR_CUDA_ARCHITECTURES;
+    m.def("driver_version", [] {
+        int version = 0;
+        return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+    });
+    m.def("runtime_version", [] {
+        int version = 0;
+        return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
+    });
+#endif
+    m.attr("max_ratio") = max_ratio;
+    m.attr("max_bottleneck") = max_bottleneck;
+
+    py::class_<Target>(m, "Target", py::module_local())
+        .def(py::init([](int device, Address stream) { return Target{device, stream}; }));
+    py::class_<Groups>(m, "Groups", py::module_local())
+        .def(py::init([](Address start, Address length, Address span, Address mask, int64_t n,
+                         int64_t per_row, int64_t count, int64_t launched, int64_t k) {
+                 return Groups{at(start), at(length), at(span), at(mask), n,
+                               per_row,   count,      launched, k};
+             }),
+             py::kw_only(), "start"_a, "length"_a, "span"_a, "mask"_a, "n"_a, "per_row"_a,
+             "count"_a, "launched"_a, "k"_a);
+    py::class_<Vector>(m, "Vector", py::module_local()).def(py::init([](Address data, bool wide) {
+        return Vector{at(data), wide};
+    }));
+    py::class_<NormParams>(m, "Norm", py::module_local())
+        .def(py::init([](int kind, const Vector& weight, const Vector& bias, float eps) {
+            return NormParams{static_cast<Norm>(kind), weight, bias, eps};
+        }));
+    bind_merge(m);
+    bind_decompress(m);
+    bind_backward(m);
+    bind_products(m);
+    bind_plan(m);
+}

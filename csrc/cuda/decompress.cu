@@ -1,0 +1,29 @@
+#include "decompress.cuh"
+#include "kernels.h"
+#include "launch.h"
+#include "plan.h"
+
+namespace variator::cuda {
+namespace {
+
+template <class T>
+cudaError_t decompress_of(const DecompressParams& p, cudaStream_t stream) {
+    int multiprocessors = 0;
+    const cudaError_t error = count_multiprocessors(multiprocessors);
+    if (error != cudaSuccess) return error;
+    const int64_t each = plan::blocks_a_part(p.groups.launched, p.d, multiprocessors);
+    const Grid grid{plan::tiles(p.groups.launched),
+                    plan::ceil_div(plan::ceil_div(p.d, plan::column_block), each)};
+    const auto kernel =
+        p.r == bottleneck_chunk ? decompress_kernel<T, true> : decompress_kernel<T, false>;
+    return launch(kernel, grid, threads, decompress_shared_bytes(p.r), stream, false, p,
+                  static_cast<int>(each));
+}
+
+}  // namespace
+
+cudaError_t decompress(const DecompressParams& p, cudaStream_t stream) {
+    return p.dtype == DType::bf16 ? decompress_of<BF16>(p, stream) : decompress_of<F16>(p, stream);
+}
+
+}  // namespace variator::cuda

@@ -1,0 +1,114 @@
+// The few instructions the kernels are written in. emulation/device.h has the same names for a
+// CPU, on which tests run the kernels' logic without a GPU.
+#pragma once
+
+#include "numerics.h"
+
+namespace variator::cuda {
+
+// 16 bytes: 8 elements of T.
+struct alignas(16) Vec16 {
+    uint32_t word[4];
+};
+
+}  // namespace variator::cuda
+
+#if defined(VARIATOR_EMULATION)
+#include "emulation/device.h"
+#else
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define VARIATOR_DEVICE __device__ __forceinline__
+#define VARIATOR_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define VARIATOR_UNROLL _Pragma("unroll")
+
+namespace variator::cuda {
+
+VARIATOR_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+VARIATOR_DEVICE int64_t block_x() { return blockIdx.x; }
+VARIATOR_DEVICE int64_t block_y() { return blockIdx.y; }
+VARIATOR_DEVICE int64_t block_z() { return blockIdx.z; }
+VARIATOR_DEVICE int64_t grid_x() { return gridDim.x; }
+VARIATOR_DEVICE void block_sync() { __syncthreads(); }
+VARIATOR_DEVICE void grid_sync() { cooperative_groups::this_grid().sync(); }
+
+VARIATOR_DEVICE char* shared_memory() {
+    extern __shared__ __align__(16) char variator_shared[];
+    return variator_shared;
+}
+
+VARIATOR_DEVICE float shuffle_xor(float value, int lanes) {
+    return __shfl_xor_sync(0xffffffffu, value, lanes);
+}
+
+// Through L1: what is read again.
+VARIATOR_DEVICE Vec16 load16(const void* p) {
+    const uint4 v = *static_cast<const uint4*>(p);
+    return {{v.x, v.y, v.z, v.w}};
+}
+// Past L1: what this block reads once, so that weights stay there.
+VARIATOR_DEVICE Vec16 load16_once(const void* p) {
+    Vec16 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+                 : "l"(p));
+    return v;
+}
+VARIATOR_DEVICE void store16(void* p, const Vec16& v) {
+    *static_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+}
+VARIATOR_DEVICE void load4(const float* p, float* v) {
+    const float4 f = *reinterpret_cast<const float4*>(p);
+    v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
+}
+VARIATOR_DEVICE void store4(float* p, const float* v) {
+    *reinterpret_cast<float4*>(p) = make_float4(v[0], v[1], v[2], v[3]);
+}
+
+struct BF16 {
+    using Element = __nv_bfloat16;
+    static VARIATOR_DEVICE void unpack(uint32_t word, float& low, float& high) {
+        low = __uint_as_float(word << 16);
+        high = __uint_as_float(word & 0xffff0000u);
+    }
+    static VARIATOR_DEVICE uint32_t pack(float low, float high) {
+        const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+        return *reinterpret_cast<const uint32_t*>(&v);
+    }
+    static VARIATOR_DEVICE Element narrow(float x) { return __float2bfloat16_rn(x); }
+    static VARIATOR_DEVICE float widen(Element x) { return __bfloat162float(x); }
+    // c += a · b: a [16, 16], b [16, 8], in the layout of PTX's mma.m16n8k16.
+    static VARIATOR_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+            "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
+};
+
+struct F16 {
+    using Element = __half;
+    static VARIATOR_DEVICE void unpack(uint32_t word, float& low, float& high) {
+        const float2 v = __half22float2(*reinterpret_cast<const __half2*>(&word));
+        low = v.x, high = v.y;
+    }
+    static VARIATOR_DEVICE uint32_t pack(float low, float high) {
+        const __half2 v = __floats2half2_rn(low, high);
+        return *reinterpret_cast<const uint32_t*>(&v);
+    }
+    static VARIATOR_DEVICE Element narrow(float x) { return __float2half_rn(x); }
+    static VARIATOR_DEVICE float widen(Element x) { return __half2float(x); }
+    static VARIATOR_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+            "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
+};
+
+}  // namespace variator::cuda
+#endif

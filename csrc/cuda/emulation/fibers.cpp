@@ -1,0 +1,158 @@
+// The threads of a grid as fibers of one CPU thread: each runs until it waits for others. A barrier
+// that is missing shows as a wrong result, because the order in which threads run is not the order
+// of their numbers: VARIATOR_EMULATION_ORDER=reverse turns it around.
+#undef _FORTIFY_SOURCE  // its longjmp refuses to change stacks
+#include <ucontext.h>
+
+#include <csetjmp>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../device.cuh"
+
+namespace variator::cuda {
+namespace {
+
+constexpr size_t stack_bytes = 64 * 1024;
+
+// Threads that wait for each other: a warp, a block, a grid.
+struct Meeting {
+    int members = 0, arrived = 0;
+    uint64_t round = 0;
+};
+
+struct Warp {
+    Meeting meeting;
+    std::vector<char> given, seen;
+};
+
+struct Block {
+    int64_t x, y, z;
+    Meeting meeting;
+    std::vector<Warp> warps;
+    std::vector<char> shared;
+};
+
+struct Fiber {
+    Block* block;
+    int thread;
+    ucontext_t start;
+    jmp_buf at;
+    bool started = false, done = false;
+    const Meeting* waits = nullptr;  // until its round is past `round`
+    uint64_t round = 0;
+    std::unique_ptr<char[]> stack;
+};
+
+jmp_buf scheduler;
+Fiber* current = nullptr;
+Grid grid_size;
+Meeting whole_grid;
+const std::function<void()>* kernel_body = nullptr;
+
+void meet(Meeting& meeting) {
+    if (++meeting.arrived == meeting.members) {
+        meeting.arrived = 0;
+        ++meeting.round;
+        return;
+    }
+    current->waits = &meeting;
+    current->round = meeting.round;
+    if (_setjmp(current->at) == 0) _longjmp(scheduler, 1);
+}
+
+void run_fiber() {
+    (*kernel_body)();
+    current->done = true;
+    _longjmp(scheduler, 1);
+}
+
+void resume(Fiber& fiber) {
+    current = &fiber;
+    fiber.waits = nullptr;
+    if (_setjmp(scheduler) != 0) return;
+    if (fiber.started) _longjmp(fiber.at, 1);
+    fiber.started = true;
+    getcontext(&fiber.start);
+    fiber.stack = std::make_unique<char[]>(stack_bytes);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = stack_bytes;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, run_fiber, 0);
+    setcontext(&fiber.start);
+}
+
+void run_blocks(std::vector<std::unique_ptr<Block>>& blocks, int threads) {
+    const char* order = std::getenv("VARIATOR_EMULATION_ORDER");
+    const bool reverse = order != nullptr && std::string(order) == "reverse";
+    std::vector<Fiber> fibers(blocks.size() * threads);
+    for (size_t i = 0; i < fibers.size(); ++i) {
+        const size_t number = reverse ? fibers.size() - 1 - i : i;
+        fibers[i].block = blocks[number / threads].get();
+        fibers[i].thread = static_cast<int>(number % threads);
+    }
+    size_t left = fibers.size();
+    while (left > 0) {
+        bool moved = false;
+        for (Fiber& fiber : fibers) {
+            if (fiber.done || (fiber.waits != nullptr && fiber.waits->round <= fiber.round))
+                continue;
+            moved = true;
+            resume(fiber);
+            if (fiber.done) {
+                --left;
+                fiber.stack.reset();
+            }
+        }
+        if (!moved) throw std::runtime_error("emulation: threads wait for others that have ended");
+    }
+}
+
+}  // namespace
+
+cudaError_t run_grid(Grid grid, int threads, size_t shared, bool cooperative,
+                     const std::function<void()>& body) {
+    kernel_body = &body;
+    grid_size = grid;
+    std::vector<std::unique_ptr<Block>> blocks;
+    for (int64_t i = 0; i < grid.x * grid.y * grid.z; ++i) {
+        auto block = std::make_unique<Block>();
+        block->x = i % grid.x, block->y = i / grid.x % grid.y, block->z = i / grid.x / grid.y;
+        block->meeting.members = threads;
+        block->warps.resize(threads / 32);
+        for (Warp& warp : block->warps) warp.meeting.members = 32;
+        block->shared.assign(shared, static_cast<char>(0xff));  // NaN, as is all fresh memory
+        blocks.push_back(std::move(block));
+        if (cooperative) continue;
+        run_blocks(blocks, threads);
+        blocks.clear();
+    }
+    whole_grid = {static_cast<int>(blocks.size()) * threads, 0, 0};
+    if (cooperative) run_blocks(blocks, threads);
+    return cudaSuccess;
+}
+
+int thread_index() { return current->thread; }
+int64_t block_x() { return current->block->x; }
+int64_t block_y() { return current->block->y; }
+int64_t block_z() { return current->block->z; }
+int64_t grid_x() { return grid_size.x; }
+char* shared_memory() { return current->block->shared.data(); }
+void block_sync() { meet(current->block->meeting); }
+void grid_sync() { meet(whole_grid); }
+
+const char* exchange(const void* mine, size_t bytes) {
+    Warp& warp = current->block->warps[current->thread / 32];
+    if (warp.given.size() < 32 * bytes) warp.given.resize(32 * bytes);
+    std::memcpy(warp.given.data() + current->thread % 32 * bytes, mine, bytes);
+    const bool last = warp.meeting.arrived == warp.meeting.members - 1;
+    if (last) warp.seen = warp.given;  // lanes that go on may give anew before others look
+    meet(warp.meeting);
+    return warp.seen.data();
+}
+
+}  // namespace variator::cuda

@@ -1,0 +1,42 @@
+// The part of CUDA's runtime that the launchers name, for a CPU. No GPU is involved: the emulation
+// tests what the kernels compute, never how they would run.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+inline const char* cudaGetErrorString(cudaError_t error) {
+    return error == cudaSuccess ? "no error" : "invalid configuration argument";
+}
+
+namespace variator::cuda {
+
+struct Grid {
+    int64_t x, y = 1, z = 1;
+};
+
+inline cudaError_t count_multiprocessors(int& count) {
+    count = 6;  // small inputs, so few
+    return cudaSuccess;
+}
+
+// Runs body() as every thread of the grid; in a cooperative launch the blocks run side by side.
+cudaError_t run_grid(Grid grid, int threads, size_t shared, bool cooperative,
+                     const std::function<void()>& body);
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared,
+                   cudaStream_t, bool cooperative, const Arguments&... arguments) {
+    return run_grid(grid, threads, shared, cooperative,
+                    [&] { kernel(static_cast<Parameters>(arguments)...); });
+}
+
+template <class Kernel>
+cudaError_t blocks_at_once(Kernel, int, size_t, int& blocks) {
+    return count_multiprocessors(blocks);
+}
+
+}  // namespace variator::cuda

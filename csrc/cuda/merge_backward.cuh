@@ -1,0 +1,297 @@
+// Gradients of group_merge by token. With h = norm(x), s = W_c·concat(h) + b_c, a = softmax(s),
+// g = Σ a_j h_j:
+//   da_j = dg·h_j,  ds = a (da - Σ a da),  dh_j = a_j dg + W_c[:, slot j]ᵀ ds + W_1hᵀ dp_j,
+// and dx through the norm. The weights' gradients are sums over tokens: outer_sum.cuh.
+#pragma once
+
+#include "adapter.cuh"
+#include "rows.cuh"
+
+namespace variator::cuda {
+
+struct MergeBackwardShared {
+    Moments moments[warps * tile_rows];
+    float mean[max_ratio][tile_groups], scale[max_ratio][tile_groups];
+    float weight[max_ratio][tile_groups], ds[max_ratio][tile_groups];
+    float dots[warps][max_ratio][tile_groups];
+    float sums[warps][tile_rows][2];
+};
+
+// After the struct: dp of a quad's rows as T [tile_rows, bottleneck_stride(r)].
+VARIATOR_HD int64_t merge_backward_shared_bytes(int64_t r) {
+    return static_cast<int64_t>(sizeof(MergeBackwardShared)) + tile_rows * bottleneck_stride(r) * 2;
+}
+
+template <class T, bool one_chunk>
+struct MergeBackwardTile {
+    using E = typename T::Element;
+    const MergeBackwardParams& p;
+    char* memory;
+    const int64_t tile;
+    const int64_t first = tile * tile_groups;
+    const Lane at = Lane::here();
+    const int64_t group = first + at.row;
+    const int k = static_cast<int>(p.groups.k);
+    const Span span = Span::of_warp(at.warp, 0, static_cast<int>(ceil_div(p.d, block_columns)));
+    MergeBackwardShared& shared = *reinterpret_cast<MergeBackwardShared*>(memory);
+    E* const dp = reinterpret_cast<E*>(memory + sizeof(MergeBackwardShared));
+
+    VARIATOR_DEVICE int column(int block) const { return block * block_columns + 8 * at.part; }
+    VARIATOR_DEVICE bool inside(int block) const { return column(block) < p.d; }
+
+    VARIATOR_DEVICE void run() {
+        for (int slot = 0; slot < k; slot += quad) {
+            statistics(slot);
+            dots(slot);
+        }
+        through_softmax();
+        for (int slot = 0; slot < k; slot += quad) {
+            load_dp(slot);
+            through_norm(slot);
+        }
+    }
+
+    VARIATOR_DEVICE QuadRows rows_of(int slot) const {
+        QuadRows rows = QuadRows::find(p.groups, group, slot);
+        VARIATOR_UNROLL
+        for (int i = 0; i < quad; ++i) {
+            rows.mean[i] = shared.mean[slot + i][at.row];
+            rows.scale[i] = shared.scale[slot + i][at.row];
+        }
+        return rows;
+    }
+
+    VARIATOR_DEVICE void statistics(int slot) {
+        QuadRows rows = QuadRows::find(p.groups, group, slot);
+        if (p.norm.kind != Norm::none) {
+            Moments mine[quad] = {};
+            for (int block = span.first; block < span.last; ++block) {
+                Vec16 x[quad];
+                rows.load(p.x, p.x_stride, column(block), inside(block), x);
+                join_moments<T>(p.norm, x, inside(block), mine);
+            }
+            join_statistics(at, p.norm, p.d, mine, shared.moments, rows);
+        }
+        if (at.warp == 0 && at.part == 0)
+            for (int i = 0; i < quad; ++i) {
+                shared.mean[slot + i][at.row] = rows.mean[i];
+                shared.scale[slot + i][at.row] = rows.scale[i];
+                if (slot + i >= k || group >= p.groups.count) continue;
+                float* out = p.moments + (group * k + slot + i) * 2;
+                out[0] = rows.mean[i], out[1] = rows.scale[i];
+            }
+        block_sync();
+    }
+
+    VARIATOR_DEVICE Vec16 group_row(int block) const {
+        return load16_if(inside(block) && group < p.groups.count,
+                         element(p.d_merged, group * p.d + column(block)));
+    }
+
+    // da of the quad's slots: this warp's part of dg·h.
+    VARIATOR_DEVICE void dots(int slot) {
+        const QuadRows rows = rows_of(slot);
+        float dot[quad] = {};
+        for (int block = span.first; block < span.last; ++block) {
+            Vec16 h[quad];
+            rows.load(p.x, p.x_stride, column(block), inside(block), h);
+            norm_quad<T>(p.norm, rows, column(block), inside(block), h);
+            float dg[8];
+            widen<T>(group_row(block), dg);
+            VARIATOR_UNROLL
+            for (int i = 0; i < quad; ++i) {
+                float v[8];
+                widen<T>(h[i], v);
+                VARIATOR_UNROLL
+                for (int c = 0; c < 8; ++c) dot[i] += dg[c] * v[c];
+            }
+        }
+        VARIATOR_UNROLL
+        for (int i = 0; i < quad; ++i) {
+            dot[i] = row_sum(dot[i]);
+            if (at.part == 0) shared.dots[at.warp][slot + i][at.row] = dot[i];
+        }
+    }
+
+    // One warp a group, one lane a slot. Absent slots have a = 0 and so ds = 0.
+    VARIATOR_DEVICE void through_softmax() {
+        block_sync();
+        const int slot = thread_index() % 32;
+        const int64_t mine = first + at.warp;
+        const bool exists = slot < k && p.groups.token(mine, slot) >= 0;
+        float da = 0, a = 0;
+        if (exists) {
+            for (int warp = 0; warp < warps; ++warp) da += shared.dots[warp][slot][at.warp];
+            a = p.weights[mine * k + slot];
+        }
+        float mean = a * da;
+        VARIATOR_UNROLL
+        for (int lanes = 1; lanes < 32; lanes *= 2) mean += shuffle_xor(mean, lanes);
+        const float ds = exists ? a * (da - mean) : 0.0f;
+        shared.weight[slot][at.warp] = a;
+        shared.ds[slot][at.warp] = ds;
+        if (slot < k && mine < p.groups.count) p.d_scores[mine * k + slot] = ds;
+        block_sync();
+    }
+
+    VARIATOR_DEVICE void load_dp(int slot) {
+        if (p.d_projected == nullptr) return;
+        block_sync();
+        for (int row = at.warp; row < tile_rows; row += warps) {
+            const int64_t token =
+                p.groups.token(first + row % tile_groups, slot + row / tile_groups);
+            for (int64_t c = thread_index() % 32; c < p.r; c += 32)
+                dp[row * bottleneck_stride(p.r) + c] =
+                    T::narrow(token >= 0 && c < p.projected_columns
+                                  ? p.d_projected[token * p.projected_columns + c]
+                                  : 0.0f);
+        }
+        block_sync();
+    }
+
+    // dh of the quad's rows at a block.
+    VARIATOR_DEVICE void gradient(int slot, int block, float (&dh)[quad][8]) const {
+        float acc[2][4][4] = {};
+        if (p.d_projected != nullptr) {
+            Expansion<T, one_chunk> expansion{p.projection_transpose, p.d, p.r, at, {}};
+            expansion.start(block);
+            const int64_t stride = bottleneck_stride(p.r);
+            VARIATOR_UNROLL
+            for (int pair = 0; pair < 2; ++pair) {
+                const E* low = dp + (2 * pair * tile_groups + at.row) * stride;
+                expansion.add(block, low, low + tile_groups * stride, acc[pair]);
+            }
+        }
+        float dg[8];
+        widen<T>(group_row(block), dg);
+        VARIATOR_UNROLL
+        for (int i = 0; i < quad; ++i) {
+            const float a = shared.weight[slot + i][at.row];
+            VARIATOR_UNROLL
+            for (int c = 0; c < 8; ++c) dh[i][c] = a * dg[c] + acc[i / 2][c / 2][i % 2 * 2 + c % 2];
+        }
+        VARIATOR_UNROLL
+        for (int i = 0; i < quad; ++i) {
+            if (slot + i >= k) break;
+            for (int s = 0; s < k; ++s) {
+                const float ds = shared.ds[s][at.row];
+                const int64_t row = static_cast<int64_t>(s) * k + slot + i;
+                float w[8];
+                widen<T>(
+                    load16_if(inside(block), element(p.merge_weight, row * p.d + column(block))),
+                    w);
+                VARIATOR_UNROLL
+                for (int c = 0; c < 8; ++c) dh[i][c] += ds * w[c];
+            }
+        }
+    }
+
+    // n = (x - mean) scale of the quad's rows, and the norm's weight, at a block.
+    VARIATOR_DEVICE void normalised(const QuadRows& rows, int block, float (&n)[quad][8],
+                                    float (&weight)[8]) const {
+        Vec16 x[quad];
+        rows.load(p.x, p.x_stride, column(block), inside(block), x);
+        load8<T>(inside(block) ? p.norm.weight : Vector{}, column(block), 1, weight);
+        VARIATOR_UNROLL
+        for (int i = 0; i < quad; ++i) {
+            widen<T>(x[i], n[i]);
+            VARIATOR_UNROLL
+            for (int c = 0; c < 8; ++c) n[i][c] = (n[i][c] - rows.mean[i]) * rows.scale[i];
+        }
+    }
+
+    // dx from dh: with e = weight·dh, dx = scale (e - n mean(e n)), for LayerNorm less
+    // scale mean(e) besides. dh is made twice: that is cheaper than a trip to memory.
+    VARIATOR_DEVICE void through_norm(int slot) {
+        const QuadRows rows = rows_of(slot);
+        float mean_e[quad] = {}, mean_en[quad] = {};
+        if (p.norm.kind != Norm::none) {
+            for (int block = span.first; block < span.last; ++block) {
+                float dh[quad][8], n[quad][8], weight[8];
+                gradient(slot, block, dh);
+                normalised(rows, block, n, weight);
+                VARIATOR_UNROLL
+                for (int i = 0; i < quad; ++i) VARIATOR_UNROLL
+                for (int c = 0; c < 8; ++c) {
+                    const float e = dh[i][c] * weight[c];  // 0 outside the columns
+                    mean_e[i] += e;
+                    mean_en[i] += e * n[i][c];
+                }
+            }
+            join_means(mean_e, mean_en);
+        }
+        for (int block = span.first; block < span.last; ++block)
+            write(rows, slot, block, mean_e, mean_en);
+    }
+
+    VARIATOR_DEVICE void join_means(float (&mean_e)[quad], float (&mean_en)[quad]) {
+        VARIATOR_UNROLL
+        for (int i = 0; i < quad; ++i) {
+            mean_e[i] = row_sum(mean_e[i]);
+            mean_en[i] = row_sum(mean_en[i]);
+            if (at.part != 0) continue;
+            float (&mine)[2] = shared.sums[at.warp][i * tile_groups + at.row];
+            mine[0] = mean_e[i], mine[1] = mean_en[i];
+        }
+        block_sync();
+        VARIATOR_UNROLL
+        for (int i = 0; i < quad; ++i) {
+            float e = 0, en = 0;
+            for (int warp = 0; warp < warps; ++warp) {
+                e += shared.sums[warp][i * tile_groups + at.row][0];
+                en += shared.sums[warp][i * tile_groups + at.row][1];
+            }
+            mean_e[i] = p.norm.kind == Norm::layer ? e / static_cast<float>(p.d) : 0.0f;
+            mean_en[i] = en / static_cast<float>(p.d);
+        }
+        block_sync();
+    }
+
+    VARIATOR_DEVICE void write(const QuadRows& rows, int slot, int block,
+                               const float (&mean_e)[quad], const float (&mean_en)[quad]) const {
+        float dh[quad][8], n[quad][8], weight[8], d_weight[8] = {}, d_bias[8] = {};
+        gradient(slot, block, dh);
+        normalised(rows, block, n, weight);
+        VARIATOR_UNROLL
+        for (int i = 0; i < quad; ++i) {
+            const Groups::Slot found = p.groups.slot(group, slot + i);
+            if (found.token < 0) continue;
+            float dx[8] = {};
+            if (found.real) {
+                VARIATOR_UNROLL
+                for (int c = 0; c < 8; ++c) {
+                    d_weight[c] += dh[i][c] * n[i][c];
+                    d_bias[c] += dh[i][c];
+                    dx[c] = p.norm.kind == Norm::none
+                                ? dh[i][c]
+                                : rows.scale[i] *
+                                      (dh[i][c] * weight[c] - mean_e[i] - n[i][c] * mean_en[i]);
+                }
+            }
+            if (inside(block))
+                store16(element(p.dx, found.token * p.d + column(block)), narrow<T>(dx));
+        }
+        add_to_norm(p.d_norm_weight, slot, block, d_weight);
+        add_to_norm(p.d_norm_bias, slot, block, d_bias);
+    }
+
+    // The tile's sum, quad by quad.
+    VARIATOR_DEVICE void add_to_norm(float* out, int slot, int block, float (&sum)[8]) const {
+        if (out == nullptr) return;
+        VARIATOR_UNROLL
+        for (int c = 0; c < 8; ++c) VARIATOR_UNROLL
+        for (int lanes = 4; lanes < 32; lanes *= 2) sum[c] += shuffle_xor(sum[c], lanes);
+        if (at.row != 0 || !inside(block)) return;
+        float* to = out + tile * p.d + column(block);
+        VARIATOR_UNROLL
+        for (int c = 0; c < 8; ++c) to[c] = slot == 0 ? sum[c] : to[c] + sum[c];
+    }
+};
+
+template <class T, bool one_chunk>
+VARIATOR_KERNEL(threads, 1)
+merge_backward_kernel(const MergeBackwardParams p) {
+    MergeBackwardTile<T, one_chunk>{p, shared_memory(), block_x()}.run();
+}
+
+}  // namespace variator::cuda

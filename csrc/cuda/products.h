@@ -1,0 +1,36 @@
+// The products by architecture and tile, each in a file of its own: they take long to compile.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "params.h"
+
+namespace variator::cuda {
+
+// A CUTLASS kernel: its launcher, and the dynamic shared memory it is launched with.
+struct ProductKernel {
+    cudaError_t (*run)(const ProductParams& p, int multiprocessors, cudaStream_t stream);
+    int shared_bytes;
+};
+
+extern const ProductKernel large_product_sm90_bf16, large_product_sm90_f16;  // tile [128, 192]
+extern const ProductKernel small_product_sm90_bf16, small_product_sm90_f16;  // tile [64, 128]
+extern const ProductKernel product_sm80_bf16, product_sm80_f16;              // tile [128, 128]
+
+// Launches a CUTLASS kernel that needs no workspace.
+template <class Gemm, class Arguments>
+cudaError_t run_cutlass(const Arguments& arguments, cudaStream_t stream) {
+    using Status = decltype(Gemm::can_implement(arguments));
+    if (Gemm::can_implement(arguments) != Status::kSuccess ||
+        Gemm::get_workspace_size(arguments) != 0)
+        return cudaErrorInvalidValue;
+    Gemm gemm;
+    if (gemm.initialize(arguments, nullptr, stream) != Status::kSuccess ||
+        gemm.run(stream) != Status::kSuccess) {
+        const cudaError_t error = cudaGetLastError();
+        return error != cudaSuccess ? error : cudaErrorLaunchFailure;
+    }
+    return cudaSuccess;
+}
+
+}  // namespace variator::cuda

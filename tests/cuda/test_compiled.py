@@ -1,0 +1,84 @@
+"""What nvcc made of the kernels, read from the built extension; no GPU needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import cuda_resources
+from bench.common import cuda_binary
+from variator_kernels import backends
+
+ROOT = Path(__file__).parents[2]
+MODULE = cuda_binary.module_path()
+WHY = backends.build_info().get("cuda", {}).get("reason", "the package was never built")
+pytestmark = pytest.mark.skipif(MODULE is None, reason=f"no CUDA kernels were compiled: {WHY}")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """What `make cuda-table` writes, by a process that knows nothing of the emulation."""
+    if cuda_binary.disassembler() is None:
+        pytest.skip("cuobjdump is neither on PATH nor in Triton's package")
+    folder = tmp_path_factory.mktemp("resources")
+    command = [sys.executable, "-m", "bench.cuda_resources", "--output", str(folder)]
+    env = {**os.environ, "VARIATOR_CUDA_EXTENSION": ""}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "resources.json").read_text())["kernels"]
+
+
+def test_no_spills_no_stack_and_matrix_instructions(rows):
+    assert rows and cuda_binary.faults(rows) == []
+
+
+def test_faults_are_seen(rows):
+    """The check can fail."""
+    bad = {**rows[0], "stack": 8}
+    assert len(cuda_binary.faults([bad])) == 1
+
+
+def test_every_kernel_is_there_for_every_architecture(rows):
+    names = {row["kernel"] for row in rows if not row["kernel"].endswith(("sm80", "sm90"))}
+    for arch in {row["arch"] for row in rows}:
+        here = {row["kernel"] for row in rows if row["arch"] == arch}
+        assert names <= here
+        assert ("large_product_sm90" if arch == "sm_90a" else "product_sm80") in here
+
+
+def test_the_committed_table_has_every_kernel(rows):
+    """Numbers differ by compiler; what was compiled must not."""
+    committed = json.loads((cuda_resources.OUTPUT / "resources.json").read_text())["kernels"]
+
+    def names(table):
+        return {(row["kernel"], row["variant"], row["arch"]) for row in table}
+
+    both = {row["arch"] for row in rows} & {row["arch"] for row in committed}
+    assert both
+    assert {n for n in names(rows) if n[2] in both} == {n for n in names(committed) if n[2] in both}
+
+
+def test_it_loads_without_torch_and_without_a_driver():
+    """Nothing of torch or the driver is linked, so an import cannot fail for lack of a GPU."""
+    done = subprocess.run(
+        ["readelf", "--dynamic", "--wide", MODULE], capture_output=True, text=True, check=True
+    )
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", done.stdout)
+    system = r"lib(stdc\+\+|gcc_s|m|c|dl|rt|pthread)\.so(\.\d+)*|ld-linux.*"
+    assert [name for name in needed if not re.fullmatch(system, name)] == []
+    script = (
+        "import importlib.util as u, sys; "
+        f"s = u.spec_from_file_location('variator_kernels._cuda', {str(MODULE)!r}); "
+        "m = u.module_from_spec(s); s.loader.exec_module(m); "
+        "print(m.emulated, m.driver_version() >= 0, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "True", "False"]

@@ -1,0 +1,134 @@
+"""compressed_ffn on CUDA: merge, two products on CUTLASS, decompress; or all in one launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import extension
+from ...feed_forward import FeedForward, PluginWeights
+from ..adapter_decompress.cuda import Decompress
+from ..arguments import flat, require
+from ..cuda_arguments import (
+    ACTIVATIONS,
+    BOTTLENECK_CHUNK,
+    Norm,
+    address,
+    aligned,
+    dtype_code,
+    multiprocessors,
+    norm_of,
+    target,
+)
+from ..gpu_arguments import groups
+from ..group_merge.cuda import Merge
+from .layered import normalize_real
+
+# Up to as many groups the layer is one launch: there the gaps between launches and the small
+# products' tails weigh more than CUTLASS's rate. A guess: it was never measured.
+ONE_LAUNCH_GROUPS = 1024
+
+
+def linear(
+    a: Tensor, weight: Tensor, bias: Tensor | None, activation: str, factor: Tensor | None = None
+) -> Tensor:
+    """``act(a · weightᵀ + bias) [* factor]``: ``a [rows, in]``, ``weight [out, in]``; one dtype."""
+    out = a.new_empty(a.shape[0], weight.shape[0])
+    extension.load("cuda").product(
+        target(a),
+        dtype=dtype_code(a.dtype),
+        rows=a.shape[0],
+        columns=weight.shape[0],
+        inner=a.shape[1],
+        a=a.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=address(bias),
+        activation=ACTIVATIONS[activation],
+        factor=address(factor),
+        out=out.data_ptr(),
+    )
+    return out
+
+
+def _cast(ffn: FeedForward, dtype: torch.dtype) -> FeedForward:
+    """The products' weights in ``dtype``, as the kernels read them."""
+    names = ("w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate")
+    found = {name: getattr(ffn, name) for name in names}
+    cast: dict[str, Any] = {
+        name: aligned(t.detach().to(dtype)) for name, t in found.items() if t is not None
+    }
+    return ffn._replace(**cast)
+
+
+def compressed_ffn(
+    x: Tensor,
+    plugin: PluginWeights,
+    ffn: FeedForward,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    dtype = torch.promote_types(x.dtype, ffn.w_out.dtype)
+    dtype_code(dtype)
+    f = ffn.w_in.shape[0]
+    require(f % 8 == 0, f"inner size is {f}, the CUDA kernels take multiples of 8")
+    x = x.to(dtype)
+    d, k, r = x.shape[-1], plugin.ratio, plugin.b1.shape[0]
+    spans = groups(x, mask, cu_seqlens, k)
+    rows = flat(x)
+    y = x.new_empty(x.shape)
+    w1u, w1h = plugin.w1.chunk(2, -1)
+    merged, u = x.new_empty(spans.total, d), x.new_empty(spans.total, d)
+    projected = x.new_empty(rows.shape[0], r, dtype=torch.float32)
+    norm = Norm()
+    if not ffn.post_norm:
+        norm = norm_of(ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps, dtype)
+    cast = _cast(ffn, dtype)
+    merge = Merge(
+        rows, spans, plugin.merge_weight, plugin.merge_bias, norm, w1h, merged, projected, None
+    )
+    one_launch = 0 < spans.total <= ONE_LAUNCH_GROUPS and r <= BOTTLENECK_CHUNK
+    if not one_launch:
+        merge.run(x)
+        inner = linear(merged, cast.w_in, cast.b_in, ffn.activation)
+        if cast.w_gate is not None:
+            inner = linear(merged, cast.w_gate, cast.b_gate, "none", inner)
+        u = linear(inner, cast.w_out, cast.b_out, "none")
+    decompress = Decompress(
+        u, spans, plugin.activation, projected, w1u, plugin.b1, plugin.w2, plugin.b2, rows,
+        y.view(-1, d),
+    )  # fmt: skip
+    if one_launch:
+        _run_at_once(x, merge, decompress, u, cast)
+    else:
+        decompress.run(x)
+    return normalize_real(y, ffn, k, mask, cu_seqlens) if ffn.post_norm else y
+
+
+def _run_at_once(
+    x: Tensor, merge: Merge, decompress: Decompress, u: Tensor, ffn: FeedForward
+) -> None:
+    cuda = extension.load("cuda")
+    count, d = u.shape
+    f, processors = ffn.w_in.shape[0], multiprocessors(x)
+    splits = cuda.splits(count, d, f, processors)
+    inner, partial = u.new_empty(count, f), u.new_empty(splits, count, d, dtype=torch.float32)
+    cuda.one_launch(
+        target(x),
+        merge.params,
+        decompress.params,
+        f=f,
+        w_in=ffn.w_in.data_ptr(),
+        w_gate=address(ffn.w_gate),
+        w_out=ffn.w_out.data_ptr(),
+        b_in=address(ffn.b_in),
+        b_gate=address(ffn.b_gate),
+        b_out=address(ffn.b_out),
+        activation=ACTIVATIONS[ffn.activation],
+        inner=inner.data_ptr(),
+        partial=partial.data_ptr(),
+        splits=splits,
+        u=u.data_ptr(),
+        blocks_a_part=cuda.blocks_a_part(count, d, processors),
+    )

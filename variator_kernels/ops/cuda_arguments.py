@@ -1,0 +1,131 @@
+"""What every CUDA kernel is told the same way: target, groups, vectors, padded weights."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import extension
+from .arguments import require
+from .gpu_arguments import Groups
+
+DTYPES = {torch.bfloat16: 1, torch.float16: 2}
+NORMS = {"none": 0, "rms": 1, "layer": 2}
+PHIS = {"identity": 0, "tanh": 1}
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+# The adapter's rows are multiplied in chunks of as many: W_1 and W_2 are padded with zeros.
+BOTTLENECK_CHUNK = 64
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    require(dtype in DTYPES, f"the CUDA kernels take {[*DTYPES]}, got {dtype}")
+    return DTYPES[dtype]
+
+
+def check_sizes(d: int, ratio: int, bottleneck: int = 0) -> None:
+    """What the kernels are made for; an error names the argument."""
+    cuda = extension.load("cuda")
+    require(d % 8 == 0, f"hidden size is {d}, the CUDA kernels take multiples of 8")
+    require(ratio <= cuda.max_ratio, f"ratio is {ratio}, the CUDA kernels take at most 32")
+    most = cuda.max_bottleneck
+    require(bottleneck <= most, f"bottleneck is {bottleneck}, the CUDA kernels take at most {most}")
+
+
+def target(x: Tensor) -> Any:
+    """The device and stream that a kernel on ``x`` is launched on."""
+    if x.device.type != "cuda":
+        return extension.load("cuda").Target(0, 0)  # emulation
+    return extension.load("cuda").Target(
+        x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+    )
+
+
+def multiprocessors(x: Tensor) -> int:
+    return extension.load("cuda").multiprocessors(x.device.index or 0)
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def spans_of(spans: Groups) -> Any:
+    """``gpu_arguments.Groups`` as the kernels read it."""
+    return extension.load("cuda").Groups(
+        start=address(spans.start),
+        length=address(spans.length),
+        span=address(spans.span),
+        mask=address(spans.mask),
+        n=spans.n,
+        per_row=spans.per_row,
+        count=spans.total,
+        launched=spans.launched,
+        k=spans.ratio,
+    )
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, from a multiple of 16 bytes on."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def rows_of(matrix: Tensor) -> Tensor:
+    """A matrix whose rows have unit stride and start at multiples of 16 bytes."""
+    fits = matrix.stride(-1) == 1 and matrix.stride(0) % 8 == 0 and matrix.data_ptr() % 16 == 0
+    return matrix if fits else aligned(matrix)
+
+
+def as_vector(vector: Tensor, dtype: torch.dtype, size: int = 0) -> Tensor:
+    """A bias in fp32 or the storage type ``dtype``, with zeros up to ``size``."""
+    vector = vector.detach()
+    if vector.dtype not in (torch.float32, dtype):
+        vector = vector.float()
+    return aligned(F.pad(vector, (0, max(size - vector.shape[0], 0))))
+
+
+def vector(tensor: Tensor | None) -> Any:
+    """The result of :func:`as_vector` as the kernels read it."""
+    wide = tensor is not None and tensor.dtype == torch.float32
+    return extension.load("cuda").Vector(address(tensor), wide)
+
+
+class Norm(NamedTuple):
+    """The norm in front of the merge; its vectors as :func:`as_vector` makes them."""
+
+    name: str = "none"
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 0.0
+
+    def as_read(self) -> Any:
+        return extension.load("cuda").Norm(
+            NORMS[self.name], vector(self.weight), vector(self.bias), self.eps
+        )
+
+
+def norm_of(
+    name: str, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> Norm:
+    weight, bias = (None if v is None else as_vector(v, dtype) for v in (weight, bias))
+    return Norm(name, weight, bias, eps)
+
+
+def chunks(bottleneck: int) -> int:
+    """The bottleneck, padded."""
+    return -(-bottleneck // BOTTLENECK_CHUNK) * BOTTLENECK_CHUNK
+
+
+def pad_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight [r, d]`` with rows of zeros up to :func:`chunks`."""
+    weight = weight.detach().to(dtype)
+    missing = chunks(weight.shape[0]) - weight.shape[0]
+    return rows_of(F.pad(weight, (0, 0, 0, missing)) if missing else weight)
+
+
+def pad_columns(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight [d, r]``, contiguous, with columns of zeros up to :func:`chunks`."""
+    weight = weight.detach().to(dtype)
+    return aligned(F.pad(weight, (0, chunks(weight.shape[1]) - weight.shape[1])))
