@@ -10,7 +10,6 @@ import torch
 
 from . import __version__, backends
 
-
 UNBUILT = (
     "  nothing was recorded: this is a source folder that was not built (an installed package is\n"
     "  found from any other folder; `pip install -e .` builds this one)"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import extension
-from .arguments import require
+from .arguments import Norm, require
 from .gpu_arguments import Groups
 
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
@@ -92,18 +92,11 @@ def vector(tensor: Tensor | None) -> Any:
     return extension.load("cuda").Vector(address(tensor), wide)
 
 
-class Norm(NamedTuple):
-    """The norm in front of the merge; its vectors as :func:`as_vector` makes them."""
-
-    name: str = "none"
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    eps: float = 0.0
-
-    def as_read(self) -> Any:
-        return extension.load("cuda").Norm(
-            NORMS[self.name], vector(self.weight), vector(self.bias), self.eps
-        )
+def norm_as_read(norm: Norm) -> Any:
+    """A norm whose vectors :func:`as_vector` made, as the kernels read it."""
+    return extension.load("cuda").Norm(
+        NORMS[norm.name], vector(norm.weight), vector(norm.bias), norm.eps
+    )
 
 
 def norm_of(

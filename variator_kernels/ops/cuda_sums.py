@@ -6,10 +6,16 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from .cuda_arguments import Norm, address, dtype_code, multiprocessors, spans_of, target
+from .arguments import NO_NORM, Norm
+from .cuda_arguments import (
+    address,
+    dtype_code,
+    multiprocessors,
+    norm_as_read,
+    spans_of,
+    target,
+)
 from .gpu_arguments import Groups
-
-NO_NORM = Norm()
 
 
 def outer_sum(
@@ -50,7 +56,7 @@ def outer_sum(
         right=right.data_ptr(),
         right_stride=right.stride(0),
         d=d,
-        norm=norm.as_read(),
+        norm=norm_as_read(norm),
         moments=0 if norm.name == "none" else address(moments),
         parts=parts,
         out=out.data_ptr(),

@@ -10,11 +10,10 @@ from torch import Tensor
 from ... import extension
 from ...feed_forward import FeedForward, PluginWeights
 from ..adapter_decompress.cuda import Decompress
-from ..arguments import flat, require
+from ..arguments import NO_NORM, flat, require
 from ..cuda_arguments import (
     ACTIVATIONS,
     BOTTLENECK_CHUNK,
-    Norm,
     address,
     aligned,
     dtype_code,
@@ -81,8 +80,8 @@ def compressed_ffn(
     w1u, w1h = plugin.w1.chunk(2, -1)
     merged, u = x.new_empty(spans.total, d), x.new_empty(spans.total, d)
     projected = x.new_empty(rows.shape[0], r, dtype=torch.float32)
-    norm = Norm()
-    if not ffn.post_norm:
+    norm = NO_NORM
+    if not ffn.post_norm and ffn.norm != "none":
         norm = norm_of(ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps, dtype)
     cast = _cast(ffn, dtype)
     merge = Merge(
@@ -96,8 +95,8 @@ def compressed_ffn(
             inner = linear(merged, cast.w_gate, cast.b_gate, "none", inner)
         u = linear(inner, cast.w_out, cast.b_out, "none")
     decompress = Decompress(
-        u, spans, plugin.activation, projected, w1u, plugin.b1, plugin.w2, plugin.b2, rows,
-        y.view(-1, d),
+        u, spans, plugin.activation, projected, w1u, plugin.b1, plugin.w2, plugin.b2,
+        rows if ffn.residual else None, y.view(-1, d),
     )  # fmt: skip
     if one_launch:
         _run_at_once(x, merge, decompress, u, cast)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ... import extension
-from ..arguments import check_merge, check_merge_backward, flat
+from ..arguments import Norm, check_merge, check_merge_backward, flat
 from ..cuda_arguments import (
-    Norm,
     address,
     aligned,
     as_vector,
     check_sizes,
     dtype_code,
+    norm_as_read,
     norm_of,
     pad_columns,
     pad_rows,
@@ -58,7 +58,7 @@ class Merge:
             r=0 if projection is None else projection.shape[0],
             x=x.data_ptr(),
             x_stride=x.stride(0),
-            norm=norm.as_read(),
+            norm=norm_as_read(norm),
             merge_weight=weight.data_ptr(),
             merge_bias=vector(bias),
             projection=address(projection),
@@ -142,7 +142,7 @@ def group_merge_backward(
         r=0 if transpose is None else transpose.shape[1],
         x=rows.data_ptr(),
         x_stride=rows.stride(0),
-        norm=vectors.as_read(),
+        norm=norm_as_read(vectors),
         weights=weights.data_ptr(),
         merge_weight=merge_weight.data_ptr(),
         projection_transpose=address(transpose),
