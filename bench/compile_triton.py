@@ -8,6 +8,7 @@ instructions makes the command fail.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,10 +23,9 @@ from variator_kernels.ops.adapter_decompress import triton as decompress
 from variator_kernels.ops.compressed_ffn import triton as ffn
 from variator_kernels.ops.group_merge import triton as merge
 
-from .common import machine, results
 from .common.triton_compile import SHARED_LIMIT, TARGETS, compile_call
 
-OUTPUT = machine.RESULTS / "compiled"
+OUTPUT = Path(__file__).parent / "results" / "compiled"
 RATIOS = (2, 4, 8, 16, 32)
 # Masks and packed input change addresses alone: compiled for one case.
 FORMS, ALL_FORMS = ("plain", "masked", "packed"), ("t5-base", 4, "bf16")
@@ -184,7 +184,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows = table(chosen.arch, chosen.model, chosen.ratio, chosen.dtype, lambda what: print(what))
     chosen.output.mkdir(parents=True, exist_ok=True)
     settings = {"triton": triton.__version__, "shared_limit": SHARED_LIMIT}
-    results.write(chosen.output / "triton.json", {"settings": settings, "rows": rows})
+    content = json.dumps({"settings": settings, "rows": rows}, indent=1)
+    (chosen.output / "triton.json").write_text(content + "\n")
     (chosen.output / "triton.md").write_text(markdown(rows))
     bad = [(row, found) for row in rows if (found := problems(row))]
     for row, found in bad:

@@ -70,8 +70,17 @@ def compiling(arch: str) -> Iterator[list[tuple[str, Any]]]:
         yield found
 
 
+_resources: dict[str, dict[str, int]] = {}
+
+
 def resources(arch: str, kernel: Any) -> dict[str, int]:
     """Registers a thread, stack bytes, spills, shared memory, matrix instructions."""
+    if kernel.hash not in _resources:
+        _resources[kernel.hash] = _read(arch, kernel)
+    return _resources[kernel.hash]
+
+
+def _read(arch: str, kernel: Any) -> dict[str, int]:
     shared = kernel.metadata.shared
     if "cubin" not in kernel.asm:
         text = kernel.asm["amdgcn"]

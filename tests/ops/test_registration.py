@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -17,6 +19,9 @@ from tests.ops.cases import (
 from variator_kernels import functional as vf
 from variator_kernels.ops.compressed_ffn import op as ffn_op
 
+needs_opcheck = pytest.mark.skipif(
+    importlib.util.find_spec("expecttest") is None, reason="opcheck needs expecttest"
+)
 D, K, R, N = 24, 4, 8, 19
 
 
@@ -29,6 +34,7 @@ def learnable(values):
     return [v.requires_grad_() for v in values]
 
 
+@needs_opcheck
 @every_kernel_backend
 def test_opcheck_group_merge(mask, backend):
     p = plugin(D, K, R, torch.float32)
@@ -39,6 +45,7 @@ def test_opcheck_group_merge(mask, backend):
     torch.library.opcheck(torch.ops.variator.group_merge.default, arguments)
 
 
+@needs_opcheck
 @every_kernel_backend
 def test_opcheck_adapter_decompress(mask, backend):
     p = plugin(D, K, R, torch.float32)
@@ -49,6 +56,7 @@ def test_opcheck_adapter_decompress(mask, backend):
     torch.library.opcheck(torch.ops.variator.adapter_decompress.default, arguments)
 
 
+@needs_opcheck
 @needs_cpu
 @pytest.mark.parametrize("kind", ["t5", "v1.1", "bert"])
 def test_opcheck_compressed_ffn(mask, kind):
