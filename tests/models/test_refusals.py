@@ -163,7 +163,7 @@ ARGUMENTS = [
     ({"placements": ("attention",)}, r"placements must be \('ffn',\) in this version"),
     ({"placements": "attention_kv"}, r"placements must be \('ffn',\) in this version"),
     ({"placements": ()}, r"placements must be \('ffn',\) in this version"),
-    ({"backend": "triton"}, "backend must be one of"),
+    ({"backend": "tpu"}, "backend must be one of"),
 ]
 
 
