@@ -17,6 +17,7 @@ from tests.ops.cases import (
     needs_cpu,
     plugin,
 )
+from variator_kernels import extension
 from variator_kernels import functional as vf
 
 D, K, N = 24, 4, 19
@@ -128,6 +129,7 @@ def test_concurrent_calls():
 
 FORK = """
 import os, torch
+from variator_kernels import extension
 from variator_kernels import functional as vf
 x, w, b = torch.randn(64, 64, 32), torch.randn(4, 128), torch.randn(4)
 expected = vf.group_merge(x, w, b, backend="cpu")   # the parent's threads are running now
@@ -240,7 +242,7 @@ BAD = {
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu)])
 def test_errors_name_the_argument(message, backend, monkeypatch):
     if backend == "reference":  # as where nothing was built
-        monkeypatch.setattr("variator_kernels.extension._MODULE", None)
+        monkeypatch.setitem(extension._LOADED, "cpu", (None, "not built"))
     with pytest.raises((ValueError, TypeError), match=message):
         BAD[message]()
 
