@@ -23,7 +23,8 @@ class PackCache:
     """Packed forms by source tensors; an entry lives as long as all of them.
 
     A source counts as unchanged while its address, dtype, shape and version counter are the same
-    and a sample of its memory reads the same: writes through ``.data`` do not count up versions.
+    and its memory reads the same, of more than 16 KiB a sample: writes through ``.data`` do not
+    count up versions.
     """
 
     def __init__(self) -> None:
@@ -119,13 +120,19 @@ def linear(weight: Tensor, bias: Tensor | None) -> PackedLinear | None:
         return None
     dtype = product_dtype(weight.dtype)
 
-    def make() -> PackedLinear | None:
-        if not torch.isfinite(weight).all():
-            return None
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous())
-        return PackedLinear(packed, None if bias is None else bias.detach().to(dtype))
+    def pack() -> Tensor | None:
+        wide = weight.detach().to(dtype).contiguous()
+        return torch.ops.mkldnn._reorder_linear_weight(wide) if wide.isfinite().all() else None
 
-    return cache.get((weight,) if bias is None else (weight, bias), "linear", make)
+    packed = cache.get((weight,), "linear", pack)
+    if packed is None or bias is None:
+        return None if packed is None else PackedLinear(packed, None)
+
+    def convert() -> Tensor | None:
+        return bias.detach().to(dtype) if bias.isfinite().all() else None
+
+    converted = cache.get((bias,), ("bias", dtype), convert)
+    return None if converted is None else PackedLinear(packed, converted)
 
 
 def instruction_set() -> str:

@@ -180,20 +180,26 @@ PYBIND11_MODULE(_cpu, m) {
             kernels_for(p.dtype).decompress_backward(p);
         },
         Quiet());
-    // Samples of weights' memory, so that a write that bypasses version counting is noticed.
+    // Small weights whole, of large ones a sample, so that a write that bypasses version counting
+    // is noticed.
     m.def("fingerprint", [](const std::vector<std::pair<Address, int64_t>>& weights) {
+        constexpr int64_t whole = 16384, samples = 64;
         uint64_t hash = 1469598103934665603ull;
+        auto mix = [&](const unsigned char* p, int64_t bytes) {
+            uint64_t word = 0;
+            __builtin_memcpy(&word, p, static_cast<size_t>(bytes));
+            hash = (hash ^ word) * 1099511628211ull;
+            hash ^= hash >> 29;
+        };
         for (const auto& [data, bytes] : weights) {
             const auto* p = pointer<const unsigned char>(data);
-            const int64_t samples = bytes / 8 < 64 ? bytes / 8 : 64;
-            for (int64_t i = 0; i < samples; ++i) {
-                uint64_t word;
-                __builtin_memcpy(&word,
-                                 p + (bytes / 8 - 1) * i / (samples > 1 ? samples - 1 : 1) * 8,
-                                 sizeof word);
-                hash = (hash ^ word) * 1099511628211ull;
-                hash ^= hash >> 29;
-            }
+            const int64_t words = bytes / 8;
+            if (bytes <= whole)
+                for (int64_t i = 0; i < words; ++i) mix(p + 8 * i, 8);
+            else
+                for (int64_t i = 0; i < samples; ++i)
+                    mix(p + (words - 1) * i / (samples - 1) * 8, 8);
+            if (bytes % 8) mix(p + 8 * words, bytes % 8);
         }
         return hash;
     });

@@ -131,7 +131,8 @@ struct RowsAhead {
 //
 // With a folded norm (see MergeParams) scores and projection come from the rows of x where they
 // lie, and what a row's norm multiplies it by is applied to the few sums. Rows that the products
-// cannot read (fp16, an odd d with pairs), and all rows of a norm that is not folded, go through
+// cannot read (storage other than what they
+// multiply, an odd d with pairs), and all rows of a norm that is not folded, go through
 // scratch.
 template <class V, DType dtype, class Products, class Out>
 struct MergeForward {
@@ -236,6 +237,7 @@ struct MergeForward {
     void score(const Operated* row, int64_t slot, S factor, S* scores) const {
         const S* merge = static_cast<const S*>(p.merge_weight) + slot * p.d;
         const int64_t ld = p.groups.k * p.d;
+        static_assert(direct_scores == 8, "a case for each ratio");
 #define VARIATOR_SCORES(K) \
     case K:                \
         return add_scores<V, Out, K>(row, p.d, factor, merge, ld, scores)

@@ -25,7 +25,7 @@ struct Groups {
     }
 };
 
-// Up to this ratio the scores are k dot products a token, made while the token is normalised; a
+// Up to this ratio the scores are k dot products a token, made while the token is in cache; a
 // matrix product would pad k to whole vectors. Above it, panels are read less often than rows.
 constexpr int64_t direct_scores = 8;
 

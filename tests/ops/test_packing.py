@@ -148,3 +148,72 @@ def test_stale_forms_are_dropped():
     layer(x)
     entry = packing.cache._entries[id(layer.wi.weight),]
     assert len(entry.forms) == 1 and entry.state == packing._state((layer.wi.weight,))
+
+
+FIELDS = ("norm_weight", "norm_bias", "b_in", "b_out", "merge_bias", "b1", "b2", "w2")
+
+
+@pytest.mark.parametrize("through_data", [False, True], ids=["version", "data"])
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_changed_vector_is_noticed(dtype, name, through_data):
+    """Each source by itself, and the last of its elements alone: no sample may miss it."""
+    p, ffn = plugin(D, 3, 8, dtype), feed_forward(D, F, dtype, "bert")
+    ffn = ffn._replace(post_norm=False, norm="rms")
+    x = torch.randn(2, 19, D).to(dtype)
+    tensor = getattr(p, name, None) if hasattr(p, name) else getattr(ffn, name)
+    with torch.no_grad():
+        before = vf.compressed_ffn(x, p, ffn, backend="cpu")
+        target = (tensor.data if through_data else tensor).view(-1)
+        target[-1] = 3.0
+        after = vf.compressed_ffn(x, p, ffn, backend="cpu")
+        plain = vf.compressed_ffn(x, p, ffn, backend="reference")
+        wide = [cast(values, torch.double) for values in (p, ffn)]
+        truth = vf.compressed_ffn(x.double(), *wide, backend="reference")
+    assert not torch.equal(before, after)
+    assert_close(after, plain, truth)
+
+
+def test_one_plugin_under_two_norms():
+    """The norm is part of what is packed."""
+    p, x = plugin(D, K, 8, torch.float32), torch.randn(2, 19, D)
+    first = feed_forward(D, F, torch.float32, "t5")
+    others = (
+        first._replace(norm_weight=3 * first.norm_weight),
+        first._replace(eps=0.5),
+        first._replace(norm_weight=None),
+        first._replace(norm_bias=torch.randn(D)),
+        first._replace(norm="layer"),
+    )
+    with torch.no_grad():
+        for _ in range(2):
+            for ffn in (first, *others):
+                wide = [cast(values, torch.double) for values in (p, ffn)]
+                truth = vf.compressed_ffn(x.double(), *wide, backend="reference")
+                plain = vf.compressed_ffn(x, p, ffn, backend="reference")
+                assert_close(vf.compressed_ffn(x, p, ffn, backend="cpu"), plain, truth)
+
+
+def test_nan_in_a_bias_shows():
+    p, ffn = plugin(D, K, 8, torch.float32), feed_forward(D, F, torch.float32, "bert")
+    ffn.b_in[0] = float("nan")
+    with torch.no_grad():
+        y = vf.compressed_ffn(torch.randn(2, 19, D), p, ffn._replace(activation="relu"))
+    assert torch.isnan(y).all()
+
+
+def test_a_changed_bias_leaves_the_weight_packed():
+    weight, bias = torch.randn(F, D), torch.randn(F)
+    packed = packing.linear(weight, bias).weight
+    bias.add_(1)
+    again = packing.linear(weight, bias)
+    assert again.weight is packed and torch.equal(again.bias, bias)
+
+
+def test_an_empty_projection():
+    x, p = torch.randn(2, 9, D), plugin(D, K, 8, torch.float32)
+    _, projected, _ = torch.ops.variator.group_merge(
+        x, p.merge_weight, p.merge_bias, None, None, "rms", torch.randn(D), None, 1e-6,
+        torch.empty(0, D), "cpu",
+    )  # fmt: skip
+    assert projected.shape == (2, 9, 0)

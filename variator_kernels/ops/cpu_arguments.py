@@ -47,7 +47,7 @@ def folded(weight: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
     if norm.weight is None or not folds(norm):
         return wide
     d = norm.weight.shape[0]
-    return (wide.view(wide.shape[0], -1, d) * norm.weight).view(wide.shape)
+    return (wide.view(wide.shape[0], wide.shape[1] // d, d) * norm.weight).view(wide.shape)
 
 
 class Groups(NamedTuple):

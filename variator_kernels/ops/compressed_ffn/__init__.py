@@ -27,7 +27,8 @@ def compressed_ffn(
         x: ``[B, n, d]``, or packed ``[T, d]`` together with ``cu_seqlens``.
         plugin: a :class:`PluginWeights`, or anything with a ``weights()`` that returns one.
         ffn: a :class:`FeedForward`, or anything with a ``feed_forward()`` that returns one.
-        mask: ``[B, n]``, nonzero for a real token. Padding passes through unchanged.
+        mask: ``[B, n]``, nonzero for a real token. Padding passes through unchanged, or is 0 for
+            an ``ffn`` without a residual.
         cu_seqlens: int32 or int64 offsets ``[sequences + 1]`` of packed input.
         backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
 
