@@ -14,7 +14,10 @@ from tests.ops.cases import (
     moved,
     plugin,
 )
+from tests.ops.test_backward import assert_gradient
 from variator_kernels import functional as vf
+from variator_kernels.feed_forward import PluginWeights
+from variator_kernels.ops.compressed_ffn import op
 
 
 @every_kernel_backend
@@ -38,3 +41,30 @@ def test_without_a_residual(dtype, mask_kind, grad, backend):
     assert_close(out, plain, truth)
     if mask is not None:
         assert (out[~mask] == 0).all()
+
+
+@every_kernel_backend
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_without_a_residual(backend, fused):
+    p, ffn = plugin(24, 4, 8, torch.float32), feed_forward(24, 40, torch.float32, "bert")
+    ffn = ffn._replace(post_norm=False, norm="none", residual=False)
+    x, dy = torch.randn(21, 24), torch.randn(21, 24)
+    cu_seqlens = torch.tensor([0, 9, 21])
+
+    def gradients(values, kernels):
+        leaves = [t.clone().requires_grad_() for t in values]
+        weights = PluginWeights(*leaves[1:], p.activation)
+        if fused and kernels != "reference":
+            y = op.compressed_ffn(leaves[0], weights, ffn, None, cu_seqlens, kernels)
+        else:
+            y = vf.compressed_ffn(
+                leaves[0], weights, cast(ffn, values[0].dtype), cu_seqlens=cu_seqlens,
+                backend=kernels,
+            )  # fmt: skip
+        return torch.autograd.grad(y, leaves, dy.to(y.dtype))
+
+    values = [x, *p[:6]]
+    truth = gradients([t.double() for t in values], "reference")
+    plain = gradients(values, "reference")
+    for out, measure, exact in zip(gradients(values, backend), plain, truth, strict=True):
+        assert_gradient(out, measure, exact, "gradient")

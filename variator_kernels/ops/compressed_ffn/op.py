@@ -84,7 +84,8 @@ def _backward(dy, *arguments):
     with torch.enable_grad():
         y = layered.compressed_ffn(*_unflatten(tuple(leaves)))
         wanted = [leaves[i] for i in _DIFFERENTIABLE if leaves[i] is not None]
-        return list(torch.autograd.grad(y, wanted, dy))
+        # A norm that is "none" uses no weight.
+        return list(torch.autograd.grad(y, wanted, dy, allow_unused=True, materialize_grads=True))
 
 
 @torch.library.register_fake("variator::compressed_ffn")
