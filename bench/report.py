@@ -15,13 +15,15 @@ from .common import machine, results
 from .common.results import Row
 from .report_tables import TABLES, Machine
 
+OTHERS = ("compiled", "gpu")
+"""Folders of results that no block of the README is made of."""
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
 def load(folder: Path) -> list[Machine]:
     """Every machine's results, in the order of their names."""
     found = []
-    for path in sorted(p for p in folder.glob("*") if p.is_dir()):
+    for path in sorted(p for p in folder.glob("*") if p.is_dir() and p.name not in OTHERS):
         files: dict[str, Row] = {f.stem: results.read(f) for f in sorted(path.glob("*.json"))}
         if files:
             found.append(Machine(path, files))
