@@ -129,8 +129,12 @@ def _calibrate(
     count = min(setup.recipe.calibration_rows, len(train))
     picked = [train.draw((i * len(train) // count + seed) % len(train), 0) for i in range(count)]
     pad = collator(tokenizer, model.config)
-    parts = {"merge": variant.frozen != "merge", "adapter": variant.frozen != "adapter"}
-    vk.calibrate(model, [pad(picked)], **parts)
+    vk.calibrate(
+        model,
+        [pad(picked)],
+        merge=variant.frozen != "merge",
+        adapter=variant.frozen != "adapter",
+    )
 
 
 def _train(
