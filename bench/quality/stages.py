@@ -96,7 +96,7 @@ def _plugins(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> Pat
         if start is not None:
             vk.load_plugins(model, start)
         if calibrate:
-            _calibrate(setup, variant, model, tokenizer, train, seed)
+            _calibrate(setup, variant, model, tokenizer, train)
         if variant.adapt:
             _train(setup, variant, seed, "adapt", model, tokenizer, train, folder)
         vk.save_plugins(model, folder)
@@ -116,22 +116,19 @@ def _pretrained(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> 
         train = rows.Rows(pieces, corrupt(tokenizer), seed)
         _patched(model, variant, seed)
         if variant.calibrate:
-            _calibrate(setup, variant, model, tokenizer, train, seed)
+            _calibrate(setup, variant, model, tokenizer, train)
         _train(setup, variant, seed, "pretrain", model, tokenizer, train, folder)
         vk.save_plugins(model, folder)
     return folder
 
 
 def _calibrate(
-    setup: Setup, variant: Variant, model: Any, tokenizer: Any, train: rows.Rows, seed: int
+    setup: Setup, variant: Variant, model: Any, tokenizer: Any, train: rows.Rows
 ) -> None:
-    """On rows from all over the text; the same ones every time."""
-    count = min(setup.recipe.calibration_rows, len(train))
-    picked = [train.draw((i * len(train) // count + seed) % len(train), 0) for i in range(count)]
-    pad = collator(tokenizer, model.config)
+    picked = train.spread(setup.recipe.calibration_rows)
     vk.calibrate(
         model,
-        [pad(picked)],
+        [collator(tokenizer, model.config)(picked)],
         merge=variant.frozen != "merge",
         adapter=variant.frozen != "adapter",
     )
