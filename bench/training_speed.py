@@ -133,7 +133,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="little work: does everything run?")
     args = parser.parse_args(arguments)
     args.dtype = ["fp32"]
-    args.length = args.length or (None if args.quick else 128)  # the paper's paragraphs
+    if not args.quick:
+        args.batch, args.length = args.batch or 4, args.length or 128  # the paper's paragraphs
     try:
         options.settle_common(args)
         model = models.architecture(args.model)

@@ -90,10 +90,10 @@ def test_refuses_what_it_cannot_use():
     made = model()
     with pytest.raises(ValueError, match="not patched"):
         vk.calibrate(tiny.model(), batches())
-    with pytest.raises(ValueError, match="must be at least 2, one to check the other, got 1"):
-        vk.calibrate(made, batches(1))
+    with pytest.raises(ValueError, match="at least 10 sequences, got 8"):
+        vk.calibrate(made, batches(2))
     with pytest.raises(ValueError, match=r"must hold attention_mask, got \['input_ids'\]"):
-        vk.calibrate(made, [{"input_ids": b["input_ids"]} for b in batches(2)])
+        vk.calibrate(made, [{"input_ids": b["input_ids"]} for b in batches(3)])
     with pytest.raises(ValueError, match="got 3"):
         vk.calibrate(made, batches(), ratios=[3])
     assert made.encoder.variator_state.local.observer is None

@@ -1,11 +1,12 @@
 """Initial values of plugins in closed form, from a few hundred sequences and no training.
 
-Layer by layer, on inputs that the layers before have already compressed, a plugin is fitted to what
-the dense model has after that sublayer:
+The model runs over all sequences once a ratio. Before a sublayer does, its plugin is fitted to what
+the dense model has behind that sublayer, on inputs that the sublayers before, fitted already, have
+compressed:
 
 - the merge: tokens whose FFN output a linear map of rank r cannot predict get more weight. The
   scores are the least-squares fit of that error's logarithm, times the factor that serves best;
-- the adapter: the best map of rank r from ``concat(u, h)`` to the dense output less u
+- the adapter: the best map of rank r from ``concat(u, h)`` to the wanted output less u
   (reduced-rank regression), scaled so that tanh is close to linear, and then W_2 once more by least
   squares on the tanh's real outputs.
 
@@ -16,11 +17,12 @@ follows (BERT): that is how much an error matters behind the norm.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .feed_forward import FeedForward, normalize, products
@@ -29,25 +31,41 @@ from .models.describe import describe
 from .models.find import find
 from .ops.group_merge.reference import group_merge
 from .ratio import STATE, PluginState, observe, states, use_ratio
-from .regression import Moments, reduced_rank
+from .regression import Fit, Moments, reduced_rank
 
-SHARPNESS = (0.0, 0.5, 1.0, 2.0)
+SHARPNESS = (0.0, 1.0, 2.0, 4.0)
 """Factors tried on the merge's fitted scores; 0 is a mean."""
 SCALE = 0.4
 """Standard deviation of what goes into tanh."""
 HELD_OUT = 5
-"""Each fifth batch decides about regularisation."""
+"""Each fifth sequence decides about regularisation."""
 
 
-class _Tokens(NamedTuple):
-    """One batch at one layer; ``x [B, n, d]``, ``mask [B, n]``; for real tokens: ``h [T, d]``, the
-    wanted FFN output ``o [T, d]`` and the weight ``[T, 1]``."""
+class _Sample(NamedTuple):
+    """What a plugin is fitted to: T real tokens of B rows."""
 
-    x: Tensor
-    mask: Tensor
     h: Tensor
-    o: Tensor
+    """What the FFN sees, ``[B, n, d]``."""
+    mask: Tensor
+    """``[B, n]`` bool."""
+    tokens: Tensor
+    """``h`` of real tokens, ``[T, d]``."""
+    wanted: Tensor
+    """Their outputs, ``[T, d]``."""
     weight: Tensor
+    """``[T, 1]``"""
+    scale: Tensor
+    """Of the hidden dimensions, ``[d]``."""
+    held_out: Tensor
+    """``[T]`` bool."""
+
+    def moments(self, z: Tensor, t: Tensor) -> tuple[Moments, Moments]:
+        """Of ``z [T, p]`` and ``t [T, q]``: of what is fitted, and of what is held out."""
+        parts = []
+        for part in (~self.held_out, self.held_out):
+            parts.append(Moments())
+            parts[-1].add(z[part], t[part], self.weight[part])
+        return parts[0], parts[1]
 
 
 @torch.no_grad()
@@ -61,121 +79,124 @@ def calibrate(
 ) -> None:
     """Give the plugins of a patched model initial values that fit these inputs.
 
+    Takes memory for all sequences at once: the hidden states of every layer, and one layer's inner
+    activations.
+
     Args:
         model: patched. Its other parameters stay as they are.
-        batches: keyword arguments of the model, ``attention_mask`` among them; a few hundred
-            sequences, in 10 batches or more. All are kept, with one layer's inputs.
+        batches: arguments of the model, ``attention_mask`` among them; a few hundred sequences
+            of what it will be used on, or of plain text.
         ratios: which plugins; by default all.
         merge, adapter: which parts; the other keeps its values.
 
     Raises:
         ValueError: the model is not patched or has no plugins for a ratio, or ``batches`` has
-            fewer than two, or one without ``attention_mask``.
+            fewer than 10 sequences, or no ``attention_mask``.
     """
     states(model)
     found = find(model)
     state: PluginState = vars(found.encoder)[STATE]
     wanted = [state.check(k) for k in (state.ratios if ratios is None else ratios)]
-    inputs = list(batches)
-    if len(inputs) < 2:
-        raise ValueError(f"batches must be at least 2, one to check the other, got {len(inputs)}")
-    for batch in inputs:
-        if batch.get("attention_mask") is None:
-            raise ValueError(f"batches must hold attention_mask, got {sorted(batch)}")
+    inputs = _joined(list(batches), inspect.signature(found.encoder.forward).parameters)
+    real = inputs["attention_mask"] != 0
+    dense: dict[nn.Module, Tensor] = {}
+
+    def keep(layer: nn.Module, x: Tensor, mask: Tensor | None, k: int) -> None:
+        ffn = describe(layer)
+        dense[layer] = x[real] + products(_hidden(x[real], ffn), ffn)
+
+    def fit(layer: Any, x: Tensor, mask: Tensor | None, k: int) -> None:
+        ffn = describe(layer)
+        _fit(layer.plugins[str(k)], ffn, _sample(x, real, dense[layer], ffn), merge, adapter)
+
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     warned, state.warned = state.warned, True
     try:
-        for layer in found.layers:
-            ffn = describe(layer)
-            dense = [_output(x, ffn) for x, _ in _inputs_of(model, layer, 1, inputs)]
-            for ratio in wanted:
-                if ratio == 1:
-                    continue
-                seen = _inputs_of(model, layer, ratio, inputs)
-                tokens = [_tokens(x, m, y, ffn) for (x, m), y in zip(seen, dense, strict=True)]
-                _fit(layer.plugins[str(ratio)], ffn, tokens, merge, adapter)
+        with observe(state, keep), use_ratio(model, 1):
+            found.encoder(**inputs)
+        for ratio in wanted:
+            if ratio > 1:
+                with observe(state, fit), use_ratio(model, ratio):
+                    found.encoder(**inputs)
     finally:
         state.warned = warned
         for module, training in modes:
             module.training = training
 
 
-class _Reached(Exception):
-    """The sublayer looked for was reached: the rest of the model need not run."""
-
-
-def _inputs_of(
-    model: nn.Module, layer: Any, ratio: int, batches: list[Mapping[str, Tensor]]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """``x [B, n, d]`` that the sublayer gets at this ratio, and the mask, batch by batch."""
-    reached: list[Tensor] = []
-
-    def see(sublayer: nn.Module, x: Tensor, mask: Tensor | None, k: int) -> None:
-        if sublayer is layer:
-            reached.append(x.clone())
-            raise _Reached
-
+def _joined(batches: Sequence[Mapping[str, Tensor]], names: Iterable[str]) -> dict[str, Tensor]:
+    """All sequences as one batch, padded on the right; only what the encoder takes."""
     for batch in batches:
-        with observe(layer.variator_state, see), use_ratio(model, ratio), suppress(_Reached):
-            model(**batch)
-        yield reached.pop(), batch["attention_mask"] != 0
+        if batch.get("attention_mask") is None:
+            raise ValueError(f"batches must hold attention_mask, got {sorted(batch)}")
+    rows = sum(len(batch["attention_mask"]) for batch in batches)
+    if rows < 2 * HELD_OUT:
+        raise ValueError(f"batches must hold at least {2 * HELD_OUT} sequences, got {rows}")
+    width = max(batch["attention_mask"].shape[1] for batch in batches)
 
+    def padded(tensor: Tensor) -> Tensor:
+        missing = width - tensor.shape[1]
+        return F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing))
 
-def _output(x: Tensor, ffn: FeedForward) -> Tensor:
-    """The residual stream behind the dense sublayer, before a norm that follows it."""
-    return x + products(_hidden(x, ffn), ffn)
+    keys = [key for key in names if key in batches[0]]
+    return {key: torch.cat([padded(batch[key]) for batch in batches]) for key in keys}
 
 
 def _hidden(x: Tensor, ffn: FeedForward) -> Tensor:
+    """What the FFN sees."""
     if ffn.post_norm:
         return x
     return normalize(x, ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)
 
 
-def _tokens(x: Tensor, mask: Tensor, wanted: Tensor, ffn: FeedForward) -> _Tokens:
-    y, real = wanted[mask].float(), x[mask].float()
+def _sample(x: Tensor, mask: Tensor, dense: Tensor, ffn: FeedForward) -> _Sample:
+    y = dense.float()
     centred = y - y.mean(-1, keepdim=True) if ffn.norm == "layer" else y
     variance = centred.square().mean(-1, keepdim=True)
-    weight = 1 / variance.clamp_min(1e-3 * variance.mean().clamp_min(1e-30))
-    return _Tokens(x, mask, _hidden(x, ffn)[mask].float(), y - real, weight)
-
-
-def _fit(plugin: Any, ffn: FeedForward, batches: list[_Tokens], merge: bool, adapter: bool) -> None:
-    d = batches[0].h.shape[-1]
-    scale = torch.ones(d, device=batches[0].h.device)
+    scale = y.new_ones(y.shape[-1])
     if ffn.post_norm and ffn.norm_weight is not None:
         scale = ffn.norm_weight.float().abs()
         scale = scale.clamp_min(0.05 * float(scale.max()))
+    h = _hidden(x, ffn)
+    row = torch.arange(len(x), device=x.device)[:, None].expand(mask.shape)[mask]
+    return _Sample(
+        h,
+        mask,
+        h[mask].float(),
+        y - x[mask].float(),
+        1 / variance.clamp_min(1e-3 * float(variance.mean()) + 1e-30),
+        scale,
+        row % HELD_OUT == 1,
+    )
+
+
+def _fit(plugin: Any, ffn: FeedForward, sample: _Sample, merge: bool, adapter: bool) -> None:
     rank = plugin.adapter.bottleneck
-    scores = _scores(batches, scale, rank) if merge else None
+    scores = _scores(sample, rank) if merge else None
+    kept = [parameter.clone() for parameter in plugin.merge.parameters()]
     best = None
-    for sharpness in SHARPNESS if merge else (0.0,):
+    for sharpness in SHARPNESS if merge else (None,):
         if scores is not None:
-            _set_merge(plugin.merge, sharpness * scores)
-        fitted, held_out, merged = _regress(plugin, ffn, batches, scale)
-        found = reduced_rank(fitted, held_out, rank)
-        if best is None or found.error < best[0]:
-            kept = [p.clone() for p in plugin.merge.parameters()]
-            best = found.error, found, merged, kept
-    assert best is not None
-    _, found, merged, kept = best
+            _set_merge(plugin.merge, float(sharpness or 0) * scores)
+        merged = _merged(plugin.merge, ffn, sample)
+        z, t = torch.cat([merged, sample.tokens], -1), (sample.wanted - merged) * sample.scale
+        found = reduced_rank(*sample.moments(z, t), rank)
+        if best is None or found.error < best[0].error:
+            best, kept = (found, z, t), [p.clone() for p in plugin.merge.parameters()]
     for parameter, value in zip(plugin.merge.parameters(), kept, strict=True):
         parameter.copy_(value)
-    if adapter:
-        _set_adapter(plugin.adapter, found, batches, merged, scale)
+    if adapter and best is not None:
+        _set_adapter(plugin.adapter, *best, sample)
 
 
-def _scores(batches: list[_Tokens], scale: Tensor, rank: int) -> Tensor:
-    """``[d]``: the linear map of h that fits how badly h alone predicts the FFN's output."""
-    parts = _split([(b.h, b.o * scale, b.weight) for b in batches])
-    found = reduced_rank(*parts, rank)
-    errors = []
-    for b in batches:
-        left = b.o * scale - found.predict(b.h)
-        errors.append(left.square().sum(-1, keepdim=True).clamp_min(1e-12).log())
-    parts = _split([(b.h, e, torch.ones_like(e)) for b, e in zip(batches, errors, strict=True)])
-    line = reduced_rank(*parts, 1)
+def _scores(sample: _Sample, rank: int) -> Tensor:
+    """``[d]``: the linear map of h that fits how badly h alone predicts the output."""
+    wanted = sample.wanted * sample.scale
+    found = reduced_rank(*sample.moments(sample.tokens, wanted), rank)
+    left = wanted - found.predict(sample.tokens)
+    error = left.square().sum(-1, keepdim=True).clamp_min(1e-12).log()
+    line = reduced_rank(*sample.moments(sample.tokens, error), 1)
     return (line.left @ line.right)[0]
 
 
@@ -189,43 +210,24 @@ def _set_merge(merge: Any, scores: Tensor) -> None:
     merge.bias.zero_()
 
 
-def _regress(
-    plugin: Any, ffn: FeedForward, batches: list[_Tokens], scale: Tensor
-) -> tuple[Moments, Moments, list[Tensor]]:
-    """Moments of ``concat(u, h)`` and the rest of the wanted output; and u for each token."""
-    merged, triples = [], []
-    for b in batches:
-        h = _hidden(b.x, ffn)
-        g = group_merge(h, plugin.merge.weight, plugin.merge.bias, mask=b.mask)
-        slot, _ = token_slots(h, plugin.merge.ratio, b.mask, None)
-        u = products(g, ffn).flatten(0, 1)[(slot // plugin.merge.ratio)[b.mask]].float()
-        merged.append(u)
-        triples.append((torch.cat([u, b.h], -1), (b.o - u) * scale, b.weight))
-    return *_split(triples), merged
+def _merged(merge: Any, ffn: FeedForward, sample: _Sample) -> Tensor:
+    """u of each real token's group, ``[T, d]``."""
+    g = group_merge(sample.h, merge.weight, merge.bias, mask=sample.mask)
+    slot, _ = token_slots(sample.h, merge.ratio, sample.mask, None)
+    return products(g, ffn).flatten(0, 1)[(slot // merge.ratio)[sample.mask]].float()
 
 
-def _set_adapter(
-    adapter: Any, found: Any, batches: list[_Tokens], merged: list[Tensor], scale: Tensor
-) -> None:
-    size = SCALE / found.deviation.clamp_min(1e-12)
-    w1 = found.right * size[:, None]
-    b1 = -w1 @ found.mean_in
-    triples = []
-    for b, u in zip(batches, merged, strict=True):
-        inner = torch.cat([u, b.h], -1) @ w1.T + b1
-        inner = torch.tanh(inner) if adapter.activation == "tanh" else inner
-        triples.append((inner, (b.o - u) * scale, b.weight))
-    last = reduced_rank(*_split(triples), adapter.bottleneck)
+def _set_adapter(adapter: Any, found: Fit, z: Tensor, t: Tensor, sample: _Sample) -> None:
+    # A bottleneck wider than the output keeps the initial values of the rest, as further features.
+    rank = len(found.deviation)
+    w1, b1 = adapter.w1.float().clone(), adapter.b1.float().clone()
+    w1[:rank] = found.right * (SCALE / found.deviation.clamp_min(1e-12))[:, None]
+    b1[:rank] = -w1[:rank] @ found.mean_in
+    inner = z @ w1.T + b1
+    inner = torch.tanh(inner) if adapter.activation == "tanh" else inner
+    last = reduced_rank(*sample.moments(inner, t), adapter.bottleneck)
     w2 = last.left @ last.right
     adapter.w1.copy_(w1)
     adapter.b1.copy_(b1)
-    adapter.w2.copy_(w2 / scale[:, None])
-    adapter.b2.copy_((last.mean_out - w2 @ last.mean_in) / scale)
-
-
-def _split(triples: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Moments, Moments]:
-    """What the regressions are fitted on, and what is held out."""
-    fitted, held_out = Moments(), Moments()
-    for i, triple in enumerate(triples):
-        (held_out if i % HELD_OUT == 1 else fitted).add(*triple)
-    return fitted, held_out
+    adapter.w2.copy_(w2 / sample.scale[:, None])
+    adapter.b2.copy_((last.mean_out - w2 @ last.mean_in) / sample.scale)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-RIDGES = (1e-3, 1e-2, 1e-1)
+RIDGES = (1e-2, 3e-2, 1e-1)
 """Tried strengths, in units of each input's variance."""
 
 
@@ -47,8 +47,8 @@ class Moments:
 class Fit(NamedTuple):
     """``t ≈ left · right · (z - mean_in) + mean_out``; ``left [q, r]`` has orthonormal columns.
 
-    ``deviation [r]`` is the standard deviation of ``right · z``, ``error`` the mean squared error
-    on what was held out.
+    ``deviation [r]`` is the standard deviation of ``right · z``. ``error`` is the mean squared
+    error, on what was held out, of the map that the rank does not limit.
     """
 
     left: Tensor
@@ -69,41 +69,38 @@ def reduced_rank(fitted: Moments, held_out: Moments, rank: int) -> Fit:
     Returns:
         The fit in fp32.
     """
-    errors = [_error(_solve(fitted, rank, ridge), held_out) for ridge in RIDGES]
+    errors = [_error(fitted, _solve(fitted, ridge), held_out) for ridge in RIDGES]
     error, ridge = min(zip(errors, RIDGES, strict=True))
-    return _solve(fitted + held_out, rank, ridge)._replace(error=error)
-
-
-def _solve(moments: Moments, rank: int, ridge: float) -> Fit:
-    mean_z, mean_t, covariance, cross = moments.centred()
-    variance = covariance.diagonal()
-    variance = variance.clamp_min(1e-9 * float(variance.mean()) + 1e-30)
-    full = torch.linalg.solve(covariance + torch.diag(ridge * variance), cross)
+    both = fitted + held_out
+    mean_in, mean_out, covariance, _ = both.centred()
+    full = _solve(both, ridge)
     # The directions of the output that the fit explains most of.
-    explained = full.T @ covariance @ full
-    values, vectors = torch.linalg.eigh(explained)
+    values, vectors = torch.linalg.eigh(full.T @ covariance @ full)
     rank = min(rank, len(values))
     left = vectors[:, -rank:].flip(-1)
-    return Fit(
-        left.float(),
-        (full @ left).T.float(),
-        mean_z.float(),
-        mean_t.float(),
-        values[-rank:].flip(-1).clamp_min(0).sqrt().float(),
-        float("nan"),
-    )
+    deviation = values[-rank:].flip(-1).clamp_min(0).sqrt()
+    parts = (left, (full @ left).T, mean_in, mean_out, deviation)
+    return Fit(*(part.float() for part in parts), error=error)
 
 
-def _error(fit: Fit, moments: Moments) -> float:
-    """Mean squared error of ``fit`` on ``moments``."""
-    weights = (fit.left @ fit.right).double()
-    offset = fit.mean_out.double() - weights @ fit.mean_in.double()
-    total = moments.total
+def _solve(moments: Moments, ridge: float) -> Tensor:
+    """``[p, q]``: ridge regression of t on z."""
+    _, _, covariance, cross = moments.centred()
+    variance = covariance.diagonal()
+    variance = variance.clamp_min(1e-9 * float(variance.mean()) + 1e-30)
+    factor = torch.linalg.cholesky(covariance + torch.diag((ridge + 1e-7) * variance))
+    return torch.cholesky_solve(cross, factor)
+
+
+def _error(fitted: Moments, full: Tensor, held_out: Moments) -> float:
+    """Mean squared error, on ``held_out``, of a map whose means are those of ``fitted``."""
+    mean_z, mean_t, _, _ = fitted.centred()
+    offset, total = mean_t - full.T @ mean_z, held_out.total
     squared = (
-        moments.tt / total
-        + ((weights @ (moments.zz / total)) * weights).sum()
-        - 2 * ((moments.zt / total).T * weights).sum()
-        + 2 * offset @ (weights @ (moments.z / total) - moments.t / total)
+        held_out.tt / total
+        + ((held_out.zz / total) @ full * full).sum()
+        - 2 * (held_out.zt / total * full).sum()
+        + 2 * offset @ (full.T @ (held_out.z / total) - held_out.t / total)
         + offset @ offset
     )
     return float(squared)

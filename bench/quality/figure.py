@@ -10,9 +10,14 @@ from ..common import results
 from ..common.results import Row
 from ..plot import BOUND, INK, RC
 
-COLOURS = {"full": "#2b6cb0", "calibrated only": "#e8a33d", "untrained": "#a0aec0"}
+COLOURS = {
+    "full": "#2b6cb0",
+    "without pre-training": "#2f855a",
+    "calibrated only": "#e8a33d",
+    "untrained": "#a0aec0",
+}
 SINGLE = {
-    "without pre-training": "v",
+    "from initial values": "v",
     "without adaptation": "^",
     "mean pooling": "s",
     "copy": "D",

@@ -16,6 +16,7 @@ class Variant:
     ratios: tuple[int, ...] = RATIOS
     bottleneck: int = 64
     calibrate: bool = True
+    """On the plain text of pre-training, or on the task's data if there is no pre-training."""
     pretrain: bool = True
     adapt: bool = True
     frozen: str = ""
@@ -29,7 +30,8 @@ VARIANTS = {
         Variant("full"),
         Variant("untrained", calibrate=False, pretrain=False, adapt=False),
         Variant("calibrated only", pretrain=False, adapt=False),
-        Variant("without pre-training", ABLATED, calibrate=False, pretrain=False),
+        Variant("without pre-training", pretrain=False),
+        Variant("from initial values", ABLATED, calibrate=False, pretrain=False),
         Variant("without adaptation", ABLATED, adapt=False),
         Variant("mean pooling", ABLATED, frozen="merge"),
         Variant("copy", ABLATED, frozen="adapter"),

@@ -83,8 +83,9 @@ def answers(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> list
 
 def _plugins(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> Path | None:
     """The folder of the plugins to use on ``task``; None: initial values."""
-    start = _started(setup, task, variant, seed)
-    if not variant.adapt:
+    start = _pretrained(setup, task, variant, seed) if variant.pretrain else None
+    calibrate = variant.calibrate and not variant.pretrain
+    if not (variant.adapt or calibrate):
         return start
     folder = _folder(setup, variant, seed, task.name)
     if not (folder / "plugins.json").is_file():
@@ -94,45 +95,42 @@ def _plugins(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> Pat
         _patched(model, variant, seed)
         if start is not None:
             vk.load_plugins(model, start)
-        _train(setup, variant, seed, "adapt", model, tokenizer, train, folder)
+        if calibrate:
+            _calibrate(setup, variant, model, tokenizer, train)
+        if variant.adapt:
+            _train(setup, variant, seed, "adapt", model, tokenizer, train, folder)
+        vk.save_plugins(model, folder)
     return folder
 
 
-def _started(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> Path | None:
-    """Plugins after calibration and pre-training, on the model before it saw a task."""
-    if not (variant.calibrate or variant.pretrain):
-        return None
+def _pretrained(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> Path:
+    """Plugins after pre-training, on the model before it saw a task."""
     scratch = setup.base == originals.SMALL_T5
     folder = _folder(setup, variant, seed, f"{task.name}-plain" if scratch else "plain")
-    if (folder / "plugins.json").is_file():
-        return folder
-    source = original(setup, task)[0] if scratch else Path(setup.base)
-    model, tokenizer = originals.read(source, task=False)
-    pieces = rows.paragraphs(tasks.plain_text(setup.data), tokenizer, setup.recipe.piece)
-    corrupt = noise.corrupted_spans if model.config.is_encoder_decoder else noise.masked_tokens
-    train = rows.Rows(pieces, corrupt(tokenizer), seed)
-    _patched(model, variant, seed)
-    if variant.calibrate:
-        _calibrate(setup, variant, model, tokenizer, train, seed)
-    if variant.pretrain:
+    if not (folder / "plugins.json").is_file():
+        source = original(setup, task)[0] if scratch else Path(setup.base)
+        model, tokenizer = originals.read(source, task=False)
+        pieces = rows.paragraphs(tasks.plain_text(setup.data), tokenizer, setup.recipe.piece)
+        encoder_decoder = model.config.is_encoder_decoder
+        corrupt = noise.corrupted_spans if encoder_decoder else noise.masked_tokens
+        train = rows.Rows(pieces, corrupt(tokenizer), seed)
+        _patched(model, variant, seed)
+        if variant.calibrate:
+            _calibrate(setup, variant, model, tokenizer, train)
         _train(setup, variant, seed, "pretrain", model, tokenizer, train, folder)
-    else:
         vk.save_plugins(model, folder)
     return folder
 
 
 def _calibrate(
-    setup: Setup, variant: Variant, model: Any, tokenizer: Any, train: rows.Rows, seed: int
+    setup: Setup, variant: Variant, model: Any, tokenizer: Any, train: rows.Rows
 ) -> None:
-    """On rows from all over the text; the same ones every time."""
-    count = min(setup.recipe.calibration_rows, len(train))
-    picked = [train.draw((i * len(train) // count + seed) % len(train), 0) for i in range(count)]
-    pad = collator(tokenizer, model.config)
-    batches = [pad(picked[i::10]) for i in range(10)]
-    for batch in batches:
-        batch.pop("labels", None)
+    picked = train.spread(setup.recipe.calibration_rows)
     vk.calibrate(
-        model, batches, merge=variant.frozen != "merge", adapter=variant.frozen != "adapter"
+        model,
+        [collator(tokenizer, model.config)(picked)],
+        merge=variant.frozen != "merge",
+        adapter=variant.frozen != "adapter",
     )
 
 
@@ -161,7 +159,6 @@ def _train(
         if variant.frozen and ".plugins." in name and f".{variant.frozen}." in name:
             parameter.requires_grad_(False)
     trainer.train(resume_from_checkpoint=True)
-    vk.save_plugins(model, folder)
 
 
 def _patched(model: Any, variant: Variant, seed: int) -> None:

@@ -126,6 +126,15 @@ def test_adapts_what_was_pretrained(folder, tmp_path, capsys):
         main(command(folder, second, "adapt", "task.tsv", *more, "--seed", "3"))
 
 
+def test_calibrates_before_the_first_step(folder, tmp_path):
+    more = ["--max_steps", "2", "--learning_rate", "0", "--eval-data", str(folder / "text.txt")]
+    losses = []
+    for count in ("0", "40"):
+        main(command(folder, tmp_path / count, "pretrain", "text.txt", *more, "--calibrate", count))
+        losses.append(json.loads((tmp_path / count / "metrics.json").read_text())["eval_loss"])
+    assert losses[1] < 0.8 * losses[0]
+
+
 @pytest.mark.parametrize(
     ("step", "name", "content", "more", "message"),
     [

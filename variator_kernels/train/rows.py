@@ -40,6 +40,11 @@ class Rows(Dataset):
     def __getitem__(self, row: int) -> dict[str, Any]:
         return self.draw(row, 0)
 
+    def spread(self, count: int) -> list[dict[str, Any]]:
+        """``count`` rows of all lengths, or all there are; the same ones each time."""
+        count = min(count, len(self))
+        return [self.draw(i * len(self) // count, 0) for i in range(count)]
+
     def draw(self, row: int, turn: int) -> dict[str, Any]:
         if self.noise is None:
             return self.rows[row]

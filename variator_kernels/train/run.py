@@ -13,10 +13,11 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, set_seed
 from transformers import AutoModelForSeq2SeqLM as Seq2Seq
 from transformers import AutoModelForSequenceClassification as Classifier
 
+from ..calibration import calibrate
 from ..checkpoint import load_plugins, save_plugins
 from ..models.patch import patch
 from ..ratio import states
-from . import data, noise, rows, task
+from . import checkpoints, data, noise, rows, task
 from .collate import collator
 from .config import STEPS, DistillationConfig, fingerprint
 from .trainer import Correct, DistillationTrainer
@@ -29,11 +30,11 @@ class Job:
     """What to train on what. Paths are files or folders on this machine.
 
     ``step`` is ``"pretrain"`` or ``"adapt"``. ``ratios`` empty: those of ``plugins``, else 4.
-    ``text``: the columns that hold a task's text, one or two; ``template``, such as
-    ``"sst2 sentence: {sentence}"``, makes one text of a row's columns instead. ``labels``: the
-    names a label may have, for a model that does not know them. ``max_length``: tokens of a piece
-    in pre-training (128 if None); in adaptation longer texts are cut to it (None: they are an
-    error if the model cannot take them).
+    ``calibrate``: rows to calibrate on before the first step. ``text``: the columns that hold a
+    task's text, one or two; ``template``, such as ``"sst2 sentence: {sentence}"``, makes one text
+    of a row's columns instead. ``labels``: the names a label may have, for a model that does not
+    know them. ``max_length``: tokens of a piece in pre-training (128 if None); in adaptation longer
+    texts are cut to it (None: they are an error if the model cannot take them).
     """
 
     step: str
@@ -59,7 +60,7 @@ class Job:
         if not 1 <= len(self.text) <= 2:
             raise ValueError(f"text must name one column or two, got {self.text}")
         if self.calibrate < 0:
-            raise ValueError(f"calibrate must be >= 0 rows, got {self.calibrate}")
+            raise ValueError(f"calibrate must be a number of rows >= 0, got {self.calibrate}")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -95,6 +96,9 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
     train, correct = _rows(job, job.data, model, tokenizer, config.seed)
     held_out = job.eval_data and _rows(job, job.eval_data, model, tokenizer, config.seed)[0]
     plugged(model, job)
+    pad = collator(tokenizer, model.config)
+    if job.calibrate and checkpoints.last(output) is None:
+        calibrate(model, [pad(train.spread(job.calibrate))])
     config.sample_ratios = len(states(model)[0].ratios) > 1
     config.output_dir = str(output)
     config.eval_strategy = config.eval_strategy if held_out else "no"
@@ -104,7 +108,7 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
         train_dataset=train,
         eval_dataset=held_out,
         correct=correct,
-        data_collator=collator(tokenizer, model.config),
+        data_collator=pad,
     )
     if config.should_save:
         output.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,77 @@
+"""bench.quality_vs_k from end to end on a toy model; its figures mean nothing."""
+
+import json
+
+import pytest
+
+from bench import quality_vs_k
+from bench.quality import originals, tasks
+from bench.quality.recipe import VARIANTS
+from tests.train import toy
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    for name in ("sst2", "wikitext2"):
+        (data / name).mkdir(parents=True)
+    toy.table(data / "sst2" / "train.tsv", 60)
+    toy.table(data / "sst2" / "dev.tsv", 30)
+    for name in ("valid.txt", "test.txt"):
+        toy.plain_text(data / "wikitext2" / name)
+    words = tasks.TASKS["sst2"]._replace(labels=("bad", "good"))
+    monkeypatch.setitem(tasks.TASKS, "sst2", words)
+    quick = {"per_device_train_batch_size": 16, "max_steps": 3, "learning_rate": 1e-3}
+    monkeypatch.setitem(originals.FINE_TUNING, "sst2", quick)
+    toy.t5(tmp_path / "model")
+    return tmp_path
+
+
+def run(folder, *more):
+    arguments = ["--model", folder / "model", "--data", folder / "data", "--work", folder / "work"]
+    arguments += ["--output", folder / "out", "--quick", "--rounds", "2", "--ratios", "2,4", *more]
+    assert quality_vs_k.main([str(word) for word in arguments]) == 0
+    return json.loads((folder / "out" / "quality_vs_k.json").read_text())
+
+
+@pytest.mark.slow
+def test_runs_every_variant_and_goes_on_where_it_was(folder):
+    content = run(folder, "--seeds", "2")
+    expected = {
+        (variant.name, k, seed)
+        for variant in VARIANTS.values()
+        for k in variant.ratios
+        for seed in range(2 if variant.name == "full" else 1)
+        if k in (2, 4)
+    }
+    assert {(row["variant"], row["k"], row["seed"]) for row in content["rows"]} == expected
+    assert all(row["status"] == "ok" for row in content["costs"])
+    assert 0 < content["costs"][1]["multiply_adds_left"] < 3
+    assert (folder / "out" / "quality_vs_k.png").stat().st_size > 10_000
+    stamps = {p: p.stat().st_mtime_ns for p in (folder / "work").rglob("*") if p.is_file()}
+    again = run(folder, "--seeds", "2")
+    assert again["rows"] == content["rows"]
+    assert stamps == {p: p.stat().st_mtime_ns for p in (folder / "work").rglob("*") if p.is_file()}
+
+
+def test_an_ablation_keeps_its_part_at_zero(folder):
+    from safetensors.torch import load_file
+
+    run(folder, "--variants", "mean pooling,copy")
+    for name, part in (("mean-pooling", ".merge."), ("copy", ".adapter.w2")):
+        path = folder / "work" / "plugins" / f"{name}-seed0" / "sst2" / "plugins.safetensors"
+        tensors = load_file(path)
+        frozen = {key for key in tensors if part in key}
+        assert frozen and all(not tensors[key].any() for key in frozen)
+        trained = ".adapter.w2" if part == ".merge." else ".merge.weight"
+        assert all(tensors[key].any() for key in tensors if trained in key)
+
+
+def test_refuses_what_it_does_not_know(folder, capsys):
+    wrong = ((["--variants", "x"], "variants must be of"), (["--model", "x"], "folder"))
+    for more, message in wrong:
+        with pytest.raises(SystemExit):
+            run(folder, *more)
+        assert message in capsys.readouterr().err
