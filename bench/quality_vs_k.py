@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     add("--ratios", type=options.ratios, default=list(recipe.RATIOS), help="default 2,4,8,16,32")
     add("--rounds", type=options.count, default=7, help="of the timing; default 7")
     add("--threads", type=options.count, default=torch.get_num_threads())
-    add("--output", help="folder; default bench/results/<this kind of machine>")
+    options.add_output(made)
     add("--quick", action="store_true", help="a few steps of everything: does it run?")
     return made
 
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace, setup: stages.Setup, console: Console) -> Row:
     content = results.result("quality_vs_k", settings | stages.settings(setup), model)
     costs: dict[tuple[str, int], Row] = {}
     content["originals"], content["costs"] = [], []
-    path = results.folder(args.output) / "quality_vs_k.json"
+    path = results.folder(args.output, args.publish) / "quality_vs_k.json"
     for task in (tasks.TASKS[name] for name in args.tasks):
         folder, accuracy = stages.original(setup, task)
         console.print(f"{task.name}: the original answers {100 * accuracy:.1f} % right")

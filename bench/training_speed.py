@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         arms = {name: Arm(built, backend, args, folder) for name, backend in ARMS.items()}
         content["rows"] = measure(arms, args.repeats or (3 if args.quick else 9))
-    path = results.folder(args.output) / "training_speed.json"
+    path = results.folder(args.output, args.publish) / "training_speed.json"
     results.write(path, content)
     console.print(table(content["rows"]), f"written: {options.shown(path)}")
     return int(any(row["status"] == "failed" for row in content["rows"]))

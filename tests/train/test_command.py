@@ -90,11 +90,13 @@ def test_killed_at_any_moment_it_ends_with_the_same_plugins(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_end_with_the_plugins_of_one(folder, tmp_path):
+@pytest.mark.parametrize("shared", [1, 2])
+def test_two_processes_end_with_the_plugins_of_one(folder, tmp_path, shared):
     """The same global batch. Sums run in another order, and Adam divides small gradients by their
     own size: parameters may differ by 1 % of what training moved them, the losses by 1e-3."""
     more = ["--max_steps", "12", "--save_steps", "5", "--eval-data", str(folder / "text.txt")]
     more += ["--eval_steps", "6", "--learning_rate", "0.01", "--warmup_steps", "0"]
+    more += ["--ratios_per_step", str(shared)]
     finish(start(command(folder, tmp_path / "one", "pretrain", "text.txt", *more)))
     spread = command(folder, tmp_path / "two", "pretrain", "text.txt", *more)
     spread[spread.index("--per_device_train_batch_size") + 1] = "4"

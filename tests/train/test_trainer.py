@@ -61,7 +61,7 @@ def test_trains_the_active_ratio_alone(tmp_path):
 def test_deals_every_ratio_the_same_number_of_steps(tmp_path):
     model = tiny.patched(head="EncoderModel", ratios=(2, 3, 4, 8))
     made = trainer(tmp_path, model, sample_ratios=True, max_steps=8)
-    dealt = [made.ratio_at(step) for step in range(400)]
+    dealt = [ratio for step in range(400) for ratio in made.ratios_at(step)]
     for turn in range(0, 400, 4):
         assert sorted(dealt[turn : turn + 4]) == [2, 3, 4, 8]
     assert len(set(tuple(dealt[i : i + 4]) for i in range(0, 400, 4))) > 5
@@ -70,6 +70,33 @@ def test_deals_every_ratio_the_same_number_of_steps(tmp_path):
     for ratio in (2, 3, 4, 8):
         assert not same(plugins(model, ratio), plugins(before, ratio))
     assert set(made.evaluate()) >= {f"eval_k{k}_loss" for k in (2, 3, 4, 8)}
+
+
+def test_ratios_that_share_a_step_get_the_gradients_that_each_would_get_alone(tmp_path):
+    model = tiny.patched(head="EncoderModel", ratios=(2, 3, 4, 8), dropout=0.0)
+    shared = trainer(tmp_path, model, sample_ratios=True, ratios_per_step=2)
+    turns = [shared.ratios_at(step) for step in range(20)]
+    for first, second in zip(turns[::2], turns[1::2], strict=True):
+        assert sorted(first + second) == [2, 3, 4, 8]
+    batch, together = collate(ROWS[:4]), shared.ratios_at(0)
+    loss = shared.compute_loss(model, batch)
+    loss.backward()
+    rest = set(shared.ratios) - set(together)
+    assert all(p.grad is None for p in vk.plugin_parameters(model, rest))
+    got = [p.grad.clone() for k in together for p in vk.plugin_parameters(model, (k,))]
+    losses, expected = [], []
+    for k in together:
+        model.zero_grad()
+        vk.set_ratio(model, k)
+        losses.append(trainer(tmp_path, model).compute_loss(model, batch))
+        losses[-1].backward()
+        expected += [p.grad.clone() for p in vk.plugin_parameters(model, (k,))]
+    torch.testing.assert_close(loss, sum(losses))
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(ValueError, match="ratios_per_step must divide the number of ratios, got 3"):
+        trainer(tmp_path, model, sample_ratios=True, ratios_per_step=3)
+    with pytest.raises(ValueError, match="ratios_per_step must be >= 1, got 0"):
+        trainer(tmp_path, model, ratios_per_step=0)
 
 
 @pytest.mark.parametrize("dropout", [False, True])

@@ -67,7 +67,10 @@ class DistillationConfig(TrainingArguments):
     remove_unused_columns: bool = _option(False, "the collators decide what a batch holds")
 
     sample_ratios: bool = _option(
-        False, "train the plugins of all ratios of the model, one ratio a step"
+        False, "train the plugins of all ratios of the model, in turn"
+    )
+    ratios_per_step: int = _option(
+        1, "with sample_ratios: how many ratios share the rows and the teacher's run of a step"
     )
     task_weight: float = _option(0.0, "weight of the model's own loss (paper: 0 is best)")
     layer_weight: float = _option(0.0, "weight of matching the output of every layer")
@@ -80,6 +83,8 @@ class DistillationConfig(TrainingArguments):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        if self.ratios_per_step < 1:
+            raise ValueError(f"ratios_per_step must be >= 1, got {self.ratios_per_step!r}")
         # Pinning needs a device to copy to, and warns once a loader without one.
         self.dataloader_pin_memory &= torch.cuda.is_available()
         super().__post_init__()

@@ -69,13 +69,18 @@ class DistillationTrainer(ResumableTrainer):
                 "configuration's dropout probabilities to 0 for the same loss)"
             )
         self.ratios = state.ratios if args.sample_ratios else (state.ratio,)
+        if len(self.ratios) % args.ratios_per_step:
+            raise ValueError(
+                f"ratios_per_step must divide the number of ratios, got {args.ratios_per_step} for "
+                f"{self.ratios}"
+            )
         self.correct = correct
         state.warned = True  # that plugins are untrained is no news here
         model.requires_grad_(False)
         for parameter in plugin_parameters(model, self.ratios):
             parameter.requires_grad_(True)
         if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = len(self.ratios) > 1
+            args.ddp_find_unused_parameters = len(self.ratios) > args.ratios_per_step
         super().__init__(
             model,
             args,
@@ -87,11 +92,11 @@ class DistillationTrainer(ResumableTrainer):
         # Gradients of accumulated batches are sums of shares of one mean: nothing to divide.
         self.model_accepts_loss_kwargs = True
 
-    def ratio_at(self, step: int) -> int:
-        """The ratio that step trains: each once in ``len(ratios)`` steps, in random order."""
-        turn, position = divmod(step, len(self.ratios))
+    def ratios_at(self, step: int) -> list[int]:
+        """The ratios that step trains: in random order, all of them before any comes again."""
+        turn, position = divmod(step * self.args.ratios_per_step, len(self.ratios))
         order = random.Random(f"{self.args.seed} {turn}").sample(self.ratios, len(self.ratios))
-        return order[position]
+        return order[position : position + self.args.ratios_per_step]
 
     # The loss
 
@@ -109,25 +114,38 @@ class DistillationTrainer(ResumableTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         total = losses.counts(inputs) if num_items_in_batch is None else num_items_in_batch
-        ratio = self.ratio_at(self.state.global_step)
         teacher = self._teacher(model, inputs)
-        student = self._student(model, inputs, ratio)
-        loss = losses.distillation(student, teacher, inputs, total, self.args.layer_weight)
-        if self.args.task_weight:
-            loss = loss + self.args.task_weight * losses.task(student, inputs, total)
-        if self.args.logits_weight:
-            share = losses.logits(student, teacher, inputs, total)
-            loss = loss + self.args.logits_weight * share
-        if not bool(torch.isfinite(loss)):
-            kept = checkpoints.last(self.args.output_dir)
-            raise FloatingPointError(
-                f"the loss of step {self.state.global_step} (ratio {ratio}) is {loss.item()}; its "
-                f"gradient was not used, the newest checkpoint is {kept or 'none'}: lower the "
-                "learning rate, or look for non-finite weights and inputs"
-            )
+        loss = torch.zeros((), device=total.device)
+        for ratio in self.ratios_at(self.state.global_step):
+            student = self._student(model, inputs, ratio)
+            share = self._distance(student, teacher, inputs, total)
+            self._check(share, ratio)
+            loss = loss + share
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # whose gradients will be averaged
         return (loss, student) if return_outputs else loss
+
+    def _distance(
+        self, student: Any, teacher: Any, inputs: Mapping[str, Any], total: Tensor
+    ) -> Tensor:
+        """Everything that ``args`` asks for, weighted."""
+        args = self.args
+        loss = losses.distillation(student, teacher, inputs, total, args.layer_weight)
+        if args.task_weight:
+            loss = loss + args.task_weight * losses.task(student, inputs, total)
+        if args.logits_weight:
+            loss = loss + args.logits_weight * losses.logits(student, teacher, inputs, total)
+        return loss
+
+    def _check(self, loss: Tensor, ratio: int) -> None:
+        if bool(torch.isfinite(loss)):
+            return
+        kept = checkpoints.last(self.args.output_dir)
+        raise FloatingPointError(
+            f"the loss of step {self.state.global_step} (ratio {ratio}) is {loss.item()}; its "
+            f"gradient was not used, the newest checkpoint is {kept or 'none'}: lower the "
+            "learning rate, or look for non-finite weights and inputs"
+        )
 
     def _teacher(self, model: Any, inputs: Mapping[str, Any]) -> Any:
         model.eval()
