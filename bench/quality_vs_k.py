@@ -21,10 +21,7 @@ from transformers import logging
 from .common import machine, minilm, options, results, text
 from .common.results import Row
 from .quality import figure, originals, recipe, speed, stages, tasks
-from .quality.recipe import VARIANTS, Recipe, Variant
-
-TARGETS = {2: 0.5, 4: 1.3, 8: 2.0, 16: 3.0, 32: 4.0}
-"""Points that plugins for MiniLM may lose on SST-2, at most."""
+from .quality.recipe import TARGETS, VARIANTS, Recipe, Variant
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,8 +72,11 @@ def chosen(args: argparse.Namespace) -> list[tuple[Variant, int]]:
     return made
 
 
-def summary(rows: list[Row], costs: dict[tuple[str, int], Row]) -> list[Row]:
-    """Medians over seeds, with cost and speed beside them."""
+def summary(rows: list[Row], costs: dict[tuple[str, int], Row], folder: Path) -> list[Row]:
+    """Medians over seeds, with cost and speed beside them.
+
+    ``folder``: of the original, whose FFNs the added parameters are compared with.
+    """
     made = []
     for task, variant, k in dict.fromkeys((r["task"], r["variant"], r["k"]) for r in rows):
         found = results.pick(rows, task=task, variant=variant, k=k)
@@ -89,6 +89,7 @@ def summary(rows: list[Row], costs: dict[tuple[str, int], Row]) -> list[Row]:
         row |= {"task": task, "variant": variant, "k": k, "seeds": len(found)}
         row["speedup"] = cost["speedup"]["median"] if cost["status"] == "ok" else None
         row["multiply_adds_left"] = cost["multiply_adds_left"]
+        row["added_over_ffn"] = speed.added(folder, found[0]["bottleneck"], k)
         made.append(row)
     return made
 
@@ -120,8 +121,8 @@ def run(args: argparse.Namespace, setup: stages.Setup, console: Console) -> Row:
     model = {"name": args.model if args.model == "minilm" else Path(args.model).name}
     content = results.result("quality_vs_k", settings | stages.settings(setup), model)
     costs: dict[tuple[str, int], Row] = {}
-    content["originals"], content["costs"] = [], []
-    path = results.folder(args.output, args.publish) / "quality_vs_k.json"
+    content |= {"originals": [], "calibration": [], "costs": [], "summary": []}
+    path = results.folder(args.output, args.publish) / f"quality_vs_k_{model['name']}.json"
     for task in (tasks.TASKS[name] for name in args.tasks):
         folder, accuracy = stages.original(setup, task)
         console.print(f"{task.name}: the original answers {100 * accuracy:.1f} % right")
@@ -129,11 +130,14 @@ def run(args: argparse.Namespace, setup: stages.Setup, console: Console) -> Row:
         measured = speed.measure(folder, task, args.data, tuple(args.ratios), args.rounds)
         costs |= {(task.name, row["k"]): row for row in measured}
         content["costs"] += [{"task": task.name, **row} for row in measured]
+        found = stages.calibration(setup, task, tuple(args.ratios))
+        content["calibration"].append({"task": task.name, **found})
         for variant, seed in chosen(args):
             console.print(f"{task.name}: {variant.name}, seed {seed}")
             content["rows"] += stages.answers(setup, task, variant, seed)
-            content["summary"] = summary(content["rows"], costs)
             results.write(path, content)
+        content["summary"] += summary(results.pick(content["rows"], task=task.name), costs, folder)
+        results.write(path, content)
     console.print(table(content["summary"], args.model == "minilm"))
     console.print(f"written: {options.shown(path)}, {options.shown(figure.draw(content, path))}")
     return content
@@ -146,7 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings: dict[str, Any] = {"bf16": machine.has_bf16()}
         if args.quick:
-            settings |= {"calibration_rows": 20, "pretrain_steps": 2, "adapt_steps": 2}
+            settings |= {"calibration_rows": 20, "pretrain_steps": 2}
+            settings |= {"adapt_steps": 2, "few_rows_steps": 2}
         name = "quick" if args.quick else Path(args.model).name
         work = args.work or machine.ROOT / "build" / "quality" / name
         setup = stages.Setup(base(args.model), args.data, work, Recipe(**settings))

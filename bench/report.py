@@ -11,10 +11,12 @@ import re
 import sys
 from pathlib import Path
 
+from . import report_tables, report_training
 from .common import machine, results
 from .common.results import Row
-from .report_tables import TABLES, Machine
+from .report_tables import Machine
 
+TABLES = report_tables.TABLES | report_training.TABLES
 OTHERS = ("compiled", "gpu")
 """Folders of results that no block of the README is made of."""
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)

@@ -79,8 +79,14 @@ def reduced_rank(fitted: Moments, held_out: Moments, rank: int) -> Fit:
     rank = min(rank, len(values))
     left = vectors[:, -rank:].flip(-1)
     deviation = values[-rank:].flip(-1).clamp_min(0).sqrt()
-    parts = (left, (full @ left).T, mean_in, mean_out, deviation)
-    return Fit(*(part.float() for part in parts), error=error)
+    return Fit(
+        left.float(),
+        (full @ left).T.float(),
+        mean_in.float(),
+        mean_out.float(),
+        deviation.float(),
+        error,
+    )
 
 
 def _solve(moments: Moments, ridge: float) -> Tensor:

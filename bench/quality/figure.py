@@ -12,11 +12,11 @@ from ..plot import BOUND, INK, RC
 
 COLOURS = {
     "full": "#2b6cb0",
-    "without pre-training": "#2f855a",
     "calibrated only": "#e8a33d",
     "untrained": "#a0aec0",
 }
 SINGLE = {
+    "without pre-training": "<",
     "from initial values": "v",
     "without adaptation": "^",
     "mean pooling": "s",

@@ -1,4 +1,4 @@
-"""What compression saves on a dev set: multiply-adds, and measured time."""
+"""What plugins save on a dev set, in multiply-adds and measured time, and what they add."""
 
 from __future__ import annotations
 
@@ -73,6 +73,13 @@ def measure(
     return made
 
 
+def added(folder: Path, bottleneck: int, ratio: int) -> float:
+    """Parameters of a ratio's plugins, as a fraction of the encoder's FFNs'."""
+    encoder = _encoder(originals.read(folder, task=True)[0])
+    found = vk.flops.count(encoder, length=8, ratio=ratio, bottleneck=bottleneck)
+    return (found.parameters.merge + found.parameters.decompress) / found.dense_parameters.ffn
+
+
 def _encoder(model: Any) -> Any:
     return model.get_encoder() if model.config.is_encoder_decoder else model.base_model
 
@@ -105,7 +112,7 @@ def _check(encoder: Any, model: Any, batch: dict[str, Tensor], ratio: int) -> ch
 
 
 def _cost(encoder: Any, inputs: list[dict[str, Tensor]], ratio: int) -> Row:
-    """Multiply-adds left in the encoder and in its FFNs, and parameters added, as fractions."""
+    """Multiply-adds left in the encoder and in its FFNs, as fractions."""
     used = dense = ffn = ffn_dense = 0
     for batch in inputs:
         lengths = batch["attention_mask"].sum(-1).tolist()
@@ -114,13 +121,7 @@ def _cost(encoder: Any, inputs: list[dict[str, Tensor]], ratio: int) -> Row:
         dense += found.dense_multiply_adds.total
         ffn += _around_ffn(found.multiply_adds)
         ffn_dense += found.dense_multiply_adds.ffn
-    added = found.parameters.merge + found.parameters.decompress
-    return {
-        "multiply_adds_left": used / dense,
-        "ffn_multiply_adds_left": ffn / ffn_dense,
-        "added_over_ffn": added / found.dense_parameters.ffn,
-        "added_over_encoder": added / found.dense_parameters.total,
-    }
+    return {"multiply_adds_left": used / dense, "ffn_multiply_adds_left": ffn / ffn_dense}
 
 
 def _around_ffn(parts: Parts) -> int:

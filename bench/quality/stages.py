@@ -6,6 +6,7 @@ A stage that was killed goes on where it was; delete its folder to make it again
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,21 @@ def answers(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> list
     return json.loads(result.read_text())
 
 
+def calibration(setup: Setup, task: tasks.Task, ratios: tuple[int, ...]) -> Row:
+    """Seconds that ``vk.calibrate`` takes, a ratio, on rows of a task."""
+    model, tokenizer = originals.read(original(setup, task)[0], task=True)
+    train, _ = tasks.load(setup.data, task, "train", model, tokenizer, setup.recipe.adapt_least)
+    vk.patch(model, ratios[0], ratios)
+    batch = collator(tokenizer, model.config)(train.spread(setup.recipe.calibration_rows))
+    seconds = {}
+    for k in ratios:
+        start = time.perf_counter()
+        vk.calibrate(model, [batch], (k,))
+        seconds[str(k)] = time.perf_counter() - start
+    tokens = int(batch["attention_mask"].sum())
+    return {"rows": len(batch["attention_mask"]), "tokens": tokens, "seconds": seconds}
+
+
 def _plugins(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> Path | None:
     """The folder of the plugins to use on ``task``; None: initial values."""
     start = _pretrained(setup, task, variant, seed) if variant.pretrain else None
@@ -146,11 +162,10 @@ def _train(
 ) -> None:
     config = DistillationConfig(
         output_dir=str(folder / "run"),
-        sample_ratios=len(variant.ratios) > 1,
         seed=seed,
         use_cpu=True,
         report_to="none",
-        **setup.recipe.stage(step, len(variant.ratios)),
+        **setup.recipe.stage(step, len(train), len(variant.ratios)),
     )
     trainer = DistillationTrainer(
         model, config, train_dataset=train, data_collator=collator(tokenizer, model.config)

@@ -66,9 +66,7 @@ class DistillationConfig(TrainingArguments):
     save_total_limit: int | None = _option(2, "checkpoints that are kept")
     remove_unused_columns: bool = _option(False, "the collators decide what a batch holds")
 
-    sample_ratios: bool = _option(
-        False, "train the plugins of all ratios of the model, in turn"
-    )
+    sample_ratios: bool = _option(False, "train the plugins of all ratios of the model, in turn")
     ratios_per_step: int = _option(
         1, "with sample_ratios: how many ratios share the rows and the teacher's run of a step"
     )

@@ -1,0 +1,91 @@
+"""The blocks of the README about training: quality against k, ablations, step time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .common.results import Row, pick
+from .quality.recipe import ABLATED, TARGETS
+from .report_tables import Machine, markdown
+
+MIB = 2**20
+
+
+def _qualities(found: Machine) -> Iterator[tuple[str, Row]]:
+    """Every model's result, the one with targets first."""
+    names = sorted(name for name in found.files if name.startswith("quality_vs_k_"))
+    for name in sorted(names, key=lambda name: not name.endswith("minilm")):
+        yield found.files[name]["model"]["name"], found.files[name]
+
+
+def figure(found: Machine, root: Path) -> str:
+    """Accuracy against speed, of the first model."""
+    for name, _ in _qualities(found):
+        path = (found.folder / f"quality_vs_k_{name}.png").resolve().relative_to(root)
+        return f"![Accuracy against measured speed]({path.as_posix()})"
+    return ""
+
+
+def quality(found: Machine, root: Path) -> str:
+    """A row a model, task and k, of the full recipe."""
+    lines = []
+    for name, content in _qualities(found):
+        for row in pick(content["summary"], variant="full"):
+            limit = TARGETS.get(row["k"]) if (name, row["task"]) == ("minilm", "sst2") else None
+            lost = f"{row['lost']:.1f}" + ("" if limit is None else f" (target {limit})")
+            lines.append(
+                [
+                    f"{name}, {row['task']}",
+                    f"{100 * row['dense_accuracy']:.1f}",
+                    str(row["k"]),
+                    f"{100 * row['accuracy']:.1f}",
+                    lost,
+                    str(row["seeds"]),
+                    f"{row['multiply_adds_left']:.0%}",
+                    f"{row['added_over_ffn']:.1%}",
+                    "" if row["speedup"] is None else f"{row['speedup']:.2f}",
+                ]
+            )
+    names = ["original, %", "k", "compressed, %", "points lost", "seeds", "multiply-adds left"]
+    return markdown(["model, task", *names, "parameters added to FFNs", "encoder speed-up"], lines)
+
+
+def ablation(found: Machine, root: Path) -> str:
+    """Every variant at the ablations' k."""
+    lines = []
+    for name, content in _qualities(found):
+        for row in content["summary"]:
+            if row["k"] in ABLATED:
+                numbers = [
+                    f"{row['lost']:.1f}",
+                    f"{row['loss']:.3f}",
+                    f"{row['added_over_ffn']:.1%}",
+                ]
+                lines.append([f"{name}, {row['task']}", row["variant"], *numbers])
+    header = ["model, task", f"k={ABLATED[0]}", "points lost", "distillation loss", "added to FFNs"]
+    return markdown(header, lines)
+
+
+def step(found: Machine, root: Path) -> str:
+    """Time and memory of a training step."""
+    lines = [
+        [
+            {"ours": "kernels", "reference": "plain PyTorch, eager"}[row["arm"]],
+            f"{row['seconds']['median']:.3f}",
+            f"{row['over_reference']['median']:.2f}",
+            f"{row['peak_bytes'] / MIB:.0f}",
+            f"{row['peak_over_reference']:.2f}",
+        ]
+        for row in pick(found.rows("training_speed"), status="ok")
+    ]
+    header = ["a step, k=4", "seconds", "of plain PyTorch", "peak memory, MiB", "of plain PyTorch"]
+    return markdown(header, lines)
+
+
+TABLES: dict[str, Callable[[Machine, Path], str]] = {
+    "quality-figure": figure,
+    "quality": quality,
+    "ablation": ablation,
+    "training-step": step,
+}
