@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 
 import pytest
 import torch
 
 from bench import gpu_report
-from bench.gpu import cases, verdicts
+from bench.gpu import cases, plot, session, steps, verdicts
 
 
 def test_dry_run(tmp_path, monkeypatch, capsys):
@@ -52,6 +54,64 @@ def test_a_wrong_kernel_gets_no_number(monkeypatch):
     )
     assert ours["status"] == "failed" and "seconds" not in ours and "speedup" not in ours
     assert reference["status"] == "ok"
+
+
+JOBS = [cases.Kernels(1, i) for i in range(5)]
+# Measures jobs 0, 1, ...; job 1 kills its process, job 3 never ends, job 2 wants a new process.
+MEASURING = """
+import os, sys, time
+first, path = int(sys.argv[1]), sys.argv[2]
+for job in range(first, 5):
+    if job == 1: os.abort()
+    if job == 3: time.sleep(1000)
+    with open(path, "a") as file: file.write('{"rows": [%d]}\\n' % job)
+    if job == 2: sys.exit(0)
+"""
+
+
+def measuring(first, path):
+    return [sys.executable, "-c", MEASURING, str(first), str(path)]
+
+
+def test_a_kernel_that_crashes_or_hangs_costs_its_job(tmp_path):
+    until = time.monotonic() + 1000
+    found = list(session.followed(JOBS, measuring, tmp_path, until, limits=(2, 2)))
+    assert [outcome.get("rows") for outcome in found] == [[0], None, [2], None, [4]]
+    reasons = [found[i]["not_measured"][0]["reason"] for i in (1, 3)]
+    assert reasons == ["its process ended with code -6", "it took more than 2 s"]
+
+
+def test_no_time_left(tmp_path):
+    found = list(session.followed(JOBS, measuring, tmp_path, time.monotonic() - 1))
+    assert [outcome["not_measured"][0]["reason"] for outcome in found] == ["the time was up"] * 5
+    jobs = [job for job in cases.JOBS if job.compiles]
+    for outcome in session.outcomes(jobs, "cpu", 1, time.monotonic(), dry=True):
+        assert outcome["not_measured"][0]["reason"] == "the time was up"
+
+
+def test_after_a_broken_context_another_process_goes_on(monkeypatch):
+    from bench.gpu.clock import Clock
+
+    monkeypatch.setattr(Clock, "works", lambda self: False)
+    jobs = [job for job in cases.JOBS if job.name == "small"]
+    assert len(list(session.outcomes(jobs, "cpu", 1, time.monotonic() + 1000, dry=True))) == 1
+
+
+def test_a_step_that_is_stopped_keeps_its_output():
+    code = "import time; print('so far', flush=True); time.sleep(100)"
+    step = steps.command("slow", [sys.executable, "-c", code], 2, required=False)
+    assert step["code"] == 124 and "so far" in step["output"] and not step["required"]
+
+
+def test_a_report_without_measurements_is_drawn(tmp_path):
+    report = {"rows": [], "kernels": [], "dry_run": True}
+    assert plot.draw(report, tmp_path / "empty.png").stat().st_size > 1000
+    assert verdicts.text(report).strip() == ""
+
+
+def test_every_case_is_a_job_and_what_takes_longest_comes_last():
+    assert set(cases.CASES) < set(cases.JOBS) and len(cases.JOBS) == len(cases.CASES) + 2
+    assert [job.compiles for job in cases.JOBS[1:]] == sorted(j.compiles for j in cases.JOBS[1:])
 
 
 def test_verdicts_name_what_was_not_measured():
