@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import JOBS, Case, Kernels
+from .steps import stop
 
 Outcome = dict[str, Any]
 # Seconds that a job may take, without and with compilers; that one with them is taken to need.
@@ -102,21 +103,24 @@ def followed(
             return
         first, why, path = done, "", folder / f"outcomes-{done}.jsonl"
         path.write_text("")
-        process, last = subprocess.Popen(command(first, path)), time.monotonic()
-        while True:
-            ended = process.poll() is not None  # asked first: what is written then is all
-            lines = path.read_text().split("\n")[:-1]  # without one that is still being written
-            for line in lines[done - first :]:
-                yield json.loads(line)
-                done, last = done + 1, time.monotonic()
-            if ended:
-                break
-            now, limit = time.monotonic(), limits[jobs[min(done, len(jobs) - 1)].compiles]
-            if now > until or now - last > limit:
-                why = "the time was up" if now > until else f"it took more than {limit:g} s"
-                process.kill()
-                process.wait()
-            time.sleep(0.05)
+        process = subprocess.Popen(command(first, path), start_new_session=True)
+        last = time.monotonic()
+        try:
+            while True:
+                ended = process.poll() is not None  # asked first: what is written then is all
+                lines = path.read_text().split("\n")[:-1]  # without one that is still being written
+                for line in lines[done - first :]:
+                    yield json.loads(line)
+                    done, last = done + 1, time.monotonic()
+                if ended:
+                    break
+                now, limit = time.monotonic(), limits[jobs[min(done, len(jobs) - 1)].compiles]
+                if now > until or now - last > limit:
+                    why = "the time was up" if now > until else f"it took more than {limit:g} s"
+                    stop(process)
+                time.sleep(0.05)
+        finally:
+            stop(process)  # and what it started
         if done < len(jobs) and (process.returncode or done == first):
             why = why or f"its process ended with code {process.returncode}"
             yield unmeasured(jobs[done], why)

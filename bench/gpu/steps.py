@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -36,6 +38,13 @@ for _path in ("tests/ops/test_forward.py", "tests/ops/test_backward.py"):
     ]
 
 
+def stop(process: subprocess.Popen) -> None:
+    """Ends a process that leads its own session, and all that it started: no compiler stays."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def command(
     name: str, arguments: list[str], limit: float, required: bool = True, **env: str
 ) -> dict[str, Any]:
@@ -45,15 +54,16 @@ def command(
     """
     start = time.monotonic()
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            timeout=max(limit, 1), check=False, env={**os.environ, **env},
+            errors="replace", start_new_session=True, env={**os.environ, **env},
         )  # fmt: skip
-        code, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        said = error.output or ""
-        said = said.decode(errors="replace") if isinstance(said, bytes) else said
-        code, output = 124, f"{said}\nstopped after {error.timeout:.0f} s"
+        try:
+            output, _ = process.communicate(timeout=max(limit, 1))
+            code = process.returncode
+        except subprocess.TimeoutExpired:
+            stop(process)
+            output, code = process.communicate()[0] + f"\nstopped after {limit:.0f} s", 124
     except OSError as error:
         code, output = 127, str(error)
     seconds = round(time.monotonic() - start, 1)
