@@ -55,10 +55,18 @@ MODELS = {
 
 
 def sublayer(
-    model: Model, k: int, dtype: torch.dtype, form: str = "plain", backward: bool = True
+    model: Model,
+    k: int,
+    dtype: torch.dtype,
+    form: str = "plain",
+    backward: bool = True,
+    size: tuple[int, int, int] = (32, 512, 64),
 ) -> Callable[[], None]:
-    """Forward and backward of one sublayer on tensors without memory: every launch there is."""
-    rows, n, r, d, f = 32, 512, 64, model.d, model.f
+    """Forward and backward of one sublayer on tensors without memory: every launch there is.
+
+    ``size`` are rows, tokens a row, and the adapter's bottleneck.
+    """
+    (rows, n, r), d, f = size, model.d, model.f
 
     def make(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
