@@ -27,7 +27,7 @@ PACKAGES = ("torch", "triton", "transformers", "variator-kernels")
 TESTS_END, MEASURE_END, END = 270, 500, 520
 
 
-def describe(dry: bool) -> dict[str, Any]:
+def describe(dry: bool, commit: str | None = None) -> dict[str, Any]:
     """Where the numbers come from."""
     import torch
 
@@ -48,7 +48,7 @@ def describe(dry: bool) -> dict[str, Any]:
             "memory_gib": round(properties.total_memory / 2**30),
             "cuda": torch.version.cuda,
         }
-    commit = git["output"].strip() if git["code"] == 0 else None
+    commit = commit or (git["output"].strip() if git["code"] == 0 else None)
     date = time.strftime("%Y-%m-%d", time.gmtime())
     return {"machine": machine, "versions": versions, "commit": commit, "date": date}
 
@@ -74,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "gpu")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--skip-preparation", action="store_true", help="only measure")
+    parser.add_argument("--commit", help="what is measured, where git cannot tell")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes, no GPU")
     chosen = parser.parse_args(arguments)
     began = time.monotonic()
@@ -96,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     report: dict[str, Any] = {
         "benchmark": "gpu_report",
         "dry_run": dry,
-        **describe(dry),
+        **describe(dry, chosen.commit),
         "backends": [status._asdict() for status in backends.status()],
         "steps": [],
         "rows": [],

@@ -11,6 +11,7 @@ import torch
 
 from bench import gpu_report
 from bench.gpu import cases, plot, session, steps, verdicts
+from tests.ops.cases import CUDA, TRITON
 
 
 def test_dry_run(tmp_path, monkeypatch, capsys):
@@ -113,6 +114,18 @@ def test_a_report_without_measurements_is_drawn(tmp_path):
 def test_every_case_is_a_job_and_what_takes_longest_comes_last():
     assert set(cases.CASES) < set(cases.JOBS) and len(cases.JOBS) == len(cases.CASES) + 2
     assert [job.compiles for job in cases.JOBS[1:]] == sorted(j.compiles for j in cases.JOBS[1:])
+
+
+@pytest.mark.parametrize("status", [TRITON, CUDA], ids=lambda status: status.name)
+def test_what_the_sanitizer_runs(status, monkeypatch):
+    from bench.gpu import sanitize
+    from variator_kernels.ops.compressed_ffn import cuda
+
+    if not status.usable:
+        pytest.skip(f"no {status.name} kernels: {status.detail}")
+    monkeypatch.setattr(cuda, "ONE_LAUNCH_GROUPS", cuda.ONE_LAUNCH_GROUPS)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sanitize.workload(status.name, device, sizes=((72, 4, 64),))
 
 
 def test_verdicts_name_what_was_not_measured():
