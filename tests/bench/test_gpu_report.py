@@ -111,6 +111,28 @@ def test_a_report_without_measurements_is_drawn(tmp_path):
     assert verdicts.text(report).strip() == ""
 
 
+def test_a_report_ends_whatever_failed(tmp_path, monkeypatch, capsys):
+    machine = {"machine": {"gpu": "some GPU", "arch": "sm_90"}, "versions": {"torch": "2"}}
+    step = {"step": "install", "code": 1, "seconds": 1.0, "required": True, "output": ""}
+    lost = session.unmeasured(cases.JOBS[0], "its process ended with code -6")
+    for name, value in {
+        "describe": lambda *_: {**machine, "commit": None},
+        "prepare": lambda *_: [step, {**step, "step": "warm", "required": False}],
+        "measured": lambda *_: iter([lost, {"ceilings": {"copy": 1.0}, "rows": []}]),
+        "CACHE": tmp_path / "cache",
+    }.items():
+        monkeypatch.setattr(gpu_report, name, value)
+    for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.setenv(variable, "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("variator_kernels.backends.status", lambda: [])
+    assert gpu_report.main(["--output", str(tmp_path)]) == 1
+    assert "incomplete: ['install'], 1 cases not measured" in capsys.readouterr().out
+    report = json.loads((tmp_path / "gpu_report.json").read_text())
+    assert report["ceilings"] == {"copy": 1.0} and report["not_measured"][0]["model"] == "t5-base"
+    assert (tmp_path / "gpu_report.png").exists()
+
+
 def test_every_case_is_a_job_and_what_takes_longest_comes_last():
     assert set(cases.CASES) < set(cases.JOBS) and len(cases.JOBS) == len(cases.CASES) + 2
     assert [job.compiles for job in cases.JOBS[1:]] == sorted(j.compiles for j in cases.JOBS[1:])
