@@ -54,9 +54,19 @@ MODELS = {
 }
 
 
-def sublayer(model: Model, k: int, dtype: torch.dtype, form: str = "plain") -> Callable[[], None]:
-    """Forward and backward of one sublayer on tensors without memory: every launch there is."""
-    rows, n, r, d, f = 32, 512, 64, model.d, model.f
+def sublayer(
+    model: Model,
+    k: int,
+    dtype: torch.dtype,
+    form: str = "plain",
+    backward: bool = True,
+    size: tuple[int, int, int] = (32, 512, 64),
+) -> Callable[[], None]:
+    """Forward and backward of one sublayer on tensors without memory: every launch there is.
+
+    ``size`` are rows, tokens a row, and the adapter's bottleneck.
+    """
+    (rows, n, r), d, f = size, model.d, model.f
 
     def make(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -84,6 +94,8 @@ def sublayer(model: Model, k: int, dtype: torch.dtype, form: str = "plain") -> C
             x = x.view(-1, d)
             offsets = torch.empty(rows + 1, dtype=torch.int32, device="meta")
         y = ffn.compressed_ffn(x, plugin, described, mask, offsets)
+        if not backward:
+            return
         norm = "none" if model.post_norm else model.norm
         norm_weight = None if model.post_norm else make(d)
         w1u, w1h = plugin.w1.chunk(2, -1)

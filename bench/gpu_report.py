@@ -1,6 +1,6 @@
 """The GPU report, unattended: ``make gpu-report`` or ``python -m bench.gpu_report``.
 
-Installs the package, runs the GPU tests, measures the cases of ``bench/gpu/cases.py`` and writes
+Installs the package, runs the GPU tests, measures the jobs of ``bench/gpu/cases.py`` and writes
 ``gpu_report.json`` (after every step, so that an interrupted run keeps what it has) and a PNG.
 Needs PyTorch for CUDA, Triton, transformers, pytest and matplotlib; no network. ``--dry-run`` goes
 the same way at toy sizes without a GPU, on Triton's interpreter or else plain PyTorch.
@@ -14,76 +14,20 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench.gpu.steps import CACHE, ROOT, command, prepare
+
 PACKAGES = ("torch", "triton", "transformers", "variator-kernels")
-# Each in a process of its own, because most of their time is compilation: path and pytest's -k.
-TESTS = [
-    ("tests/gpu", "real_sizes"),
-    ("tests/gpu", "not real_sizes"),
-    ("tests/cuda", ""),
-    ("tests/ops/test_registration.py", ""),
-    ("tests/ops/test_robustness.py", ""),
-]
-for _path in ("tests/ops/test_forward.py", "tests/ops/test_backward.py"):
-    TESTS += [
-        (_path, "bfloat16"),
-        (_path, "float16 and not bfloat16"),
-        (_path, "every_ratio or many or large"),
-        (_path, "not float16 and not every_ratio and not many and not large"),
-    ]
-RATIOS = (2, 4, 8, 16, 32)
-# Seconds after which tests are stopped and no further case is started.
-TESTS_END, MEASURE_END = 270, 490
+# Seconds after the start: tests end, no job starts that would end later, the last is stopped.
+TESTS_END, MEASURE_END, END = 270, 500, 520
 
 
-def command(name: str, arguments: list[str], limit: float) -> dict[str, Any]:
-    """Runs a step; its outcome and the end of its output."""
-    start = time.monotonic()
-    try:
-        done = subprocess.run(
-            arguments, cwd=ROOT, capture_output=True, text=True, timeout=max(limit, 1), check=False
-        )
-        code, output = done.returncode, done.stdout + done.stderr
-    except subprocess.TimeoutExpired as error:
-        code, output = 124, str(error)
-    except OSError as error:
-        code, output = 127, str(error)
-    seconds = round(time.monotonic() - start, 1)
-    return {"step": name, "code": code, "seconds": seconds, "output": output[-4000:]}
-
-
-def prepare(began: float, arch: str) -> list[dict[str, Any]]:
-    """Install, tests and compilation, beside each other: none of them is timed."""
-    python, left = sys.executable, TESTS_END - (time.monotonic() - began)
-    steps = []
-    if shutil.which("nvcc"):
-        # The tests run from this checkout, so its own folder needs the extension, and first.
-        inplace = [python, "setup.py", "build_ext", "--inplace"]
-        steps.append(command("CUDA kernels", inplace, left))
-        left = TESTS_END - (time.monotonic() - began)
-    pip = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "."]
-    compiling = [python, "-m", "bench.compile_triton", "--arch", arch, "--dtype", "bf16"]
-    with ThreadPoolExecutor(os.cpu_count() or 4) as pool:
-        jobs = [pool.submit(command, "install", pip, left)]
-        # What the measurements will launch comes from Triton's cache then.
-        for k in RATIOS if arch in ("sm_80", "sm_90") else ():
-            output = ["--ratio", str(k), "--output", str(ROOT / "build" / f"compiled-{k}")]
-            jobs.append(pool.submit(command, f"compile k={k}", [*compiling, *output], left))
-        for path, selected in TESTS:
-            test = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", path]
-            test += ["-k", selected] if selected else []
-            jobs.append(pool.submit(command, f"{path} {selected}".strip(), test, left))
-        return steps + [job.result() for job in jobs]
-
-
-def describe(dry: bool) -> dict[str, Any]:
+def describe(dry: bool, commit: str | None = None) -> dict[str, Any]:
     """Where the numbers come from."""
     import torch
 
@@ -104,9 +48,25 @@ def describe(dry: bool) -> dict[str, Any]:
             "memory_gib": round(properties.total_memory / 2**30),
             "cuda": torch.version.cuda,
         }
-    commit = git["output"].strip() if git["code"] == 0 else None
+    commit = commit or (git["output"].strip() if git["code"] == 0 else None)
     date = time.strftime("%Y-%m-%d", time.gmtime())
     return {"machine": machine, "versions": versions, "commit": commit, "date": date}
+
+
+def measured(dry: bool, rounds: int, began: float) -> Iterator[dict[str, Any]]:
+    """The outcome of each job; on a GPU from a process of its own."""
+    from bench.gpu import session
+    from bench.gpu.cases import JOBS
+
+    if dry:
+        return session.outcomes(JOBS, "cpu", rounds=1, until=began + MEASURE_END, dry=True)
+
+    def process(first: int, path: Path) -> list[str]:
+        left = MEASURE_END - (time.monotonic() - began)
+        options = ["--first", str(first), "--seconds", str(left), "--rounds", str(rounds)]
+        return [sys.executable, "-m", "bench.gpu.session", *options, "--output", str(path)]
+
+    return session.followed(JOBS, process, CACHE, began + END)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -114,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "gpu")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--skip-preparation", action="store_true", help="only measure")
+    parser.add_argument("--commit", help="what is measured, where git cannot tell")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes, no GPU")
     chosen = parser.parse_args(arguments)
     began = time.monotonic()
@@ -126,19 +87,17 @@ def main(arguments: list[str] | None = None) -> int:
     if not dry and not torch.cuda.is_available():
         print("no GPU: PyTorch sees none (--dry-run shows that the report itself works)")
         return 2
-    # Imported late: an import must not fail before there is a report to say so.
-    from bench.gpu import plot, verdicts
-    from bench.gpu.cases import CASES
-    from bench.gpu.clock import Clock
-    from bench.gpu.kernels import measure_kernels
-    from bench.gpu.kernels import text as kernels_text
-    from bench.gpu.measure import measure
+    if not dry:
+        shutil.rmtree(CACHE, ignore_errors=True)
+        os.environ["TRITON_CACHE_DIR"] = str(CACHE / "triton")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE / "inductor")
+    from bench.gpu import kernels, plot, verdicts
     from variator_kernels import backends
 
     report: dict[str, Any] = {
         "benchmark": "gpu_report",
         "dry_run": dry,
-        **describe(dry),
+        **describe(dry, chosen.commit),
         "backends": [status._asdict() for status in backends.status()],
         "steps": [],
         "rows": [],
@@ -153,63 +112,33 @@ def main(arguments: list[str] | None = None) -> int:
         path.write_text(json.dumps(report, indent=1) + "\n")
 
     if not (dry or chosen.skip_preparation):
-        report["steps"] = prepare(began, report["machine"]["arch"])
+        report["steps"] = prepare(began + TESTS_END, report["machine"]["arch"])
         for step in report["steps"]:
             print(f"{step['step']}: exit {step['code']} after {step['seconds']} s", flush=True)
         write()
-    clock = Clock("cpu" if dry else "cuda")
-    report["ceilings"] = clock.ceilings()
-    usable = tuple(s.name for s in backends.status() if s.usable and s.name in ("triton", "cuda"))
-    kernels = "triton" if "triton" in usable else "reference"
-    options: dict[str, Any] = {"rounds": 1 if dry else chosen.rounds, "kernels": kernels}
-    for case in CASES:
-        if time.monotonic() - began > MEASURE_END:
-            report["not_measured"].append({**case._asdict(), "reason": "the time was up"})
-            continue
-        if "cuda" in usable:
-            case = case._replace(arms=(*case.arms, "cuda"))
-        if dry:
-            case, options["model"] = _toy(case)
-        print(f"measuring {case.name} {case.model} {case.batch} x {case.length}", flush=True)
-        try:
-            report["rows"] += measure(case, clock, report["ceilings"], **options)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"[:500]
-            report["not_measured"].append({**case._asdict(), "reason": reason})
+    for outcome in measured(dry, chosen.rounds, began):
+        if "ceilings" in outcome:
+            report.setdefault("ceilings", outcome["ceilings"])
+        for part in ("rows", "kernels", "not_measured"):
+            report[part] += outcome.get(part, [])
         write()
-    sizes = {"model": options.get("model"), "rounds": options["rounds"], "backends": usable}
-    for batch, length in ((1, 16),) if dry else ((32, 512), (1, 512)):
-        try:
-            report["kernels"] += measure_kernels(
-                clock, report["ceilings"], batch=batch, length=length, **sizes
-            )
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"[:500]
-            report["not_measured"].append({"name": "kernels", "reason": reason})
     report["verdicts"] = verdicts.verdicts(report["rows"])
     write()
-    picture = plot.draw(report, path.with_suffix(".png"))
     print(verdicts.text(report))
-    print(kernels_text(report["kernels"]))
+    print(kernels.text(report["kernels"]))
+    picture = plot.draw(report, path.with_suffix(".png"))
     print(f"written: {path} {picture} ({report['seconds']} s)")
-    failed = [step["step"] for step in report["steps"] if step["code"]]
+    failed = [step["step"] for step in report["steps"] if step["code"] and step["required"]]
     failed += [row["arm"] for row in report["rows"] if row["status"] != "ok"]
     failed += [row["kernel"] for row in report["kernels"] if row["status"] != "ok"]
     if failed or report["not_measured"]:
         print(f"incomplete: {failed}, {len(report['not_measured'])} cases not measured")
         return 1
-    if not dry:
+    if chosen.skip_preparation and not dry:
+        print("measured; 'auto' picks it only after a report with its tests")
+    elif not dry:
         print(f"all green; to let 'auto' pick it, add to proven.json: {_proof(report)}")
     return 0
-
-
-def _toy(case: Any) -> tuple[Any, Any]:
-    """The case at a size that the interpreter can take, without compilers."""
-    from bench.gpu.sublayers import MODELS
-
-    arms = tuple(arm for arm in case.arms if not arm.endswith("-compiled"))
-    case = case._replace(batch=1, length=16, ratios=case.ratios[:1], arms=arms)
-    return case, MODELS[case.model]._replace(d=32, f=48)
 
 
 def _proof(report: dict[str, Any]) -> str:

@@ -2,17 +2,22 @@
 
 For each kernel of the forward pass every candidate is put into the table in turn, the sublayer is
 checked against float64 and timed by CUDA-graph replay behind an L2 flush; the fastest right one
-stays. Kernels are tuned one after the other, each with the best of those before it. Needs a GPU.
+stays. Kernels are tuned one after the other, each with the best of those before it, in equal shares
+of the time. Worker processes compile the candidates meanwhile. Needs a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
+import multiprocessing
+import random
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -63,32 +68,58 @@ CANDIDATES: dict[str, list[Settings]] = {
 }
 
 
+def _row(kernel: str, case: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    return {"kernel": kernel, "case": case, "settings": settings}
+
+
 class Table:
     """The launch table with rows that can be exchanged while it is in use."""
 
-    def __init__(self) -> None:
-        self.rows = list(launch.table())
+    def __init__(self, path: Path) -> None:
+        self.rows, self.path = list(launch.table()), path
 
     def put(self, kernel: str, case: dict[str, Any], settings: Settings) -> None:
-        self.rows = [r for r in self.rows if (r["kernel"], r["case"]) != (kernel, case)]
-        self.rows.append({"kernel": kernel, "case": case, "settings": settings})
+        self.rows = [*self._without(kernel, case), _row(kernel, case, settings)]
         launch.use(self.rows)
 
     def drop(self, kernel: str, case: dict[str, Any]) -> None:
-        self.rows = [r for r in self.rows if (r["kernel"], r["case"]) != (kernel, case)]
+        self.rows = self._without(kernel, case)
         launch.use(self.rows)
 
-    def write(self, path: Path) -> None:
-        path.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in self.rows) + "\n]\n")
+    def _without(self, kernel: str, case: dict[str, Any]) -> list[dict[str, Any]]:
+        return [r for r in self.rows if (r["kernel"], r["case"]) != (kernel, case)]
+
+    def write(self) -> None:
+        self.path.write_text(
+            "[\n" + ",\n".join("  " + json.dumps(row) for row in self.rows) + "\n]\n"
+        )
 
 
-def tune(model: str, k: int, table: Table, clock: Clock, until: float, rounds: int) -> list[dict]:
+def compile_ahead(model: str, k: int, row: dict[str, Any]) -> None:
+    """Compiles the forward pass with one more row in the table, in a worker, for Triton's cache."""
+    from .common.triton_compile import compile_call
+    from .compile_triton import MODELS as SIZES
+    from .compile_triton import sublayer
+
+    launch.use([*json.loads(launch.TABLE.read_text()), row])
+    call = sublayer(SIZES[model], k, torch.bfloat16, backward=False)
+    with contextlib.suppress(Exception):  # it fails again, and is noted, when its turn comes
+        compile_call(row["case"]["arch"], call)
+
+
+def tune(
+    model: str,
+    k: int,
+    table: Table,
+    clock: Clock,
+    until: float,
+    rounds: int,
+    workers: Executor | None = None,
+) -> list[dict]:
     """Tunes one sublayer; what was tried, with times."""
     layer = Sublayer(MODELS[model], *CASES[model], clock.device, torch.bfloat16)
     arms = Arms(layer, k, backward=False, kernels="triton")
     measure, call = arms.truth("ours"), arms.call("ours")
-    case = {"arch": launch.arch(layer.x), "d": layer.model.d, "f": layer.model.f, "k": k,
-            "dtype": launch.name(layer.dtype)}  # fmt: skip
     tried: list[dict] = []
 
     def seconds() -> float | None:
@@ -103,29 +134,49 @@ def tune(model: str, k: int, table: Table, clock: Clock, until: float, rounds: i
             tried.append({"error": f"{type(error).__name__}: {error}"[:200]})
             return None
 
+    plan = []
     launched = _launched(call)
     for kernel in (name for name in CANDIDATES if name in launched):
-        of = {key: case[key] for key in ("arch", "d", "k", "dtype")}
-        if kernel.startswith("linear"):
-            of = {**of, "f": case["f"], "activation": layer.ffn.activation}
-            if kernel == "linear_out":
-                of["activation"] = "none"
+        of = _case(kernel, layer, k)
+        # In any order, so that a share of the time tries a share of everything.
+        candidates = random.Random(0).sample(CANDIDATES[kernel], len(CANDIDATES[kernel]))
+        compiled = [
+            workers.submit(compile_ahead, model, k, _row(kernel, of, candidate)).exception
+            if workers
+            else lambda: None
+            for candidate in candidates
+        ]
+        plan.append((kernel, of, zip(candidates, compiled, strict=True)))
+    for place, (kernel, of, candidates_of) in enumerate(plan):
         best, best_seconds = None, seconds()
-        tried.append({"kernel": kernel, "case": of, "settings": None, "seconds": best_seconds})
-        for candidate in CANDIDATES[kernel]:
-            if time.monotonic() > until:
+        tried.append({**_row(kernel, of, {}), "seconds": best_seconds})
+        end = time.monotonic() + (until - time.monotonic()) / (len(plan) - place)
+        for candidate, ready in candidates_of:
+            if time.monotonic() > end:
                 break
+            ready()
             table.put(kernel, of, candidate)
             found = seconds()
-            tried.append({"kernel": kernel, "case": of, "settings": candidate, "seconds": found})
+            tried.append({**_row(kernel, of, candidate), "seconds": found})
             if found is not None and (best_seconds is None or found < best_seconds):
                 best, best_seconds = candidate, found
         if best is None:
             table.drop(kernel, of)  # the row in use before was the best
         else:
             table.put(kernel, of, best)
+        table.write()  # what comes may crash the device
         print(f"{model} k={k} {kernel}: {best or 'as before'}, {best_seconds} s", flush=True)
     return tried
+
+
+def _case(kernel: str, layer: Sublayer, k: int) -> dict[str, Any]:
+    """What a row of the table for this sublayer's launch of ``kernel`` is for."""
+    case = {"arch": launch.arch(layer.x), "d": layer.model.d, "k": k,
+            "dtype": launch.name(layer.dtype)}  # fmt: skip
+    if kernel.startswith("linear"):
+        activation = "none" if kernel == "linear_out" else layer.ffn.activation
+        case = {**case, "f": layer.model.f, "activation": activation}
+    return case
 
 
 def _launched(call: Callable[[], Any]) -> set[str]:
@@ -154,13 +205,16 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("no GPU: PyTorch sees none")
         return 2
-    table, clock, tried = Table(), Clock("cuda"), []
+    table, clock, tried = Table(chosen.output), Clock("cuda"), []
     until = time.monotonic() + chosen.seconds
-    for model, k in itertools.product(chosen.model, chosen.ratio):
-        tried += tune(model, k, table, clock, until, chosen.rounds)
-        table.write(chosen.output)
-        if chosen.log:
-            chosen.log.write_text(json.dumps(tried, indent=1) + "\n")
+    sublayers = list(itertools.product(chosen.model, chosen.ratio))
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as workers:
+        for place, (model, k) in enumerate(sublayers):
+            end = time.monotonic() + (until - time.monotonic()) / (len(sublayers) - place)
+            tried += tune(model, k, table, clock, end, chosen.rounds, workers)
+            if chosen.log:
+                chosen.log.write_text(json.dumps(tried, indent=1) + "\n")
+        workers.shutdown(cancel_futures=True)
     return 0
 
 

@@ -17,7 +17,7 @@ def status_of(name):
 def on_a_gpu(monkeypatch, arch=(9, 0)):
     """As on a machine with one; returns something that claims to be a tensor there."""
     monkeypatch.setattr(backends, "_INTERPRETER", False)
-    monkeypatch.setattr(backends, "_TRITON", "3.6.0")
+    monkeypatch.setattr(backends, "_WHY_NO_TRITON", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
     properties = types.SimpleNamespace(major=arch[0], minor=arch[1])
@@ -49,12 +49,23 @@ def test_an_explicit_choice_says_why_it_cannot_run(monkeypatch):
     with pytest.raises(ValueError, match=r"'triton' cannot run here: .* expected cuda"):
         backends.resolve("triton", torch.zeros(1))
     x = on_a_gpu(monkeypatch)
-    monkeypatch.setattr(backends, "_TRITON", None)
-    with pytest.raises(ValueError, match="Triton is not installed"):
+    why = backends._why_no_triton("3.2.0+rocm")
+    monkeypatch.setattr(backends, "_WHY_NO_TRITON", why)
+    with pytest.raises(ValueError, match=r"3.2.0\+rocm is installed, 3.6 or newer is needed"):
         backends.resolve("triton", x)
     assert not status_of("triton").usable
     with pytest.raises(ValueError, match=r"'cpu' cannot run here: .* expected cpu"):
         backends.resolve("cpu", x)
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.10.0", "4.0.1+git12ab"])
+def test_versions_of_triton_that_will_do(version):
+    assert backends._why_no_triton(version) is None
+
+
+@pytest.mark.parametrize("version", [None, "2.2.0", "3.5.1", "unknown"])
+def test_versions_of_triton_that_will_not_do(version):
+    assert "3.6 or newer is needed" in backends._why_no_triton(version)
 
 
 def test_the_record_of_proofs_is_whole():

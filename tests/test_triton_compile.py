@@ -44,6 +44,28 @@ def test_compiles_without_spills(arch, model, ratios, tmp_path):
     assert len({row["kernel"] for row in rows}) >= 8
 
 
+ODD = """
+import torch
+from bench.common.triton_compile import compile_call
+from bench.compile_triton import Model, sublayer
+rms, layer = Model(1, 1, "relu", "rms"), Model(50, 41, "gelu_tanh", "layer", gated=True)
+for model, k, dtype, form, size in (
+    (rms, 2, torch.bfloat16, "plain", (1, 1, 1)),
+    (layer, 5, torch.float16, "masked", (1, 3, 5)),
+    (layer._replace(norm="rms", d=24), 4, torch.float32, "packed", (1, 7, 8)),
+):
+    assert len(compile_call("sm_90", sublayer(model, k, dtype, form, size=size))) >= 8
+"""
+
+
+def test_sizes_of_one_and_rows_that_are_not_aligned():
+    """The compiler makes constants of ones and uses multiples of 16; the interpreter does not."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", ODD], cwd=ROOT, env=env, capture_output=True,
+                          text=True, timeout=600)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_committed_table_is_whole_and_clean():
     from itertools import product
 

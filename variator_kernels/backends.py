@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,15 +27,32 @@ class Status(NamedTuple):
     detail: str
 
 
+# Triton by the names under which PyTorch's builds bring it, and the oldest that will do.
+_TRITON_PACKAGES = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm")
+_TRITON_LEAST = (3, 6)
+
+
 def _triton_version() -> str | None:
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    for name in _TRITON_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
+
+
+def _why_no_triton(version: str | None) -> str | None:
+    """Why this version of Triton will not do, or None."""
+    least = ".".join(map(str, _TRITON_LEAST))
+    if version is None:
+        return f"Triton is not installed, {least} or newer is needed"
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or (int(numbers[1]), int(numbers[2])) < _TRITON_LEAST:
+        return f"Triton {version} is installed, {least} or newer is needed"
+    return None
 
 
 # Read at import: torch.compile traces through resolve().
 _TRITON = _triton_version()
+_WHY_NO_TRITON = _why_no_triton(_TRITON)
 _INTERPRETER = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 _PROVEN: dict[str, list[dict]] = json.loads(Path(__file__).with_name("proven.json").read_text())
 
@@ -66,8 +85,8 @@ def _triton_status() -> Status:
         if proven
         else "compiled ahead of time, never run on a GPU: 'auto' does not pick it"
     )
-    if _TRITON is None:
-        return Status("triton", False, f"Triton is not installed ({experience})")
+    if _WHY_NO_TRITON is not None:
+        return Status("triton", False, f"{_WHY_NO_TRITON} ({experience})")
     if _INTERPRETER:
         return Status("triton", True, f"Triton {_TRITON}, interpreted on the CPU ({experience})")
     if not torch.cuda.is_available():
@@ -135,6 +154,4 @@ def _why_not_triton(x: torch.Tensor) -> str | None:
         return f"the input is on device {x.device}, expected cuda"
     if x.dtype not in GPU_DTYPES:
         return f"the input's dtype is {x.dtype}, expected one of {GPU_DTYPES}"
-    if _TRITON is None:
-        return "Triton is not installed"
-    return None
+    return _WHY_NO_TRITON

@@ -20,6 +20,21 @@ class Case(NamedTuple):
     arms: tuple[str, ...] = EAGER
     backward: bool = False
 
+    @property
+    def compiles(self) -> bool:
+        """Whether an arm needs a compiler that tries out variants: a minute or more."""
+        return any(arm.endswith("-compiled") for arm in self.arms)
+
+
+class Kernels(NamedTuple):
+    """Each kernel alone, T5-base at k = 4."""
+
+    batch: int
+    length: int
+    name: str = "kernels"
+    model: str = "t5-base"
+    compiles: bool = False
+
 
 CASES = (
     Case("target", "t5-base", 32, 512, (4,), (*DENSE, *PLUGIN)),
@@ -35,6 +50,14 @@ CASES = (
     Case("target", "llama-7b", 8, 2048, (4,), (*DENSE, *PLUGIN)),
     Case("target", "bert-base", 32, 512, (4,), (*DENSE, *PLUGIN)),
     Case("target", "llama-7b", 8, 2048, (2,), (*DENSE, *PLUGIN)),
+)
+# In the order in which they are measured: what takes a minute a case comes last.
+JOBS: tuple[Case | Kernels, ...] = (
+    CASES[0],
+    *(case for case in CASES[1:] if not case.compiles),
+    Kernels(32, 512),
+    Kernels(1, 512),
+    *(case for case in CASES[1:] if case.compiles),
 )
 
 

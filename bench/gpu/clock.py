@@ -29,6 +29,15 @@ class Clock:
         if self.gpu:
             torch.cuda.synchronize()
 
+    def works(self) -> bool:
+        """Whether the device still computes; a kernel's bad address ends that for the process."""
+        try:
+            self.flush.zero_()
+            self.synchronize()
+        except RuntimeError:
+            return False
+        return True
+
     def graphed(self, call: Call) -> Call:
         """``call`` captured in a CUDA graph after three calls on another stream."""
         if not self.gpu:

@@ -16,17 +16,7 @@ from .verdicts import verdicts
 def draw(report: dict[str, Any], path: Path) -> Path:
     """Writes the PNG; panels without a measurement say so."""
     figure, (curve, targets) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    rows = [r for r in report["rows"] if r["name"] == "curve" and r["status"] == "ok"]
-    for arm, colour in (("hf", "#7b8794"), ("reference", "#e8a33d"), ("ours", "#2b6cb0")):
-        some = sorted((r for r in rows if r["arm"] == arm), key=lambda r: r["k"])
-        microseconds = [r["seconds"]["median"] * 1e6 for r in some]
-        curve.plot([r["k"] for r in some], microseconds, "o-", color=colour, label=arm)
-    floors = sorted((r["k"], r["floor"] * 1e6) for r in rows if "floor" in r)
-    curve.plot(*zip(*floors, strict=True) if floors else ([], []), "--", color="k", label="floor")
-    curve.set(xscale="log", yscale="log", xlabel="k", ylabel="microseconds, CUDA-graph replay")
-    curve.set_xticks([k for k, _ in floors], [str(k) for k, _ in floors], minor=False)
-    curve.set_title("FFN sublayer against the compression ratio")
-    curve.legend()
+    _curve(curve, [r for r in report["rows"] if r["name"] == "curve" and r["status"] == "ok"])
     found = [row for row in verdicts(report["rows"]) if row["value"] is not None]
     names = [f"{row['where']}\n{row['what']}" for row in found]
     parts = [row["value"] / row["limit"] for row in found]
@@ -40,3 +30,21 @@ def draw(report: dict[str, Any], path: Path) -> Path:
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
+
+
+def _curve(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Time against k, and the floor."""
+    axes.set_title("FFN sublayer against the compression ratio")
+    if not rows:
+        axes.text(0.5, 0.5, "not measured", ha="center")
+        return
+    for arm, colour in (("hf", "#7b8794"), ("reference", "#e8a33d"), ("ours", "#2b6cb0")):
+        some = sorted((r for r in rows if r["arm"] == arm), key=lambda r: r["k"])
+        microseconds = [r["seconds"]["median"] * 1e6 for r in some]
+        axes.plot([r["k"] for r in some], microseconds, "o-", color=colour, label=arm)
+    floors = sorted((r["k"], r["floor"] * 1e6) for r in rows if "floor" in r)
+    axes.plot(*zip(*floors, strict=True) if floors else ([], []), "--", color="k", label="floor")
+    axes.set(xscale="log", yscale="log", xlabel="k", ylabel="microseconds, CUDA-graph replay")
+    ratios = sorted({r["k"] for r in rows})
+    axes.set_xticks(ratios, [str(k) for k in ratios], minor=False)
+    axes.legend()

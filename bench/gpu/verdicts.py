@@ -45,7 +45,8 @@ def text(report: Row) -> str:
             continue
         graph, wall = row["seconds"]["median"] * 1e6, row["wall"]["median"] * 1e6
         extra = f"  {row['over_floor']:.2f} x floor" if "over_floor" in row else ""
-        lines.append(f"{what}{graph:10.1f} us graph {wall:10.1f} us eager{extra}")
+        how = "graph " if row["captured"] else "queued"  # not captured: launches of the host
+        lines.append(f"{what}{graph:10.1f} us {how} {wall:10.1f} us eager{extra}")
     lines.append("")
     for row in verdicts(report["rows"]):
         value = "not measured" if row["value"] is None else f"{row['value']:.2f}"

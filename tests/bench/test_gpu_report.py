@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 
 import pytest
 import torch
 
 from bench import gpu_report
-from bench.gpu import cases, verdicts
+from bench.gpu import cases, plot, session, steps, verdicts
+from tests.ops.cases import CUDA, TRITON
 
 
 def test_dry_run(tmp_path, monkeypatch, capsys):
@@ -52,6 +55,99 @@ def test_a_wrong_kernel_gets_no_number(monkeypatch):
     )
     assert ours["status"] == "failed" and "seconds" not in ours and "speedup" not in ours
     assert reference["status"] == "ok"
+
+
+JOBS = [cases.Kernels(1, i) for i in range(5)]
+# Measures jobs 0, 1, ...; job 1 kills its process, job 3 never ends, job 2 wants a new process.
+MEASURING = """
+import os, sys, time
+first, path = int(sys.argv[1]), sys.argv[2]
+for job in range(first, 5):
+    if job == 1: os.abort()
+    if job == 3: time.sleep(1000)
+    with open(path, "a") as file: file.write('{"rows": [%d]}\\n' % job)
+    if job == 2: sys.exit(0)
+"""
+
+
+def measuring(first, path):
+    return [sys.executable, "-c", MEASURING, str(first), str(path)]
+
+
+def test_a_kernel_that_crashes_or_hangs_costs_its_job(tmp_path):
+    until = time.monotonic() + 1000
+    found = list(session.followed(JOBS, measuring, tmp_path, until, limits=(2, 2)))
+    assert [outcome.get("rows") for outcome in found] == [[0], None, [2], None, [4]]
+    reasons = [found[i]["not_measured"][0]["reason"] for i in (1, 3)]
+    assert reasons == ["its process ended with code -6", "it took more than 2 s"]
+
+
+def test_no_time_left(tmp_path):
+    found = list(session.followed(JOBS, measuring, tmp_path, time.monotonic() - 1))
+    assert [outcome["not_measured"][0]["reason"] for outcome in found] == ["the time was up"] * 5
+    jobs = [job for job in cases.JOBS if job.compiles]
+    for outcome in session.outcomes(jobs, "cpu", 1, time.monotonic(), dry=True):
+        assert outcome["not_measured"][0]["reason"] == "the time was up"
+
+
+def test_after_a_broken_context_another_process_goes_on(monkeypatch):
+    from bench.gpu.clock import Clock
+
+    monkeypatch.setattr(Clock, "works", lambda self: False)
+    jobs = [job for job in cases.JOBS if job.name == "small"]
+    assert len(list(session.outcomes(jobs, "cpu", 1, time.monotonic() + 1000, dry=True))) == 1
+
+
+def test_a_step_that_is_stopped_keeps_its_output_and_leaves_no_process():
+    code = "import subprocess; print('so far', flush=True); subprocess.run(['sleep', '31.4159'])"
+    step = steps.command("slow", [sys.executable, "-c", code], 2, required=False)
+    assert step["code"] == 124 and "so far" in step["output"] and not step["required"]
+    assert step["seconds"] < 20  # it would wait for the pipe of what is left
+
+
+def test_a_report_without_measurements_is_drawn(tmp_path):
+    report = {"rows": [], "kernels": [], "dry_run": True}
+    assert plot.draw(report, tmp_path / "empty.png").stat().st_size > 1000
+    assert verdicts.text(report).strip() == ""
+
+
+def test_a_report_ends_whatever_failed(tmp_path, monkeypatch, capsys):
+    machine = {"machine": {"gpu": "some GPU", "arch": "sm_90"}, "versions": {"torch": "2"}}
+    step = {"step": "install", "code": 1, "seconds": 1.0, "required": True, "output": ""}
+    lost = session.unmeasured(cases.JOBS[0], "its process ended with code -6")
+    for name, value in {
+        "describe": lambda *_: {**machine, "commit": None},
+        "prepare": lambda *_: [step, {**step, "step": "warm", "required": False}],
+        "measured": lambda *_: iter([lost, {"ceilings": {"copy": 1.0}, "rows": []}]),
+        "CACHE": tmp_path / "cache",
+    }.items():
+        monkeypatch.setattr(gpu_report, name, value)
+    for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.setenv(variable, "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("variator_kernels.backends.status", lambda: [])
+    assert gpu_report.main(["--output", str(tmp_path)]) == 1
+    assert "incomplete: ['install'], 1 cases not measured" in capsys.readouterr().out
+    report = json.loads((tmp_path / "gpu_report.json").read_text())
+    assert report["ceilings"] == {"copy": 1.0} and report["not_measured"][0]["model"] == "t5-base"
+    assert (tmp_path / "gpu_report.png").exists()
+
+
+def test_every_case_is_a_job_and_what_takes_longest_comes_last():
+    assert set(cases.CASES) < set(cases.JOBS) and len(cases.JOBS) == len(cases.CASES) + 2
+    assert [job.compiles for job in cases.JOBS[1:]] == sorted(j.compiles for j in cases.JOBS[1:])
+
+
+@pytest.mark.parametrize("status", [TRITON, CUDA], ids=lambda status: status.name)
+def test_what_the_sanitizer_runs(status, monkeypatch):
+    from bench.gpu import sanitize
+    from variator_kernels.ops.compressed_ffn import cuda
+
+    if not status.usable:
+        pytest.skip(f"no {status.name} kernels: {status.detail}")
+    monkeypatch.setattr(cuda, "ONE_LAUNCH_GROUPS", cuda.ONE_LAUNCH_GROUPS)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sanitize.workload(status.name, device, sizes=((72, 4, 64),))
 
 
 def test_verdicts_name_what_was_not_measured():

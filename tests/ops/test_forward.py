@@ -21,11 +21,13 @@ from tests.ops.cases import (
     kernels,  # noqa: F401  (fixture)
     masked,
     moved,
+    on_triton,
     plugin,
     shapes_of,
     skip_unknown,
 )
 from variator_kernels import functional as vf
+from variator_kernels.ops.group_merge import op as merge
 
 
 def compare(backend, op, x, arguments, what, **options):
@@ -173,3 +175,16 @@ def test_layer_norm_of_a_large_mean(kernels):  # noqa: F811
     p, ffn = plugin(48, 4, 8, dtype), feed_forward(48, 64, dtype, "bert")
     x = (300 + torch.randn(2, 22, 48)).to(dtype)
     compare(kernels, vf.compressed_ffn, x, (p, ffn._replace(post_norm=False)), "offset")
+
+
+@pytest.mark.parametrize("backend", [on_triton])
+def test_the_mean_of_large_numbers_itself(backend):
+    """The whole sublayer hides it: this looks at 8 columns of the norm, by projecting on them."""
+    d = 193
+    x, w, b = torch.randn(2, 16, d) + 3000, torch.zeros(4, 4 * d), torch.zeros(4)
+    tensors = (x, w, b, torch.ones(d), torch.zeros(d), torch.eye(8, d))
+    x, w, b, scale, shift, columns = moved(tensors, backend)
+    out = merge.group_merge(x, w, b, norm="layer", norm_weight=scale, norm_bias=shift,
+                            projection=columns, backend=backend)[1]  # fmt: skip
+    norm = functools.partial(torch.nn.functional.layer_norm, normalized_shape=(d,), eps=1e-6)
+    assert_close(out, norm(x)[..., :8], norm(x.double())[..., :8])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.ops.cases import TRITON, assert_close, moved
+from tests.ops.cases import GPU, TRITON, assert_close, moved
 from variator_kernels.feed_forward import activate
 
 if not TRITON.usable:
@@ -14,6 +14,8 @@ if not TRITON.usable:
 
 from variator_kernels.ops.compressed_ffn.triton import linear
 from variator_kernels.triton_kernels import launch
+
+pytestmark = [pytest.mark.gpu] if GPU else []
 
 ROW = {"products": "triton", "bm": 16, "bn": 32, "bk": 16, "group": 2, "persistent": 0,
        "tma": False, "warps": 4, "stages": 1}  # fmt: skip

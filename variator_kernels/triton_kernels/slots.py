@@ -42,13 +42,14 @@ def row_statistics(p_row, m_row, d, eps, BT: tl.constexpr, BD: tl.constexpr, NOR
     """Mean (0 for RMS norm) and reciprocal deviation of rows of ``d`` numbers, in fp32."""
     mean = tl.zeros([BT], tl.float32)
     if NORM == "layer":
+        # Of differences to one of the row's numbers: a sum of large ones would lose its last bits.
+        pivot = tl.load(p_row, mask=m_row, other=0.0).to(tl.float32)
         for o in range(0, d, BD):
             o_d = o + tl.arange(0, BD)
             m = m_row[:, None] & (o_d < d)[None, :]
-            mean += tl.sum(
-                tl.load(p_row[:, None] + o_d[None, :], mask=m, other=0.0).to(tl.float32), 1
-            )
-        mean = mean / d
+            b_x = tl.load(p_row[:, None] + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+            mean += tl.sum(tl.where(m, b_x - pivot[:, None], 0.0), 1)
+        mean = pivot + mean / d
     squares = tl.zeros([BT], tl.float32)
     for o in range(0, d, BD):
         o_d = o + tl.arange(0, BD)

@@ -30,7 +30,7 @@ def compressed_ffn(
         mask: ``[B, n]``, nonzero for a real token. Padding passes through unchanged, or is 0 for
             an ``ffn`` without a residual.
         cu_seqlens: int32 or int64 offsets ``[sequences + 1]`` of packed input.
-        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
         ``y`` of x's shape; its dtype is x's, promoted as ``x + FFN(x)`` would be.

@@ -24,7 +24,7 @@ def group_merge(
         weight, bias: W_c ``[k, k*d]`` and b_c ``[k]`` (paper section 3.2).
         mask: ``[B, n]``, nonzero for a real token; groups start at a row's first real token.
         cu_seqlens: int32 or int64 offsets ``[sequences + 1]`` of packed input.
-        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
         ``[B, ceil(n/k), d]`` in x's dtype, or ``[(T + sequences*(k-1)) // k, d]`` for packed
