@@ -76,6 +76,9 @@ def test_the_large_tile_needs_enough_rows(plan):
         ((9, 0), "80-real", False),
         ((7, 5), "80;90a-real", False),
         ((12, 0), "120-virtual", True),
+        ((10, 3), "100f-real", True),
+        ((10, 3), "100a-real", False),
+        ((12, 0), "100f-virtual", False),
     ],
 )
 def test_which_gpus_an_architecture_fits(capability, architectures, runs):
