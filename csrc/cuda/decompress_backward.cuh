@@ -38,7 +38,7 @@ struct DecompressBackwardTile {
     float* const dq = q + p.r * tile_groups;
     E* const dq_rows = reinterpret_cast<E*>(dq + p.r * tile_groups);
 
-    VARIATOR_DEVICE int column(int block) const { return block * block_columns + 8 * at.part; }
+    VARIATOR_DEVICE int column(int block) const { return at.column(block); }
 
     VARIATOR_DEVICE void run() {
         group_half<T>(at, p.groups, first, p.d, p.r, p.u, p.w1u, p.w1u_stride, p.b1, shared.half,
