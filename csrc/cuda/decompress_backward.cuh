@@ -17,6 +17,8 @@ struct DecompressBackwardShared {
     float dz[quad][tile_groups][block_columns];
 };
 
+static_assert(sizeof(DecompressBackwardShared) % 16 == 0, "rows of 16-byte vectors follow");
+
 // After the struct: q and dq [r, tile_groups], dq as T [tile_groups, bottleneck_stride(r)].
 VARIATOR_HD int64_t decompress_backward_shared_bytes(int64_t r) {
     return static_cast<int64_t>(sizeof(DecompressBackwardShared)) + 2 * r * tile_groups * 4 +

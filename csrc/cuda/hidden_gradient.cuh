@@ -15,6 +15,8 @@ struct MergeBackwardShared {
     float sums[warps][tile_rows][2];
 };
 
+static_assert(sizeof(MergeBackwardShared) % 16 == 0, "rows of 16-byte vectors follow");
+
 template <class T, bool one_chunk>
 struct HiddenGradient {
     using E = typename T::Element;

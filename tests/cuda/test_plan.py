@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from bench.gpu import sanitize
 from tests.ops.cases import CUDA
 from variator_kernels import cuda_support, extension
 
@@ -62,6 +63,12 @@ def test_the_large_tile_needs_enough_rows(plan):
     assert plan.large_product_tile(4096, 768, H200)
     assert not plan.large_product_tile(1024, 768, H200)
     assert not plan.large_product_tile(64, 768, H200)
+
+
+def test_the_sanitizer_meets_every_kernel(plan):
+    kernels = {plan.resident_blocks(k, d) for d, k, _ in sanitize.SIZES}
+    assert kernels == {0, 1, 2, 3, 4}
+    assert plan.large_product_tile(*sanitize.LARGE_PRODUCT[:2], H200)
 
 
 @pytest.mark.parametrize(
