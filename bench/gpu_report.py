@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
             report["not_measured"].append({**case._asdict(), "reason": "the time was up"})
             continue
         if "cuda" in usable:
-            case = case._replace(arms=(*case.arms, "cuda"))
+            case = case.with_cuda()
         if dry:
             case, options["model"] = _toy(case)
         print(f"measuring {case.name} {case.model} {case.batch} x {case.length}", flush=True)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from bench import gpu_report
+from bench.common import checks
 from bench.gpu import cases, verdicts
+from tests.ops.cases import CUDA
 
 
 def test_dry_run(tmp_path, monkeypatch, capsys):
@@ -60,3 +62,28 @@ def test_verdicts_name_what_was_not_measured():
     found = {v["arm"]: v for v in verdicts.verdicts([row])}
     assert found["hf"]["met"] is False and found["floor"]["met"] is True
     assert found["hf-compiled"]["value"] is None and found["hf-compiled"]["met"] is None
+
+
+@pytest.mark.skipif(not CUDA.usable or torch.cuda.is_available(), reason="needs the emulation")
+def test_the_cuda_kernels_are_measured_beside():
+    from bench.gpu import kernels, measure
+    from bench.gpu.clock import Clock
+
+    case = cases.Case("small", "t5-base", 1, 8, (4,), ("reference",)).with_cuda()
+    options = {"rounds": 1, "model": measure.MODELS["t5-base"]._replace(d=32, f=48)}
+    ceilings = {"copy": 1e9, "matrix": 1e9}
+    rows = measure.measure(case, Clock("cpu"), ceilings, kernels="reference", **options)
+    assert [(row["arm"], row["status"]) for row in rows] == [
+        ("reference", "ok"), ("cuda", "ok"), ("cuda-launches", "ok")
+    ]  # fmt: skip
+    found = {v["arm"] for v in verdicts.verdicts(rows) if v["value"] is not None}
+    assert found == {"cuda-launches"}
+    alone = kernels.measure_kernels(
+        Clock("cpu"), ceilings, backends=("cuda",), batch=1, length=16, **options
+    )
+    assert {row["status"] for row in alone} == {"ok"}
+    assert {"group_merge_backward", "product out"} < {row["kernel"] for row in alone}
+
+
+def test_the_cuda_kernels_get_no_wider_bound():
+    assert checks.factor_of("cuda") == checks.factor_of("cuda-launches") == checks.FACTOR
