@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -63,7 +62,9 @@ def prepare(began: float, arch: str) -> list[dict[str, Any]]:
     """Install, tests and compilation, beside each other: none of them is timed."""
     python, left = sys.executable, TESTS_END - (time.monotonic() - began)
     steps = []
-    if shutil.which("nvcc"):
+    from build_backend import find_nvcc  # it needs setuptools, as building does
+
+    if find_nvcc():
         # The tests run from this checkout, so its own folder needs the extension, and first.
         inplace = [python, "setup.py", "build_ext", "--inplace"]
         steps.append(command("CUDA kernels", inplace, left))
