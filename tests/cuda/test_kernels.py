@@ -133,6 +133,14 @@ def test_what_is_refused(cuda, what, d, k, r, f, dtype):
         run(*moved((x, p, ffn), "cuda"))
 
 
+def test_a_wide_second_product_is_refused(cuda):
+    """As transformers keeps T5's wo in fp16."""
+    p, ffn = plugin(24, 4, 8, torch.float16), feed_forward(24, 40, torch.float16, "t5")
+    values = moved((torch.randn(1, 9, 24).half(), p, ffn._replace(w_out=ffn.w_out.float())), "cuda")
+    with pytest.raises(ValueError, match=r"x is torch\.float16 and w_out torch\.float32"):
+        run(*values)
+
+
 def test_strided_input(cuda, way):
     p, ffn = plugin(24, 4, 8, BF16), feed_forward(24, 40, BF16, "t5")
     x = torch.randn(3, 30, 51).to(BF16)

@@ -14,6 +14,7 @@ from ..arguments import NO_NORM, flat, require
 from ..cuda_arguments import (
     ACTIVATIONS,
     BOTTLENECK_CHUNK,
+    DTYPES,
     address,
     aligned,
     dtype_code,
@@ -69,7 +70,8 @@ def compressed_ffn(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     dtype = torch.promote_types(x.dtype, ffn.w_out.dtype)
-    dtype_code(dtype)
+    both = f"x is {x.dtype} and w_out {ffn.w_out.dtype}"
+    require(dtype in DTYPES, f"{both}, the CUDA kernels compute in one of {[*DTYPES]}")
     f = ffn.w_in.shape[0]
     require(f % 8 == 0, f"inner size is {f}, the CUDA kernels take multiples of 8")
     x = x.to(dtype)
