@@ -33,7 +33,8 @@ BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
-BUILD_FILES := pyproject.toml setup.py build_backend.py CMakeLists.txt csrc/cuda/CMakeLists.txt $(CSRC)
+CUDA_CMAKE := csrc/cuda/CMakeLists.txt csrc/cuda/architectures.cmake
+BUILD_FILES := pyproject.toml setup.py build_backend.py CMakeLists.txt $(CUDA_CMAKE) $(CSRC)
 
 # The tools of the build come first, so that the build itself needs no isolation and the versions
 # of constraints.txt hold for it too.
@@ -79,7 +80,7 @@ kernels-bench: $(VENV)/.stamp-test
 # tests/emulation.py looks for it there.
 EMULATION := build/emulation
 emulation: $(EMULATION)/.stamp
-$(EMULATION)/.stamp: $(VENV)/.stamp-base csrc/cuda/CMakeLists.txt $(filter csrc/cuda/%,$(CSRC))
+$(EMULATION)/.stamp: $(VENV)/.stamp-base $(CUDA_CMAKE) $(filter csrc/cuda/%,$(CSRC))
 	@echo "== building the emulation of the CUDA kernels"
 	@mkdir -p $(EMULATION)
 	@{ CXX='$(CXX)' $(BIN)/cmake -S csrc/cuda -B $(EMULATION) -G Ninja \

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from setuptools import build_meta
@@ -17,6 +19,15 @@ def switched_on(name: str, default: str = "") -> bool:
     return os.environ.get(name, default).strip().lower() not in ("", "0", "off", "no", "false")
 
 
+def newest_first(paths: Iterable[Path]) -> list[Path]:
+    """``cuda/bin/nvcc``, the machine's own choice, then ``cuda-13.0`` before ``cuda-9.2``."""
+
+    def version(path: Path) -> list[int]:
+        return [int(number) for number in re.findall(r"\d+", path.parts[-3])]
+
+    return sorted(paths, key=lambda path: (not version(path), version(path)), reverse=True)
+
+
 def find_nvcc() -> str | None:
     """nvcc by CUDACXX, CUDA_HOME, PATH or the usual folders; None if nowhere or not wanted."""
     if not switched_on("VARIATOR_CUDA", "auto"):
@@ -26,16 +37,19 @@ def find_nvcc() -> str | None:
         if home := os.environ.get(variable):
             candidates.append([str(Path(home, "bin", "nvcc"))])
     candidates.append(["nvcc"])
-    folders = Path("/usr/local").glob("cuda*/bin/nvcc")
-    candidates += [[str(path)] for path in sorted(folders, key=str, reverse=True)]
+    candidates += [[str(path)] for path in newest_first(Path("/usr/local").glob("cuda*/bin/nvcc"))]
     return next((found for name, *_ in candidates if name and (found := shutil.which(name))), None)
+
+
+def needs_cutlass() -> bool:
+    return find_nvcc() is not None and not os.environ.get("CUTLASS_PATH")
 
 
 def get_requires_for_build_wheel(config_settings=None):
     needed = build_meta.get_requires_for_build_wheel(config_settings)
-    return [*needed, CUTLASS] if find_nvcc() else needed
+    return [*needed, CUTLASS] if needs_cutlass() else needed
 
 
 def get_requires_for_build_editable(config_settings=None):
     needed = build_meta.get_requires_for_build_editable(config_settings)
-    return [*needed, CUTLASS] if find_nvcc() else needed
+    return [*needed, CUTLASS] if needs_cutlass() else needed

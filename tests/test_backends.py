@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from variator_kernels import backends
+from variator_kernels import backends, cuda_support, extension
 
 
 def status_of(name):
@@ -66,6 +66,36 @@ def test_versions_of_triton_that_will_do(version):
 @pytest.mark.parametrize("version", [None, "2.2.0", "3.5.1", "unknown"])
 def test_versions_of_triton_that_will_not_do(version):
     assert "3.6 or newer is needed" in backends._why_no_triton(version)
+
+
+@pytest.mark.parametrize(("driver", "why"), [(12080, "supports CUDA 12.8"), (0, ""), (13010, "")])
+def test_importing_leaves_the_gpu_alone(monkeypatch, driver, why):
+    """What is asked at import must not initialise CUDA: a fork would be without it."""
+
+    def initialises(*_):
+        raise AssertionError("CUDA was initialised")
+
+    versions = {"driver_version": lambda: driver, "runtime_version": lambda: 13000}
+    module = types.SimpleNamespace(emulated=False, architectures="90a-real", **versions)
+    monkeypatch.setitem(extension._LOADED, "cuda", (module, ""))
+    for name in ("is_available", "device_count", "get_device_capability"):
+        monkeypatch.setattr(torch.cuda, name, initialises)
+    assert why in (cuda_support._why_no_launch() or "")
+
+
+def test_the_cuda_kernels_say_why_not(monkeypatch):
+    x = on_a_gpu(monkeypatch, (10, 0))
+    monkeypatch.setattr(cuda_support, "_WHY_NO_LAUNCH", None)
+    monkeypatch.setattr(cuda_support, "EMULATED", False)
+    monkeypatch.setattr(cuda_support, "_ARCHITECTURES", "90a-real")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
+    with pytest.raises(ValueError, match=r"the GPU is sm_100, .* built for 90a-real"):
+        backends.resolve("cuda", x)
+    assert not status_of("cuda").usable
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "PyTorch sees no GPU" in status_of("cuda").detail
+    with pytest.raises(ValueError, match="expected cuda"):
+        backends.resolve("cuda", torch.zeros(1, dtype=torch.bfloat16))
 
 
 def test_the_record_of_proofs_is_whole():

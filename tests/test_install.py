@@ -129,9 +129,21 @@ def test_cutlass_is_required_only_where_nvcc_is(
     monkeypatch.delenv("CUDACXX", raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.delenv("VARIATOR_CUDA", raising=False)
+    monkeypatch.delenv("CUTLASS_PATH", raising=False)
     assert build_backend.find_nvcc() == str(nvcc) and needs_cutlass()
+    monkeypatch.setenv("CUTLASS_PATH", str(tmp_path))
+    assert not needs_cutlass()
+    monkeypatch.delenv("CUTLASS_PATH")
     monkeypatch.setenv("VARIATOR_CUDA", "0")
     assert build_backend.find_nvcc() is None and not needs_cutlass()
+
+
+def test_the_newest_toolkit_is_taken(setup_py: ModuleType) -> None:
+    import build_backend
+
+    found = [Path("/usr/local", name, "bin/nvcc") for name in ("cuda-9.2", "cuda", "cuda-13.0")]
+    names = [path.parts[-3] for path in build_backend.newest_first(found)]
+    assert names == ["cuda", "cuda-13.0", "cuda-9.2"]
 
 
 def test_no_cutlass_is_a_reason(

@@ -16,16 +16,18 @@ def _version(number: int) -> str:
 
 
 def _why_no_launch() -> str | None:
-    """Why nothing can be launched in this process, or None."""
+    """Why the kernels cannot run on any GPU here, or None.
+
+    Called at import, so it asks nothing that would initialise CUDA: that would fix the visible
+    devices, and a process that was forked later could not use them.
+    """
     cuda = extension.load("cuda")
     if cuda is None:
         return extension.why_missing("cuda")
     if cuda.emulated:
         return None
-    if not torch.cuda.is_available():
-        return "PyTorch sees no GPU"
-    driver, runtime = cuda.driver_version(), cuda.runtime_version()
-    if driver // 1000 < runtime // 1000:
+    driver, runtime = cuda.driver_version(), cuda.runtime_version()  # 0: there is no driver
+    if 0 < driver // 1000 < runtime // 1000:
         return (
             f"the driver supports CUDA {_version(driver)}, the kernels were built with "
             f"{_version(runtime)}"
@@ -43,17 +45,17 @@ _ARCHITECTURES = getattr(extension.load("cuda"), "architectures", "")
 def runs_on(capability: tuple[int, int], architectures: str) -> bool:
     """Whether a GPU of a compute capability runs code built for ``architectures``.
 
-    The list is CMake's: ``80-real`` is machine code for 8.0 and later 8.x, ``90a-real`` for 9.0
-    alone, ``80-virtual`` is PTX for 8.0 and everything later, ``80`` is both.
+    The list is CMake's: ``80-real`` is machine code for 8.0 and later 8.x, ``80-virtual`` PTX for
+    8.0 and everything later, ``80`` both; ``90a`` is for 9.0 alone, ``100f`` for 10.0 to 10.x.
     """
     for name in architectures.split(";"):
-        match = re.fullmatch(r"(\d+)(\d)(a?)(-real|-virtual)?", name)
+        match = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", name)
         if match is None:
             continue
         built = int(match[1]), int(match[2])
-        if match[3]:
+        if match[3] == "a":
             fits = capability == built
-        elif match[4] == "-real":
+        elif match[3] == "f" or match[4] == "-real":
             fits = capability[0] == built[0] and capability[1] >= built[1]
         else:
             fits = capability >= built
@@ -84,5 +86,7 @@ def describe() -> tuple[bool, str]:
         return False, _WHY_NO_LAUNCH
     if EMULATED:
         return True, "emulated on the CPU"
+    if not torch.cuda.is_available():
+        return False, "PyTorch sees no GPU"
     name = f"{torch.cuda.get_device_name()}, kernels for {_ARCHITECTURES}"
     return runs_on(torch.cuda.get_device_capability(), _ARCHITECTURES), name

@@ -7,6 +7,8 @@ from typing import NamedTuple
 DENSE, PLUGIN = ("hf", "hf-compiled"), ("reference", "reference-compiled", "ours")
 EAGER = ("hf", "reference", "ours")
 RATIOS = (2, 4, 8, 16, 32)
+# What is compared with every other arm of its case: ``ours`` is Triton's.
+OURS = ("ours", "cuda", "cuda-launches")
 
 
 class Case(NamedTuple):
@@ -24,6 +26,11 @@ class Case(NamedTuple):
     def compiles(self) -> bool:
         """Whether an arm needs a compiler that tries out variants: a minute or more."""
         return any(arm.endswith("-compiled") for arm in self.arms)
+
+    def with_cuda(self) -> Case:
+        """With the CUDA kernels beside; few groups are one launch, so there in several too."""
+        more = ("cuda", "cuda-launches") if self.name == "small" else ("cuda",)
+        return self._replace(arms=(*self.arms, *more))
 
 
 class Kernels(NamedTuple):
@@ -62,13 +69,14 @@ JOBS: tuple[Case | Kernels, ...] = (
 
 
 class Target(NamedTuple):
-    """A bound on a ratio within one case: ``ours`` against an arm, or over the floor."""
+    """A bound on a ratio within one case: ``of`` against an arm, or over the floor."""
 
     what: str
     case: str
     arm: str
     limit: float
     at_least: bool = True
+    of: str = "ours"
 
 
 TARGETS = (
@@ -80,4 +88,8 @@ TARGETS = (
     Target("forward and backward against the eager reference", "backward", "reference", 1.5),
     Target("peak memory of forward and backward, of the reference's", "backward", "memory", 1.0,
            at_least=False),
+    Target("CUDA, against the dense sublayer, max-autotune", "target", "hf-compiled", 2.8,
+           of="cuda"),
+    Target("CUDA, time over the floor", "target", "floor", 1.25, at_least=False, of="cuda"),
+    Target("CUDA, one launch against several", "small", "cuda-launches", 1.5, of="cuda"),
 )  # fmt: skip

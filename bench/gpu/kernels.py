@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -82,8 +83,41 @@ def cells(layer: Sublayer, k: int, backends: tuple[str, ...]) -> list[Cell]:
     def second_plain(dtype: torch.dtype) -> Outputs:
         return (F.linear(inner.to(dtype), ffn.w_out.to(dtype)),)
 
+    d_merged, d_projected = torch.randn_like(g), torch.randn_like(projected)
+
+    @functools.cache
+    def weights(backend: str) -> Tensor:
+        return merge.group_merge(x, p.merge_weight, p.merge_bias, **norm, backend=backend)[2]
+
+    def merge_gradients(backend: str) -> Outputs:
+        return torch.ops.variator.group_merge_backward(
+            d_merged, d_projected, x, weights(backend), p.merge_weight, None, None, ffn.norm,
+            ffn.norm_weight, None, ffn.eps, w1h, backend,
+        )[:5]  # fmt: skip
+
+    def merge_gradients_plain(dtype: torch.dtype) -> Outputs:
+        given = (x, p.merge_weight, p.merge_bias, w1h, ffn.norm_weight)
+        leaves: Any = [t.detach().to(dtype).requires_grad_() for t in given]  # type: ignore[union-attr]
+        h = normalize(leaves[0], ffn.norm, leaves[4], None, ffn.eps)
+        out = (merge_reference.group_merge(h, leaves[1], leaves[2]), F.linear(h, leaves[3]))
+        return torch.autograd.grad(out, leaves, (d_merged.to(dtype), d_projected.to(dtype)))
+
+    def decompress_gradients(backend: str) -> Outputs:
+        du, *others = torch.ops.variator.adapter_decompress_backward(
+            x, g, projected, w1u, p.b1, p.w2, None, None, k, p.activation, backend
+        )
+        return du.view(g.shape), *others
+
+    def decompress_gradients_plain(dtype: torch.dtype) -> Outputs:
+        given = (g, projected, w1u, p.b1, p.w2, p.b2)
+        leaves: Any = [t.detach().to(dtype).requires_grad_() for t in given]
+        u = leaves[0].repeat_interleave(k, 1)[:, : x.shape[1]]
+        t = torch.tanh(F.linear(u, leaves[2], leaves[3]) + leaves[1])
+        return torch.autograd.grad(u + F.linear(t, leaves[4], leaves[5]), leaves, x.to(dtype))
+
     only_cuda = tuple(name for name in backends if name == "cuda")
-    # Of the plugin's kernels: x, W_1h h and a vector a group; of a product: its three matrices.
+    # Of the plugin's kernels: x, W_1h h and a vector a group, once each; backward kernels, with the
+    # sums for the weights' gradients, write as much again. Of a product: its three matrices.
     plugin_bytes = tokens * (d * 2 + r * 4) + groups * d * 2
     product_bytes = 2 * (d * f + groups * (d + f))
     return [
@@ -91,6 +125,11 @@ def cells(layer: Sublayer, k: int, backends: tuple[str, ...]) -> list[Cell]:
              2 * tokens * d * (k + 1 + r), backends),
         Cell("adapter_decompress", decompressed, decompress_plain, plugin_bytes + tokens * d * 2,
              2 * (tokens + groups) * d * r, backends),
+        Cell("group_merge_backward", merge_gradients, merge_gradients_plain,
+             plugin_bytes + tokens * d * 2, 4 * tokens * d * (k + 1 + r), backends),
+        Cell("adapter_decompress_backward", decompress_gradients, decompress_gradients_plain,
+             plugin_bytes + tokens * r * 4 + groups * d * 2,
+             2 * (2 * tokens + 3 * groups) * d * r, backends),
         Cell("product in", first, first_plain, product_bytes, 2 * groups * d * f, only_cuda),
         Cell("product out", second, second_plain, product_bytes, 2 * groups * d * f, only_cuda),
     ]  # fmt: skip
@@ -131,7 +170,7 @@ def text(rows: list[Row]) -> str:
     """The rows in lines."""
     lines = []
     for row in rows:
-        what = f"{row['kernel']:<20}{row['backend']:<8}{row['batch']:>3} x {row['length']:<5}"
+        what = f"{row['kernel']:<28}{row['backend']:<8}{row['batch']:>3} x {row['length']:<5}"
         if row["status"] == "ok":
             time = f"{row['seconds']['median'] * 1e6:10.1f} us  {row['over_floor']:.2f} x floor"
         else:

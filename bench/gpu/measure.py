@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from bench.common.timing import quartiles, ratio
 from variator_kernels import functional
 from variator_kernels.feed_forward import FeedForward, PluginWeights, normalize, products
 
-from .cases import Case
+from .cases import OURS, Case
 from .clock import Clock
 from .sublayers import MODELS, Model, Sublayer
 
@@ -38,6 +39,17 @@ def dense_exact(layer: Sublayer) -> Tensor:
 def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
     """``mode="max-autotune"`` but for its CUDA graphs: every arm here is captured the same way."""
     return torch.compile(call, mode="max-autotune-no-cudagraphs", dynamic=False)
+
+
+def in_launches(call: Callable[[], Outputs]) -> Callable[[], Outputs]:
+    """The CUDA kernels in several launches, also for few groups."""
+    from variator_kernels.ops.compressed_ffn import cuda as sublayer
+
+    def run() -> Outputs:
+        with mock.patch.object(sublayer, "ONE_LAUNCH_GROUPS", 0):
+            return call()
+
+    return run
 
 
 class Arms:
@@ -75,8 +87,10 @@ class Arms:
                     return (dense(layer.x),)
 
             return run
-        backend = {"ours": self.kernels, "cuda": "cuda"}.get(arm, "reference")
+        backend = "cuda" if arm.startswith("cuda") else "reference"
+        backend = self.kernels if arm == "ours" else backend
         run = self.plugged(backend, layer.x, self.weights, layer.ffn)
+        run = in_launches(run) if arm == "cuda-launches" else run
         return compiled(run) if arm.endswith("compiled") else run
 
     def truth(self, arm: str) -> Truth:
@@ -147,19 +161,20 @@ def _time(group: dict[str, Row], calls: dict[str, Any], clock: Clock, rounds: in
 
 
 def _compare(group: dict[str, Row], layer: Sublayer, k: int, ceilings: dict[str, float]) -> None:
-    """How much faster ``ours`` is than each arm of its round, and its time over the floor."""
-    ours = group.get("ours")
-    if ours is None or ours["status"] != "ok":
-        return
-    ours["speedup"], ours["wall_speedup"] = {}, {}
-    for arm, row in group.items():
-        if row["status"] == "ok" and arm != "ours":
-            ours["speedup"][arm] = ratio(row["samples"], ours["samples"])
-            ours["wall_speedup"][arm] = ratio(row["wall_samples"], ours["wall_samples"])
-    if not ours["backward"]:
-        floor = layer.bytes() / ceilings["copy"] + 2 * layer.macs(k) / ceilings["matrix"]
-        ours["floor"] = floor
-        ours["over_floor"] = ours["seconds"]["median"] / floor
-    reference = group.get("reference", {})
-    if ours["memory"] and reference.get("memory"):
-        ours["memory_of_reference"] = ours["memory"] / reference["memory"]
+    """How much faster each of ours is than each arm of its round, and its time over the floor."""
+    for name in OURS:
+        ours = group.get(name)
+        if ours is None or ours["status"] != "ok":
+            continue
+        ours["speedup"], ours["wall_speedup"] = {}, {}
+        for arm, row in group.items():
+            if row["status"] == "ok" and arm != name:
+                ours["speedup"][arm] = ratio(row["samples"], ours["samples"])
+                ours["wall_speedup"][arm] = ratio(row["wall_samples"], ours["wall_samples"])
+        if not ours["backward"]:
+            floor = layer.bytes() / ceilings["copy"] + 2 * layer.macs(k) / ceilings["matrix"]
+            ours["floor"] = floor
+            ours["over_floor"] = ours["seconds"]["median"] / floor
+        reference = group.get("reference", {})
+        if ours["memory"] and reference.get("memory"):
+            ours["memory_of_reference"] = ours["memory"] / reference["memory"]

@@ -46,7 +46,6 @@ def outcomes(
 
     clock = Clock(device)
     usable = tuple(s.name for s in backends.status() if s.usable and s.name in ("triton", "cuda"))
-    arms = ("cuda",) if "cuda" in usable else ()
     ceilings, slowest = clock.ceilings(), COMPILING
     extra: Outcome = {"ceilings": ceilings}
     for job in jobs:
@@ -66,7 +65,8 @@ def outcomes(
                 )  # fmt: skip
                 outcome: Outcome = {"kernels": found}
             else:
-                case = job._replace(arms=(*job.arms, *arms), batch=batch, length=length)
+                case = job.with_cuda() if "cuda" in usable else job
+                case = case._replace(batch=batch, length=length)
                 if dry:
                     plain = tuple(arm for arm in case.arms if not arm.endswith("-compiled"))
                     case = case._replace(ratios=case.ratios[:1], arms=plain)

@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 
 def measured(row: Row, arm: str) -> float | None:
-    """The ratio that a target speaks of, in one row of ``ours``."""
+    """The ratio that a target speaks of, in one row of its own arm."""
     if arm == "floor":
         return row.get("over_floor")
     if arm == "memory":
@@ -23,7 +23,7 @@ def verdicts(rows: list[Row]) -> list[Row]:
     """A row a target and case; ``value`` is None where nothing was measured."""
     made = []
     for target in TARGETS:
-        of = [r for r in rows if r["name"] == target.case and r["arm"] == "ours"]
+        of = [r for r in rows if r["name"] == target.case and r["arm"] == target.of]
         for row in of:
             value = measured(row, target.arm)
             met = None

@@ -16,6 +16,8 @@ struct GroupHalfShared {
     float partial[warps][bottleneck_chunk][tile_groups];
 };
 
+static_assert(sizeof(GroupHalfShared) % 16 == 0, "rows of 16-byte vectors follow");
+
 // q [r, tile_groups] = W_1u u + b_1 for the tile's groups, each warp over its columns, then summed.
 // Called by all threads.
 template <class T>

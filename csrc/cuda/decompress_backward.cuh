@@ -17,6 +17,8 @@ struct DecompressBackwardShared {
     float dz[quad][tile_groups][block_columns];
 };
 
+static_assert(sizeof(DecompressBackwardShared) % 16 == 0, "rows of 16-byte vectors follow");
+
 // After the struct: q and dq [r, tile_groups], dq as T [tile_groups, bottleneck_stride(r)].
 VARIATOR_HD int64_t decompress_backward_shared_bytes(int64_t r) {
     return static_cast<int64_t>(sizeof(DecompressBackwardShared)) + 2 * r * tile_groups * 4 +
@@ -38,7 +40,7 @@ struct DecompressBackwardTile {
     float* const dq = q + p.r * tile_groups;
     E* const dq_rows = reinterpret_cast<E*>(dq + p.r * tile_groups);
 
-    VARIATOR_DEVICE int column(int block) const { return block * block_columns + 8 * at.part; }
+    VARIATOR_DEVICE int column(int block) const { return at.column(block); }
 
     VARIATOR_DEVICE void run() {
         group_half<T>(at, p.groups, first, p.d, p.r, p.u, p.w1u, p.w1u_stride, p.b1, shared.half,

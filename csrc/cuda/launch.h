@@ -38,6 +38,7 @@ cudaError_t launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t
         const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                        static_cast<int>(shared));
+        if (error == cudaErrorInvalidValue) return cudaErrorLaunchOutOfResources;  // too much
         if (error != cudaSuccess) return error;
     }
     cudaLaunchAttribute attribute{};
@@ -51,10 +52,7 @@ cudaError_t launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t
     config.stream = stream;
     config.attrs = &attribute;
     config.numAttrs = cooperative ? 1 : 0;
-    const cudaError_t error =
-        cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-    if (error != cudaSuccess) cudaGetLastError();  // reported here, not to whoever asks next
-    return error;
+    return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
 }  // namespace variator::cuda

@@ -33,7 +33,7 @@ struct MergeTile {
     const int k = static_cast<int>(p.groups.k);
     const Span span = Span::of_warp(at.warp, 0, static_cast<int>(ceil_div(p.d, block_columns)));
 
-    VARIATOR_DEVICE int column(int block) const { return block * block_columns + 8 * at.part; }
+    VARIATOR_DEVICE int column(int block) const { return at.column(block); }
     VARIATOR_DEVICE bool inside(int block) const { return column(block) < p.d; }
     VARIATOR_DEVICE void load(const QuadRows& rows, int block, Vec16 (&x)[quad]) const {
         rows.load(p.x, p.x_stride, column(block), inside(block), x);

@@ -4,18 +4,9 @@
 // and dx through the norm. The weights' gradients are sums over tokens: outer_sum.cuh.
 #pragma once
 
-#include "adapter.cuh"
-#include "rows.cuh"
+#include "hidden_gradient.cuh"
 
 namespace variator::cuda {
-
-struct MergeBackwardShared {
-    Moments moments[warps * tile_rows];
-    float mean[max_ratio][tile_groups], scale[max_ratio][tile_groups];
-    float weight[max_ratio][tile_groups], ds[max_ratio][tile_groups];
-    float dots[warps][max_ratio][tile_groups];
-    float sums[warps][tile_rows][2];
-};
 
 // After the struct: dp of a quad's rows as T [tile_rows, bottleneck_stride(r)].
 VARIATOR_HD int64_t merge_backward_shared_bytes(int64_t r) {
@@ -24,7 +15,6 @@ VARIATOR_HD int64_t merge_backward_shared_bytes(int64_t r) {
 
 template <class T, bool one_chunk>
 struct MergeBackwardTile {
-    using E = typename T::Element;
     const MergeBackwardParams& p;
     char* memory;
     const int64_t tile;
@@ -34,9 +24,11 @@ struct MergeBackwardTile {
     const int k = static_cast<int>(p.groups.k);
     const Span span = Span::of_warp(at.warp, 0, static_cast<int>(ceil_div(p.d, block_columns)));
     MergeBackwardShared& shared = *reinterpret_cast<MergeBackwardShared*>(memory);
-    E* const dp = reinterpret_cast<E*>(memory + sizeof(MergeBackwardShared));
+    const HiddenGradient<T, one_chunk> hidden{
+        p, shared, reinterpret_cast<typename T::Element*>(memory + sizeof(MergeBackwardShared)),
+        first};
 
-    VARIATOR_DEVICE int column(int block) const { return block * block_columns + 8 * at.part; }
+    VARIATOR_DEVICE int column(int block) const { return at.column(block); }
     VARIATOR_DEVICE bool inside(int block) const { return column(block) < p.d; }
 
     VARIATOR_DEVICE void run() {
@@ -46,7 +38,7 @@ struct MergeBackwardTile {
         }
         through_softmax();
         for (int slot = 0; slot < k; slot += quad) {
-            load_dp(slot);
+            hidden.load_dp(slot);
             through_norm(slot);
         }
     }
@@ -83,11 +75,6 @@ struct MergeBackwardTile {
         block_sync();
     }
 
-    VARIATOR_DEVICE Vec16 group_row(int block) const {
-        return load16_if(inside(block) && group < p.groups.count,
-                         element(p.d_merged, group * p.d + column(block)));
-    }
-
     // da of the quad's slots: this warp's part of dg·h.
     VARIATOR_DEVICE void dots(int slot) {
         const QuadRows rows = rows_of(slot);
@@ -97,7 +84,7 @@ struct MergeBackwardTile {
             rows.load(p.x, p.x_stride, column(block), inside(block), h);
             norm_quad<T>(p.norm, rows, column(block), inside(block), h);
             float dg[8];
-            widen<T>(group_row(block), dg);
+            widen<T>(hidden.group_row(block), dg);
             VARIATOR_UNROLL
             for (int i = 0; i < quad; ++i) {
                 float v[8];
@@ -134,58 +121,6 @@ struct MergeBackwardTile {
         block_sync();
     }
 
-    VARIATOR_DEVICE void load_dp(int slot) {
-        if (p.d_projected == nullptr) return;
-        block_sync();
-        for (int row = at.warp; row < tile_rows; row += warps) {
-            const int64_t token =
-                p.groups.token(first + row % tile_groups, slot + row / tile_groups);
-            for (int64_t c = thread_index() % 32; c < p.r; c += 32)
-                dp[row * bottleneck_stride(p.r) + c] =
-                    T::narrow(token >= 0 && c < p.projected_columns
-                                  ? p.d_projected[token * p.projected_columns + c]
-                                  : 0.0f);
-        }
-        block_sync();
-    }
-
-    // dh of the quad's rows at a block.
-    VARIATOR_DEVICE void gradient(int slot, int block, float (&dh)[quad][8]) const {
-        float acc[2][4][4] = {};
-        if (p.d_projected != nullptr) {
-            Expansion<T, one_chunk> expansion{p.projection_transpose, p.d, p.r, at, {}};
-            expansion.start(block);
-            const int64_t stride = bottleneck_stride(p.r);
-            VARIATOR_UNROLL
-            for (int pair = 0; pair < 2; ++pair) {
-                const E* low = dp + (2 * pair * tile_groups + at.row) * stride;
-                expansion.add(block, low, low + tile_groups * stride, acc[pair]);
-            }
-        }
-        float dg[8];
-        widen<T>(group_row(block), dg);
-        VARIATOR_UNROLL
-        for (int i = 0; i < quad; ++i) {
-            const float a = shared.weight[slot + i][at.row];
-            VARIATOR_UNROLL
-            for (int c = 0; c < 8; ++c) dh[i][c] = a * dg[c] + acc[i / 2][c / 2][i % 2 * 2 + c % 2];
-        }
-        VARIATOR_UNROLL
-        for (int i = 0; i < quad; ++i) {
-            if (slot + i >= k) break;
-            for (int s = 0; s < k; ++s) {
-                const float ds = shared.ds[s][at.row];
-                const int64_t row = static_cast<int64_t>(s) * k + slot + i;
-                float w[8];
-                widen<T>(
-                    load16_if(inside(block), element(p.merge_weight, row * p.d + column(block))),
-                    w);
-                VARIATOR_UNROLL
-                for (int c = 0; c < 8; ++c) dh[i][c] += ds * w[c];
-            }
-        }
-    }
-
     // n = (x - mean) scale of the quad's rows, and the norm's weight, at a block.
     VARIATOR_DEVICE void normalised(const QuadRows& rows, int block, float (&n)[quad][8],
                                     float (&weight)[8]) const {
@@ -208,7 +143,7 @@ struct MergeBackwardTile {
         if (p.norm.kind != Norm::none) {
             for (int block = span.first; block < span.last; ++block) {
                 float dh[quad][8], n[quad][8], weight[8];
-                gradient(slot, block, dh);
+                hidden.gradient(slot, block, dh);
                 normalised(rows, block, n, weight);
                 VARIATOR_UNROLL
                 for (int i = 0; i < quad; ++i) VARIATOR_UNROLL
@@ -250,7 +185,7 @@ struct MergeBackwardTile {
     VARIATOR_DEVICE void write(const QuadRows& rows, int slot, int block,
                                const float (&mean_e)[quad], const float (&mean_en)[quad]) const {
         float dh[quad][8], n[quad][8], weight[8], d_weight[8] = {}, d_bias[8] = {};
-        gradient(slot, block, dh);
+        hidden.gradient(slot, block, dh);
         normalised(rows, block, n, weight);
         VARIATOR_UNROLL
         for (int i = 0; i < quad; ++i) {

@@ -55,6 +55,31 @@ struct FinishVisitor : visitors::VisitorImpl2x<> {
     }
 };
 
+// The factor [rows, columns], if there is one. CUTLASS's own load has no such case: it would read
+// from address 0.
+template <class Threads, class T, class Stride>
+struct FactorLoad : visitors::VisitorAuxLoad<Threads, T, Stride> {
+    using Load = visitors::VisitorAuxLoad<Threads, T, Stride>;
+    using Load::Load;
+
+    template <class Loads>
+    struct Callbacks : Loads {
+        CUTLASS_DEVICE explicit Callbacks(const Loads& loads) : Loads(loads) {}
+        CUTLASS_DEVICE void begin_step(int step) {
+            if (this->params_ptr->ptr_aux != nullptr)
+                Loads::begin_step(step);
+            else
+                cute::clear(this->tC_rAux);  // read, though not used
+        }
+    };
+    template <class Shape>
+    CUTLASS_DEVICE auto get_callbacks(cutlass::gemm::GemmCoord tile, int thread,
+                                      const Shape& shape) {
+        auto loads = Load::get_callbacks(tile, thread, shape);
+        return Callbacks<decltype(loads)>(loads);
+    }
+};
+
 template <class T>
 struct ProductSm80 {
     using Tile = cutlass::gemm::GemmShape<128, 128, 32>;
@@ -68,7 +93,7 @@ struct ProductSm80 {
     using Bias =
         visitors::VisitorRowBroadcast<Threads, T, cute::Stride<cute::_0, cute::_1, int64_t>>;
     using Matrix = cute::Stride<int64_t, cute::_1, int64_t>;
-    using Factor = visitors::VisitorAuxLoad<Threads, T, Matrix>;
+    using Factor = FactorLoad<Threads, T, Matrix>;
     using Store =
         visitors::VisitorAuxStore<Threads, T, cutlass::FloatRoundStyle::round_to_nearest, Matrix>;
     using Tree = visitors::Sm80EVT<

@@ -27,8 +27,8 @@ cudaError_t run_cutlass(const Arguments& arguments, cudaStream_t stream) {
     Gemm gemm;
     if (gemm.initialize(arguments, nullptr, stream) != Status::kSuccess ||
         gemm.run(stream) != Status::kSuccess) {
-        const cudaError_t error = cudaGetLastError();
-        return error != cudaSuccess ? error : cudaErrorLaunchFailure;
+        const cudaError_t error = cudaPeekAtLastError();
+        return error != cudaSuccess ? error : cudaErrorUnknown;  // CUTLASS has read the reason away
     }
     return cudaSuccess;
 }

@@ -4,9 +4,8 @@
 // A lane is (row, part): it holds 8 adjacent elements, 16 bytes, of row `row` in a block's part
 // `part`. The tensor cores' operands are these 16 bytes as they lie in memory: which product of a
 // sum is made in which step does not matter as long as both operands agree, so columns 8·part +
-// 4·step ..
-// + 3 of the block are what step `step` multiplies. Nothing is packed or moved through shared
-// memory.
+// 4·step .. + 3 of the block are what step `step` multiplies. Nothing is packed or moved through
+// shared memory.
 //   left operand [16, 32]: rows `low` (0-7) and `high` (8-15); right operand [8, 32]: one row a
 //   lane; result [16, 8]: a lane has columns 2·part, 2·part + 1 of rows `row` and `row` + 8.
 #pragma once
@@ -26,6 +25,8 @@ struct Lane {
         const int thread = thread_index();
         return {thread / 32, thread % 32 / 4, thread % 4};
     }
+    // The first of this lane's columns in a block of them.
+    VARIATOR_DEVICE int column(int block) const { return block * block_columns + 8 * part; }
 };
 
 template <class E = void>

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bench import gpu_report
-from bench.gpu import cases, plot, session, steps, verdicts
+from bench.common import checks
+from bench.gpu import cases, plot, sanitize, session, steps, verdicts
 from tests.ops.cases import CUDA, TRITON
 
 
@@ -138,16 +139,12 @@ def test_every_case_is_a_job_and_what_takes_longest_comes_last():
     assert [job.compiles for job in cases.JOBS[1:]] == sorted(j.compiles for j in cases.JOBS[1:])
 
 
-@pytest.mark.parametrize("status", [TRITON, CUDA], ids=lambda status: status.name)
-def test_what_the_sanitizer_runs(status, monkeypatch):
-    from bench.gpu import sanitize
-    from variator_kernels.ops.compressed_ffn import cuda
-
-    if not status.usable:
-        pytest.skip(f"no {status.name} kernels: {status.detail}")
-    monkeypatch.setattr(cuda, "ONE_LAUNCH_GROUPS", cuda.ONE_LAUNCH_GROUPS)
+@pytest.mark.skipif(not TRITON.usable, reason=f"no Triton kernels: {TRITON.detail}")
+def test_the_sanitizers_workload_runs(monkeypatch):
+    """tests/cuda has the other backend's."""
+    monkeypatch.setattr(sanitize, "SIZES", sanitize.SIZES[:1])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sanitize.workload(status.name, device, sizes=((72, 4, 64),))
+    sanitize.workload("triton", device, tokens=11)
 
 
 def test_verdicts_name_what_was_not_measured():
@@ -156,3 +153,28 @@ def test_verdicts_name_what_was_not_measured():
     found = {v["arm"]: v for v in verdicts.verdicts([row])}
     assert found["hf"]["met"] is False and found["floor"]["met"] is True
     assert found["hf-compiled"]["value"] is None and found["hf-compiled"]["met"] is None
+
+
+@pytest.mark.skipif(not CUDA.usable or torch.cuda.is_available(), reason="needs the emulation")
+def test_the_cuda_kernels_are_measured_beside():
+    from bench.gpu import kernels, measure
+    from bench.gpu.clock import Clock
+
+    case = cases.Case("small", "t5-base", 1, 8, (4,), ("reference",)).with_cuda()
+    options = {"rounds": 1, "model": measure.MODELS["t5-base"]._replace(d=32, f=48)}
+    ceilings = {"copy": 1e9, "matrix": 1e9}
+    rows = measure.measure(case, Clock("cpu"), ceilings, kernels="reference", **options)
+    assert [(row["arm"], row["status"]) for row in rows] == [
+        ("reference", "ok"), ("cuda", "ok"), ("cuda-launches", "ok")
+    ]  # fmt: skip
+    found = {v["arm"] for v in verdicts.verdicts(rows) if v["value"] is not None}
+    assert found == {"cuda-launches"}
+    alone = kernels.measure_kernels(
+        Clock("cpu"), ceilings, backends=("cuda",), batch=1, length=16, **options
+    )
+    assert {row["status"] for row in alone} == {"ok"}
+    assert {"group_merge_backward", "product out"} < {row["kernel"] for row in alone}
+
+
+def test_the_cuda_kernels_get_no_wider_bound():
+    assert checks.factor_of("cuda") == checks.factor_of("cuda-launches") == checks.FACTOR

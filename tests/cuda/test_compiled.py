@@ -64,6 +64,14 @@ def test_the_committed_table_has_every_kernel(rows):
     assert {n for n in names(rows) if n[2] in both} == {n for n in names(committed) if n[2] in both}
 
 
+def test_a_product_without_a_factor_loads_none():
+    """CUTLASS's VisitorAuxLoad by itself reads from address 0 where there is no factor."""
+    if cuda_binary.disassembler() is None:
+        pytest.skip("cuobjdump is neither on PATH nor in Triton's package")
+    symbols = [r["symbol"] for r in cuda_binary.resources(MODULE) if r["kernel"] == "product_sm80"]
+    assert all("FactorLoad" in s and "VisitorAuxLoad" not in s for s in symbols)
+
+
 def test_it_loads_without_torch_and_without_a_driver():
     """Nothing of torch or the driver is linked, so an import cannot fail for lack of a GPU."""
     done = subprocess.run(

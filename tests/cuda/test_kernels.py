@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.gpu import sanitize
 from tests.ops.cases import GPU, assert_close, cast, feed_forward, masked, moved, plugin
 from tests.ops.test_backward import gradients
 from variator_kernels import functional as vf
 from variator_kernels.ops.compressed_ffn import cuda as sublayer
+from variator_kernels.ops.cuda_arguments import spans_of
+from variator_kernels.ops.gpu_arguments import Groups
 
 BF16 = torch.bfloat16
 
@@ -129,6 +133,14 @@ def test_what_is_refused(cuda, what, d, k, r, f, dtype):
         run(*moved((x, p, ffn), "cuda"))
 
 
+def test_a_wide_second_product_is_refused(cuda):
+    """As transformers keeps T5's wo in fp16."""
+    p, ffn = plugin(24, 4, 8, torch.float16), feed_forward(24, 40, torch.float16, "t5")
+    values = moved((torch.randn(1, 9, 24).half(), p, ffn._replace(w_out=ffn.w_out.float())), "cuda")
+    with pytest.raises(ValueError, match=r"x is torch\.float16 and w_out torch\.float32"):
+        run(*values)
+
+
 def test_strided_input(cuda, way):
     p, ffn = plugin(24, 4, 8, BF16), feed_forward(24, 40, BF16, "t5")
     x = torch.randn(3, 30, 51).to(BF16)
@@ -136,3 +148,42 @@ def test_strided_input(cuda, way):
         check(view, p, ffn)
     w_in = torch.randn(40, 25).to(BF16)[:, 1:] / 5
     check(x[..., :24], p, ffn._replace(w_in=w_in))
+
+
+QUIET = ("aten::detach", "aten::empty_like", "aten::fill_", "aten::promote_types")
+
+
+def test_the_sanitizers_workload_runs(cuda, monkeypatch):
+    """What bench.gpu.sanitize puts under compute-sanitizer, shorter."""
+    monkeypatch.setattr(sanitize, "SIZES", sanitize.SIZES[::4])
+    monkeypatch.setattr(sanitize, "LARGE_PRODUCT", (40, 72, 64))
+    sanitize.workload("cuda", cuda, tokens=11)
+
+
+class Calls(TorchDispatchMode):
+    """Notes every operator that does more than allocate memory (and poison it) or view it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket._qualified_op_name
+        if not (func.is_view or name.startswith("aten::new_") or name in QUIET):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_launch_is_one_launch(cuda):
+    """Weights as the kernels read them cost no further launch, such as a copy."""
+    p, ffn = moved((plugin(72, 4, 64, BF16), feed_forward(72, 168, BF16, "t5")), "cuda")
+    x = moved(torch.randn(3, 61, 72).to(BF16), "cuda")
+    with Calls() as calls, torch.no_grad():
+        sublayer.compressed_ffn(x, p, ffn, None, None)
+    assert calls.names == []
+
+
+def test_more_tokens_than_32_bits_count(cuda):
+    spans = Groups("plain", None, None, None, None, 2**30, 2**28, 2**29, 2**29, 4)
+    with pytest.raises(ValueError, match="2147483648 tokens"):
+        spans_of(spans)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from bench.gpu import sanitize
 from tests.ops.cases import CUDA
 from variator_kernels import cuda_support, extension
 
@@ -64,6 +65,12 @@ def test_the_large_tile_needs_enough_rows(plan):
     assert not plan.large_product_tile(64, 768, H200)
 
 
+def test_the_sanitizer_meets_every_kernel(plan):
+    kernels = {plan.resident_blocks(k, d) for d, k, _ in sanitize.SIZES}
+    assert kernels == {0, 1, 2, 3, 4}
+    assert plan.large_product_tile(*sanitize.LARGE_PRODUCT[:2], H200)
+
+
 @pytest.mark.parametrize(
     ("capability", "architectures", "runs"),
     [
@@ -76,6 +83,9 @@ def test_the_large_tile_needs_enough_rows(plan):
         ((9, 0), "80-real", False),
         ((7, 5), "80;90a-real", False),
         ((12, 0), "120-virtual", True),
+        ((10, 3), "100f-real", True),
+        ((10, 3), "100a-real", False),
+        ((12, 0), "100f-virtual", False),
     ],
 )
 def test_which_gpus_an_architecture_fits(capability, architectures, runs):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -149,6 +151,17 @@ def test_another_device_than_the_current(way):
              for v in (p, ffn)]  # fmt: skip
     assert torch.equal(run(x.to("cuda:1"), *there).to(x.device), expected)
     assert torch.cuda.current_device() == 0
+
+
+def test_a_fork_after_the_import_has_the_gpu():
+    """Importing the package initialises nothing that a forked process would then be without."""
+    script = (
+        "import os, torch, variator_kernels\n"
+        "child = os.fork()\n"
+        "if child == 0: os._exit(int(torch.ones(2, device='cuda').sum().item()) - 2)\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_compiles_whole():

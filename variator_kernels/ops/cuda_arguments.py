@@ -52,7 +52,9 @@ def address(tensor: Tensor | None) -> int:
 
 
 def spans_of(spans: Groups) -> Any:
-    """``gpu_arguments.Groups`` as the kernels read it."""
+    """``gpu_arguments.Groups`` as the kernels read it; they count tokens in 32 bits."""
+    tokens = spans.n * (spans.total // max(spans.per_row, 1))
+    require(tokens < 2**31, f"the input has {tokens} tokens, the CUDA kernels take less than 2^31")
     return extension.load("cuda").Groups(
         start=address(spans.start),
         length=address(spans.length),
@@ -78,12 +80,17 @@ def rows_of(matrix: Tensor) -> Tensor:
     return matrix if fits else aligned(matrix)
 
 
+def _padded(tensor: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """With zeros behind; itself, where ``F.pad`` would copy, if none are missing."""
+    return F.pad(tensor, sizes) if sizes[-1] > 0 else tensor
+
+
 def as_vector(vector: Tensor, dtype: torch.dtype, size: int = 0) -> Tensor:
     """A bias in fp32 or the storage type ``dtype``, with zeros up to ``size``."""
     vector = vector.detach()
     if vector.dtype not in (torch.float32, dtype):
         vector = vector.float()
-    return aligned(F.pad(vector, (0, max(size - vector.shape[0], 0))))
+    return aligned(_padded(vector, (0, size - vector.shape[0])))
 
 
 def vector(tensor: Tensor | None) -> Any:
@@ -113,12 +120,11 @@ def chunks(bottleneck: int) -> int:
 
 def pad_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``weight [r, d]`` with rows of zeros up to :func:`chunks`."""
-    weight = weight.detach().to(dtype)
     missing = chunks(weight.shape[0]) - weight.shape[0]
-    return rows_of(F.pad(weight, (0, 0, 0, missing)) if missing else weight)
+    return rows_of(_padded(weight.detach().to(dtype), (0, 0, 0, missing)))
 
 
 def pad_columns(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``weight [d, r]``, contiguous, with columns of zeros up to :func:`chunks`."""
-    weight = weight.detach().to(dtype)
-    return aligned(F.pad(weight, (0, chunks(weight.shape[1]) - weight.shape[1])))
+    missing = chunks(weight.shape[1]) - weight.shape[1]
+    return aligned(_padded(weight.detach().to(dtype), (0, missing)))

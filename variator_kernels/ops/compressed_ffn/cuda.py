@@ -14,6 +14,7 @@ from ..arguments import NO_NORM, flat, require
 from ..cuda_arguments import (
     ACTIVATIONS,
     BOTTLENECK_CHUNK,
+    DTYPES,
     address,
     aligned,
     dtype_code,
@@ -69,7 +70,8 @@ def compressed_ffn(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     dtype = torch.promote_types(x.dtype, ffn.w_out.dtype)
-    dtype_code(dtype)
+    both = f"x is {x.dtype} and w_out {ffn.w_out.dtype}"
+    require(dtype in DTYPES, f"{both}, the CUDA kernels compute in one of {[*DTYPES]}")
     f = ffn.w_in.shape[0]
     require(f % 8 == 0, f"inner size is {f}, the CUDA kernels take multiples of 8")
     x = x.to(dtype)
@@ -78,7 +80,7 @@ def compressed_ffn(
     rows = flat(x)
     y = x.new_empty(x.shape)
     w1u, w1h = plugin.w1.chunk(2, -1)
-    merged, u = x.new_empty(spans.total, d), x.new_empty(spans.total, d)
+    merged = x.new_empty(spans.total, d)
     projected = x.new_empty(rows.shape[0], r, dtype=torch.float32)
     norm = NO_NORM
     if not ffn.post_norm and ffn.norm != "none":
@@ -88,7 +90,9 @@ def compressed_ffn(
         rows, spans, plugin.merge_weight, plugin.merge_bias, norm, w1h, merged, projected, None
     )
     one_launch = 0 < spans.total <= ONE_LAUNCH_GROUPS and r <= BOTTLENECK_CHUNK
-    if not one_launch:
+    if one_launch:
+        u = torch.empty_like(merged)
+    else:
         merge.run(x)
         inner = linear(merged, cast.w_in, cast.b_in, ffn.activation)
         if cast.w_gate is not None:

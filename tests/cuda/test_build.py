@@ -1,0 +1,59 @@
+"""What the CUDA build decides before it compiles: architectures, and where nvcc is."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[2] / "csrc" / "cuda"
+CMAKE = shutil.which("cmake")
+
+
+def choose(tmp_path: Path, wanted: str, gpus: str = "") -> str:
+    """``architectures|hopper|others`` as CMake chooses them where nvidia-smi prints ``gpus``."""
+    if CMAKE is None:
+        pytest.skip("CMake is not installed")
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\nprintf '{gpus}'\nexit {0 if gpus else 9}\n")
+    smi.chmod(0o755)
+    script = tmp_path / "choose.cmake"
+    script.write_text(
+        f'cmake_minimum_required(VERSION 3.24)\ninclude("{CSRC}/architectures.cmake")\n'
+        f'choose_architectures("{wanted}")\n'
+        'message("${architectures}|${hopper}|${others}")\n'
+    )
+    done = subprocess.run(
+        [CMAKE, "-P", script], env={"PATH": f"{tmp_path}:/bin:/usr/bin"}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    return " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "chosen"),
+    [
+        ("", "", "80;90a-real|90a-real|80"),
+        ("", "9.0\\n9.0\\n", "90a-real|90a-real|"),
+        ("", "7.5\\n8.6\\n", "86||86"),
+        ("", "No devices were found", "80;90a-real|90a-real|80"),
+        ("90", "8.0", "90a-real|90a-real|"),
+        # wgmma and TMA compiled for sm_90 without the a would trap on the GPU.
+        ("90-real;sm_90a", "", "90a-real|90a-real|"),
+        ("90a;90-virtual", "", "90a-real;90-virtual|90a-real|90-virtual"),
+        ("100f-real", "", "100f-real||100f-real"),
+    ],
+)
+def test_architectures(tmp_path, wanted, gpus, chosen):
+    assert choose(tmp_path, wanted, gpus) == chosen
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "why"),
+    [("", "7.5", "the local GPU is older than sm_80"), ("75", "", "75 is not 80"),
+     ("hopper", "", "hopper is not 80")],
+)  # fmt: skip
+def test_architectures_that_are_refused(tmp_path, wanted, gpus, why):
+    assert why in choose(tmp_path, wanted, gpus)
