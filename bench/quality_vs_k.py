@@ -150,8 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings: dict[str, Any] = {"bf16": machine.has_bf16()}
         if args.quick:
-            settings |= {"calibration_rows": 20, "pretrain_steps": 2}
-            settings |= {"adapt_steps": 2, "few_rows_steps": 2}
+            settings |= {"calibration_rows": 20}
+            settings |= dict.fromkeys(("pretrain_steps", "adapt_steps", "finish_steps"), 2)
         name = "quick" if args.quick else Path(args.model).name
         work = args.work or machine.ROOT / "build" / "quality" / name
         setup = stages.Setup(base(args.model), args.data, work, Recipe(**settings))

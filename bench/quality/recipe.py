@@ -52,29 +52,34 @@ class Recipe:
     """Tokens of a piece of plain text."""
     pretrain_steps: int = 100
     adapt_steps: int = 1200
-    few_rows_steps: int = 300
-    """Of adaptation to a task of less than :data:`FEW` rows."""
+    finish_steps: int = 400
+    """Of adaptation too, behind the others, with less weight on the inner layers."""
+    few_rows: float = 0.25
+    """These steps' part for a task of less than :data:`FEW` rows."""
     batch: int = 16
     rate: float = 1.5e-3
-    """Falls to zero linearly."""
+    finish_rate: float = 5e-4
+    """Each falls to zero linearly."""
     adapt_least: int = 12
     """Rows of fewer tokens are left out of adaptation: no group of theirs is ever full."""
     layer_weight: float = 3.0
+    finish_layer_weight: float = 0.3
     bf16: bool = False
 
     def stage(self, step: str, rows: int, ratios: int) -> dict[str, Any]:
-        """Fields of ``DistillationConfig`` for ``"pretrain"`` or ``"adapt"``."""
-        steps = self.pretrain_steps
-        if step == "adapt":
-            steps = self.few_rows_steps if rows < FEW else self.adapt_steps
+        """Fields of ``DistillationConfig`` for ``"pretrain"``, ``"adapt"`` or ``"finish"``."""
+        steps = getattr(self, f"{step}_steps")
+        if step != "pretrain" and rows < FEW:
+            steps = max(1, round(self.few_rows * steps))
+        finish = step == "finish"
         return {
             "max_steps": steps,
-            "learning_rate": self.rate,
+            "learning_rate": self.finish_rate if finish else self.rate,
+            "layer_weight": self.finish_layer_weight if finish else self.layer_weight,
+            "max_grad_norm": 10.0 if finish else 1.0,
             "per_device_train_batch_size": self.batch,
             "warmup_steps": min(30, steps // 5),
             "lr_scheduler_type": "linear",
-            "layer_weight": self.layer_weight,
-            "max_grad_norm": 1.0,
             "sample_ratios": ratios > 1,
             "ratios_per_step": ratios,
             "save_steps": 100,

@@ -115,6 +115,7 @@ def _plugins(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> Pat
             _calibrate(setup, variant, model, tokenizer, train)
         if variant.adapt:
             _train(setup, variant, seed, "adapt", model, tokenizer, train, folder)
+            _train(setup, variant, seed, "finish", model, tokenizer, train, folder)
         vk.save_plugins(model, folder)
     return folder
 
@@ -161,7 +162,7 @@ def _train(
     folder: Path,
 ) -> None:
     config = DistillationConfig(
-        output_dir=str(folder / "run"),
+        output_dir=str(folder / ("finish" if step == "finish" else "run")),
         seed=seed,
         use_cpu=True,
         report_to="none",

@@ -1,6 +1,7 @@
 """bench.quality_vs_k from end to end on a toy model; its figures mean nothing."""
 
 import json
+import shutil
 
 import pytest
 
@@ -54,6 +55,17 @@ def test_runs_every_variant_and_goes_on_where_it_was(folder):
     again = run(folder, "--seeds", "2")
     assert again["rows"] == content["rows"]
     assert stamps == {p: p.stat().st_mtime_ns for p in (folder / "work").rglob("*") if p.is_file()}
+
+
+def test_a_stage_that_was_killed_is_finished(folder):
+    content = run(folder, "--variants", "without pre-training")
+    stage = folder / "work" / "plugins" / "without-pre-training-seed0" / "sst2"
+    plugins = (stage / "plugins.safetensors").read_bytes()
+    for name in ("plugins.json", "plugins.safetensors", "answers.json"):
+        (stage / name).unlink()
+    shutil.rmtree(stage / "finish")
+    assert run(folder, "--variants", "without pre-training")["rows"] == content["rows"]
+    assert (stage / "plugins.safetensors").read_bytes() == plugins
 
 
 def test_an_ablation_keeps_its_part_at_zero(folder):
