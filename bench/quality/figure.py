@@ -21,6 +21,7 @@ SINGLE = {
     "without adaptation": "^",
     "mean pooling": "s",
     "copy": "D",
+    "last layer alone": "X",
     "r=40": "P",
 }
 

@@ -24,6 +24,8 @@ class Variant:
     adapt: bool = True
     frozen: str = ""
     """``"merge"`` or ``"adapter"``: this part keeps its initial value, zero."""
+    layers: bool = True
+    """Match every layer's output; else the last one's alone, as in the paper."""
 
 
 ABLATED = (4,)
@@ -38,6 +40,7 @@ VARIANTS = {
         Variant("without adaptation", ABLATED, adapt=False),
         Variant("mean pooling", ABLATED, frozen="merge"),
         Variant("copy", ABLATED, frozen="adapter"),
+        Variant("last layer alone", ABLATED, layers=False),
         Variant("r=40", ABLATED, bottleneck=40),
     )
 }
@@ -66,8 +69,9 @@ class Recipe:
     finish_layer_weight: float = 0.3
     bf16: bool = False
 
-    def stage(self, step: str, rows: int, ratios: int) -> dict[str, Any]:
+    def stage(self, step: str, rows: int, variant: Variant) -> dict[str, Any]:
         """Fields of ``DistillationConfig`` for ``"pretrain"``, ``"adapt"`` or ``"finish"``."""
+        ratios = len(variant.ratios)
         steps = getattr(self, f"{step}_steps")
         if step != "pretrain" and rows < FEW:
             steps = max(1, round(self.few_rows * steps))
@@ -75,7 +79,8 @@ class Recipe:
         return {
             "max_steps": steps,
             "learning_rate": self.finish_rate if finish else self.rate,
-            "layer_weight": self.finish_layer_weight if finish else self.layer_weight,
+            "layer_weight": variant.layers
+            * (self.finish_layer_weight if finish else self.layer_weight),
             "max_grad_norm": 10.0 if finish else 1.0,
             "per_device_train_batch_size": self.batch,
             "warmup_steps": min(30, steps // 5),

@@ -166,7 +166,7 @@ def _train(
         seed=seed,
         use_cpu=True,
         report_to="none",
-        **setup.recipe.stage(step, len(train), len(variant.ratios)),
+        **setup.recipe.stage(step, len(train), variant),
     )
     trainer = DistillationTrainer(
         model, config, train_dataset=train, data_collator=collator(tokenizer, model.config)
