@@ -76,11 +76,11 @@ class Recipe:
         if step != "pretrain" and rows < FEW:
             steps = max(1, round(self.few_rows * steps))
         finish = step == "finish"
+        weight = self.finish_layer_weight if finish else self.layer_weight
         return {
             "max_steps": steps,
             "learning_rate": self.finish_rate if finish else self.rate,
-            "layer_weight": variant.layers
-            * (self.finish_layer_weight if finish else self.layer_weight),
+            "layer_weight": weight if variant.layers else 0.0,
             "max_grad_norm": 10.0 if finish else 1.0,
             "per_device_train_batch_size": self.batch,
             "warmup_steps": min(30, steps // 5),
