@@ -155,7 +155,13 @@ def test_calibrates_before_the_first_step(folder, tmp_path):
         ("adapt", "a.tsv", "sentence\tlabel\nw1\t0\n", ["--ratios", "1"], "ratios must be >= 2"),
         ("adapt", "a.tsv", "sentence\tlabel\nw1\t0\n", ["--ratios", "x"], "integers >= 2, got 'x'"),
         ("adapt", "none.tsv", None, [], "there is no .*none.tsv"),
-        ("pretrain", "text.txt", None, ["--task_weight", "1"], "task_weight .* must be 0 in pretr"),
+        (
+            "pretrain",
+            "text.txt",
+            "w1 " * 20,
+            ["--task_weight", "1"],
+            "task_weight .* must be 0 in pretr",
+        ),
     ],
 )
 def test_refuses_bad_data_and_leaves_the_output_alone(
@@ -165,17 +171,17 @@ def test_refuses_bad_data_and_leaves_the_output_alone(
         (tmp_path / name).write_text(content)
     output = tmp_path / "output"
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        main(command(folder, output, step, str(tmp_path / name), *more))
+        main(command(folder, output, step, str(tmp_path / name), "--max_steps", "1", *more))
     assert not output.exists()
 
 
 def test_refuses_an_output_of_others(folder, tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
     with pytest.raises(ValueError, match="holds another program's checkpoints"):
-        main(command(folder, tmp_path))
+        main(command(folder, tmp_path, "pretrain", "text.txt", "--max_steps", "1"))
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="output must be a folder, got the file"):
-        main(command(folder, tmp_path / "file"))
+        main(command(folder, tmp_path / "file", "pretrain", "text.txt", "--max_steps", "1"))
 
 
 def test_takes_from_plugins_what_is_not_asked_for(folder, tmp_path):
