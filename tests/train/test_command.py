@@ -152,6 +152,8 @@ def test_calibrates_before_the_first_step(folder, tmp_path):
         ("adapt", "a.tsv", "text\tlabel\nw1\t0\n", [], "no column 'sentence'"),
         ("adapt", "a.tsv", "sentence\tlabel\nw1\tmaybe\n", [], "a.tsv:2 has the label 'maybe'"),
         ("adapt", "a.tsv", "sentence\tlabel\nw1\t0\n", ["--template", "{x}"], "no column 'x'"),
+        ("adapt", "a.tsv", "sentence\tlabel\nw1\t0\n", ["--template", "{}"], "must name columns"),
+        ("adapt", "a.tsv", "sentence\tlabel\nw1\t0\n", ["--template", "x"], "must name columns"),
         ("adapt", "a.tsv", "sentence\tlabel\nw1\t0\n", ["--ratios", "1"], "ratios must be >= 2"),
         ("adapt", "a.tsv", "sentence\tlabel\nw1\t0\n", ["--ratios", "x"], "integers >= 2, got 'x'"),
         ("adapt", "none.tsv", None, [], "there is no .*none.tsv"),

@@ -70,8 +70,11 @@ class Job:
             return (data.TEXT,)
         if self.template is None:
             return (*self.text, self.label)
-        fields = [name for _, name, _, _ in string.Formatter().parse(self.template) if name]
-        return (*dict.fromkeys(fields), self.label)
+        parsed = string.Formatter().parse(self.template)
+        fields = dict.fromkeys(name for _, name, _, _ in parsed if name is not None)
+        if not fields or "" in fields:
+            raise ValueError(f"template must name columns, {{sentence}}, got {self.template!r}")
+        return (*fields, self.label)
 
 
 def run(job: Job, config: DistillationConfig) -> dict[str, float]:
