@@ -5,13 +5,14 @@ import torch
 
 import variator_kernels as vk
 from tests.models import tiny
+from variator_kernels import calibration
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:the plugins of ratio")
 
 
-def model(family="t5", **settings):
+def model(family="t5", act="relu", **settings):
     """With plugins at their initial values."""
-    made = tiny.model(family, "gated-gelu" if family != "t5" else "relu", **settings)
+    made = tiny.model(family, act, **settings)
     return vk.patch(made, ratio=4, ratios=(2, 4), bottleneck=12)
 
 
@@ -40,9 +41,9 @@ def loss(made, ratio, seed=100):
     return float((student - teacher)[mask != 0].square().mean())
 
 
-@pytest.mark.parametrize("family", ["t5", "umt5"])
-def test_comes_closer_to_the_dense_model(family):
-    made = model(family)
+@pytest.mark.parametrize(("family", "act"), tiny.VARIANTS)
+def test_comes_closer_to_the_dense_model(family, act):
+    made = model(family, act)
     before = {k: loss(made, k) for k in (2, 4)}
     made.train()
     modes = [module.training for module in made.modules()]
@@ -84,6 +85,28 @@ def test_identity_adapters_too():
     before = loss(made, 4)
     vk.calibrate(made, batches())
     assert loss(made, 4) < 0.8 * before
+
+
+def test_an_error_changes_nothing(monkeypatch):
+    made = model()
+    vk.calibrate(made, batches(), ratios=[2])
+    before = [p.clone() for p in vk.plugin_parameters(made)]
+    real, calls = calibration._set_adapter, []
+
+    def broken(*args):
+        calls.append(real(*args))
+        if len(calls) == 3:
+            raise RuntimeError("in the first layer of the second ratio")
+
+    monkeypatch.setattr(calibration, "_set_adapter", broken)
+    with pytest.raises(RuntimeError, match="in the first layer"):
+        vk.calibrate(made, batches(20))
+    assert all(map(torch.equal, vk.plugin_parameters(made), before))
+    with torch.no_grad():
+        made.encoder.block[1].layer[0].SelfAttention.q.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="hidden states behind FFN 1 are not finite"):
+        vk.calibrate(made, batches(20))
+    assert all(map(torch.equal, vk.plugin_parameters(made), before))
 
 
 def test_refuses_what_it_cannot_use():

@@ -29,6 +29,7 @@ from .feed_forward import FeedForward, normalize, products
 from .grouping import token_slots
 from .models.describe import describe
 from .models.find import find
+from .models.patch import plugin_parameters
 from .ops.group_merge.reference import group_merge
 from .ratio import STATE, PluginState, observe, states, use_ratio
 from .regression import Fit, Moments, reduced_rank
@@ -91,12 +92,13 @@ def calibrate(
 
     Raises:
         ValueError: the model is not patched or has no plugins for a ratio, or ``batches`` has
-            fewer than 10 sequences, or no ``attention_mask``.
+            fewer than 10 sequences, or no ``attention_mask``. FloatingPointError: the hidden states
+            are not finite. All plugins have their old values then.
     """
     states(model)
     found = find(model)
     state: PluginState = vars(found.encoder)[STATE]
-    wanted = [state.check(k) for k in (state.ratios if ratios is None else ratios)]
+    wanted = [k for k in map(state.check, state.ratios if ratios is None else ratios) if k > 1]
     inputs = _joined(list(batches), inspect.signature(found.encoder.forward).parameters)
     real = inputs["attention_mask"] != 0
     dense: dict[nn.Module, Tensor] = {}
@@ -104,11 +106,17 @@ def calibrate(
     def keep(layer: nn.Module, x: Tensor, mask: Tensor | None, k: int) -> None:
         ffn = describe(layer)
         dense[layer] = x[real] + products(_hidden(x[real], ffn), ffn)
+        if not dense[layer].isfinite().all():
+            raise FloatingPointError(
+                f"the dense model's hidden states behind FFN {len(dense) - 1} are not finite: look "
+                "for non-finite weights and inputs, or use a wider dtype"
+            )
 
     def fit(layer: Any, x: Tensor, mask: Tensor | None, k: int) -> None:
         ffn = describe(layer)
         _fit(layer.plugins[str(k)], ffn, _sample(x, real, dense[layer], ffn), merge, adapter)
 
+    before = [(parameter, parameter.clone()) for parameter in plugin_parameters(model, wanted)]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     warned, state.warned = state.warned, True
@@ -116,9 +124,12 @@ def calibrate(
         with observe(state, keep), use_ratio(model, 1):
             found.encoder(**inputs)
         for ratio in wanted:
-            if ratio > 1:
-                with observe(state, fit), use_ratio(model, ratio):
-                    found.encoder(**inputs)
+            with observe(state, fit), use_ratio(model, ratio):
+                found.encoder(**inputs)
+    except BaseException:
+        for parameter, value in before:
+            parameter.copy_(value)
+        raise
     finally:
         state.warned = warned
         for module, training in modes:

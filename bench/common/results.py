@@ -38,7 +38,7 @@ def folder(output: str | None, publish: bool = False) -> Path:
     return path
 
 
-def write(path: Path, content: Row) -> None:
+def write(path: Path, content: Row | list[Row]) -> None:
     """Write at once or not at all."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1) + "\n")

@@ -28,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from ..common import machine
+from ..common import machine, results
 from . import tasks
 from .finetune import accuracy, finetune
 
@@ -81,7 +81,7 @@ def original(base: str, task: tasks.Task, data: Path, work: Path) -> tuple[Path,
         train, _ = tasks.load(data, task, "train", model, tokenizer, LEAST[task.name])
         finetune(model, tokenizer, train, folder, **settings)
         dev, correct = tasks.load(data, task, "dev", model, tokenizer)
-        result.write_text(json.dumps({"accuracy": accuracy(model, tokenizer, dev, correct)}))
+        results.write(result, {"accuracy": accuracy(model, tokenizer, dev, correct)})
     return folder, json.loads(result.read_text())["accuracy"]
 
 

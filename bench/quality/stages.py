@@ -17,6 +17,7 @@ import variator_kernels as vk
 from variator_kernels.train import DistillationConfig, DistillationTrainer, noise, rows
 from variator_kernels.train.collate import collator
 
+from ..common import results
 from ..common.results import Row
 from . import originals, tasks
 from .recipe import Recipe, Variant
@@ -63,7 +64,7 @@ def answers(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> list
             correct=correct,
             data_collator=collator(tokenizer, model.config),
         )
-        found = trainer.evaluate()
+        metrics = trainer.evaluate()
         made = [
             {
                 "task": task.name,
@@ -71,15 +72,22 @@ def answers(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> list
                 "bottleneck": variant.bottleneck,
                 "seed": seed,
                 "k": k,
-                "accuracy": found[f"eval_k{k}_accuracy"],
-                "loss": found[f"eval_k{k}_loss"],
-                "dense_accuracy": found["eval_dense_accuracy"],
+                "accuracy": metrics[f"eval_k{k}_accuracy"],
+                "loss": metrics[f"eval_k{k}_loss"],
+                "dense_accuracy": metrics["eval_dense_accuracy"],
             }
             for k in variant.ratios
         ]
         folder.mkdir(parents=True, exist_ok=True)
-        result.write_text(json.dumps(made, indent=1))
-    return json.loads(result.read_text())
+        results.write(result, made)
+    found = json.loads(result.read_text())
+    answered = tuple(row["k"] for row in found)
+    if answered != variant.ratios:
+        raise ValueError(
+            f"work holds {variant.name} of ratios {answered}, now they are {variant.ratios}: name "
+            f"another folder, or delete {folder}"
+        )
+    return found
 
 
 def calibration(setup: Setup, task: tasks.Task, ratios: tuple[int, ...]) -> Row:

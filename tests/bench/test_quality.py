@@ -81,6 +81,12 @@ def test_an_ablation_keeps_its_part_at_zero(folder):
         assert all(tensors[key].any() for key in tensors if trained in key)
 
 
+def test_refuses_answers_of_other_ratios(folder):
+    run(folder, "--variants", "untrained")
+    with pytest.raises(ValueError, match=r"work holds untrained of ratios \(2, 4\), now .* \(4,\)"):
+        run(folder, "--variants", "untrained", "--ratios", "4")
+
+
 def test_refuses_what_it_does_not_know(folder, capsys):
     wrong = ((["--variants", "x"], "variants must be of"), (["--model", "x"], "folder"))
     for more, message in wrong:

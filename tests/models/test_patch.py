@@ -30,6 +30,17 @@ def test_dense_and_unpatched_are_bit_exact(family, act):
     vk.patch(model)
 
 
+def test_refuses_to_unpatch_under_another_tool():
+    model = vk.patch(tiny.model("bert", "gelu"))
+    model.forward = model.forward
+    state = model.variator_state
+    with pytest.raises(ValueError, match="forward of BertModel was replaced after patching"):
+        vk.unpatch(model)
+    assert all(layer.variator_state is state for layer in tiny.layers(model))
+    del model.forward
+    vk.unpatch(model)
+
+
 @pytest.mark.parametrize("head", [*HEADS, "ForSequenceClassification", "ForQuestionAnswering"])
 def test_patches_the_encoder_of_every_head(head):
     model = tiny.model(head=head)

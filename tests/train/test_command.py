@@ -8,13 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 from tests.train import toy
+from variator_kernels import patch, plugin_parameters, save_plugins
+from variator_kernels.ratio import states
+from variator_kernels.train import Job
 from variator_kernels.train.__main__ import main
+from variator_kernels.train.run import plugged
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--bottleneck", "4", "--per_device_train_batch_size", "8", "--use_cpu"]
@@ -145,8 +152,18 @@ def test_calibrates_before_the_first_step(folder, tmp_path):
         ("adapt", "a.tsv", "text\tlabel\nw1\t0\n", [], "no column 'sentence'"),
         ("adapt", "a.tsv", "sentence\tlabel\nw1\tmaybe\n", [], "a.tsv:2 has the label 'maybe'"),
         ("adapt", "a.tsv", "sentence\tlabel\nw1\t0\n", ["--template", "{x}"], "no column 'x'"),
+        ("adapt", "a.tsv", "sentence\tlabel\nw1\t0\n", ["--template", "{}"], "must name columns"),
+        ("adapt", "a.tsv", "sentence\tlabel\nw1\t0\n", ["--template", "x"], "must name columns"),
         ("adapt", "a.tsv", "sentence\tlabel\nw1\t0\n", ["--ratios", "1"], "ratios must be >= 2"),
+        ("adapt", "a.tsv", "sentence\tlabel\nw1\t0\n", ["--ratios", "x"], "integers >= 2, got 'x'"),
         ("adapt", "none.tsv", None, [], "there is no .*none.tsv"),
+        (
+            "pretrain",
+            "text.txt",
+            "w1 " * 20,
+            ["--task_weight", "1"],
+            "task_weight .* must be 0 in pretr",
+        ),
     ],
 )
 def test_refuses_bad_data_and_leaves_the_output_alone(
@@ -156,8 +173,41 @@ def test_refuses_bad_data_and_leaves_the_output_alone(
         (tmp_path / name).write_text(content)
     output = tmp_path / "output"
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        main(command(folder, output, step, str(tmp_path / name), *more))
+        main(command(folder, output, step, str(tmp_path / name), "--max_steps", "1", *more))
     assert not output.exists()
+
+
+def test_refuses_an_output_of_others(folder, tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    with pytest.raises(ValueError, match="holds another program's checkpoints"):
+        main(command(folder, tmp_path, "pretrain", "text.txt", "--max_steps", "1"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="output must be a folder, got the file"):
+        main(command(folder, tmp_path / "file", "pretrain", "text.txt", "--max_steps", "1"))
+
+
+def test_takes_from_plugins_what_is_not_asked_for(folder, tmp_path):
+    saved = patch(AutoModel.from_pretrained(folder / "model"), 3, (3, 5), 4, "identity")
+    save_plugins(saved, tmp_path)
+    job = Job("adapt", str(folder / "model"), "", "", plugins=str(tmp_path), backend="reference")
+    model = AutoModel.from_pretrained(folder / "model")
+    plugged(model, job)
+    (state,) = states(model)
+    found = state.ratios, state.bottleneck, state.activation, state.backend
+    assert found == ((3, 5), 4, "identity", "reference")
+    for a, b in zip(plugin_parameters(saved), plugin_parameters(model), strict=True):
+        assert torch.equal(a, b)
+    for wrong in ({"bottleneck": 5}, {"activation": "tanh"}, {"ratios": (3,)}):
+        with pytest.raises(ValueError, match=f"source .* has {next(iter(wrong))} .*the model has"):
+            plugged(AutoModel.from_pretrained(folder / "model"), replace(job, **wrong))
+
+
+def test_the_same_run_by_another_name_of_its_folder_goes_on(folder, tmp_path):
+    main(command(folder, tmp_path / "a", "pretrain", "text.txt", "--max_steps", "1"))
+    main(command(folder, f"{tmp_path}/a/", "pretrain", "text.txt", "--max_steps", "1"))
+    more = ["--max_steps", "1", "--adam_beta1", "0.5"]
+    with pytest.raises(ValueError, match=r"holds a run with adam_beta1=0\.9, now it is 0\.5"):
+        main(command(folder, tmp_path / "a", "pretrain", "text.txt", *more))
 
 
 def test_an_error_is_one_line(folder, tmp_path):

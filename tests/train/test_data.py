@@ -1,6 +1,9 @@
 """Reading data: what comes in, and a clear error for what is wrong with it."""
 
 import builtins
+import sys
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -21,7 +24,7 @@ def values(found):
 def test_reads_every_format(tmp_path):
     columns = ("sentence", "label")
     expected = [{"sentence": 'a "b', "label": "1"}, {"sentence": "ü", "label": "0"}]
-    tsv = written(tmp_path / "a.tsv", 'label\tsentence\r\n1\ta "b\r\n\r\n0\tü\r\n')
+    tsv = written(tmp_path / "a.tsv", '\ufefflabel\tsentence\r\n1\ta "b\r\n\r\n0\tü\r\n')
     lines = '{"sentence": "a \\"b", "label": 1}\n\n{"label": "0", "sentence": "ü", "x": []}\n'
     for source in (tsv, written(tmp_path / "a.jsonl", lines), written(tmp_path / "a.json", lines)):
         assert values(data.read(source, columns)) == expected
@@ -44,6 +47,12 @@ def test_reads_every_format(tmp_path):
         ("a.jsonl", '{"label": 1}\n', "a.jsonl:1 has no column 'sentence'"),
         ("a.jsonl", '{"sentence": "x", "label": 1}\n{x\n', "a.jsonl:2 is not JSON"),
         ("a.jsonl", "[1]\n", "a.jsonl:1 must hold an object, got list"),
+        (
+            "a.jsonl",
+            '{"sentence": null, "label": 1}\n',
+            "a.jsonl:1 must have a value in .*sentence",
+        ),
+        ("a.csv", "sentence,label\n", "must be a .txt, .tsv, .jsonl or .json file, got .*a.csv"),
     ],
 )
 def test_refuses_bad_files(tmp_path, name, text, message):
@@ -68,6 +77,32 @@ def test_refuses_what_is_not_there_or_not_text(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(ImportError, match="pip install datasets"):
         data.read("glue:sst2", ("sentence",))
+
+
+def test_reads_a_data_set_by_name(monkeypatch):
+    class ClassLabel:
+        def int2str(self, value):
+            return ["no", "yes"][value]
+
+    class Loaded(list):
+        column_names = ("sentence", "label")
+        features: ClassVar = {"sentence": None, "label": ClassLabel()}
+
+    def load(name, config, split):
+        assert (name, config) == ("glue", "sst2")
+        rows = {"train": [("a", 1), ("b", 0), ("c", -1)], "none": [("a", None)], "empty": []}
+        return Loaded({"sentence": text, "label": label} for text, label in rows[split])
+
+    stub = SimpleNamespace(ClassLabel=ClassLabel, load_dataset=load)
+    monkeypatch.setitem(sys.modules, "datasets", stub)
+    found = data.read("glue:sst2", ("sentence", "label"))
+    assert [tuple(row.values.values()) for row in found] == [("a", "yes"), ("b", "no"), ("c", "-1")]
+    assert found[1].place == "glue:sst2 row 1"
+    for split, message in (("none", "row 0 must have a value in column 'label'"), ("empty", "is")):
+        with pytest.raises(ValueError, match=message):
+            data.read(f"glue:sst2:{split}", ("sentence", "label"))
+    with pytest.raises(ValueError, match="has no column 'text'"):
+        data.read("glue:sst2", ("text",))
 
 
 def test_pieces_keep_all_text(tmp_path):

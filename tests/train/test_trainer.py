@@ -72,7 +72,9 @@ def test_deals_every_ratio_the_same_number_of_steps(tmp_path):
     assert set(made.evaluate()) >= {f"eval_k{k}_loss" for k in (2, 3, 4, 8)}
 
 
-def test_ratios_that_share_a_step_get_the_gradients_that_each_would_get_alone(tmp_path):
+def test_ratios_that_share_a_step_get_the_gradients_that_each_would_get_alone(
+    tmp_path, monkeypatch
+):
     model = tiny.patched(head="EncoderModel", ratios=(2, 3, 4, 8), dropout=0.0)
     shared = trainer(tmp_path, model, sample_ratios=True, ratios_per_step=2)
     turns = [shared.ratios_at(step) for step in range(20)]
@@ -97,6 +99,9 @@ def test_ratios_that_share_a_step_get_the_gradients_that_each_would_get_alone(tm
         trainer(tmp_path, model, sample_ratios=True, ratios_per_step=3)
     with pytest.raises(ValueError, match="ratios_per_step must be >= 1, got 0"):
         trainer(tmp_path, model, ratios_per_step=0)
+    monkeypatch.setattr(DistillationConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="must be 1 or the number of ratios in several processes"):
+        trainer(tmp_path, model, sample_ratios=True, ratios_per_step=2)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -224,6 +229,17 @@ def test_refuses_what_it_cannot_train(tmp_path):
         trainer(tmp_path, gradient_checkpointing=True)
     with pytest.raises(ValueError, match="layer_weight must be a finite number >= 0, got -1"):
         trainer(tmp_path, layer_weight=-1)
+    with pytest.raises(ValueError, match="label_smoothing_factor must be 0"):
+        trainer(tmp_path, label_smoothing_factor=0.1)
+
+
+def test_unpatched_after_mixed_precision_it_is_the_original(tmp_path):
+    original = tiny.model("bert", "gelu")
+    made = trainer(tmp_path, vk.patch(copy.deepcopy(original)), bf16=True, max_steps=1)
+    made.train()
+    with torch.no_grad():
+        expected = tiny.encode(original, *tiny.batch(9, 4))
+        assert torch.equal(tiny.encode(vk.unpatch(made.model), *tiny.batch(9, 4)), expected)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):

@@ -99,13 +99,21 @@ def unpatch(model: Model) -> Model:
     """Take every plugin off: the original classes, keys and outputs, bit for bit.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or somebody replaced a patched ``forward`` since.
     """
     states(model)
+    patched = [module for module in model.modules() if STATE in vars(module)]
+    for module in patched:
+        # What accelerate leaves behind after training in mixed precision goes too.
+        if "forward" in vars(module) and "_original_forward" not in vars(module):
+            raise ValueError(
+                f"the forward of {type(module).__name__} was replaced after patching; undo that "
+                "before unpatch()"
+            )
     _ignore_on_save(model, False)
-    for module in list(model.modules()):
-        if STATE not in vars(module):
-            continue
+    for module in patched:
+        for name in ("forward", "_original_forward"):
+            vars(module).pop(name, None)
         delattr(module, STATE)
         if "plugins" in module._modules:
             del module.plugins

@@ -20,7 +20,10 @@ torchrun or accelerate launch.
 
 
 def _ratios(words: list[str]) -> tuple[int, ...]:
-    return tuple(sorted({int(word) for text in words for word in text.split(",") if word}))
+    try:
+        return tuple(sorted({int(word) for text in words for word in text.split(",") if word}))
+    except ValueError:
+        raise ValueError(f"ratios must be integers >= 2, got {' '.join(words)!r}") from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,9 +43,9 @@ def parser() -> argparse.ArgumentParser:
     add("--eval-data", help="like --data: evaluated during the run and at its end")
     add("--plugins", help="folder of plugins to start from")
     add("--calibrate", type=int, default=0, help="rows to calibrate on first; default 0: none")
-    add("--bottleneck", type=int, default=64, help="r; default 64")
-    add("--activation", default="tanh", help="tanh (default) or identity")
-    add("--backend", default="auto", help="auto (default), reference, cpu")
+    add("--bottleneck", type=int, help="r; default: that of --plugins, or 64")
+    add("--activation", help="tanh or identity; default: that of --plugins, or tanh")
+    add("--backend", default="auto", help="auto (default), or one of the package's backends")
     add("--text", default="sentence", help="the column of the text, or two with a comma")
     add("--label", default="label", help="the column of the label")
     add("--labels", default="", help="names of the labels, with commas, if the model has none")

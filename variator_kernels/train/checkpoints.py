@@ -7,9 +7,16 @@ import re
 import shutil
 from pathlib import Path
 
-COMPLETE = "complete"
-"""Written last, so a folder without it was never finished."""
+STARTED, COMPLETE = "started", "complete"
+"""The marks of a folder that is ours: unfinished, or whole. Folders with neither are left alone."""
 _NAME = re.compile(r"checkpoint-(\d+)$")
+
+
+def start(folder: Path) -> None:
+    """Make ``folder``, or go back on what was declared of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STARTED).touch()
+    (folder / COMPLETE).unlink(missing_ok=True)
 
 
 def finish(folder: Path) -> None:
@@ -17,32 +24,32 @@ def finish(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             _sync(path)
-    (folder / COMPLETE).touch()
+    os.replace(folder / STARTED, folder / COMPLETE)
     _sync(folder)
 
 
 def last(output: str | os.PathLike[str]) -> Path | None:
     """The newest whole checkpoint under ``output``."""
-    return max(_whole(Path(output)), key=_step, default=None)
+    return max(_marked(Path(output), COMPLETE), key=_step, default=None)
 
 
-def clean(output: str | os.PathLike[str], keep: int | None, best: str | None = None) -> None:
+def clean(output: Path, keep: int | None, *spared: str | os.PathLike[str]) -> None:
     """Remove unfinished checkpoints, and whole ones beyond the newest ``keep`` (None: all stay)."""
-    whole = sorted(_whole(Path(output)), key=_step)
-    kept = set(whole if keep is None else whole[-max(keep, 1) :])
-    kept |= {path for path in whole if best and path == Path(best)}
-    for path in set(_all(Path(output))) - kept:
-        # First the mark: half a folder must not pass for a whole one.
-        (path / COMPLETE).unlink(missing_ok=True)
+    whole = sorted(_marked(output, COMPLETE), key=_step)
+    gone = [] if keep is None else whole[: -max(keep, 1)]
+    for path in {*gone, *_marked(output, STARTED)} - {Path(name) for name in spared}:
+        start(path)  # half a folder must not pass for a whole one
         shutil.rmtree(path)
 
 
-def _all(output: Path) -> list[Path]:
-    return [p for p in output.glob("checkpoint-*") if _NAME.search(p.name) and p.is_dir()]
+def every(output: str | os.PathLike[str]) -> list[Path]:
+    """All checkpoints under ``output``, whoever wrote them."""
+    found = Path(output).glob("checkpoint-*")
+    return [path for path in found if _NAME.search(path.name) and path.is_dir()]
 
 
-def _whole(output: Path) -> list[Path]:
-    return [path for path in _all(output) if (path / COMPLETE).is_file()]
+def _marked(output: Path, mark: str) -> list[Path]:
+    return [path for path in every(output) if (path / mark).is_file()]
 
 
 def _step(path: Path) -> int:

@@ -30,9 +30,15 @@ SCHEDULE = (
     "weight_decay",
     "max_grad_norm",
     "optim",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "lr_scheduler_kwargs",
     "seed",
     "bf16",
     "fp16",
+    "load_best_model_at_end",
 )
 """The fields of ``TrainingArguments`` that decide what a run ends with."""
 
@@ -58,7 +64,7 @@ class DistillationConfig(TrainingArguments):
     per_device_train_batch_size: int = _option(64, "rows a device and step")
     max_steps: int = _option(60_000, "number of steps; -1: num_train_epochs decides")
     warmup_steps: float = _option(50, "steps over which the rate rises from 0")
-    weight_decay: float = _option(1e-5, "of AdamW; biases have none")
+    weight_decay: float = _option(1e-5, "of AdamW; the merge's bias has none")
     max_grad_norm: float = _option(10.0, "gradients are clipped at this norm")
     logging_steps: float = _option(50, "steps between two lines of the log")
     eval_steps: float | None = _option(2000, "steps between two evaluations")
@@ -66,7 +72,9 @@ class DistillationConfig(TrainingArguments):
     save_total_limit: int | None = _option(2, "checkpoints that are kept")
     remove_unused_columns: bool = _option(False, "the collators decide what a batch holds")
 
-    sample_ratios: bool = _option(False, "train the plugins of all ratios of the model, in turn")
+    sample_ratios: bool = _option(
+        False, "train the plugins of all ratios of the model, in turn; the command line always does"
+    )
     ratios_per_step: int = _option(
         1, "with sample_ratios: how many ratios share the rows and the teacher's run of a step"
     )
@@ -81,6 +89,9 @@ class DistillationConfig(TrainingArguments):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        if self.label_smoothing_factor:
+            got = self.label_smoothing_factor
+            raise ValueError(f"label_smoothing_factor must be 0, no loss here uses it, got {got!r}")
         if self.ratios_per_step < 1:
             raise ValueError(f"ratios_per_step must be >= 1, got {self.ratios_per_step!r}")
         # Pinning needs a device to copy to, and warns once a loader without one.
@@ -104,4 +115,5 @@ def fingerprint(config: DistillationConfig) -> dict[str, Any]:
     """The fields that decide what a run ends with, as JSON can hold them."""
     own = set(DistillationConfig.__annotations__) - set(TrainingArguments.__dataclass_fields__)
     values = config.to_dict()
-    return {name: values[name] for name in (*SCHEDULE, *sorted(own | {"group_by_length"}))}
+    found = {name: values[name] for name in (*SCHEDULE, *sorted(own | {"group_by_length"}))}
+    return found | {"processes": config.world_size}  # a step's rows are shared among them

@@ -41,6 +41,8 @@ def read(source: str, columns: Sequence[str]) -> list[Row]:
             rows = list(readers[path.suffix](path, columns))
         except UnicodeDecodeError as error:
             raise ValueError(f"data {path} is not UTF-8 text: {error}") from error
+    elif path.is_file():
+        raise ValueError(f"data must be a .txt, .tsv, .jsonl or .json file, got {path}")
     else:
         rows = list(_datasets(source, columns))
     if not rows:
@@ -50,7 +52,7 @@ def read(source: str, columns: Sequence[str]) -> list[Row]:
 
 def _text(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     _require(columns, (TEXT,), path)
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield Row(f"{path}:{number}", {TEXT: line.strip()})
@@ -58,7 +60,7 @@ def _text(path: Path, columns: Sequence[str]) -> Iterator[Row]:
 
 def _tsv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     # Not the csv module: these files do not quote, and a quotation mark is a character like others.
-    with path.open(encoding="utf-8", newline="\n") as file:
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
         names = file.readline().rstrip("\r\n").split("\t")
         if names == [""]:
             return
@@ -76,7 +78,7 @@ def _tsv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
 
 
 def _json(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -88,7 +90,7 @@ def _json(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             if not isinstance(values, dict):
                 raise ValueError(f"{place} must hold an object, got {type(values).__name__}")
             _require(columns, tuple(values), place)
-            yield Row(place, {name: str(values[name]) for name in columns})
+            yield Row(place, {name: _text_of(values[name], name, place) for name in columns})
 
 
 def _datasets(source: str, columns: Sequence[str]) -> Iterator[Row]:
@@ -104,13 +106,20 @@ def _datasets(source: str, columns: Sequence[str]) -> Iterator[Row]:
     _require(columns, loaded.column_names, source)
     feature = {name: loaded.features[name] for name in columns}
     for number, values in enumerate(loaded):
+        place = f"{source} row {number}"
         named = {
-            name: feature[name].int2str(values[name])
-            if isinstance(feature[name], datasets.ClassLabel) and values[name] >= 0
-            else str(values[name])
-            for name in columns
+            name: feature[name].int2str(value)
+            if isinstance(feature[name], datasets.ClassLabel) and value is not None and value >= 0
+            else _text_of(value, name, place)
+            for name, value in ((name, values[name]) for name in columns)
         }
-        yield Row(f"{source} row {number}", named)
+        yield Row(place, named)
+
+
+def _text_of(value: object, column: str, place: str) -> str:
+    if value is None:
+        raise ValueError(f"{place} must have a value in column {column!r}, got none")
+    return str(value)
 
 
 def _require(columns: Sequence[str], found: Sequence[str], place: object) -> None:

@@ -40,6 +40,11 @@ def masks(batch: Mapping[str, Any]) -> list[Tensor]:
     return found
 
 
+def without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model takes to give no loss of its own."""
+    return {key: value for key, value in batch.items() if key not in LABELS}
+
+
 def counts(batch: Mapping[str, Any]) -> Tensor:
     """``[3]``: real tokens of the encoder and of the decoder, and labels."""
     sizes = [mask.sum() for mask in masks(batch)]

@@ -16,9 +16,10 @@ from .stream import Stream
 class ResumableTrainer(Trainer):
     """``transformers.Trainer`` with two changes.
 
-    Its checkpoints appear whole or not at all, and ``train(resume_from_checkpoint=True)`` goes on
-    from the newest whole one, or starts if there is none. Its rows come from a :class:`Stream`,
-    whose order depends on the seed alone: skipping what a checkpoint has seen is exact.
+    Its checkpoints appear whole or not at all, those of others stay, and
+    ``train(resume_from_checkpoint=True)`` goes on from the newest whole one, or starts if there is
+    none. Its rows come from a :class:`Stream`, whose order depends on the seed alone: skipping what
+    a checkpoint has seen is exact.
 
     Args:
         train_dataset: map-style, rows of dicts with ``input_ids``.
@@ -51,6 +52,10 @@ class ResumableTrainer(Trainer):
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        output = Path(str(self.args.output_dir))
+        folder = output / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            checkpoints.start(folder)
         # Older checkpoints go once this one is whole.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -59,9 +64,8 @@ class ResumableTrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            output = Path(str(self.args.output_dir))
-            checkpoints.finish(output / f"checkpoint-{self.state.global_step}")
-            checkpoints.clean(output, limit, self.state.best_model_checkpoint)
+            checkpoints.finish(folder)
+            checkpoints.clean(output, limit, folder, self.state.best_model_checkpoint or folder)
 
 
 def _stream(rows: Any, args: TrainingArguments, group: bool) -> Stream:

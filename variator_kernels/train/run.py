@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification as Classifier
 
 from ..calibration import calibrate
 from ..checkpoint import load_plugins, save_plugins
-from ..models.patch import patch
+from ..models.patch import patch, unpatch
 from ..ratio import states
 from . import checkpoints, data, noise, rows, task
 from .collate import collator
@@ -29,12 +29,13 @@ SETTINGS, METRICS = "run.json", "metrics.json"
 class Job:
     """What to train on what. Paths are files or folders on this machine.
 
-    ``step`` is ``"pretrain"`` or ``"adapt"``. ``ratios`` empty: those of ``plugins``, else 4.
-    ``calibrate``: rows to calibrate on before the first step. ``text``: the columns that hold a
-    task's text, one or two; ``template``, such as ``"sst2 sentence: {sentence}"``, makes one text
-    of a row's columns instead. ``labels``: the names a label may have, for a model that does not
-    know them. ``max_length``: tokens of a piece in pre-training (128 if None); in adaptation longer
-    texts are cut to it (None: they are an error if the model cannot take them).
+    ``step`` is ``"pretrain"`` or ``"adapt"``. ``ratios`` empty, ``bottleneck`` and ``activation``
+    None: those of ``plugins``, else 4, 64 and tanh. ``calibrate``: rows to calibrate on before the
+    first step. ``text``: the columns that hold a task's text, one or two; ``template``, such as
+    ``"sst2 sentence: {sentence}"``, makes one text of a row's columns instead. ``labels``: the
+    names a label may have, for a model that does not know them. ``max_length``: tokens of a piece
+    in pre-training (128 if None); in adaptation longer texts are cut to it (None: they are an error
+    if the model cannot take them).
     """
 
     step: str
@@ -45,8 +46,8 @@ class Job:
     eval_data: str | None = None
     plugins: str | None = None
     calibrate: int = 0
-    bottleneck: int = 64
-    activation: str = "tanh"
+    bottleneck: int | None = None
+    activation: str | None = None
     backend: str = "auto"
     text: tuple[str, ...] = ("sentence",)
     label: str = "label"
@@ -69,8 +70,11 @@ class Job:
             return (data.TEXT,)
         if self.template is None:
             return (*self.text, self.label)
-        fields = [name for _, name, _, _ in string.Formatter().parse(self.template) if name]
-        return (*dict.fromkeys(fields), self.label)
+        parsed = string.Formatter().parse(self.template)
+        fields = dict.fromkeys(name for _, name, _, _ in parsed if name is not None)
+        if not fields or "" in fields:
+            raise ValueError(f"template must name columns, {{sentence}}, got {self.template!r}")
+        return (*fields, self.label)
 
 
 def run(job: Job, config: DistillationConfig) -> dict[str, float]:
@@ -86,6 +90,8 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
         FileNotFoundError, ValueError: a file or an argument does not fit, or ``output`` holds
         another run. FloatingPointError: the loss was not finite. Checkpoints stay as they were.
     """
+    if job.step == "pretrain" and (config.task_weight or config.logits_weight):
+        raise ValueError("task_weight and logits_weight must be 0 in pretrain: it has no task")
     output = Path(job.output)
     settings = json.loads(json.dumps({**asdict(job), **fingerprint(config)}))
     _check_same(output, settings)
@@ -124,11 +130,14 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
 
 def plugged(model: Any, job: Job) -> None:
     """Patch ``model`` and fill the plugins that training starts from."""
-    if job.plugins and not job.ratios:
-        load_plugins(model, job.plugins)
-        return
-    ratios = job.ratios or (4,)
-    patch(model, ratios[0], ratios, job.bottleneck, job.activation, backend=job.backend)
+    ratios, bottleneck, activation = job.ratios or (4,), job.bottleneck, job.activation
+    if job.plugins:
+        load_plugins(model, job.plugins)  # patches it as they need
+        (saved,) = states(model)
+        unpatch(model)
+        ratios = job.ratios or saved.ratios
+        bottleneck, activation = bottleneck or saved.bottleneck, activation or saved.activation
+    patch(model, ratios[0], ratios, bottleneck or 64, activation or "tanh", backend=job.backend)
     if job.plugins:
         load_plugins(model, job.plugins)
 
@@ -177,11 +186,15 @@ def _limit(config: Any) -> int | None:
 
 
 def _check_same(output: Path, settings: dict[str, Any]) -> None:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output must be a folder, got the file {output}")
     if not (output / SETTINGS).is_file():
+        if checkpoints.every(output):
+            raise ValueError(f"output {output} holds another program's checkpoints: name another")
         return
     before = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
     for name in {**before, **settings}:
-        if before.get(name) != settings.get(name):
+        if name != "output" and before.get(name) != settings.get(name):
             raise ValueError(
                 f"output {output} holds a run with {name}={before.get(name)!r}, now it is "
                 f"{settings.get(name)!r}: name another folder, or the same settings"

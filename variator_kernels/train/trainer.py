@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ class DistillationTrainer(ResumableTrainer):
 
     Raises:
         ValueError: the model is not patched, or there is nothing to train at its ratio.
-        FloatingPointError: a loss was not finite; the step was not taken.
+        FloatingPointError: a loss was not finite, and the step was not taken; or the plugins were
+            not, and no checkpoint was written.
     """
 
     args: DistillationConfig
@@ -69,10 +70,16 @@ class DistillationTrainer(ResumableTrainer):
                 "configuration's dropout probabilities to 0 for the same loss)"
             )
         self.ratios = state.ratios if args.sample_ratios else (state.ratio,)
-        if len(self.ratios) % args.ratios_per_step:
+        shared = args.ratios_per_step
+        if len(self.ratios) % shared:
             raise ValueError(
-                f"ratios_per_step must divide the number of ratios, got {args.ratios_per_step} for "
-                f"{self.ratios}"
+                f"ratios_per_step must divide the number of ratios, got {shared} for {self.ratios}"
+            )
+        if args.world_size > 1 and 1 < shared < len(self.ratios):
+            # DDP looks for unused parameters once a forward, and finds the other forward's.
+            raise ValueError(
+                "ratios_per_step must be 1 or the number of ratios in several processes, got "
+                f"{shared} for {self.ratios}"
             )
         self.correct = correct
         state.warned = True  # that plugins are untrained is no news here
@@ -80,7 +87,7 @@ class DistillationTrainer(ResumableTrainer):
         for parameter in plugin_parameters(model, self.ratios):
             parameter.requires_grad_(True)
         if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = len(self.ratios) > args.ratios_per_step
+            args.ddp_find_unused_parameters = len(self.ratios) > shared
         super().__init__(
             model,
             args,
@@ -138,23 +145,27 @@ class DistillationTrainer(ResumableTrainer):
         return loss
 
     def _check(self, loss: Tensor, ratio: int) -> None:
-        if bool(torch.isfinite(loss)):
-            return
+        if not bool(torch.isfinite(loss)):
+            self._not_finite(
+                f"the loss of step {self.state.global_step} (ratio {ratio}) is {loss.item()}; its "
+                "gradient was not used"
+            )
+
+    def _not_finite(self, what: str) -> NoReturn:
         kept = checkpoints.last(self.args.output_dir)
         raise FloatingPointError(
-            f"the loss of step {self.state.global_step} (ratio {ratio}) is {loss.item()}; its "
-            f"gradient was not used, the newest checkpoint is {kept or 'none'}: lower the "
-            "learning rate, or look for non-finite weights and inputs"
+            f"{what}, the newest checkpoint is {kept or 'none'}: lower the learning rate, or look "
+            "for non-finite weights and inputs"
         )
 
     def _teacher(self, model: Any, inputs: Mapping[str, Any]) -> Any:
         model.eval()
         with torch.no_grad(), use_ratio(self.model, 1), self.compute_loss_context_manager():
-            return model(**_without_labels(inputs), output_hidden_states=True)
+            return model(**losses.without_labels(inputs), output_hidden_states=True)
 
     def _student(self, model: Any, inputs: Mapping[str, Any], ratio: int) -> Any:
         model.train(self.args.dropout and torch.is_grad_enabled())
-        given = inputs if self.args.task_weight else _without_labels(inputs)
+        given = inputs if self.args.task_weight else losses.without_labels(inputs)
         with use_ratio(self.model, ratio), self.compute_loss_context_manager():
             return model(**given, output_hidden_states=True)
 
@@ -223,6 +234,12 @@ class DistillationTrainer(ResumableTrainer):
 
     # Checkpoints
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # A finite loss can have a gradient that is not; the next loss would tell, a save too late.
+        if not all(p.isfinite().all() for p in plugin_parameters(self.model, self.ratios)):
+            self._not_finite(f"the plugins after step {self.state.global_step - 1} are not finite")
+        super()._save_checkpoint(model, trial)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
             save_plugins(self.model, output_dir or self.args.output_dir)
@@ -234,8 +251,3 @@ class DistillationTrainer(ResumableTrainer):
 
     def _load_best_model(self) -> None:
         load_plugins(self.model, str(self.state.best_model_checkpoint))
-
-
-def _without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The model would work out a loss that nobody reads."""
-    return {key: value for key, value in inputs.items() if key not in losses.LABELS}
