@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings: dict[str, Any] = {"bf16": machine.has_bf16()}
         if args.quick:
-            settings |= {"calibration_rows": 20}
+            settings |= {"calibration_tokens": 400}
             settings |= dict.fromkeys(("pretrain_steps", "adapt_steps", "finish_steps"), 2)
         name = "quick" if args.quick else Path(args.model).name
         work = args.work or machine.ROOT / "build" / "quality" / name

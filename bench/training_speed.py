@@ -87,7 +87,7 @@ def measure(arms: dict[str, Arm], rounds: int) -> list[Row]:
             (verdicts[name], checks.judge(arm.gradients(), truth)),
             key=lambda verdict: (not verdict.ok, verdict.error / max(verdict.allowed, 1e-30)),
         )
-        row: Row = {"arm": name, "error": worst.error, "allowed": worst.allowed}
+        row: Row = {"case": "training", "arm": name, "error": worst.error, "allowed": worst.allowed}
         if worst.ok:
             row |= {
                 "status": "ok",

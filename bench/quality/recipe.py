@@ -50,7 +50,7 @@ VARIANTS = {
 class Recipe:
     """Lengths of the stages. All ratios of a variant share every step."""
 
-    calibration_rows: int = 320
+    calibration_tokens: int = 36_000
     piece: int = 64
     """Tokens of a piece of plain text."""
     pretrain_steps: int = 100

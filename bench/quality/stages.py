@@ -95,7 +95,7 @@ def calibration(setup: Setup, task: tasks.Task, ratios: tuple[int, ...]) -> Row:
     model, tokenizer = originals.read(original(setup, task)[0], task=True)
     train, _ = tasks.load(setup.data, task, "train", model, tokenizer, setup.recipe.adapt_least)
     vk.patch(model, ratios[0], ratios)
-    batch = collator(tokenizer, model.config)(train.spread(setup.recipe.calibration_rows))
+    batch = _calibration_batch(setup, model, tokenizer, train)
     seconds = {}
     for k in ratios:
         start = time.perf_counter()
@@ -150,13 +150,19 @@ def _pretrained(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> 
 def _calibrate(
     setup: Setup, variant: Variant, model: Any, tokenizer: Any, train: rows.Rows
 ) -> None:
-    picked = train.spread(setup.recipe.calibration_rows)
     vk.calibrate(
         model,
-        [collator(tokenizer, model.config)(picked)],
+        [_calibration_batch(setup, model, tokenizer, train)],
         merge=variant.frozen != "merge",
         adapter=variant.frozen != "adapter",
     )
+
+
+def _calibration_batch(setup: Setup, model: Any, tokenizer: Any, train: rows.Rows) -> Any:
+    """Rows of all lengths, about as many tokens as the recipe says."""
+    tokens = sum(len(row["input_ids"]) for row in train.rows)
+    picked = train.spread(max(20, round(setup.recipe.calibration_tokens * len(train) / tokens)))
+    return collator(tokenizer, model.config)(picked)
 
 
 def _train(

@@ -56,6 +56,9 @@ class Stream(Dataset):
         if self.sizes is None:
             return order
         sizes, mega = self.sizes, MEGABATCH * self.batch
+        # The first rows complete the step that the pass before has begun.
+        begun = -turn * len(order) % self.batch
+        head, order = order[:begun], order[begun:]
         for start in range(0, len(order), mega):
             order[start : start + mega] = sorted(
                 order[start : start + mega], key=lambda row: sizes[row]
@@ -63,4 +66,4 @@ class Stream(Dataset):
         whole = len(order) // self.batch
         batches = [order[i * self.batch : (i + 1) * self.batch] for i in range(whole)]
         shuffled = torch.randperm(whole, generator=generator).tolist()
-        return [row for i in shuffled for row in batches[i]] + order[whole * self.batch :]
+        return [*head, *(row for i in shuffled for row in batches[i]), *order[whole * self.batch :]]
