@@ -156,6 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
         work = args.work or machine.ROOT / "build" / "quality" / name
         setup = stages.Setup(base(args.model), args.data, work, Recipe(**settings))
         chosen(args)
+        stages.claim(setup)
     except ValueError as error:
         made.error(str(error))
     torch.set_num_threads(args.threads)

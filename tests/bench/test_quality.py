@@ -87,6 +87,14 @@ def test_refuses_answers_of_other_ratios(folder):
         run(folder, "--variants", "untrained", "--ratios", "4")
 
 
+def test_a_folder_keeps_to_its_recipe(folder, capsys, monkeypatch):
+    run(folder, "--variants", "untrained")
+    monkeypatch.setitem(originals.FINE_TUNING["sst2"], "learning_rate", 1e-2)
+    with pytest.raises(SystemExit):
+        run(folder, "--variants", "untrained")
+    assert "holds stages made with another fine_tuning" in capsys.readouterr().err
+
+
 def test_refuses_what_it_does_not_know(folder, capsys):
     wrong = ((["--variants", "x"], "variants must be of"), (["--model", "x"], "folder"))
     for more, message in wrong:
