@@ -93,21 +93,31 @@ Statistics<typename V::Scalar> statistics(const typename Storage<V, dtype>::Elem
         for_parts<V>(d, [&](Part<V> part) { sum = sum + part.template load<T>(x); });
         mean = sum.sum() / static_cast<S>(d);
     }
-    V a = V::zero(), b = V::zero();
+    // A large mean is off by its sum's rounding; the differences to it say by how much.
+    V a = V::zero(), b = V::zero(), off = V::zero();
     const V centre = V::set(mean);
     int64_t i = 0;
     for (; i + 2 * V::width <= d; i += 2 * V::width) {
         V p = T::load(x + i) - centre, q = T::load(x + i + V::width) - centre;
         a = V::fma(p, p, a);
         b = V::fma(q, q, b);
+        off = off + (p + q);
     }
-    S rest = 0;
+    S rest = 0, rest_off = 0;
     for_parts<V>(d - i, [&](Part<V> part) {
         S values[V::width];
         part.template load<T>(x + i).store(values);
-        for (int n = 0; n < part.count; ++n) rest += (values[n] - mean) * (values[n] - mean);
+        for (int n = 0; n < part.count; ++n) {
+            rest += (values[n] - mean) * (values[n] - mean);
+            rest_off += values[n] - mean;
+        }
     });
     S variance = ((a + b).sum() + rest) / static_cast<S>(d);
+    if (norm == Norm::layer) {
+        const S by = (off.sum() + rest_off) / static_cast<S>(d);
+        mean += by;
+        variance -= by * by;
+    }
     return {mean, S(1) / square_root(variance + static_cast<S>(eps))};
 }
 

@@ -9,6 +9,7 @@ import torch
 
 from tests.ops.cases import (
     DTYPES,
+    ISAS,
     MASKS,
     RATIOS,
     assert_close,
@@ -177,14 +178,14 @@ def test_layer_norm_of_a_large_mean(kernels):  # noqa: F811
     compare(kernels, vf.compressed_ffn, x, (p, ffn._replace(post_norm=False)), "offset")
 
 
-@pytest.mark.parametrize("backend", [on_triton])
-def test_the_mean_of_large_numbers_itself(backend):
+@pytest.mark.parametrize("kernels", [*ISAS, on_triton], indirect=True)
+def test_the_mean_of_large_numbers_itself(kernels):  # noqa: F811
     """The whole sublayer hides it: this looks at 8 columns of the norm, by projecting on them."""
     d = 193
     x, w, b = torch.randn(2, 16, d) + 3000, torch.zeros(4, 4 * d), torch.zeros(4)
     tensors = (x, w, b, torch.ones(d), torch.zeros(d), torch.eye(8, d))
-    x, w, b, scale, shift, columns = moved(tensors, backend)
+    x, w, b, scale, shift, columns = moved(tensors, kernels)
     out = merge.group_merge(x, w, b, norm="layer", norm_weight=scale, norm_bias=shift,
-                            projection=columns, backend=backend)[1]  # fmt: skip
+                            projection=columns, backend=kernels)[1]  # fmt: skip
     norm = functools.partial(torch.nn.functional.layer_norm, normalized_shape=(d,), eps=1e-6)
     assert_close(out, norm(x)[..., :8], norm(x.double())[..., :8])
