@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .common.results import Row, pick
+from .memory import MIB
 from .quality.recipe import ABLATED, TARGETS
 from .report_tables import Machine, markdown
-
-MIB = 2**20
 
 
 def _qualities(found: Machine) -> Iterator[tuple[str, Row]]:

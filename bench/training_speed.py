@@ -23,9 +23,9 @@ from variator_kernels.train import DistillationConfig, DistillationTrainer, loss
 
 from .common import allocations, checks, models, options, results, timing
 from .common.results import Row
+from .memory import MIB
 
 ARMS = {"reference": "reference", "ours": "auto"}
-MIB = 2**20
 
 
 class Arm:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..grouping import max_groups
+from .arguments import check_decompress, check_merge, require
 
 
 class Groups(NamedTuple):
@@ -93,3 +94,45 @@ def dense(vector: Tensor | None) -> Tensor | None:
 def rows_of(matrix: Tensor) -> Tensor:
     """A matrix whose rows have unit stride; they may lie apart."""
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+def merge_outputs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    projection: Tensor | None,
+) -> tuple[Groups, Tensor, Tensor, Tensor]:
+    """Checks a merge's arguments: its groups, and room for its three outputs (shapes as the op's)."""
+    k = bias.shape[0]
+    check_merge(x, weight, norm_weight, norm_bias, projection, k)
+    spans = groups(x, mask, cu_seqlens, k)
+    lead = x.shape[:-2] if cu_seqlens is None else ()
+    merged = x.new_empty(*lead, spans.per_row, x.shape[-1])
+    weights = x.new_empty(*lead, spans.per_row, k, dtype=torch.float32)
+    r = 0 if projection is None else projection.shape[0]
+    return spans, merged, x.new_empty(*x.shape[:-1], r, dtype=torch.float32), weights
+
+
+def decompress_output(
+    u: Tensor,
+    projected: Tensor,
+    w1u: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ratio: int,
+) -> tuple[Groups, Tensor]:
+    """Checks a decompress's arguments: its groups, and room for ``y`` (shapes as the op's)."""
+    spans = groups(projected, mask, cu_seqlens, ratio)
+    check_decompress(u, projected, w1u, b1, w2, spans.total)
+    require(b2.shape == u.shape[-1:], f"b2 is {list(b2.shape)}")
+    shape = (*projected.shape[:-1], u.shape[-1])
+    require(residual is None or residual.shape == shape, "residual's shape")
+    return spans, u.new_empty(shape)

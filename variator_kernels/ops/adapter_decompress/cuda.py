@@ -25,7 +25,7 @@ from ..cuda_arguments import (
     vector,
 )
 from ..cuda_sums import outer_sum
-from ..gpu_arguments import Groups, groups
+from ..gpu_arguments import Groups, decompress_output, groups
 
 
 class Decompress:
@@ -88,12 +88,7 @@ def adapter_decompress(
     ratio: int,
     activation: str,
 ) -> Tensor:
-    spans = groups(projected, mask, cu_seqlens, ratio)
-    check_decompress(u, projected, w1u, b1, w2, spans.total)
-    require(b2.shape == u.shape[-1:], f"b2 is {list(b2.shape)}")
-    shape = (*projected.shape[:-1], u.shape[-1])
-    require(residual is None or residual.shape == shape, "residual's shape")
-    y = u.new_empty(shape)
+    spans, y = decompress_output(u, projected, w1u, b1, w2, b2, residual, mask, cu_seqlens, ratio)
     Decompress(
         aligned(flat(u)),
         spans,

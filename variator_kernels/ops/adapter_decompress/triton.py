@@ -10,7 +10,7 @@ from ...triton_kernels import launch
 from ...triton_kernels.decompress import adapter_decompress_kernel
 from ...triton_kernels.decompress_backward import group_gradient_kernel, inner_gradient_kernel
 from ..arguments import check_decompress, flat, require
-from ..gpu_arguments import Groups, groups, rows_of
+from ..gpu_arguments import Groups, decompress_output, groups, rows_of
 from ..triton_sums import weight_sums
 
 
@@ -67,12 +67,7 @@ def adapter_decompress(
     ratio: int,
     activation: str,
 ) -> Tensor:
-    spans = groups(projected, mask, cu_seqlens, ratio)
-    check_decompress(u, projected, w1u, b1, w2, spans.total)
-    require(b2.shape == u.shape[-1:], f"b2 is {list(b2.shape)}")
-    shape = (*projected.shape[:-1], u.shape[-1])
-    require(residual is None or residual.shape == shape, "residual's shape")
-    y = u.new_empty(shape)
+    spans, y = decompress_output(u, projected, w1u, b1, w2, b2, residual, mask, cu_seqlens, ratio)
     with launch.device_of(u):
         run(
             flat(u).contiguous(), spans, activation,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import extension
-from ..arguments import Norm, check_merge, check_merge_backward, flat
+from ..arguments import Norm, check_merge_backward, flat
 from ..cuda_arguments import (
     address,
     aligned,
@@ -25,7 +25,7 @@ from ..cuda_arguments import (
     vector,
 )
 from ..cuda_sums import outer_sum
-from ..gpu_arguments import Groups, groups
+from ..gpu_arguments import Groups, groups, merge_outputs
 
 
 class Merge:
@@ -86,17 +86,20 @@ def group_merge(
     eps: float,
     projection: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    k, d = bias.shape[0], x.shape[-1]
-    check_merge(x, weight, norm_weight, norm_bias, projection, k)
-    spans = groups(x, mask, cu_seqlens, k)
-    lead = x.shape[:-2] if cu_seqlens is None else ()
-    merged = x.new_empty(*lead, spans.per_row, d)
-    weights = x.new_empty(*lead, spans.per_row, k, dtype=torch.float32)
-    r = 0 if projection is None else projection.shape[0]
-    projected = x.new_empty(*x.shape[:-1], r, dtype=torch.float32)
+    spans, merged, projected, weights = merge_outputs(
+        x, weight, bias, mask, cu_seqlens, norm_weight, norm_bias, projection
+    )
     vectors = norm_of(norm, norm_weight, norm_bias, eps, x.dtype)
     Merge(
-        flat(x), spans, weight, bias, vectors, projection, merged, projected if r else None, weights
+        flat(x),
+        spans,
+        weight,
+        bias,
+        vectors,
+        projection,
+        merged,
+        projected if projected.shape[-1] else None,
+        weights,
     ).run(x)
     return merged, projected, weights
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from ...triton_kernels import launch
 from ...triton_kernels.merge import group_merge_kernel, weighted_sum_kernel
 from ...triton_kernels.merge_backward import merge_backward_kernel, score_gradient_kernel
-from ..arguments import Norm, check_merge, check_merge_backward, flat
-from ..gpu_arguments import Groups, dense, groups, rows_of
+from ..arguments import Norm, check_merge_backward, flat
+from ..gpu_arguments import Groups, dense, groups, merge_outputs, rows_of
 from ..triton_sums import NO_STATISTICS, Statistics, weight_sums
 
 # Columns of the score product: a tile holds as many slots as fit.
@@ -90,19 +90,15 @@ def group_merge(
     eps: float,
     projection: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    k, d = bias.shape[0], x.shape[-1]
-    check_merge(x, weight, norm_weight, norm_bias, projection, k)
-    spans = groups(x, mask, cu_seqlens, k)
-    lead = x.shape[:-2] if cu_seqlens is None else ()
-    merged = x.new_empty(*lead, spans.per_row, d)
-    weights = x.new_empty(*lead, spans.per_row, k, dtype=torch.float32)
-    r = 0 if projection is None else projection.shape[0]
-    projected = x.new_empty(*x.shape[:-1], r, dtype=torch.float32)
+    spans, merged, projected, weights = merge_outputs(
+        x, weight, bias, mask, cu_seqlens, norm_weight, norm_bias, projection
+    )
     with launch.device_of(x):
         run(
             flat(x), spans, weight, bias.contiguous(),
             Norm(norm, dense(norm_weight), dense(norm_bias), eps),
-            projection, merged, projected if r else None, weights,
+            projection, merged,
+            projected if projected.shape[-1] else None, weights,
         )  # fmt: skip
     return merged, projected, weights
 
