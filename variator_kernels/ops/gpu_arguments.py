@@ -106,7 +106,7 @@ def merge_outputs(
     norm_bias: Tensor | None,
     projection: Tensor | None,
 ) -> tuple[Groups, Tensor, Tensor, Tensor]:
-    """Checks a merge's arguments: its groups, and room for its three outputs (shapes as the op's)."""
+    """Checks a merge's arguments: its groups, and room for its three outputs."""
     k = bias.shape[0]
     check_merge(x, weight, norm_weight, norm_bias, projection, k)
     spans = groups(x, mask, cu_seqlens, k)
@@ -129,7 +129,7 @@ def decompress_output(
     cu_seqlens: Tensor | None,
     ratio: int,
 ) -> tuple[Groups, Tensor]:
-    """Checks a decompress's arguments: its groups, and room for ``y`` (shapes as the op's)."""
+    """Checks a decompress's arguments: its groups, and room for ``y``."""
     spans = groups(projected, mask, cu_seqlens, ratio)
     check_decompress(u, projected, w1u, b1, w2, spans.total)
     require(b2.shape == u.shape[-1:], f"b2 is {list(b2.shape)}")
