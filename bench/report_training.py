@@ -70,15 +70,18 @@ def step(found: Machine, root: Path) -> str:
     """Time and memory of a training step."""
     lines = [
         [
+            row["dtype"],
             {"ours": "kernels", "reference": "plain PyTorch, eager"}[row["arm"]],
             f"{row['seconds']['median']:.3f}",
             f"{row['over_reference']['median']:.2f}",
             f"{row['peak_bytes'] / MIB:.0f}",
             f"{row['peak_over_reference']:.2f}",
+            f"{row['packed_bytes'] / MIB:.0f}",
         ]
         for row in pick(found.rows("training_speed"), status="ok")
     ]
-    header = ["a step, k=4", "seconds", "of plain PyTorch", "peak memory, MiB", "of plain PyTorch"]
+    header = ["dtype", "a step, k=4", "seconds", "of plain PyTorch"]
+    header += ["peak memory, MiB", "of plain PyTorch", "packed weights, MiB"]
     return markdown(header, lines)
 
 

@@ -93,10 +93,14 @@ def _largest(dtype: str) -> Measure:
     return measure
 
 
-def _training(rows: list[Row]) -> float | None:
+def _training(dtype: str) -> Measure:
     """Time of a training step, over the eager reference's."""
-    row = one(rows, case="training", arm="ours")
-    return None if row is None else row["over_reference"]["median"]
+
+    def measure(rows: list[Row]) -> float | None:
+        row = one(rows, case="training", dtype=dtype, arm="ours")
+        return None if row is None else row["over_reference"]["median"]
+
+    return measure
 
 
 def _targets() -> list[Target]:
@@ -125,8 +129,8 @@ def _targets() -> list[Target]:
         made.append(Target(text, MEMORY, _memory(dtype), at_most=True))
         text = f"largest array, {dtype}: share of n x 2d (must be smaller)"
         made.append(Target(text, 0.999, _largest(dtype), at_most=True))
-    text = "a step of plugin training, fp32, k=4: time over the eager reference's"
-    made.append(Target(text, TRAINING, _training, at_most=True))
+        text = f"a step of plugin training, {dtype}, k=4: time over the eager reference's"
+        made.append(Target(text, TRAINING, _training(dtype), at_most=True))
     return made
 
 

@@ -1,9 +1,9 @@
 """Training speed: a step of plugin training through the kernels, against the eager reference.
 
 A step is what ``DistillationTrainer`` does: the teacher's forward, the student's forward and
-backward, and Adam. The arms share one process and take turns. Loss and gradients of each arm are
-compared with float64 before and after; without a green check an arm has no number, and the exit
-code is 1.
+backward, and Adam, in fp32 or in mixed precision (bf16). The arms of a dtype share one process and
+take turns. Loss and gradients of each arm are compared with float64 before and after; without a
+green check an arm has no number, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import variator_kernels as vk
+from variator_kernels import packing
 from variator_kernels.train import DistillationConfig, DistillationTrainer, losses
 
 from .common import allocations, checks, models, options, results, timing
@@ -31,7 +32,9 @@ ARMS = {"reference": "reference", "ours": "auto"}
 class Arm:
     """One patched copy of the model, its optimizer, and the batch."""
 
-    def __init__(self, model: Any, backend: str, args: argparse.Namespace, folder: str) -> None:
+    def __init__(
+        self, model: Any, backend: str, args: argparse.Namespace, dtype: str, folder: str
+    ) -> None:
         self.model = vk.patch(
             copy.deepcopy(model), args.ratio, (args.ratio,), args.bottleneck, backend=backend
         )
@@ -39,8 +42,11 @@ class Arm:
         with torch.no_grad():
             for parameter in vk.plugin_parameters(self.model):
                 parameter.normal_(0, 0.02, generator=generator)
-        config = DistillationConfig(output_dir=folder, use_cpu=True, max_steps=1, report_to="none")
+        config = DistillationConfig(
+            output_dir=folder, use_cpu=True, max_steps=1, report_to="none", bf16=dtype == "bf16"
+        )
         self.trainer = DistillationTrainer(self.model, config)
+        self.model = self.trainer.accelerator.prepare_model(self.model)  # mixed precision
         self.optimizer = self.trainer.create_optimizer()
         shape = (args.batch, args.length)
         high = self.model.config.vocab_size
@@ -52,7 +58,8 @@ class Arm:
         """Loss and gradients of every plugin parameter."""
         self.optimizer.zero_grad()
         loss = self.trainer.training_step(self.model, dict(self.batch), self.total)
-        return loss, *(p.grad for p in vk.plugin_parameters(self.model))
+        gradients: Any = (p.grad for p in vk.plugin_parameters(self.model))
+        return loss, *gradients
 
     def step(self) -> checks.Outputs:
         """A whole step; plugins stay where they are, so that every round does the same."""
@@ -71,10 +78,15 @@ class Arm:
         return found
 
 
-def measure(arms: dict[str, Arm], rounds: int) -> list[Row]:
+def measure(model: Any, args: argparse.Namespace, dtype: str, folder: str) -> list[Row]:
     """Check, time in turns, check again; memory by arm."""
+    packing.cache.clear()
+    arms = {name: Arm(model, backend, args, dtype, folder) for name, backend in ARMS.items()}
+    rounds = args.repeats or (3 if args.quick else 9)
     truth = checks.truth(arms["reference"].double(), arms["reference"].gradients())
     verdicts = {name: checks.judge(arm.gradients(), truth) for name, arm in arms.items()}
+    # The reference packs nothing: all that the cache holds is ours.
+    packed = {"reference": 0, "ours": packing.cache.nbytes()}
     peaks = {name: allocations.profiled(arm.gradients).peak for name, arm in arms.items()}
     for arm in arms.values():
         for group in arm.optimizer.param_groups:
@@ -87,7 +99,8 @@ def measure(arms: dict[str, Arm], rounds: int) -> list[Row]:
             (verdicts[name], checks.judge(arm.gradients(), truth)),
             key=lambda verdict: (not verdict.ok, verdict.error / max(verdict.allowed, 1e-30)),
         )
-        row: Row = {"case": "training", "arm": name, "error": worst.error, "allowed": worst.allowed}
+        row: Row = {"case": "training", "dtype": dtype, "arm": name}
+        row |= {"error": worst.error, "allowed": worst.allowed}
         if worst.ok:
             row |= {
                 "status": "ok",
@@ -96,6 +109,7 @@ def measure(arms: dict[str, Arm], rounds: int) -> list[Row]:
                 "over_reference": timing.ratio(seconds[name], seconds["reference"]),
                 "peak_bytes": peaks[name],
                 "peak_over_reference": peaks[name] / peaks["reference"],
+                "packed_bytes": packed[name],
             }
         else:
             row |= {"status": "failed", "reason": f"error {worst.error:.3g} > {worst.allowed:.3g}"}
@@ -106,19 +120,22 @@ def measure(arms: dict[str, Arm], rounds: int) -> list[Row]:
 def table(rows: list[Row]) -> Table:
     """Step time and memory, beside the reference's."""
     made = Table(title="a training step", title_justify="left")
-    for name in ("arm", "seconds", "over reference", "peak, MiB", "over reference", "check"):
-        made.add_column(name, justify="left" if name == "arm" else "right")
+    sizes = ("peak, MiB", "over reference", "packed weights, MiB")
+    for name in ("dtype", "arm", "seconds", "over reference", *sizes, "check"):
+        made.add_column(name, justify="left" if name in ("dtype", "arm") else "right")
     for row in rows:
         check = f"{row['error']:.1e} / {row['allowed']:.1e}"
         if row["status"] != "ok":
-            made.add_row(row["arm"], "FAILED", "", "", "", check)
+            made.add_row(row["dtype"], row["arm"], "FAILED", "", "", "", "", check)
             continue
         made.add_row(
+            row["dtype"],
             row["arm"],
             f"{row['seconds']['median']:.3f}",
             f"{row['over_reference']['median']:.2f}",
             f"{row['peak_bytes'] / MIB:.0f}",
             f"{row['peak_over_reference']:.2f}",
+            f"{row['packed_bytes'] / MIB:.0f}",
             check,
         )
     return made
@@ -132,7 +149,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=options.count, help="rounds; default 9")
     parser.add_argument("--quick", action="store_true", help="little work: does everything run?")
     args = parser.parse_args(arguments)
-    args.dtype = ["fp32"]
     if not args.quick:
         args.batch, args.length = args.batch or 4, args.length or 128  # the paper's paragraphs
     try:
@@ -141,15 +157,16 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     torch.set_num_threads(args.threads)
-    names = ("batch", "length", "bottleneck", "ratio", "threads")
+    names = ("batch", "length", "bottleneck", "ratio", "threads", "dtype")
     settings = {name: getattr(args, name) for name in names}
     content = results.result("training_speed", settings, options.describe(model))
     console = Console(width=None if sys.stdout.isatty() else 150)
     options.print_head(console, content)
     built = models.encoder(model, torch.float32)
     with tempfile.TemporaryDirectory() as folder:
-        arms = {name: Arm(built, backend, args, folder) for name, backend in ARMS.items()}
-        content["rows"] = measure(arms, args.repeats or (3 if args.quick else 9))
+        content["rows"] = [
+            row for dtype in args.dtype for row in measure(built, args, dtype, folder)
+        ]
     path = results.folder(args.output, args.publish) / "training_speed.json"
     results.write(path, content)
     console.print(table(content["rows"]), f"written: {options.shown(path)}")

@@ -48,6 +48,15 @@ class PackCache:
             entry.forms[kind] = make()
         return entry.forms[kind]
 
+    def clear(self) -> None:
+        """Free every form; it is made again when it is asked for."""
+        self._entries.clear()
+
+    def nbytes(self) -> int:
+        """Memory of all forms that are single tensors: the packed weights of the base model."""
+        forms = [form for entry in self._entries.values() for form in entry.forms.values()]
+        return sum(t.numel() * t.element_size() for t in forms if isinstance(t, Tensor))
+
     def _forget(self, key: tuple[int, ...], _: weakref.ref) -> None:
         self._entries.pop(key, None)
 
@@ -111,20 +120,16 @@ _POST_OPS = {
 }
 
 
-def linear(weight: Tensor, bias: Tensor | None) -> PackedLinear | None:
+def linear(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
+) -> PackedLinear | None:
     """The packed form of ``weight [out, in]`` and ``bias``, or None where oneDNN cannot take it.
 
     Not fp64, and not NaN or infinity: oneDNN's activations would hide what comes of them.
+    ``dtype``: of the product; by default :func:`product_dtype` of the weight.
     """
-    if weight.dtype == torch.float64 or not torch.backends.mkldnn.is_available():
-        return None
-    dtype = product_dtype(weight.dtype)
-
-    def pack() -> Tensor | None:
-        wide = weight.detach().to(dtype).contiguous()
-        return torch.ops.mkldnn._reorder_linear_weight(wide) if wide.isfinite().all() else None
-
-    packed = cache.get((weight,), "linear", pack)
+    dtype = product_dtype(weight.dtype) if dtype is None else dtype
+    packed = _packed(weight, "linear", dtype)
     if packed is None or bias is None:
         return None if packed is None else PackedLinear(packed, None)
 
@@ -133,6 +138,24 @@ def linear(weight: Tensor, bias: Tensor | None) -> PackedLinear | None:
 
     converted = cache.get((bias,), ("bias", dtype), convert)
     return None if converted is None else PackedLinear(packed, converted)
+
+
+def transposed(weight: Tensor, dtype: torch.dtype) -> PackedLinear | None:
+    """The product with ``weight`` itself, ``x [rows, out]`` to ``[rows, in]``: a gradient's."""
+    packed = _packed(weight, "transposed", dtype)
+    return None if packed is None else PackedLinear(packed, None)
+
+
+def _packed(weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor | None:
+    if weight.dtype == torch.float64 or not torch.backends.mkldnn.is_available():
+        return None
+
+    def pack() -> Tensor | None:
+        wide = weight.detach().to(dtype)
+        wide = (wide.t() if kind == "transposed" else wide).contiguous()
+        return torch.ops.mkldnn._reorder_linear_weight(wide) if wide.isfinite().all() else None
+
+    return cache.get((weight,), (kind, dtype), pack)
 
 
 def instruction_set() -> str:

@@ -54,16 +54,16 @@ class Recipe:
     piece: int = 64
     """Tokens of a piece of plain text."""
     pretrain_steps: int = 100
-    adapt_steps: int = 1200
-    finish_steps: int = 400
+    adapt_steps: int = 2500
+    finish_steps: int = 500
     """Of adaptation too, behind the others, with less weight on the inner layers."""
-    few_rows: float = 0.25
+    few_rows: float = 0.2
     """These steps' part for a task of less than :data:`FEW` rows."""
     batch: int = 16
     rate: float = 1.5e-3
     finish_rate: float = 5e-4
     """Each falls to zero linearly."""
-    adapt_least: int = 12
+    adapt_least: int = 16
     """Rows of fewer tokens are left out of adaptation: no group of theirs is ever full."""
     layer_weight: float = 3.0
     finish_layer_weight: float = 0.3

@@ -11,13 +11,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def run(model, folder):
-    code = training_speed.main(["--model", model, "--quick", "--output", str(folder)])
+    options = ["--model", model, "--quick", "--dtype", "fp32,bf16", "--output", str(folder)]
+    code = training_speed.main(options)
     return code, json.loads((folder / "training_speed.json").read_text())["rows"]
 
 
 def test_measures_both_arms(tiny, tmp_path):
     code, rows = run(tiny, tmp_path)
-    assert code == 0 and [row["arm"] for row in rows] == ["reference", "ours"]
+    assert code == 0 and [row["arm"] for row in rows] == 2 * ["reference", "ours"]
+    assert [row["dtype"] for row in rows] == ["fp32", "fp32", "bf16", "bf16"]
     for row in rows:
         assert row["error"] <= row["allowed"] and row["peak_bytes"] > 0
         assert row["seconds"]["median"] > 0
@@ -34,5 +36,5 @@ def test_a_wrong_gradient_has_no_number(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(training_speed.Arm, "gradients", wrong)
     code, rows = run(tiny, tmp_path)
-    assert code == 1 and [row["status"] for row in rows] == ["ok", "failed"]
+    assert code == 1 and [row["status"] for row in rows] == 2 * ["ok", "failed"]
     assert "seconds" not in rows[1]

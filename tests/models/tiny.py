@@ -140,11 +140,11 @@ def train_plugins(patched: nn.Module, std: float = 0.1) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
-def patched(*args, ratio: int = 4, ratios=(2, 4), activation: str = "tanh", **settings):
+def patched(
+    *args, ratio: int = 4, ratios=(2, 4), activation="tanh", backend: str = "auto", **settings
+):
     """A patched model with random plugins."""
-    made = vk.patch(
-        model(*args, **settings), ratio=ratio, ratios=ratios, bottleneck=6, activation=activation
-    )
+    made = vk.patch(model(*args, **settings), ratio, ratios, 6, activation, backend=backend)
     train_plugins(made)
     return made
 

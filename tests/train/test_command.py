@@ -21,7 +21,7 @@ from variator_kernels import patch, plugin_parameters, save_plugins
 from variator_kernels.ratio import states
 from variator_kernels.train import Job
 from variator_kernels.train.__main__ import main
-from variator_kernels.train.run import plugged
+from variator_kernels.train.run import _load, plugged
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--bottleneck", "4", "--per_device_train_batch_size", "8", "--use_cpu"]
@@ -65,6 +65,12 @@ def finish(run):
             os.killpg(run.pid, signal.SIGKILL)
     assert run.returncode == 0, text
     return text
+
+
+def test_attention_is_the_one_asked_for(folder):
+    for wanted in ("eager", "sdpa"):
+        job = Job("pretrain", str(folder / "model"), "text.txt", "unused", attention=wanted)
+        assert _load(job)[0].config._attn_implementation == wanted
 
 
 @pytest.mark.slow

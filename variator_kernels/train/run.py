@@ -35,7 +35,8 @@ class Job:
     ``"sst2 sentence: {sentence}"``, makes one text of a row's columns instead. ``labels``: the
     names a label may have, for a model that does not know them. ``max_length``: tokens of a piece
     in pre-training (128 if None); in adaptation longer texts are cut to it (None: they are an error
-    if the model cannot take them).
+    if the model cannot take them). ``attention``: of ``transformers``, ``"eager"`` or ``"sdpa"``;
+    None: the model's default.
     """
 
     step: str
@@ -54,6 +55,7 @@ class Job:
     template: str | None = None
     labels: tuple[str, ...] = ()
     max_length: int | None = None
+    attention: str | None = None
 
     def __post_init__(self) -> None:
         if self.step not in STEPS:
@@ -151,7 +153,12 @@ def _load(job: Job) -> tuple[Any, Any]:
         kind = AutoModel
     else:
         kind = Seq2Seq if known.is_encoder_decoder else Classifier
-    model = kind.from_pretrained(job.model, local_files_only=True, dtype="float32")
+    model = kind.from_pretrained(
+        job.model,
+        local_files_only=True,
+        dtype="float32",
+        attn_implementation=job.attention,
+    )
     return model, AutoTokenizer.from_pretrained(job.model, local_files_only=True)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from .. import backends, packing
 from ..checkpoint import load_plugins, save_plugins
+from ..frozen import FrozenProducts
 from ..models.patch import plugin_parameters
 from ..ratio import states, use_ratio
 from . import checkpoints, losses
@@ -61,10 +64,10 @@ class DistillationTrainer(ResumableTrainer):
                 f"one process must train on one device, got {args.n_gpu}: start one process a "
                 "device with torchrun or accelerate launch"
             )
-        saving = args.gradient_checkpointing or any(
+        checkpointing = args.gradient_checkpointing or any(
             getattr(module, "gradient_checkpointing", False) for module in model.modules()
         )
-        if saving and not args.dropout:
+        if checkpointing and not args.dropout:
             raise ValueError(
                 "gradient checkpointing works in training mode alone: set dropout=True (and the "
                 "configuration's dropout probabilities to 0 for the same loss)"
@@ -82,6 +85,9 @@ class DistillationTrainer(ResumableTrainer):
                 f"{shared} for {self.ratios}"
             )
         self.correct = correct
+        (weight, *_) = plugin_parameters(model, self.ratios)
+        cpu = backends.resolve(state.backend, weight) == "cpu"
+        self.packed = cpu and not checkpointing and not args.torch_compile
         state.warned = True  # that plugins are untrained is no news here
         model.requires_grad_(False)
         for parameter in plugin_parameters(model, self.ratios):
@@ -104,6 +110,16 @@ class DistillationTrainer(ResumableTrainer):
         turn, position = divmod(step * self.args.ratios_per_step, len(self.ratios))
         order = random.Random(f"{self.args.seed} {turn}").sample(self.ratios, len(self.ratios))
         return order[position : position + self.args.ratios_per_step]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            packing.cache.clear()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with FrozenProducts() if self.packed else nullcontext():
+            return super().training_step(*args, **kwargs)
 
     # The loss
 

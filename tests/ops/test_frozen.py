@@ -1,0 +1,126 @@
+"""Products with frozen weights: as F.linear in both directions, and only where they may be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.ops.cases import assert_close, needs_cpu
+from variator_kernels import frozen, packing
+
+pytestmark = needs_cpu
+IN, OUT = 136, 144
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """How often each direction ran on packed weights."""
+    calls = {"linear": 0, "transposed": 0}
+
+    def counted(name, plain):
+        def call(*args):
+            found = plain(*args)
+            calls[name] += found is not None
+            return found
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(packing, name, counted(name, getattr(packing, name)))
+    return calls
+
+
+def layer(bias=True, dtype=torch.float32):
+    return nn.Linear(IN, OUT, bias).to(dtype).requires_grad_(False)
+
+
+def run(linear, x, dy):
+    """The output and the input's gradient."""
+    x = x.clone().requires_grad_()
+    y = linear(x)
+    (dx,) = torch.autograd.grad(y, x, dy.to(y.dtype))
+    return y, dx
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 5), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"], ids=str)
+def test_is_linear_in_both_directions(packed, dtype, bias, shape):
+    autocast = dtype == "autocast"
+    linear = layer(bias, torch.float32 if autocast else dtype)
+    x, dy = torch.randn(*shape, IN), torch.randn(*shape, OUT)
+    wide = layer(bias).double()
+    wide.load_state_dict({name: t.double() for name, t in linear.state_dict().items()})
+    x, dy = x.to(linear.weight.dtype), dy.to(linear.weight.dtype)
+    exact = run(wide, x.double(), dy.double())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain = run(linear, x, dy)
+        with frozen.FrozenProducts():
+            ours = run(linear, x, dy)
+    assert packed == {"linear": 1, "transposed": 1}
+    for a, b, c in zip(ours, plain, exact, strict=True):
+        assert a.dtype == b.dtype
+        assert_close(a, b, c)
+
+
+def test_a_layer_in_two_precisions():
+    linear, x, dy = layer(), torch.randn(5, IN), torch.randn(5, OUT)
+    with frozen.FrozenProducts():
+        for autocast in (False, True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y, dx = run(linear, x, dy)
+            assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
+            assert dx.dtype == torch.float32
+
+
+def test_weights_with_gradients_are_left_alone(packed):
+    linear, x = layer().requires_grad_(True), torch.randn(3, IN)
+    with frozen.FrozenProducts():
+        linear(x).sum().backward()
+        bias_alone = layer()
+        bias_alone.bias.requires_grad_(True)
+        bias_alone(x).sum().backward()
+    assert linear.weight.grad is not None and bias_alone.bias.grad is not None
+    assert packed["linear"] == 0
+
+
+def test_what_is_no_parameter_is_left_alone(packed):
+    """A weight computed for one call (a parametrisation's) would be packed for that call alone."""
+    with frozen.FrozenProducts():
+        F.linear(torch.randn(3, IN), torch.randn(OUT, IN))
+        nn.Linear(8, 8).requires_grad_(False)(torch.randn(3, 8))
+        layer()(torch.randn(0, IN))
+        layer().double()(torch.randn(3, IN).double())
+    assert packed["linear"] == 0
+
+
+def test_wrong_dtypes_get_pytorchs_error():
+    with frozen.FrozenProducts(), pytest.raises(RuntimeError, match="dtype"):
+        layer()(torch.randn(3, IN).double())
+
+
+def test_a_changed_weight_is_packed_again():
+    linear, x, dy = layer(), torch.randn(3, IN), torch.randn(3, OUT)
+    with frozen.FrozenProducts():
+        before = run(linear, x, dy)
+        linear.weight.mul_(2)
+        linear.bias.mul_(2)
+        for old, new in zip(before, run(linear, x, dy), strict=True):
+            torch.testing.assert_close(new, 2 * old)
+        y = linear(x.requires_grad_())
+        linear.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_nan_shows():
+    linear, x = layer(), torch.randn(3, IN)
+    linear.weight[0, 0] = float("nan")
+    with frozen.FrozenProducts():
+        y, dx = run(linear, x, torch.ones(3, OUT))
+        assert y[:, 0].isnan().all() and dx[:, 0].isnan().all()
+        x[1, 1] = float("nan")
+        y, _ = run(layer(), x, torch.ones(3, OUT))
+        assert y[1].isnan().all() and y[0].isfinite().all()

@@ -1,0 +1,67 @@
+"""Training steps on packed weights: the base model's products, and nothing that is trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import variator_kernels as vk
+from tests.models import tiny
+from tests.ops.cases import needs_cpu
+from tests.train.test_trainer import plugins, trainer
+from variator_kernels import frozen, packing
+
+pytestmark = [needs_cpu, pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Every weight that ran packed; tiny models have only small ones."""
+    monkeypatch.setattr(frozen, "LEAST", 1)
+    found = []
+    for name in ("linear", "transposed"):
+        plain = getattr(packing, name)
+
+        def noted(weight, *rest, name=name, plain=plain):
+            found.append((name, weight))
+            return plain(weight, *rest)
+
+        monkeypatch.setattr(packing, name, noted)
+    return found
+
+
+def trained(folder, backend, **settings):
+    model = tiny.patched(head="EncoderModel", dropout=0.0, backend=backend)
+    made = trainer(folder, model, save_strategy="no", **settings)
+    made.train()
+    return made.model
+
+
+def test_a_run_ends_as_without_them(tmp_path, products):
+    theirs = trained(tmp_path / "a", "reference")
+    assert not products
+    ours = trained(tmp_path / "b", "cpu")
+    assert {name for name, _ in products} == {"linear", "transposed"}
+    known = {id(weight) for weight in ours.parameters() if not weight.requires_grad}
+    assert all(id(weight) in known for _, weight in products)
+    for a, b in zip(plugins(theirs), plugins(ours), strict=True):
+        # Six steps of Adam, whose first ones have the size of the rate whatever the gradient's is.
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
+
+
+def test_gradient_checkpointing_goes_without_them(tmp_path, products):
+    trained(tmp_path, "cpu", dropout=True, gradient_checkpointing=True)
+    assert not products
+
+
+def test_packed_weights_are_freed_behind_a_run(tmp_path, products, monkeypatch):
+    model = trained(tmp_path, "cpu")
+    assert products and not packing.cache._entries
+    ids, mask = tiny.batch(4, 9)
+    with torch.no_grad(), vk.use_ratio(model, 4):
+        model(ids, attention_mask=mask)
+
+
+def test_the_teacher_of_an_evaluation_is_the_model_itself(tmp_path, products):
+    trainer(tmp_path, tiny.patched(head="EncoderModel", backend="cpu")).evaluate()
+    assert not any(name == "transposed" for name, _ in products)
