@@ -20,7 +20,8 @@ from ..ratio import states
 from . import checkpoints, data, noise, rows, task
 from .collate import collator
 from .config import STEPS, DistillationConfig, fingerprint
-from .trainer import Correct, DistillationTrainer
+from .evaluation import Correct
+from .trainer import DistillationTrainer
 
 SETTINGS, METRICS = "run.json", "metrics.json"
 

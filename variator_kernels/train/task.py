@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .data import Row
 from .losses import IGNORED
-from .trainer import Correct
+from .evaluation import Correct
 
 
 def class_ids(rows: Sequence[Row], column: str, names: Sequence[str]) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, NoReturn
 
@@ -15,12 +15,10 @@ from ..checkpoint import load_plugins, save_plugins
 from ..frozen import FrozenProducts
 from ..models.patch import plugin_parameters
 from ..ratio import states, use_ratio
-from . import checkpoints, losses
+from . import checkpoints, evaluation, losses
 from .config import DistillationConfig
+from .evaluation import Correct
 from .resumable import ResumableTrainer
-
-Correct = Callable[[Any, Mapping[str, Any]], Tensor]
-"""``correct(outputs, batch)``: ``[B]``, whether each row was answered right."""
 
 
 class DistillationTrainer(ResumableTrainer):
@@ -36,7 +34,7 @@ class DistillationTrainer(ResumableTrainer):
         model: patched, of any head; its base parameters are frozen here.
         args: a :class:`DistillationConfig`.
         train_dataset, eval_dataset: map-style, rows of dicts with ``input_ids``.
-        correct: for an accuracy beside the loss, see :data:`Correct`.
+        correct: for an accuracy beside the loss, see :data:`~.evaluation.Correct`.
         rest: as for ``transformers.Trainer``.
 
     Raises:
@@ -208,7 +206,9 @@ class DistillationTrainer(ResumableTrainer):
             self.control = self.callback_handler.on_prediction_step(
                 self.args, self.state, self.control
             )
-        metrics = self._metrics(torch.cat(rows).double().sum(0).tolist(), metric_key_prefix)
+        sums = torch.cat(rows).double().sum(0).tolist()
+        accuracy = self.correct is not None
+        metrics = evaluation.metrics(sums, self.ratios, metric_key_prefix, accuracy)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -216,37 +216,11 @@ class DistillationTrainer(ResumableTrainer):
         return metrics
 
     def _evaluate_rows(self, inputs: dict[str, Any]) -> Tensor:
-        """``[B, ...]``: 1, tokens of both stacks, right (dense); a ratio: both errors, right."""
         model = self.model_wrapped
-        masks = losses.masks(inputs)
-        none = torch.zeros(len(masks[0]), device=masks[0].device)
-
-        def right(outputs: Any) -> Tensor:
-            return none if self.correct is None else self.correct(outputs, inputs).float()
-
         teacher = self._teacher(model, inputs)
-        sizes = [mask.sum(-1).float() for mask in masks]
-        columns = [none + 1, *sizes, *([none] * (2 - len(sizes))), right(teacher)]
-        for ratio in self.ratios:
-            student = self._student(model, inputs, ratio)
-            pairs = zip(losses.stacks(student), losses.stacks(teacher), masks, strict=True)
-            errors = [losses.squared_errors(a[-1], b[-1], mask) for a, b, mask in pairs]
-            columns += [*errors, *([none] * (2 - len(errors))), right(student)]
-        return self.accelerator.gather_for_metrics(torch.stack(columns, -1)).cpu()
-
-    def _metrics(self, sums: list[float], prefix: str) -> dict[str, float]:
-        rows, encoder, decoder, dense = sums[:4]
-        metrics = {}
-        if self.correct is not None:
-            metrics[f"{prefix}_dense_accuracy"] = dense / rows
-        for i, ratio in enumerate(self.ratios):
-            first, second, right = sums[4 + 3 * i : 7 + 3 * i]
-            metrics[f"{prefix}_k{ratio}_loss"] = first / max(encoder, 1) + second / max(decoder, 1)
-            if self.correct is not None:
-                metrics[f"{prefix}_k{ratio}_accuracy"] = right / rows
-        found = [metrics[f"{prefix}_k{ratio}_loss"] for ratio in self.ratios]
-        metrics[f"{prefix}_loss"] = sum(found) / len(found)
-        return metrics
+        students = (self._student(model, inputs, ratio) for ratio in self.ratios)
+        found = evaluation.rows(teacher, students, inputs, self.correct)
+        return self.accelerator.gather_for_metrics(found).cpu()
 
     # Checkpoints
 
