@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .data import Row
-from .losses import IGNORED
 from .evaluation import Correct
+from .losses import IGNORED
 
 
 def class_ids(rows: Sequence[Row], column: str, names: Sequence[str]) -> list[int]:
