@@ -26,22 +26,32 @@ class Variant:
     """``"merge"`` or ``"adapter"``: this part keeps its initial value, zero."""
     layers: bool = True
     """Match every layer's output; else the last one's alone, as in the paper."""
+    part: float = 1.0
+    """Of the recipe's steps of adaptation."""
 
 
 ABLATED = (4,)
+
+
+def _ablation(name: str, **changes: Any) -> Variant:
+    """Differs from ``"k=4 alone"`` by one thing."""
+    return Variant(name, ABLATED, part=0.4, **changes)
+
+
 VARIANTS = {
     variant.name: variant
     for variant in (
         Variant("full"),
         Variant("untrained", calibrate=False, pretrain=False, adapt=False),
         Variant("calibrated only", pretrain=False, adapt=False),
-        Variant("without pre-training", ABLATED, pretrain=False),
-        Variant("from initial values", ABLATED, calibrate=False, pretrain=False),
-        Variant("without adaptation", ABLATED, adapt=False),
-        Variant("mean pooling", ABLATED, frozen="merge"),
-        Variant("copy", ABLATED, frozen="adapter"),
-        Variant("last layer alone", ABLATED, layers=False),
-        Variant("r=40", ABLATED, bottleneck=40),
+        _ablation("k=4 alone"),
+        _ablation("without pre-training", pretrain=False),
+        _ablation("from initial values", calibrate=False, pretrain=False),
+        _ablation("without adaptation", adapt=False),
+        _ablation("mean pooling", frozen="merge"),
+        _ablation("copy", frozen="adapter"),
+        _ablation("last layer alone", layers=False),
+        _ablation("r=40", bottleneck=40),
     )
 }
 
@@ -73,8 +83,9 @@ class Recipe:
         """Fields of ``DistillationConfig`` for ``"pretrain"``, ``"adapt"`` or ``"finish"``."""
         ratios = len(variant.ratios)
         steps = getattr(self, f"{step}_steps")
-        if step != "pretrain" and rows < FEW:
-            steps = max(1, round(self.few_rows * steps))
+        if step != "pretrain":
+            part = variant.part * (self.few_rows if rows < FEW else 1.0)
+            steps = max(1, round(part * steps))
         finish = step == "finish"
         weight = self.finish_layer_weight if finish else self.layer_weight
         return {
