@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -48,13 +48,16 @@ class PackCache:
             entry.forms[kind] = make()
         return entry.forms[kind]
 
-    def clear(self) -> None:
-        """Free every form; it is made again when it is asked for."""
-        self._entries.clear()
+    def forget(self, sources: Iterable[Tensor]) -> None:
+        """Free what is made of any of ``sources``; it is made again when it is asked for."""
+        gone = set(map(id, sources))
+        for key in [key for key in list(self._entries) if gone.intersection(key)]:
+            self._entries.pop(key, None)
 
-    def nbytes(self) -> int:
-        """Memory of all forms that are single tensors: the packed weights of the base model."""
-        forms = [form for entry in self._entries.values() for form in entry.forms.values()]
+    def nbytes(self, sources: Iterable[Tensor]) -> int:
+        """Memory of what is made of each of ``sources`` alone: a weight's packed forms."""
+        entries = (self._entries.get((id(source),)) for source in sources)
+        forms = [form for entry in entries if entry for form in entry.forms.values()]
         return sum(t.numel() * t.element_size() for t in forms if isinstance(t, Tensor))
 
     def _forget(self, key: tuple[int, ...], _: weakref.ref) -> None:
@@ -92,7 +95,7 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 class PackedLinear(NamedTuple):
     """``x · weightᵀ + bias`` with the weight packed for oneDNN; no autograd.
 
-    Input and result have :func:`product_dtype` of the weight.
+    Input and result have the dtype it was packed in.
     """
 
     weight: Tensor

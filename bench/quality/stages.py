@@ -182,8 +182,7 @@ def _train(
         report_to="none",
         **setup.recipe.stage(step, len(train), variant),
     )
-    # PyTorch's fused attention has a slow backward pass on the CPU: in bf16, a third of a step.
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(setup.recipe.attention)
     trainer = DistillationTrainer(
         model, config, train_dataset=train, data_collator=collator(tokenizer, model.config)
     )

@@ -96,9 +96,70 @@ def test_what_is_no_parameter_is_left_alone(packed):
     assert packed["linear"] == 0
 
 
-def test_wrong_dtypes_get_pytorchs_error():
-    with frozen.FrozenProducts(), pytest.raises(RuntimeError, match="dtype"):
-        layer()(torch.randn(3, IN).double())
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: layer()(torch.randn(3, IN).double()),
+        lambda: layer()(torch.randn(3, IN - 1)),
+        lambda: F.linear(torch.randn(3, IN), layer().weight, layer().bias[1:]),
+        lambda: layer()(torch.ones(3, IN, dtype=torch.long)),
+    ],
+    ids=["dtype", "width", "bias", "integers"],
+)
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_errors_are_pytorchs(call, autocast):
+    def attempt():
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return call().dtype
+        except RuntimeError as error:
+            return str(error)
+
+    plain = attempt()
+    with frozen.FrozenProducts():
+        assert attempt() == plain
+
+
+def test_shapes_that_are_no_matrix_product():
+    vector = nn.Parameter(torch.randn(frozen.LEAST), requires_grad=False)
+    x = torch.randn(3, frozen.LEAST)
+    linear = layer()
+    one = torch.randn(1)
+    with frozen.FrozenProducts():
+        torch.testing.assert_close(F.linear(x, vector), x @ vector)
+        y = F.linear(torch.ones(2, IN), linear.weight, one)
+    torch.testing.assert_close(y, torch.ones(2, IN) @ linear.weight.T + one)
+
+
+def test_results_may_be_changed_in_place():
+    """Hooks do it."""
+    linear, x, dy = layer(), torch.randn(2, 5, IN), torch.randn(2, 5, OUT)
+    with frozen.FrozenProducts():
+        y, dx = run(lambda x: linear(x).mul_(2).relu_(), x, dy)
+    expected = run(lambda x: (linear(x) * 2).relu(), x, dy)
+    torch.testing.assert_close((y, dx), expected)
+
+
+def test_second_derivatives_are_refused():
+    linear, x = layer(), torch.randn(3, IN, requires_grad=True)
+    with frozen.FrozenProducts():
+        (g,) = torch.autograd.grad(linear(x).tanh().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            g.square().sum().backward()
+
+
+def test_ignored_weights_are_left_alone(packed):
+    linear = layer()
+    with frozen.FrozenProducts(ignored=[linear.weight]):
+        linear(torch.randn(3, IN))
+    assert packed["linear"] == 0
+
+
+def test_a_compiled_module_stays_one_graph():
+    linear, x = layer(), torch.randn(3, IN)
+    with frozen.FrozenProducts():
+        y = torch.compile(linear, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(y, linear(x))
 
 
 def test_a_changed_weight_is_packed_again():

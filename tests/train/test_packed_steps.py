@@ -49,17 +49,43 @@ def test_a_run_ends_as_without_them(tmp_path, products):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
 
 
-def test_gradient_checkpointing_goes_without_them(tmp_path, products):
-    trained(tmp_path, "cpu", dropout=True, gradient_checkpointing=True)
+@pytest.mark.parametrize("late", [False, True])
+def test_gradient_checkpointing_goes_without_them(tmp_path, products, late):
+    model = tiny.patched(head="EncoderModel", dropout=0.0, backend="cpu")
+    made = trainer(tmp_path, model, dropout=True, gradient_checkpointing=not late)
+    if late:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    made.train()
     assert not products
 
 
-def test_packed_weights_are_freed_behind_a_run(tmp_path, products, monkeypatch):
-    model = trained(tmp_path, "cpu")
-    assert products and not packing.cache._entries
+def test_they_can_be_done_without(tmp_path, products):
+    trained(tmp_path, "cpu", packed_products=False)
+    assert not products
+
+
+def test_packed_weights_are_freed_after_a_run(tmp_path, products):
+    other = tiny.patched(head="EncoderModel", backend="cpu")
     ids, mask = tiny.batch(4, 9)
+    with torch.no_grad():
+        other(ids, attention_mask=mask)
+    kept = packing.cache.nbytes(other.parameters())
+    model = trained(tmp_path, "cpu")
+    assert products and packing.cache.nbytes(model.parameters()) == 0
+    assert packing.cache.nbytes(other.parameters()) == kept > 0
     with torch.no_grad(), vk.use_ratio(model, 4):
         model(ids, attention_mask=mask)
+
+
+def test_the_head_of_a_language_model_is_not_packed(tmp_path, products):
+    model = tiny.patched(backend="cpu")
+    made = trainer(tmp_path, model, save_strategy="no")
+    inputs = dict(zip(("input_ids", "attention_mask"), tiny.batch(4, 9), strict=True))
+    labels = torch.tensor([[5, 1], [6, 1]])
+    with made._products():
+        made.compute_loss(model, {**inputs, "labels": labels, "decoder_input_ids": labels})
+    packed = {id(weight) for _, weight in products}
+    assert packed and id(model.lm_head.weight) not in packed
 
 
 def test_the_teacher_of_an_evaluation_is_the_model_itself(tmp_path, products):

@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("--labels", default="", help="names of the labels, with commas, if the model has none")
     add("--template", help='one text of several columns: "sst2 sentence: {sentence}"')
     add("--max-length", type=int, help="tokens of a piece (pretrain, 128), or to cut texts to")
-    add("--attention", help="of transformers: eager (faster on CPUs for short rows) or sdpa")
+    add("--attention", help="of transformers: eager (on a CPU in bf16 the faster) or sdpa")
     return made
 
 

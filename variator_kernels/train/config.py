@@ -82,6 +82,9 @@ class DistillationConfig(TrainingArguments):
     layer_weight: float = _option(0.0, "weight of matching the output of every layer")
     logits_weight: float = _option(0.0, "weight of matching the teacher's class distribution")
     dropout: bool = _option(False, "leave the model's dropout on while its plugins train")
+    packed_products: bool = _option(
+        True, "on the CPU: keep the frozen weights packed, two copies of each, which is faster"
+    )
     group_by_length: bool = _option(True, "put rows of similar length into one step")
 
     def __post_init__(self) -> None:

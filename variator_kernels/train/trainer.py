@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -62,10 +62,7 @@ class DistillationTrainer(ResumableTrainer):
                 f"one process must train on one device, got {args.n_gpu}: start one process a "
                 "device with torchrun or accelerate launch"
             )
-        checkpointing = args.gradient_checkpointing or any(
-            getattr(module, "gradient_checkpointing", False) for module in model.modules()
-        )
-        if checkpointing and not args.dropout:
+        if (args.gradient_checkpointing or _checkpoints(model)) and not args.dropout:
             raise ValueError(
                 "gradient checkpointing works in training mode alone: set dropout=True (and the "
                 "configuration's dropout probabilities to 0 for the same loss)"
@@ -83,9 +80,6 @@ class DistillationTrainer(ResumableTrainer):
                 f"{shared} for {self.ratios}"
             )
         self.correct = correct
-        (weight, *_) = plugin_parameters(model, self.ratios)
-        cpu = backends.resolve(state.backend, weight) == "cpu"
-        self.packed = cpu and not checkpointing and not args.torch_compile
         state.warned = True  # that plugins are untrained is no news here
         model.requires_grad_(False)
         for parameter in plugin_parameters(model, self.ratios):
@@ -113,11 +107,22 @@ class DistillationTrainer(ResumableTrainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            packing.cache.clear()
+            packing.cache.forget(self.model.parameters())
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with FrozenProducts() if self.packed else nullcontext():
+        with self._products():
             return super().training_step(*args, **kwargs)
+
+    def _products(self) -> AbstractContextManager[Any]:
+        """How the base model's own products run: packed, beside the CPU's kernels."""
+        args, (state,) = self.args, states(self.model)
+        (weight, *_) = plugin_parameters(self.model, self.ratios)
+        plain = not args.packed_products or args.torch_compile or _checkpoints(self.model)
+        if plain or backends.resolve(state.backend, weight) != "cpu":
+            return nullcontext()
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        # No loss reads a language model's logits; its head is the largest weight of all.
+        return FrozenProducts(ignored=() if head is None else (head.weight,))
 
     # The loss
 
@@ -241,3 +246,7 @@ class DistillationTrainer(ResumableTrainer):
 
     def _load_best_model(self) -> None:
         load_plugins(self.model, str(self.state.best_model_checkpoint))
+
+
+def _checkpoints(model: Any) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
