@@ -1,4 +1,4 @@
-"""The blocks of the README about training: quality against k, ablations, step time."""
+"""The blocks of the README about training: quality against k, ablations, calibration, step time."""
 
 from __future__ import annotations
 
@@ -72,6 +72,24 @@ def ablation(found: Machine, root: Path) -> str:
     return markdown(header, lines)
 
 
+def calibration(found: Machine, root: Path) -> str:
+    """The loss after ``vk.calibrate`` alone, over that of initial values, and what it takes."""
+    lines = []
+    for name, content in _qualities(found):
+        for cost in content["calibration"]:
+            wanted = {"task": cost["task"]}
+            for row in pick(content["summary"], variant="calibrated only", **wanted):
+                k = row["k"]
+                for before in pick(content["summary"], variant="untrained", k=k, **wanted):
+                    losses = [f"{before['loss']:.3f}", f"{row['loss']:.3f}"]
+                    left = f"{row['loss'] / before['loss']:.2f}"
+                    seconds = f"{cost['seconds'][str(k)]:.0f}"
+                    size = f"{cost['rows']}, {cost['tokens']}"
+                    lines.append([f"{name}, {cost['task']}", str(k), *losses, left, size, seconds])
+    names = ["loss untrained", "calibrated", "of untrained", "sequences, tokens", "seconds"]
+    return markdown(["model, task", "k", *names], lines)
+
+
 def step(found: Machine, root: Path) -> str:
     """Time and memory of a training step."""
     lines = [
@@ -95,5 +113,6 @@ TABLES: dict[str, Callable[[Machine, Path], str]] = {
     "quality-figure": figure,
     "quality": quality,
     "ablation": ablation,
+    "calibration": calibration,
     "training-step": step,
 }

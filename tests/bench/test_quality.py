@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 
-from bench import quality_vs_k
+from bench import quality_vs_k, report_training
 from bench.quality import originals, tasks
 from bench.quality.recipe import VARIANTS
+from bench.report_tables import Machine
 from tests.train import toy
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -51,6 +52,11 @@ def test_runs_every_variant_and_goes_on_where_it_was(folder):
     assert all(row["status"] == "ok" for row in content["costs"])
     assert 0 < content["costs"][1]["multiply_adds_left"] < 3
     assert (folder / "out" / "quality_vs_k_model.png").stat().st_size > 10_000
+    made = Machine(folder / "out", {"quality_vs_k_model": content})
+    for name, lines in (("quality", 2), ("ablation", len(VARIANTS)), ("calibration", 2)):
+        header, _, *body = report_training.TABLES[name](made, folder).splitlines()
+        assert len(body) == lines and {line.count("|") for line in body} == {header.count("|")}
+    assert "quality_vs_k_model.png" in report_training.TABLES["quality-figure"](made, folder)
     stamps = {p: p.stat().st_mtime_ns for p in (folder / "work").rglob("*") if p.is_file()}
     again = run(folder, "--seeds", "2")
     assert again["rows"] == content["rows"]
