@@ -75,6 +75,8 @@ class Recipe:
     """Each falls to zero linearly."""
     adapt_least: int = 16
     """Rows of fewer tokens are left out of adaptation: no group of theirs is ever full."""
+    splice: float = 0.0
+    """Of the rows of adaptation: mixed with another row."""
     layer_weight: float = 3.0
     finish_layer_weight: float = 0.3
     bf16: bool = False

@@ -122,6 +122,9 @@ def _plugins(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> Pat
         if calibrate:
             _calibrate(setup, variant, model, tokenizer, train)
         if variant.adapt:
+            if setup.recipe.splice:
+                mixed = noise.spliced(train.rows, tokenizer, setup.recipe.splice)
+                train = rows.Rows(train.rows, mixed, seed)
             _train(setup, variant, seed, "adapt", model, tokenizer, train, folder)
             _train(setup, variant, seed, "finish", model, tokenizer, train, folder)
         vk.save_plugins(model, folder)

@@ -141,6 +141,20 @@ def test_adapts_what_was_pretrained(folder, tmp_path, capsys):
         main(command(folder, second, "adapt", "task.tsv", *more, "--seed", "3"))
 
 
+def test_spliced_rows_train_and_leave_the_evaluation_alone(folder, tmp_path):
+    more = ["--max_steps", "3", "--learning_rate", "0", "--logging_steps", "1"]
+    more += ["--eval-data", str(folder / "task.tsv")]
+    trained, evaluated = [], []
+    for part in ("0", "1"):
+        output = tmp_path / part
+        main(command(folder, output, "adapt", "task.tsv", *more, "--splice", part))
+        state = json.loads((output / "checkpoint-3" / "trainer_state.json").read_text())
+        trained.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
+        evaluated.append(json.loads((output / "metrics.json").read_text()))
+    assert evaluated[0] == evaluated[1]
+    assert all(a != b for a, b in zip(*trained, strict=True)) and len(trained[0]) == 3
+
+
 def test_calibrates_before_the_first_step(folder, tmp_path):
     more = ["--max_steps", "2", "--learning_rate", "0", "--eval-data", str(folder / "text.txt")]
     losses = []
@@ -170,6 +184,8 @@ def test_calibrates_before_the_first_step(folder, tmp_path):
             ["--task_weight", "1"],
             "task_weight .* must be 0 in pretr",
         ),
+        ("pretrain", "text.txt", "w1 " * 20, ["--splice", "1"], "splice must be 0 in pretrain"),
+        ("adapt", "a.tsv", "", ["--splice", "2"], "splice must be a part from 0 to 1, got 2"),
     ],
 )
 def test_refuses_bad_data_and_leaves_the_output_alone(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.train import toy
-from variator_kernels.train.noise import corrupted_spans, masked_tokens
+from variator_kernels.train.noise import corrupted_spans, masked_tokens, spliced
 from variator_kernels.train.rows import Rows
 
 
@@ -56,6 +56,35 @@ def test_masks_the_rate_asked_for_and_no_special_token():
     assert [b for a, b in zip(ids, out, strict=True) if a == 1] == [1] * 40
     changed = sum(a != b for a, b in zip(ids, out, strict=True))
     assert changed / 2000 == pytest.approx(0.135, abs=0.02), "15 %, of which a tenth stays"
+
+
+def test_spliced_rows_go_on_with_another_text():
+    words = toy.tokenizer()
+    (end,) = words("")["input_ids"]
+    others = [{"input_ids": [40, 41, 42, end]}, {"input_ids": [end]}]
+    row = {"input_ids": [*range(5, 15), end, *range(15, 20), end], "labels": [7], "types": [0] * 17}
+    noise = spliced(others, words)
+    cuts = set()
+    for seed in range(60):
+        out = noise(row, generator(seed))
+        assert out.keys() == row.keys() and out["labels"] == [7] and out["types"] == [0] * 17
+        ids = [t for t in out["input_ids"] if t != end]
+        assert [i for i, t in enumerate(out["input_ids"]) if t == end] == [10, 16]
+        cut = next(i for i, t in enumerate(ids) if t >= 40)
+        assert ids[:cut] == list(range(5, 5 + cut)), "its beginning stays"
+        steps = {(b - a) % 3 for a, b in zip(ids[cut:], ids[cut + 1 :], strict=False)}
+        assert min(ids[cut:]) >= 40 and steps <= {1}, "the other text in its order"
+        cuts.add(cut)
+    assert cuts == set(range(1, 15)), "at any place behind the first token"
+
+
+def test_the_part_of_rows_that_is_spliced():
+    words, rows = toy.tokenizer(), [{"input_ids": [*range(5, 45), 1]}]
+    noise = spliced([{"input_ids": [50] * 9}], words, 0.3)
+    changed = sum(noise(rows[0], generator(seed)) != rows[0] for seed in range(1000))
+    assert changed == pytest.approx(300, abs=45)
+    for short in ([], [1], [5, 1]):
+        assert noise({"input_ids": short}, generator())["input_ids"] == short
 
 
 def test_refuses_a_tokenizer_without_what_it_needs():

@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("--labels", default="", help="names of the labels, with commas, if the model has none")
     add("--template", help='one text of several columns: "sst2 sentence: {sentence}"')
     add("--max-length", type=int, help="tokens of a piece (pretrain, 128), or to cut texts to")
+    add("--splice", type=float, default=0.0, help="adapt: part of rows mixed with another; 0 to 1")
     add("--attention", help="of transformers: eager (on a CPU in bf16 the faster) or sdpa")
     return made
 

@@ -1,8 +1,9 @@
-"""What pre-training does to plain text: masked tokens for BERT, corrupted spans for T5."""
+"""What training does to its rows: in pre-training masked tokens for BERT and corrupted spans for T5,
+in adaptation spliced rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +64,35 @@ def corrupted_spans(tokenizer: Any, rate: float = RATE, mean_span: float = MEAN_
             done = stop
         inputs += [*ids[done:], *end]
         return {"input_ids": inputs, "labels": [*labels, sentinels[len(spans)], *end]}
+
+    return noise
+
+
+def spliced(rows: Sequence[dict[str, Any]], tokenizer: Any, rate: float = 1.0) -> Noise:
+    """``rate`` of the rows go on, from a random place, with a piece of another of ``rows``.
+
+    Special tokens, token types and the length stay. What the teacher makes of such a row is as good
+    a target as any, and a small task has many more of them than rows: without, plugins that see
+    each row more than once fit those rows. The row's label no longer holds.
+    """
+    special = set(tokenizer.all_special_ids)
+    texts = [[token for token in row["input_ids"] if token not in special] for row in rows]
+    texts = [text for text in texts if text]
+
+    def below(limit: int, generator: torch.Generator) -> int:
+        return int(torch.randint(limit, (1,), generator=generator))
+
+    def noise(row: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        ids = list(row["input_ids"])
+        places = [i for i, token in enumerate(ids) if token not in special]
+        if len(places) < 2 or float(torch.rand(1, generator=generator)) >= rate:
+            return row
+        places = places[1 + below(len(places) - 1, generator) :]
+        text = texts[below(len(texts), generator)]
+        start = below(len(text), generator)
+        for i, place in enumerate(places):
+            ids[place] = text[(start + i) % len(text)]
+        return {**row, "input_ids": ids}
 
     return noise
 

@@ -37,7 +37,8 @@ class Job:
     names a label may have, for a model that does not know them. ``max_length``: tokens of a piece
     in pre-training (128 if None); in adaptation longer texts are cut to it (None: they are an error
     if the model cannot take them). ``attention``: of ``transformers``, ``"eager"`` or ``"sdpa"``;
-    None: the model's default.
+    None: the model's default. ``splice``: this part of the rows of adaptation goes on with a piece
+    of another row, see :func:`noise.spliced`.
     """
 
     step: str
@@ -57,6 +58,7 @@ class Job:
     labels: tuple[str, ...] = ()
     max_length: int | None = None
     attention: str | None = None
+    splice: float = 0.0
 
     def __post_init__(self) -> None:
         if self.step not in STEPS:
@@ -65,6 +67,8 @@ class Job:
             raise ValueError(f"text must name one column or two, got {self.text}")
         if self.calibrate < 0:
             raise ValueError(f"calibrate must be a number of rows >= 0, got {self.calibrate}")
+        if not 0 <= self.splice <= 1:
+            raise ValueError(f"splice must be a part from 0 to 1, got {self.splice}")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -95,6 +99,8 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
     """
     if job.step == "pretrain" and (config.task_weight or config.logits_weight):
         raise ValueError("task_weight and logits_weight must be 0 in pretrain: it has no task")
+    if job.splice and (job.step == "pretrain" or config.task_weight):
+        raise ValueError("splice must be 0 in pretrain, and with task_weight: labels do not hold")
     output = Path(job.output)
     settings = json.loads(json.dumps({**asdict(job), **fingerprint(config)}))
     _check_same(output, settings)
@@ -103,6 +109,9 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
     set_seed(config.seed)
     model, tokenizer = _load(job)
     train, correct = _rows(job, job.data, model, tokenizer, config.seed)
+    if job.splice:
+        mixed = noise.spliced(train.rows, tokenizer, job.splice)
+        train = rows.Rows(train.rows, mixed, config.seed)
     held_out = job.eval_data and _rows(job, job.eval_data, model, tokenizer, config.seed)[0]
     plugged(model, job)
     pad = collator(tokenizer, model.config)
