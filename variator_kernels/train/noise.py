@@ -1,5 +1,5 @@
-"""What training does to its rows: in pre-training masked tokens for BERT and corrupted spans for T5,
-in adaptation spliced rows."""
+"""What training does to rows: masked tokens for BERT and corrupted spans for T5 in pre-training,
+spliced rows in adaptation."""
 
 from __future__ import annotations
 
