@@ -200,7 +200,8 @@ def main(arguments: list[str] | None = None) -> int:
             content["rows"] += measure(name, args, console)
     except (ValueError, OSError) as error:
         made.error(str(error))
-    path = results.folder(args.output, args.publish) / "neurons.json"
+    stem = f"neurons_{Path(args.model[0]).name}" if args.plugins else "neurons"
+    path = results.folder(args.output, args.publish) / f"{stem}.json"
     results.write(path, content)
     console.print(table(content["rows"]))
     picture = plot_neurons.draw(content, path)

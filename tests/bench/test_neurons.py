@@ -68,7 +68,7 @@ def test_trained_plugins_beside_untrained(folder: Path, data: Path, tmp_path: Pa
     plugins = ("--plugins", tmp_path / "plugins")
     common = ("--model", folder, "--data", data, "--output", tmp_path, *SMALL[:-2])
     assert run(*common, *plugins) == 0
-    rows = json.loads((tmp_path / "neurons.json").read_text())["rows"]
+    rows = json.loads((tmp_path / f"neurons_{folder.name}.json").read_text())["rows"]
     every = {(r["plugins"], r["k"]): r["merged"] for r in rows if r["layer"] == "all"}
     assert {k for _, k in every} == {1, 2, 3, 4}  # 4 is the ratio that was active
     assert every["trained", 1] == every["untrained", 1]
