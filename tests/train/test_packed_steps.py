@@ -88,6 +88,10 @@ def test_the_head_of_a_language_model_is_not_packed(tmp_path, products):
     assert packed and id(model.lm_head.weight) not in packed
 
 
-def test_the_teacher_of_an_evaluation_is_the_model_itself(tmp_path, products):
-    trainer(tmp_path, tiny.patched(head="EncoderModel", backend="cpu")).evaluate()
-    assert not any(name == "transposed" for name, _ in products)
+def test_an_evaluation_runs_the_model_as_it_is(tmp_path, products):
+    """Its FFNs alone, compressed, run packed: as at any inference."""
+    model = tiny.patched(head="EncoderModel", backend="cpu")
+    trainer(tmp_path, model).evaluate()
+    packed = {id(weight) for _, weight in products}
+    attention = {id(w) for name, w in model.named_parameters() if "SelfAttention" in name}
+    assert packed and attention and not packed & attention
