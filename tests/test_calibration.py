@@ -5,15 +5,16 @@ import torch
 
 import variator_kernels as vk
 from tests.models import tiny
-from variator_kernels import calibration
+from tests.ops.cases import needs_cpu
+from variator_kernels import calibration, frozen, packing
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:the plugins of ratio")
 
 
-def model(family="t5", act="relu", **settings):
+def model(family="t5", act="relu", backend="auto", **settings):
     """With plugins at their initial values."""
     made = tiny.model(family, act, **settings)
-    return vk.patch(made, ratio=4, ratios=(2, 4), bottleneck=12)
+    return vk.patch(made, ratio=4, ratios=(2, 4), bottleneck=12, backend=backend)
 
 
 def batches(number=12, left=False):
@@ -65,6 +66,40 @@ def test_uses_real_tokens_alone():
     torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_how_sequences_are_cut_into_batches_does_not_matter(family):
+    few = batches()
+    joined = {key: torch.cat([batch[key] for batch in few]) for key in few[0]}
+    short = [
+        {key: rows[:, : int(b["attention_mask"].sum(1).max())] for key, rows in b.items()}
+        for b in few
+    ]
+    found = []
+    for given in (few, [joined], short):
+        made = model(family)
+        vk.calibrate(made, given, ratios=[2])
+        found.append(loss(made, 2))
+    torch.testing.assert_close(found[1:], found[:1] * 2, rtol=1e-3, atol=0)
+
+
+@needs_cpu
+def test_runs_on_packed_weights_and_frees_them(monkeypatch):
+    monkeypatch.setattr(frozen, "LEAST", 1)
+    packed, real = [], packing.linear
+    monkeypatch.setattr(packing, "linear", lambda *args: packed.append(args[0]) or real(*args))
+    plain, ours = model(backend="reference"), model(backend="cpu")
+    vk.calibrate(plain, batches())
+    assert not packed
+    vk.calibrate(ours, batches())
+    attention = {
+        id(w) for name, w in ours.named_parameters() if "encoder" in name and ".q." in name
+    }
+    assert attention <= {id(weight) for weight in packed}
+    assert packing.cache.nbytes(ours.parameters()) == 0
+    for k in (2, 4):
+        assert loss(ours, k) == pytest.approx(loss(plain, k), rel=1e-3)
+
+
 def test_changes_what_it_is_asked_to_change():
     made = model()
     before = {name: value.clone() for name, value in made.state_dict().items()}
@@ -106,6 +141,16 @@ def test_an_error_changes_nothing(monkeypatch):
         made.encoder.block[1].layer[0].SelfAttention.q.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="hidden states behind FFN 1 are not finite"):
         vk.calibrate(made, batches(20))
+    with torch.no_grad():
+        made.encoder.block[1].layer[0].SelfAttention.q.weight.fill_(0)
+        made.shared.weight[7] = float("nan")
+    rare = [
+        {**batch, "input_ids": batch["input_ids"].masked_fill(batch["input_ids"] == 7, 8)}
+        for batch in batches(20)
+    ]
+    rare[-1]["input_ids"][0, 0] = 7
+    with pytest.raises(FloatingPointError, match="hidden states behind FFN 0 are not finite"):
+        vk.calibrate(made, rare)
     assert all(map(torch.equal, vk.plugin_parameters(made), before))
 
 

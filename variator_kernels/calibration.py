@@ -19,13 +19,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import backends, packing
 from .feed_forward import FeedForward, normalize, products
+from .frozen import FrozenProducts
 from .grouping import token_slots
 from .models.describe import describe
 from .models.find import find
@@ -99,39 +103,47 @@ def calibrate(
     found = find(model)
     state: PluginState = vars(found.encoder)[STATE]
     wanted = [k for k in map(state.check, state.ratios if ratios is None else ratios) if k > 1]
-    inputs = _joined(list(batches), inspect.signature(found.encoder.forward).parameters)
+    batches = list(batches)
+    inputs = _joined(batches, inspect.signature(found.encoder.forward).parameters)
     real = inputs["attention_mask"] != 0
-    dense: dict[nn.Module, Tensor] = {}
+    dense: dict[nn.Module, list[Tensor]] = {}
 
-    def keep(layer: nn.Module, x: Tensor, mask: Tensor | None, k: int) -> None:
+    def keep(real: Tensor, layer: nn.Module, x: Tensor, mask: Tensor | None, k: int) -> None:
         ffn = describe(layer)
-        dense[layer] = x[real] + products(_hidden(x[real], ffn), ffn)
-        if not dense[layer].isfinite().all():
+        kept = dense.setdefault(layer, [])
+        kept.append(x[real] + products(_hidden(x[real], ffn), ffn))
+        if not kept[-1].isfinite().all():
             raise FloatingPointError(
-                f"the dense model's hidden states behind FFN {len(dense) - 1} are not finite: look "
-                "for non-finite weights and inputs, or use a wider dtype"
+                f"the dense model's hidden states behind FFN {list(dense).index(layer)} are not "
+                "finite: look for non-finite weights and inputs, or use a wider dtype"
             )
 
     def fit(layer: Any, x: Tensor, mask: Tensor | None, k: int) -> None:
         ffn = describe(layer)
-        _fit(layer.plugins[str(k)], ffn, _sample(x, real, dense[layer], ffn), merge, adapter)
+        sample = _sample(x, real, torch.cat(dense[layer]), ffn)
+        _fit(layer.plugins[str(k)], ffn, sample, merge, adapter)
 
     before = [(parameter, parameter.clone()) for parameter in plugin_parameters(model, wanted)]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     warned, state.warned = state.warned, True
+    on_cpu = backends.resolve(state.backend, next(model.parameters())) == "cpu"
     try:
-        with observe(state, keep), use_ratio(model, 1):
-            found.encoder(**inputs)
-        for ratio in wanted:
-            with observe(state, fit), use_ratio(model, ratio):
-                found.encoder(**inputs)
+        with FrozenProducts(found.encoder) if on_cpu else nullcontext():
+            for batch in batches:
+                here = batch["attention_mask"] != 0
+                with observe(state, partial(keep, here)), use_ratio(model, 1):
+                    found.encoder(**{key: batch[key] for key in inputs})
+            for ratio in wanted:
+                with observe(state, fit), use_ratio(model, ratio):
+                    found.encoder(**inputs)
     except BaseException:
         for parameter, value in before:
             parameter.copy_(value)
         raise
     finally:
         state.warned = warned
+        packing.cache.forget(model.parameters())
         for module, training in modes:
             module.training = training
 
@@ -223,9 +235,11 @@ def _set_merge(merge: Any, scores: Tensor) -> None:
 
 def _merged(merge: Any, ffn: FeedForward, sample: _Sample) -> Tensor:
     """u of each real token's group, ``[T, d]``."""
-    g = group_merge(sample.h, merge.weight, merge.bias, mask=sample.mask)
+    g = group_merge(sample.h, merge.weight, merge.bias, mask=sample.mask).flatten(0, 1)
     slot, _ = token_slots(sample.h, merge.ratio, sample.mask, None)
-    return products(g, ffn).flatten(0, 1)[(slot // merge.ratio)[sample.mask]].float()
+    # Most groups of rows much shorter than the longest hold padding alone.
+    used, place = (slot // merge.ratio)[sample.mask].unique(return_inverse=True)
+    return products(g[used], ffn)[place].float()
 
 
 def _set_adapter(adapter: Any, found: Fit, z: Tensor, t: Tensor, sample: _Sample) -> None:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import frozen
+
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 NORMS = ("none", "rms", "layer")
 
@@ -105,9 +107,9 @@ def products(g: Tensor, ffn: FeedForward) -> Tensor:
         return F.dropout(u, ffn.dropout_outer) if ffn.dropout_outer > 0 else u
     autocast = torch.is_autocast_enabled(g.device.type)
     g = g if autocast else g.to(ffn.w_in.dtype)
-    inner = activate(F.linear(g, ffn.w_in, ffn.b_in), ffn.activation)
+    inner = activate(frozen.linear(g, ffn.w_in, ffn.b_in), ffn.activation)
     if ffn.w_gate is not None:
-        inner = inner * F.linear(g, ffn.w_gate, ffn.b_gate)
+        inner = inner * frozen.linear(g, ffn.w_gate, ffn.b_gate)
     inner = F.dropout(inner, ffn.dropout_inner) if ffn.dropout_inner > 0 else inner
-    u = F.linear(inner if autocast else inner.to(ffn.w_out.dtype), ffn.w_out, ffn.b_out)
+    u = frozen.linear(inner if autocast else inner.to(ffn.w_out.dtype), ffn.w_out, ffn.b_out)
     return F.dropout(u, ffn.dropout_outer) if ffn.dropout_outer > 0 else u

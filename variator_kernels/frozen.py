@@ -1,12 +1,14 @@
-"""Products with frozen weights while plugins train on the CPU: packed once, for both directions.
+"""Products with frozen weights while plugins are made on the CPU: packed once, both directions.
 
 PyTorch packs a weight anew in each call of ``F.linear``, and under autocast converts it too. The
-base model's weights do not change while plugins train, so their packed forms serve every step: in
-the teacher, in the student and, transposed, in the student's backward pass.
+base model's weights do not change while plugins train or are calibrated, so their packed forms
+serve every step: in the teacher, in the student and, transposed, in the student's backward pass.
 """
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
 
 from . import packing
 
@@ -22,40 +23,73 @@ LEAST = 1 << 14
 """Smaller weights (a classifier's) are left to PyTorch: the call costs more than it saves."""
 
 
-class FrozenProducts(TorchFunctionMode):
-    """While active, ``F.linear`` of a frozen weight on the CPU runs on its packed form.
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.packed = False
 
-    Weights that get gradients, those in ``ignored``, compiled code, and what PyTorch has an error
-    for are left alone. Not for gradient checkpointing: a mode is off in the backward pass, so what
-    runs again there would not match. There are no second derivatives.
+
+_local = _Local()
+
+
+class FrozenProducts:
+    """While active, frozen weights on the CPU multiply in their packed forms.
+
+    That holds for the ``nn.Linear`` layers of ``model``, whose ``forward`` is replaced meanwhile (a
+    mode of PyTorch's would cost every function of a step some Python), and for :func:`linear` in
+    this thread. Weights that get gradients, those in ``ignored``, compiled code, and what PyTorch
+    has an error for are left alone. There are no second derivatives. Packed weights stay until
+    they are forgotten, see :class:`packing.PackCache`.
     """
 
-    def __init__(self, ignored: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.ignored = {id(weight) for weight in ignored}
+    def __init__(self, model: nn.Module, ignored: Iterable[Tensor] = ()) -> None:
+        left = {id(weight) for weight in ignored}
+        self.layers = [
+            module
+            for module in model.modules()
+            if type(module) is nn.Linear
+            and "forward" not in vars(module)
+            and id(module.weight) not in left
+        ]
+        self.before = False
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.linear or torch.compiler.is_compiling():
-            return func(*args, **kwargs)
-        return self._linear(*args, **kwargs)
+    def __enter__(self) -> None:
+        self.before, _local.packed = _local.packed, True
+        for layer in self.layers:
+            vars(layer)["forward"] = functools.partial(_forward, layer)
 
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        dtype = None if id(weight) in self.ignored else _product_dtype(input, weight, bias)
-        packed = None if dtype is None else packing.linear(weight, bias, dtype)
-        if dtype is None or packed is None:
-            return F.linear(input, weight, bias)
-        rows = input.to(dtype).reshape(-1, weight.shape[1])
-        # A view made in the Function itself would refuse in-place operations on it.
-        return _Product.apply(rows, weight, packed).view(*input.shape[:-1], weight.shape[0])
+    def __exit__(self, *_: Any) -> None:
+        for layer in self.layers:
+            del vars(layer)["forward"]
+        _local.packed = self.before
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``, with a packed weight inside :class:`FrozenProducts`."""
+    if torch.compiler.is_compiling() or not _local.packed:
+        return F.linear(x, weight, bias)
+    dtype = _product_dtype(x, weight, bias)
+    packed = None if dtype is None else packing.linear(weight, bias, dtype)
+    if dtype is None or packed is None:
+        return F.linear(x, weight, bias)
+    rows = x.to(dtype).reshape(-1, weight.shape[1])
+    if rows.requires_grad and torch.is_grad_enabled():
+        y = _Product.apply(rows, weight, packed)
+    else:
+        y = packed(rows)
+    # A view made in the Function itself would refuse in-place operations on it.
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _forward(layer: nn.Linear, input: Tensor) -> Tensor:
+    return linear(input, layer.weight, layer.bias)
 
 
 def _product_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
     """What the product runs in; None: it is PyTorch's."""
-    frozen = type(weight) is nn.Parameter and not weight.requires_grad
-    if not frozen or (bias is not None and bias.requires_grad) or weight.numel() < LEAST:
+    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trains and torch.is_grad_enabled():
+        return None
+    if type(weight) is not nn.Parameter or weight.numel() < LEAST:
         return None
     if not (x.is_cpu and weight.is_cpu and x.is_floating_point() and x.numel() > 0):
         return None

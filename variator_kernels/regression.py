@@ -25,11 +25,11 @@ class Moments:
         """``z [N, p]``, ``t [N, q]``, ``weight [N, 1]``."""
         wz = z * weight
         self.total += float(weight.double().sum())
-        self.z = self.z.to(z.device) + wz.double().sum(0)
-        self.t = self.t.to(z.device) + (t * weight).double().sum(0)
+        self.z = self.z.to(z.device) + (weight.T @ z)[0].double()
+        self.t = self.t.to(z.device) + (weight.T @ t)[0].double()
         self.zz = self.zz.to(z.device) + (wz.T @ z).double()
         self.zt = self.zt.to(z.device) + (wz.T @ t).double()
-        self.tt = self.tt.to(z.device) + (t * weight * t).double().sum()
+        self.tt = self.tt.to(z.device) + (weight.T @ t.square()).double().sum()
 
     def __add__(self, other: Moments) -> Moments:
         both = Moments()

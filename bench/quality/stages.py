@@ -22,6 +22,8 @@ from ..common.results import Row
 from . import originals, tasks
 from .recipe import Recipe, Variant
 
+CALIBRATION_BATCH = 64
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -95,14 +97,18 @@ def calibration(setup: Setup, task: tasks.Task, ratios: tuple[int, ...]) -> Row:
     model, tokenizer = originals.read(original(setup, task)[0], task=True)
     train, _ = tasks.load(setup.data, task, "train", model, tokenizer, setup.recipe.adapt_least)
     vk.patch(model, ratios[0], ratios)
-    batch = _calibration_batch(setup, model, tokenizer, train)
+    batches = _calibration_batches(setup, model, tokenizer, train)
     seconds = {}
     for k in ratios:
         start = time.perf_counter()
-        vk.calibrate(model, [batch], (k,))
+        vk.calibrate(model, batches, (k,))
         seconds[str(k)] = time.perf_counter() - start
-    tokens = int(batch["attention_mask"].sum())
-    return {"rows": len(batch["attention_mask"]), "tokens": tokens, "seconds": seconds}
+    masks = [batch["attention_mask"] for batch in batches]
+    return {
+        "rows": sum(map(len, masks)),
+        "tokens": sum(int(mask.sum()) for mask in masks),
+        "seconds": seconds,
+    }
 
 
 def _plugins(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> Path | None:
@@ -124,7 +130,7 @@ def _plugins(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> Pat
         if variant.adapt:
             if setup.recipe.splice:
                 mixed = noise.spliced(train.rows, tokenizer, setup.recipe.splice)
-                train = rows.Rows(train.rows, mixed, seed)
+                train = train.corrupted(mixed, seed)
             _train(setup, variant, seed, "adapt", model, tokenizer, train, folder)
             _train(setup, variant, seed, "finish", model, tokenizer, train, folder)
         vk.save_plugins(model, folder)
@@ -155,17 +161,20 @@ def _calibrate(
 ) -> None:
     vk.calibrate(
         model,
-        [_calibration_batch(setup, model, tokenizer, train)],
+        _calibration_batches(setup, model, tokenizer, train),
         merge=variant.frozen != "merge",
         adapter=variant.frozen != "adapter",
     )
 
 
-def _calibration_batch(setup: Setup, model: Any, tokenizer: Any, train: rows.Rows) -> Any:
-    """Rows of all lengths, about as many tokens as the recipe says."""
+def _calibration_batches(setup: Setup, model: Any, tokenizer: Any, train: rows.Rows) -> list[Any]:
+    """Rows of all lengths, similar ones together, about as many tokens as the recipe says."""
     tokens = sum(len(row["input_ids"]) for row in train.rows)
     picked = train.spread(max(20, round(setup.recipe.calibration_tokens * len(train) / tokens)))
-    return collator(tokenizer, model.config)(picked)
+    pad = collator(tokenizer, model.config)
+    return [
+        pad(picked[i : i + CALIBRATION_BATCH]) for i in range(0, len(picked), CALIBRATION_BATCH)
+    ]
 
 
 def _train(

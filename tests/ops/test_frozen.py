@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from tests.ops.cases import assert_close, needs_cpu
@@ -57,7 +59,7 @@ def test_is_linear_in_both_directions(packed, dtype, bias, shape):
     exact = run(wide, x.double(), dy.double())
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         plain = run(linear, x, dy)
-        with frozen.FrozenProducts():
+        with frozen.FrozenProducts(linear):
             ours = run(linear, x, dy)
     assert packed == {"linear": 1, "transposed": 1}
     for a, b, c in zip(ours, plain, exact, strict=True):
@@ -67,7 +69,7 @@ def test_is_linear_in_both_directions(packed, dtype, bias, shape):
 
 def test_a_layer_in_two_precisions():
     linear, x, dy = layer(), torch.randn(5, IN), torch.randn(5, OUT)
-    with frozen.FrozenProducts():
+    with frozen.FrozenProducts(linear):
         for autocast in (False, True, False):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 y, dx = run(linear, x, dy)
@@ -76,11 +78,10 @@ def test_a_layer_in_two_precisions():
 
 
 def test_weights_with_gradients_are_left_alone(packed):
-    linear, x = layer().requires_grad_(True), torch.randn(3, IN)
-    with frozen.FrozenProducts():
+    linear, bias_alone, x = layer().requires_grad_(True), layer(), torch.randn(3, IN)
+    bias_alone.bias.requires_grad_(True)
+    with frozen.FrozenProducts(nn.ModuleList([linear, bias_alone])):
         linear(x).sum().backward()
-        bias_alone = layer()
-        bias_alone.bias.requires_grad_(True)
         bias_alone(x).sum().backward()
     assert linear.weight.grad is not None and bias_alone.bias.grad is not None
     assert packed["linear"] == 0
@@ -88,35 +89,38 @@ def test_weights_with_gradients_are_left_alone(packed):
 
 def test_what_is_no_parameter_is_left_alone(packed):
     """A weight computed for one call (a parametrisation's) would be packed for that call alone."""
-    with frozen.FrozenProducts():
-        F.linear(torch.randn(3, IN), torch.randn(OUT, IN))
-        nn.Linear(8, 8).requires_grad_(False)(torch.randn(3, 8))
-        layer()(torch.randn(0, IN))
-        layer().double()(torch.randn(3, IN).double())
+    small, empty, wide = nn.Linear(8, 8).requires_grad_(False), layer(), layer().double()
+    with frozen.FrozenProducts(nn.ModuleList([small, empty, wide])):
+        frozen.linear(torch.randn(3, IN), torch.randn(OUT, IN))
+        small(torch.randn(3, 8))
+        empty(torch.randn(0, IN))
+        wide(torch.randn(3, IN).double())
     assert packed["linear"] == 0
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: layer()(torch.randn(3, IN).double()),
-        lambda: layer()(torch.randn(3, IN - 1)),
-        lambda: F.linear(torch.randn(3, IN), layer().weight, layer().bias[1:]),
-        lambda: layer()(torch.ones(3, IN, dtype=torch.long)),
+        lambda linear: linear(torch.randn(3, IN).double()),
+        lambda linear: linear(torch.randn(3, IN - 1)),
+        lambda linear: frozen.linear(torch.randn(3, IN), linear.weight, linear.bias[1:]),
+        lambda linear: linear(torch.ones(3, IN, dtype=torch.long)),
     ],
     ids=["dtype", "width", "bias", "integers"],
 )
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_errors_are_pytorchs(call, autocast):
+    linear = layer()
+
     def attempt():
         try:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                return call().dtype
+                return call(linear).dtype
         except RuntimeError as error:
             return str(error)
 
     plain = attempt()
-    with frozen.FrozenProducts():
+    with frozen.FrozenProducts(linear):
         assert attempt() == plain
 
 
@@ -125,16 +129,16 @@ def test_shapes_that_are_no_matrix_product():
     x = torch.randn(3, frozen.LEAST)
     linear = layer()
     one = torch.randn(1)
-    with frozen.FrozenProducts():
-        torch.testing.assert_close(F.linear(x, vector), x @ vector)
-        y = F.linear(torch.ones(2, IN), linear.weight, one)
+    with frozen.FrozenProducts(linear):
+        torch.testing.assert_close(frozen.linear(x, vector), x @ vector)
+        y = frozen.linear(torch.ones(2, IN), linear.weight, one)
     torch.testing.assert_close(y, torch.ones(2, IN) @ linear.weight.T + one)
 
 
 def test_results_may_be_changed_in_place():
     """Hooks do it."""
     linear, x, dy = layer(), torch.randn(2, 5, IN), torch.randn(2, 5, OUT)
-    with frozen.FrozenProducts():
+    with frozen.FrozenProducts(linear):
         y, dx = run(lambda x: linear(x).mul_(2).relu_(), x, dy)
     expected = run(lambda x: (linear(x) * 2).relu(), x, dy)
     torch.testing.assert_close((y, dx), expected)
@@ -142,7 +146,7 @@ def test_results_may_be_changed_in_place():
 
 def test_second_derivatives_are_refused():
     linear, x = layer(), torch.randn(3, IN, requires_grad=True)
-    with frozen.FrozenProducts():
+    with frozen.FrozenProducts(linear):
         (g,) = torch.autograd.grad(linear(x).tanh().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             g.square().sum().backward()
@@ -150,21 +154,21 @@ def test_second_derivatives_are_refused():
 
 def test_ignored_weights_are_left_alone(packed):
     linear = layer()
-    with frozen.FrozenProducts(ignored=[linear.weight]):
+    with frozen.FrozenProducts(linear, ignored=[linear.weight]):
         linear(torch.randn(3, IN))
     assert packed["linear"] == 0
 
 
 def test_a_compiled_module_stays_one_graph():
     linear, x = layer(), torch.randn(3, IN)
-    with frozen.FrozenProducts():
+    with frozen.FrozenProducts(linear):
         y = torch.compile(linear, backend="eager", fullgraph=True)(x)
     torch.testing.assert_close(y, linear(x))
 
 
 def test_a_changed_weight_is_packed_again():
     linear, x, dy = layer(), torch.randn(3, IN), torch.randn(3, OUT)
-    with frozen.FrozenProducts():
+    with frozen.FrozenProducts(linear):
         before = run(linear, x, dy)
         linear.weight.mul_(2)
         linear.bias.mul_(2)
@@ -179,9 +183,39 @@ def test_a_changed_weight_is_packed_again():
 def test_nan_shows():
     linear, x = layer(), torch.randn(3, IN)
     linear.weight[0, 0] = float("nan")
-    with frozen.FrozenProducts():
+    with frozen.FrozenProducts(linear):
         y, dx = run(linear, x, torch.ones(3, OUT))
         assert y[:, 0].isnan().all() and dx[:, 0].isnan().all()
+    linear = layer()
+    with frozen.FrozenProducts(linear):
         x[1, 1] = float("nan")
-        y, _ = run(layer(), x, torch.ones(3, OUT))
+        y, _ = run(linear, x, torch.ones(3, OUT))
         assert y[1].isnan().all() and y[0].isfinite().all()
+
+
+def test_layers_are_as_before_afterwards(packed):
+    linear, other, x = layer(), layer(), torch.randn(3, IN)
+    other.forward = lambda x: x  # another tool's
+    model = nn.ModuleList([linear, other])
+    products = frozen.FrozenProducts(model)
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), products:
+            assert other(x) is x
+            linear(x)
+            raise ZeroDivisionError
+        assert packed.pop("linear", 0) == 1 and "forward" not in vars(linear)
+        packed["linear"] = 0
+        linear(x)
+        frozen.linear(x, linear.weight)
+        assert packed["linear"] == 0 and other(x) is x
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_another_thread_is_left_alone(packed):
+    linear, x = layer(), torch.randn(3, IN)
+    with frozen.FrozenProducts(linear), ThreadPoolExecutor(1) as pool:
+        pool.submit(linear, x).result()
+        assert packed["linear"] == 0
+        linear(x)
+    assert packed["linear"] == 1

@@ -50,13 +50,26 @@ def test_a_run_ends_as_without_them(tmp_path, products):
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_gradient_checkpointing_goes_without_them(tmp_path, products, late):
-    model = tiny.patched(head="EncoderModel", dropout=0.0, backend="cpu")
-    made = trainer(tmp_path, model, dropout=True, gradient_checkpointing=not late)
-    if late:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    made.train()
-    assert not products
+def test_gradient_checkpointing_runs_on_them_again(tmp_path, products, late):
+    """What the backward pass computes again is what the forward pass computed."""
+    ends = []
+    for checkpointing in (False, True):
+        model = tiny.patched(head="EncoderModel", dropout=0.0, backend="cpu")
+        early = checkpointing and not late
+        made = trainer(
+            tmp_path / str(checkpointing),
+            model,
+            dropout=True,
+            gradient_checkpointing=early,
+            save_strategy="no",
+        )
+        if checkpointing and late:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        made.train()
+        ends.append([*plugins(model)])
+        assert products
+        products.clear()
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
 
 
 def test_they_can_be_done_without(tmp_path, products):

@@ -3,13 +3,14 @@ spliced rows in adaptation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import DataCollatorForLanguageModeling
 
-Noise = Callable[[dict[str, Any], torch.Generator], dict[str, Any]]
+from .rows import Noise
+
 RATE, MEAN_SPAN = 0.15, 3.0
 
 

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from .data import TEXT, Row
 
+Noise = Callable[[dict[str, Any], torch.Generator], dict[str, Any]]
 LEAST = 8
 _CHUNK = 2000
 """Texts that are tokenised in one call."""
@@ -27,7 +28,7 @@ class Rows(Dataset):
     def __init__(
         self,
         rows: list[dict[str, Any]],
-        noise: Callable[[dict[str, Any], torch.Generator], dict[str, Any]] | None = None,
+        noise: Noise | None = None,
         seed: int = 0,
     ) -> None:
         self.rows = sorted(rows, key=lambda row: len(row["input_ids"]))
@@ -36,6 +37,10 @@ class Rows(Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def corrupted(self, noise: Noise, seed: int) -> Rows:
+        """The same rows with ``noise``."""
+        return Rows(self.rows, noise, seed)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         return self.draw(row, 0)

@@ -110,8 +110,7 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
     model, tokenizer = _load(job)
     train, correct = _rows(job, job.data, model, tokenizer, config.seed)
     if job.splice:
-        mixed = noise.spliced(train.rows, tokenizer, job.splice)
-        train = rows.Rows(train.rows, mixed, config.seed)
+        train = train.corrupted(noise.spliced(train.rows, tokenizer, job.splice), config.seed)
     held_out = job.eval_data and _rows(job, job.eval_data, model, tokenizer, config.seed)[0]
     plugged(model, job)
     pad = collator(tokenizer, model.config)

@@ -80,9 +80,11 @@ class DistillationTrainer(ResumableTrainer):
                 f"{shared} for {self.ratios}"
             )
         self.correct = correct
+        self.plugin_state = state
         state.warned = True  # that plugins are untrained is no news here
         model.requires_grad_(False)
-        for parameter in plugin_parameters(model, self.ratios):
+        self.trained = plugin_parameters(model, self.ratios)
+        for parameter in self.trained:
             parameter.requires_grad_(True)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = len(self.ratios) > shared
@@ -94,6 +96,9 @@ class DistillationTrainer(ResumableTrainer):
             eval_dataset=eval_dataset,
             **rest,
         )
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        # No loss reads a language model's logits; its head is the largest weight of all.
+        self.frozen = FrozenProducts(model, () if head is None else (head.weight,))
         # Gradients of accumulated batches are sums of shares of one mean: nothing to divide.
         self.model_accepts_loss_kwargs = True
 
@@ -115,14 +120,10 @@ class DistillationTrainer(ResumableTrainer):
 
     def _products(self) -> AbstractContextManager[Any]:
         """How the base model's own products run: packed, beside the CPU's kernels."""
-        args, (state,) = self.args, states(self.model)
-        (weight, *_) = plugin_parameters(self.model, self.ratios)
-        plain = not args.packed_products or args.torch_compile or _checkpoints(self.model)
-        if plain or backends.resolve(state.backend, weight) != "cpu":
+        packed = self.args.packed_products and not self.args.torch_compile
+        if not packed or backends.resolve(self.plugin_state.backend, self.trained[0]) != "cpu":
             return nullcontext()
-        head = getattr(self.model, "get_output_embeddings", lambda: None)()
-        # No loss reads a language model's logits; its head is the largest weight of all.
-        return FrozenProducts(ignored=() if head is None else (head.weight,))
+        return self.frozen
 
     # The loss
 
@@ -183,7 +184,8 @@ class DistillationTrainer(ResumableTrainer):
             return model(**losses.without_labels(inputs), output_hidden_states=True)
 
     def _student(self, model: Any, inputs: Mapping[str, Any], ratio: int) -> Any:
-        model.train(self.args.dropout and torch.is_grad_enabled())
+        if self.args.dropout and torch.is_grad_enabled():
+            model.train()  # else it stays as the teacher left it
         given = inputs if self.args.task_weight else losses.without_labels(inputs)
         with use_ratio(self.model, ratio), self.compute_loss_context_manager():
             return model(**given, output_hidden_states=True)
@@ -231,7 +233,7 @@ class DistillationTrainer(ResumableTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # A finite loss can have a gradient that is not; the next loss would tell, a save too late.
-        if not all(p.isfinite().all() for p in plugin_parameters(self.model, self.ratios)):
+        if not all(p.isfinite().all() for p in self.trained):
             self._not_finite(f"the plugins after step {self.state.global_step - 1} are not finite")
         super()._save_checkpoint(model, trial)
 
@@ -241,8 +243,7 @@ class DistillationTrainer(ResumableTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_plugins(self.model, resume_from_checkpoint)
-        (state,) = states(self.model)
-        state.warned = True
+        self.plugin_state.warned = True
 
     def _load_best_model(self) -> None:
         load_plugins(self.model, str(self.state.best_model_checkpoint))
