@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from variator_kernels.train.collate import collator
+from variator_kernels.train.collate import batches, collator
 from variator_kernels.train.resumable import ResumableTrainer
 
 
@@ -38,9 +38,8 @@ def finetune(model: Any, tokenizer: Any, train: Any, folder: Path, **settings: A
 @torch.no_grad()
 def accuracy(model: Any, tokenizer: Any, dev: Any, correct: Any, batch: int = 64) -> float:
     """Share of rows answered right."""
-    pad, right = collator(tokenizer, model.config), 0
     model.eval()
-    for start in range(0, len(dev), batch):
-        inputs = pad([dev[i] for i in range(start, min(start + batch, len(dev)))])
+    right = 0
+    for inputs in batches(dev, collator(tokenizer, model.config), batch):
         right += int(correct(model(**inputs), inputs).sum())
     return right / len(dev)

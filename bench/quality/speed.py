@@ -12,7 +12,7 @@ from torch import Tensor
 import variator_kernels as vk
 from variator_kernels.flops import Parts
 from variator_kernels.train import losses
-from variator_kernels.train.collate import collator
+from variator_kernels.train.collate import batches, collator
 
 from ..common import checks, timing
 from ..common.results import Row
@@ -33,12 +33,8 @@ def measure(
     """
     model, tokenizer = originals.read(folder, task=True)
     dev, _ = tasks.load(data, task, "dev", model, tokenizer)
-    pad = collator(tokenizer, model.config)
-    batches = [
-        pad([dev[i] for i in range(start, min(start + ROWS, len(dev)))])
-        for start in range(0, len(dev), ROWS)
-    ]
-    inputs = [{k: b[k] for k in ("input_ids", "attention_mask")} for b in batches]
+    padded = batches(dev, collator(tokenizer, model.config), ROWS)
+    inputs = [{k: batch[k] for k in ("input_ids", "attention_mask")} for batch in padded]
     encoder = _encoder(model)
     vk.patch(model, ratios[0], ratios)
     _fill(model)

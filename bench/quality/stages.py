@@ -15,14 +15,12 @@ from transformers import set_seed
 
 import variator_kernels as vk
 from variator_kernels.train import DistillationConfig, DistillationTrainer, noise, rows
-from variator_kernels.train.collate import collator
+from variator_kernels.train.collate import batches, collator
 
 from ..common import results
 from ..common.results import Row
 from . import originals, tasks
 from .recipe import Recipe, Variant
-
-CALIBRATION_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -97,13 +95,13 @@ def calibration(setup: Setup, task: tasks.Task, ratios: tuple[int, ...]) -> Row:
     model, tokenizer = originals.read(original(setup, task)[0], task=True)
     train, _ = tasks.load(setup.data, task, "train", model, tokenizer, setup.recipe.adapt_least)
     vk.patch(model, ratios[0], ratios)
-    batches = _calibration_batches(setup, model, tokenizer, train)
+    inputs = _calibration_batches(setup, model, tokenizer, train)
     seconds = {}
     for k in ratios:
         start = time.perf_counter()
-        vk.calibrate(model, batches, (k,))
+        vk.calibrate(model, inputs, (k,))
         seconds[str(k)] = time.perf_counter() - start
-    masks = [batch["attention_mask"] for batch in batches]
+    masks = [batch["attention_mask"] for batch in inputs]
     return {
         "rows": sum(map(len, masks)),
         "tokens": sum(int(mask.sum()) for mask in masks),
@@ -171,10 +169,7 @@ def _calibration_batches(setup: Setup, model: Any, tokenizer: Any, train: rows.R
     """Rows of all lengths, similar ones together, about as many tokens as the recipe says."""
     tokens = sum(len(row["input_ids"]) for row in train.rows)
     picked = train.spread(max(20, round(setup.recipe.calibration_tokens * len(train) / tokens)))
-    pad = collator(tokenizer, model.config)
-    return [
-        pad(picked[i : i + CALIBRATION_BATCH]) for i in range(0, len(picked), CALIBRATION_BATCH)
-    ]
+    return batches(picked, collator(tokenizer, model.config))
 
 
 def _train(

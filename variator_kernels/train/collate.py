@@ -21,6 +21,12 @@ def collator(tokenizer: Any, config: Any) -> Any:
     return DataCollatorWithPadding(tokenizer)
 
 
+def batches(rows: Any, pad: Any, size: int = 64) -> list[Any]:
+    """All ``rows`` in batches of up to ``size``, padded by a collator."""
+    starts = range(0, len(rows), size)
+    return [pad([rows[i] for i in range(start, min(start + size, len(rows)))]) for start in starts]
+
+
 class _Decoder:
     """Decoder inputs as the model makes them from labels; not all of its classes do."""
 

@@ -18,7 +18,7 @@ from ..checkpoint import load_plugins, save_plugins
 from ..models.patch import patch, unpatch
 from ..ratio import states
 from . import checkpoints, data, noise, rows, task
-from .collate import collator
+from .collate import batches, collator
 from .config import STEPS, DistillationConfig, fingerprint
 from .evaluation import Correct
 from .trainer import DistillationTrainer
@@ -115,7 +115,7 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
     plugged(model, job)
     pad = collator(tokenizer, model.config)
     if job.calibrate and checkpoints.last(output) is None:
-        calibrate(model, [pad(train.spread(job.calibrate))])
+        calibrate(model, batches(train.spread(job.calibrate), pad))
     config.sample_ratios = len(states(model)[0].ratios) > 1
     config.output_dir = str(output)
     config.eval_strategy = config.eval_strategy if held_out else "no"
