@@ -16,8 +16,9 @@ def samples(seed, number=400, p=7, q=5, rank=2, noise=0.0):
     return z, t, torch.rand(number, 1, generator=generator) + 0.1
 
 
-def moments(*triples):
-    made = Moments()
+def moments(*triples, origin=None):
+    z, t, _ = triples[0]
+    made = Moments(*origin or (torch.zeros_like(z[0]), torch.zeros_like(t[0])))
     for triple in triples:
         made.add(*triple)
     return made
@@ -72,3 +73,19 @@ def test_the_error_is_that_on_what_is_held_out_and_decides_the_ridge(monkeypatch
         tried.append(float((w * (predicted - t).square()).sum() / w.sum()))
     assert found.error == pytest.approx(min(tried), rel=1e-3)
     assert tried.index(min(tried)) == 1, "neither hardly any nor far too much"
+
+
+def test_inputs_far_from_zero():
+    """Squares in fp32 lose what a mean of a hundred deviations leaves of their digits."""
+    z, t, w = samples(5, number=30_000, noise=0.5)
+    z, z[:, 0] = z / z.std(0) + 100, 100.25
+    parts = slice(0, 24_000), slice(24_000, None)
+
+    def fitted(dtype, origin=None):
+        cut = [[x[part].to(dtype) for x in (z, t, w)] for part in parts]
+        return reduced_rank(*(moments(triple, origin=origin) for triple in cut), 2)
+
+    near, exact = fitted(torch.float32, (z.mean(0), t.mean(0))), fitted(torch.float64)
+    assert near.error == pytest.approx(exact.error, rel=0.05)  # 60 times it without the origin
+    a, b = (float((fit.predict(z) - t).square().mean()) for fit in (near, exact))
+    assert a == pytest.approx(b, rel=0.05)

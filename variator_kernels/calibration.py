@@ -18,7 +18,8 @@ follows (BERT): that is how much an error matters behind the norm.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -68,7 +69,7 @@ class _Sample(NamedTuple):
         """Of ``z [T, p]`` and ``t [T, q]``: of what is fitted, and of what is held out."""
         parts = []
         for part in (~self.held_out, self.held_out):
-            parts.append(Moments())
+            parts.append(Moments(z.mean(0), t.mean(0)))
             parts[-1].add(z[part], t[part], self.weight[part])
         return parts[0], parts[1]
 
@@ -85,7 +86,8 @@ def calibrate(
     """Give the plugins of a patched model initial values that fit these inputs.
 
     Takes memory for all sequences at once: the hidden states of every layer, and one layer's inner
-    activations.
+    activations; on the CPU kernels also for packed copies of the encoder's linear weights, which
+    are freed at the end together with those that inference made of this model, and makes again.
 
     Args:
         model: patched. Its other parameters stay as they are.
@@ -103,39 +105,40 @@ def calibrate(
     found = find(model)
     state: PluginState = vars(found.encoder)[STATE]
     wanted = [k for k in map(state.check, state.ratios if ratios is None else ratios) if k > 1]
+    on_cpu = backends.resolve(state.backend, found.like(0)) == "cpu"
     batches = list(batches)
     inputs = _joined(batches, inspect.signature(found.encoder.forward).parameters)
+    batches = [batch for batch in batches if len(batch["attention_mask"])]
     real = inputs["attention_mask"] != 0
-    dense: dict[nn.Module, list[Tensor]] = {}
+    dense: list[list[Tensor]] = []  # of each batch, what is behind each FFN
 
     def keep(real: Tensor, layer: nn.Module, x: Tensor, mask: Tensor | None, k: int) -> None:
         ffn = describe(layer)
-        kept = dense.setdefault(layer, [])
-        kept.append(x[real] + products(_hidden(x[real], ffn), ffn))
-        if not kept[-1].isfinite().all():
+        dense[-1].append(x[real] + products(_hidden(x[real], ffn), ffn))
+        if not dense[-1][-1].isfinite().all():
             raise FloatingPointError(
-                f"the dense model's hidden states behind FFN {list(dense).index(layer)} are not "
-                "finite: look for non-finite weights and inputs, or use a wider dtype"
+                f"the dense model's hidden states behind FFN {len(dense[-1]) - 1} are not finite: "
+                "look for non-finite weights and inputs, or use a wider dtype"
             )
 
-    def fit(layer: Any, x: Tensor, mask: Tensor | None, k: int) -> None:
-        ffn = describe(layer)
-        sample = _sample(x, real, torch.cat(dense[layer]), ffn)
+    def fit(place: Iterator[int], layer: Any, x: Tensor, mask: Tensor | None, k: int) -> None:
+        ffn, i = describe(layer), next(place)
+        sample = _sample(x, real, torch.cat([behind[i] for behind in dense]), ffn)
         _fit(layer.plugins[str(k)], ffn, sample, merge, adapter)
 
     before = [(parameter, parameter.clone()) for parameter in plugin_parameters(model, wanted)]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     warned, state.warned = state.warned, True
-    on_cpu = backends.resolve(state.backend, next(model.parameters())) == "cpu"
     try:
         with FrozenProducts(found.encoder) if on_cpu else nullcontext():
             for batch in batches:
                 here = batch["attention_mask"] != 0
+                dense.append([])
                 with observe(state, partial(keep, here)), use_ratio(model, 1):
                     found.encoder(**{key: batch[key] for key in inputs})
             for ratio in wanted:
-                with observe(state, fit), use_ratio(model, ratio):
+                with observe(state, partial(fit, itertools.count())), use_ratio(model, ratio):
                     found.encoder(**inputs)
     except BaseException:
         for parameter, value in before:

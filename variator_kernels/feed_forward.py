@@ -1,4 +1,4 @@
-"""What a feed-forward sublayer consists of: its norm, its products, its residual. Plain data."""
+"""What a feed-forward sublayer consists of: its norm, its products, its residual."""
 
 from __future__ import annotations
 

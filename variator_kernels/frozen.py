@@ -7,7 +7,6 @@ serve every step: in the teacher, in the student and, transposed, in the student
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -31,36 +30,48 @@ class _Local(threading.local):
 _local = _Local()
 
 
+class Forward:
+    """The ``forward`` of a layer while its products are packed: the layer is what it was."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer = layer
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return linear(input, self.layer.weight, self.layer.bias)
+
+
 class FrozenProducts:
     """While active, frozen weights on the CPU multiply in their packed forms.
 
     That holds for the ``nn.Linear`` layers of ``model``, whose ``forward`` is replaced meanwhile (a
-    mode of PyTorch's would cost every function of a step some Python), and for :func:`linear` in
-    this thread. Weights that get gradients, those in ``ignored``, compiled code, and what PyTorch
-    has an error for are left alone. There are no second derivatives. Packed weights stay until
-    they are forgotten, see :class:`packing.PackCache`.
+    mode of PyTorch's would cost every function of a step some Python), and for :func:`linear`, in
+    this thread. Weights that get gradients in a pass, those in ``ignored``, compiled code, a
+    ``forward`` that somebody else replaced, and what PyTorch has an error for are left alone. There
+    are no second derivatives. Packed weights stay until they are forgotten, see
+    :class:`packing.PackCache`. A copy of the model made meanwhile keeps the replacements.
     """
 
     def __init__(self, model: nn.Module, ignored: Iterable[Tensor] = ()) -> None:
         left = {id(weight) for weight in ignored}
         self.layers = [
-            module
-            for module in model.modules()
-            if type(module) is nn.Linear
-            and "forward" not in vars(module)
-            and id(module.weight) not in left
+            (layer, Forward(layer))  # made once: compiled code would notice new ones
+            for layer in model.modules()
+            if type(layer) is nn.Linear and id(layer.weight) not in left
         ]
-        self.before = False
+        self.entered: list[tuple[bool, list[tuple[nn.Linear, Forward]]]] = []
 
     def __enter__(self) -> None:
-        self.before, _local.packed = _local.packed, True
-        for layer in self.layers:
-            vars(layer)["forward"] = functools.partial(_forward, layer)
+        free = [pair for pair in self.layers if "forward" not in vars(pair[0])]
+        self.entered.append((_local.packed, free))
+        _local.packed = True
+        for layer, forward in free:
+            vars(layer)["forward"] = forward
 
     def __exit__(self, *_: Any) -> None:
-        for layer in self.layers:
-            del vars(layer)["forward"]
-        _local.packed = self.before
+        _local.packed, replaced = self.entered.pop()
+        for layer, forward in replaced:
+            if vars(layer).get("forward") is forward:
+                del vars(layer)["forward"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -78,10 +89,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = packed(rows)
     # A view made in the Function itself would refuse in-place operations on it.
     return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _forward(layer: nn.Linear, input: Tensor) -> Tensor:
-    return linear(input, layer.weight, layer.bias)
 
 
 def _product_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:

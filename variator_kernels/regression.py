@@ -12,33 +12,37 @@ RIDGES = (1e-2, 3e-2, 1e-1)
 
 
 class Moments:
-    """Weighted first and second moments of pairs (z, t), summed in float64.
+    """Weighted first and second moments of pairs (z, t), added up in float64.
 
-    Products are made in fp32, batch by batch: nothing of the number of samples is kept.
+    Those of a batch are made in fp32: nothing of the number of samples is kept. They are of the
+    distances from ``origin_z [p]`` and ``origin_t [q]``; near the means, squares keep their digits.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, origin_z: Tensor, origin_t: Tensor) -> None:
+        self.origin_z, self.origin_t = origin_z, origin_t
         self.total = 0.0
         self.z = self.t = self.zz = self.zt = self.tt = torch.zeros((), dtype=torch.float64)
 
     def add(self, z: Tensor, t: Tensor, weight: Tensor) -> None:
         """``z [N, p]``, ``t [N, q]``, ``weight [N, 1]``."""
+        z, t = z - self.origin_z, t - self.origin_t
         wz = z * weight
         self.total += float(weight.double().sum())
-        self.z = self.z.to(z.device) + (weight.T @ z)[0].double()
-        self.t = self.t.to(z.device) + (weight.T @ t)[0].double()
+        self.z = self.z.to(z.device) + wz.sum(0).double()
+        self.t = self.t.to(z.device) + (t * weight).sum(0).double()
         self.zz = self.zz.to(z.device) + (wz.T @ z).double()
         self.zt = self.zt.to(z.device) + (wz.T @ t).double()
-        self.tt = self.tt.to(z.device) + (weight.T @ t.square()).double().sum()
+        self.tt = self.tt.to(z.device) + (t * weight * t).double().sum()
 
     def __add__(self, other: Moments) -> Moments:
-        both = Moments()
-        for name, value in vars(self).items():
-            setattr(both, name, value + vars(other)[name])
+        """Of both, which have the same origin."""
+        both = Moments(self.origin_z, self.origin_t)
+        for name in ("total", "z", "t", "zz", "zt", "tt"):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
         return both
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Means of z and t; covariances of z, and of z with t."""
+        """Means of z and t, from the origin; covariances of z, and of z with t."""
         mean_z, mean_t = self.z / self.total, self.t / self.total
         covariance = self.zz / self.total - torch.outer(mean_z, mean_z)
         return mean_z, mean_t, covariance, self.zt / self.total - torch.outer(mean_z, mean_t)
@@ -82,8 +86,8 @@ def reduced_rank(fitted: Moments, held_out: Moments, rank: int) -> Fit:
     return Fit(
         left.float(),
         (full @ left).T.float(),
-        mean_in.float(),
-        mean_out.float(),
+        (both.origin_z + mean_in).float(),
+        (both.origin_t + mean_out).float(),
         deviation.float(),
         error,
     )

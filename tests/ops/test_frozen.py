@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
+import variator_kernels as vk
+from tests.models import tiny
 from tests.ops.cases import assert_close, needs_cpu
 from variator_kernels import frozen, packing
+from variator_kernels.models.describe import describe
+from variator_kernels.models.find import find
 
 pytestmark = needs_cpu
 IN, OUT = 136, 144
@@ -78,13 +81,17 @@ def test_a_layer_in_two_precisions():
 
 
 def test_weights_with_gradients_are_left_alone(packed):
+    """In a pass that computes them."""
     linear, bias_alone, x = layer().requires_grad_(True), layer(), torch.randn(3, IN)
     bias_alone.bias.requires_grad_(True)
     with frozen.FrozenProducts(nn.ModuleList([linear, bias_alone])):
         linear(x).sum().backward()
         bias_alone(x).sum().backward()
-    assert linear.weight.grad is not None and bias_alone.bias.grad is not None
-    assert packed["linear"] == 0
+        assert linear.weight.grad is not None and bias_alone.bias.grad is not None
+        assert packed["linear"] == 0
+        with torch.no_grad():
+            linear(x)
+    assert packed["linear"] == 1
 
 
 def test_what_is_no_parameter_is_left_alone(packed):
@@ -159,13 +166,6 @@ def test_ignored_weights_are_left_alone(packed):
     assert packed["linear"] == 0
 
 
-def test_a_compiled_module_stays_one_graph():
-    linear, x = layer(), torch.randn(3, IN)
-    with frozen.FrozenProducts(linear):
-        y = torch.compile(linear, backend="eager", fullgraph=True)(x)
-    torch.testing.assert_close(y, linear(x))
-
-
 def test_a_changed_weight_is_packed_again():
     linear, x, dy = layer(), torch.randn(3, IN), torch.randn(3, OUT)
     with frozen.FrozenProducts(linear):
@@ -195,21 +195,54 @@ def test_nan_shows():
 
 def test_layers_are_as_before_afterwards(packed):
     linear, other, x = layer(), layer(), torch.randn(3, IN)
-    other.forward = lambda x: x  # another tool's
     model = nn.ModuleList([linear, other])
     products = frozen.FrozenProducts(model)
-    before = copy.deepcopy(model.state_dict())
+    other.forward = theirs = lambda x: x  # another tool's, later than the products were made
+    before = [dict(vars(module)) for module in model.modules()]
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), products:
             assert other(x) is x
             linear(x)
             raise ZeroDivisionError
-        assert packed.pop("linear", 0) == 1 and "forward" not in vars(linear)
+        assert packed["linear"] == 1
         packed["linear"] = 0
         linear(x)
         frozen.linear(x, linear.weight)
-        assert packed["linear"] == 0 and other(x) is x
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+        assert packed["linear"] == 0 and other.forward is theirs
+    assert [dict(vars(module)) for module in model.modules()] == before
+
+
+def test_nested_and_disturbed(packed):
+    """By another block over the same model, by itself, and by what takes a forward away."""
+    linear, x = layer(), torch.randn(3, IN)
+    one, two = frozen.FrozenProducts(linear), frozen.FrozenProducts(linear)
+    for outer, inner in ((one, two), (one, one)):
+        with outer:
+            with inner:
+                linear(x)
+            linear(x)
+        assert packed["linear"] == 2 and "forward" not in vars(linear)
+        packed["linear"] = 0
+    with one:
+        del linear.forward
+    with one, two:
+        linear.forward = theirs = lambda x: x
+    assert linear.forward is theirs
+    del linear.forward
+    linear(x)
+    frozen.linear(x, linear.weight)
+    assert packed["linear"] == 0
+
+
+def test_a_compiled_module_is_compiled_once():
+    linear, x = layer(), torch.randn(3, IN)
+    compiled = torch.compile(linear, backend="eager", fullgraph=True)
+    products = frozen.FrozenProducts(linear)
+    expected = linear(x)
+    for _ in range(12):  # more than the compiler's limit of 8
+        with products:
+            torch.testing.assert_close(compiled(x), expected)
+        torch.testing.assert_close(compiled(x), expected)
 
 
 def test_another_thread_is_left_alone(packed):
@@ -219,3 +252,13 @@ def test_another_thread_is_left_alone(packed):
         assert packed["linear"] == 0
         linear(x)
     assert packed["linear"] == 1
+
+
+@pytest.mark.parametrize(("family", "act"), tiny.VARIANTS)
+def test_a_sublayer_is_described_as_before(family, act):
+    model = vk.patch(tiny.model(family, act), ratio=4)
+    layers = find(model).layers
+    assert not any(describe(layer).module for layer in layers)
+    with frozen.FrozenProducts(model):
+        assert all("forward" in vars(part) for part in model.modules() if type(part) is nn.Linear)
+        assert not any(describe(layer).module for layer in layers)

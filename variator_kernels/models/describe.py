@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..feed_forward import FeedForward
+from ..frozen import Forward
 from .families import FAMILIES, ROW, Family, follow, is_a, lookup
 
 _ACTIVATIONS = {
@@ -124,10 +125,10 @@ def _run(steps: tuple[nn.Module, ...], x: Tensor) -> Tensor:
 
 
 def _untouched(module: nn.Module) -> bool:
-    """Nobody replaced its ``forward`` or hooked it."""
-    return not (
-        "forward" in module.__dict__
-        or module._forward_hooks
+    """Nobody replaced its ``forward`` or hooked it; packed products are what it is."""
+    forward = module.__dict__.get("forward")
+    return (forward is None or isinstance(forward, Forward)) and not (
+        module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

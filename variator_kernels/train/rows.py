@@ -39,7 +39,7 @@ class Rows(Dataset):
         return len(self.rows)
 
     def corrupted(self, noise: Noise, seed: int) -> Rows:
-        """The same rows with ``noise``."""
+        """The same rows with ``noise`` and ``seed`` in place of their own."""
         return Rows(self.rows, noise, seed)
 
     def __getitem__(self, row: int) -> dict[str, Any]:

@@ -233,7 +233,7 @@ class DistillationTrainer(ResumableTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # A finite loss can have a gradient that is not; the next loss would tell, a save too late.
-        if not all(p.isfinite().all() for p in self.trained):
+        if not all(p.isfinite().all() for p in plugin_parameters(self.model, self.ratios)):
             self._not_finite(f"the plugins after step {self.state.global_step - 1} are not finite")
         super()._save_checkpoint(model, trial)
 
