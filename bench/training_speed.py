@@ -2,14 +2,16 @@
 
 A step is what ``DistillationTrainer`` does: the teacher's forward, the student's forward and
 backward, and Adam, in fp32 or in mixed precision (bf16). The arms of a dtype share one process and
-take turns. Loss and gradients of each arm are compared with float64 before and after; without a
-green check an arm has no number, and the exit code is 1.
+take turns, each with one untimed step before the timed one. Loss and gradients of each arm are
+compared with float64 before and after; without a green check an arm has no number, and the exit
+code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import sys
 import tempfile
 from typing import Any
@@ -29,13 +31,21 @@ from .memory import MIB
 ARMS = {"reference": "reference", "ours": "auto", "ours-unpacked": "auto"}
 """Backends. The last leaves the frozen weights' products to PyTorch, which takes less memory."""
 DTYPES = ("fp32", "bf16")
+SHAPES = ((4, 128), (16, 24))
+"""Rows and tokens of a batch: paragraphs as in pre-training, sentences as in adaptation."""
 
 
 class Arm:
     """One patched copy of the model, its optimizer, and the batch."""
 
     def __init__(
-        self, model: Any, name: str, args: argparse.Namespace, dtype: str, folder: str
+        self,
+        model: Any,
+        name: str,
+        args: argparse.Namespace,
+        shape: tuple[int, int],
+        dtype: str,
+        folder: str,
     ) -> None:
         self.model = vk.patch(
             copy.deepcopy(model), args.ratio, (args.ratio,), args.bottleneck, backend=ARMS[name]
@@ -55,7 +65,6 @@ class Arm:
         self.trainer = DistillationTrainer(self.model, config)
         self.model = self.trainer.accelerator.prepare_model(self.model)  # mixed precision
         self.optimizer = self.trainer.create_optimizer()
-        shape = (args.batch, args.length)
         high = self.model.config.vocab_size
         ids = torch.randint(5, high, shape, generator=models.generator(2))
         self.batch = {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.long)}
@@ -85,9 +94,11 @@ class Arm:
         return found
 
 
-def measure(model: Any, args: argparse.Namespace, dtype: str, folder: str) -> list[Row]:
+def measure(
+    model: Any, args: argparse.Namespace, shape: tuple[int, int], dtype: str, folder: str
+) -> list[Row]:
     """Check, time in turns, check again; memory by arm."""
-    arms = {name: Arm(model, name, args, dtype, folder) for name in ARMS}
+    arms = {name: Arm(model, name, args, shape, dtype, folder) for name in ARMS}
     rounds = args.repeats or (3 if args.quick else 9)
     truth = checks.truth(arms["reference"].double(), arms["reference"].gradients())
     verdicts = {name: checks.judge(arm.gradients(), truth) for name, arm in arms.items()}
@@ -106,7 +117,8 @@ def measure(model: Any, args: argparse.Namespace, dtype: str, folder: str) -> li
             (verdicts[name], checks.judge(arm.gradients(), truth)),
             key=lambda verdict: (not verdict.ok, verdict.error / max(verdict.allowed, 1e-30)),
         )
-        row: Row = {"case": "training", "dtype": dtype, "arm": name}
+        row: Row = {"case": "training", "batch": shape[0], "length": shape[1]}
+        row |= {"dtype": dtype, "arm": name}
         row |= {"error": worst.error, "allowed": worst.allowed}
         if worst.ok:
             row |= {
@@ -128,16 +140,16 @@ def table(rows: list[Row]) -> Table:
     """Step time and memory, beside the reference's."""
     made = Table(title="a training step", title_justify="left")
     sizes = ("peak, MiB", "packed weights, MiB", "both over reference")
-    for name in ("dtype", "arm", "seconds", "over reference", *sizes, "check"):
+    for name in ("rows x tokens", "dtype", "arm", "seconds", "over reference", *sizes, "check"):
         made.add_column(name, justify="left" if name in ("dtype", "arm") else "right")
     for row in rows:
         check = f"{row['error']:.1e} / {row['allowed']:.1e}"
+        names = f"{row['batch']} x {row['length']}", row["dtype"], row["arm"]
         if row["status"] != "ok":
-            made.add_row(row["dtype"], row["arm"], "FAILED", "", "", "", "", check)
+            made.add_row(*names, "FAILED", "", "", "", "", check)
             continue
         made.add_row(
-            row["dtype"],
-            row["arm"],
+            *names,
             f"{row['seconds']['median']:.3f}",
             f"{row['over_reference']['median']:.2f}",
             f"{row['peak_bytes'] / MIB:.0f}",
@@ -157,8 +169,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=options.count, help="rounds; default 9")
     parser.add_argument("--quick", action="store_true", help="little work: does everything run?")
     args = parser.parse_args(arguments)
+    one = args.quick or args.batch or args.length
     if not args.quick:
-        args.batch, args.length = args.batch or 4, args.length or 128  # the paper's paragraphs
+        args.batch, args.length = args.batch or SHAPES[0][0], args.length or SHAPES[0][1]
     try:
         options.settle_common(args)
         wrong = [dtype for dtype in args.dtype if dtype not in DTYPES]
@@ -168,15 +181,18 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     torch.set_num_threads(args.threads)
-    names = ("batch", "length", "bottleneck", "ratio", "threads", "dtype", "attention")
-    settings = {name: getattr(args, name) for name in names}
+    shapes = ((args.batch, args.length),) if one else SHAPES
+    names = ("bottleneck", "ratio", "threads", "dtype", "attention")
+    settings = {"shapes": shapes} | {name: getattr(args, name) for name in names}
     content = results.result("training_speed", settings, options.describe(model))
     console = Console(width=None if sys.stdout.isatty() else 150)
     options.print_head(console, content)
     built = models.encoder(model, torch.float32, args.attention)
     with tempfile.TemporaryDirectory() as folder:
         content["rows"] = [
-            row for dtype in args.dtype for row in measure(built, args, dtype, folder)
+            row
+            for shape, dtype in itertools.product(shapes, args.dtype)
+            for row in measure(built, args, shape, dtype, folder)
         ]
     path = results.folder(args.output, args.publish) / "training_speed.json"
     results.write(path, content)

@@ -98,8 +98,9 @@ def calibrate(
 
     Raises:
         ValueError: the model is not patched or has no plugins for a ratio, or ``batches`` has
-            fewer than 10 sequences, or no ``attention_mask``. FloatingPointError: the hidden states
-            are not finite. All plugins have their old values then.
+            fewer than 10 sequences, or no ``attention_mask``. TypeError: ``batches`` does not hold
+            mappings. FloatingPointError: the hidden states are not finite. All plugins have their
+            old values then.
     """
     states(model)
     found = find(model)
@@ -154,6 +155,11 @@ def calibrate(
 def _joined(batches: Sequence[Mapping[str, Tensor]], names: Iterable[str]) -> dict[str, Tensor]:
     """All sequences as one batch, padded on the right; only what the encoder takes."""
     for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                "batches must be several mappings such as a tokenizer returns, got one of "
+                f"{type(batch).__name__}: is it a single batch, without a list around it?"
+            )
         if batch.get("attention_mask") is None:
             raise ValueError(f"batches must hold attention_mask, got {sorted(batch)}")
     rows = sum(len(batch["attention_mask"]) for batch in batches)

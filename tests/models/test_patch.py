@@ -47,7 +47,7 @@ def test_patches_the_encoder_of_every_head(head):
     base = {key: value.clone() for key, value in model.state_dict().items()}
     vk.patch_t5(model, ratios=(2,))
     keys = set(model.state_dict()) - set(base)
-    assert len(keys) == 2 * 2 * 6
+    assert len(keys) == 2 * 6
     assert not any("decoder" in key for key in keys)
     assert all(
         torch.equal(value, base[key]) for key, value in model.state_dict().items() if key in base
@@ -102,6 +102,22 @@ def test_every_argument_reaches_the_plugins():
     state = model.encoder.variator_state
     assert (state.ratio, state.backend) == (3, "reference")
     assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("ratios", "active"), [((2, 4, 8), 4), ((16, 2), 16), ((8, 4), 4), (iter([2]), 2)], ids=str
+)
+def test_the_active_ratio_is_one_of_those_asked_for(ratios, active):
+    state = vk.patch(tiny.model(), ratios=ratios).encoder.variator_state
+    assert state.ratio == active and set(state.ratios) <= {2, 4, 8, 16}
+    assert active in state.ratios and (4 in state.ratios) == (active == 4)
+    with pytest.raises(ValueError, match="ratios must name at least one"):
+        vk.patch(tiny.model(), ratios=())
+
+
+def test_refuses_what_is_no_model():
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
+        vk.patch("folder")
 
 
 def test_requires_grad_of_the_base_is_left_alone():

@@ -186,6 +186,13 @@ def test_calibrates_before_the_first_step(folder, tmp_path):
         ),
         ("pretrain", "text.txt", "w1 " * 20, ["--splice", "1"], "splice must be 0 in pretrain"),
         ("adapt", "a.tsv", "", ["--splice", "2"], "splice must be a part from 0 to 1, got 2"),
+        ("adapt", "a.tsv", "", ["--splice", "1", "--task_weight", "1"], "got 1.0 and 1.0"),
+        ("adapt", "a.tsv", "", ["--max-length", "0"], "max_length must be .* >= 1, got 0"),
+        ("adapt", "a.tsv", "", ["--calibrate", "9"], "calibrate must be 0 or at least 10 .* got 9"),
+        ("adapt", "a.tsv", "", ["--resume_from_checkpoint", "x"], "must not be given.* got 'x'"),
+        ("pretrain", "a.tsv", "a\tb\n1\t2\n", ["--text", "c"], "no column 'c'"),
+        ("pretrain", "a.tsv", "", ["--text", "a,b"], "text must name one column in pretrain"),
+        ("adapt", "a.csv", None, [], "data must be a .txt, .tsv, .jsonl or .json file, got"),
     ],
 )
 def test_refuses_bad_data_and_leaves_the_output_alone(
@@ -194,12 +201,51 @@ def test_refuses_bad_data_and_leaves_the_output_alone(
     if content is not None:
         (tmp_path / name).write_text(content)
     output = tmp_path / "output"
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises((ValueError, FileNotFoundError, ImportError), match=message):
         main(command(folder, output, step, str(tmp_path / name), "--max_steps", "1", *more))
     assert not output.exists()
 
 
+def test_plain_text_from_a_column(folder, tmp_path):
+    text = (folder / "text.txt").read_text().splitlines()
+    (tmp_path / "a.tsv").write_text("\n".join(["n\tbody", *(f"1\t{line}" for line in text)]))
+    more = ["--max_steps", "2", "--save_steps", "2"]
+    main(command(folder, tmp_path / "a", "pretrain", "text.txt", *more))
+    table = str(tmp_path / "a.tsv")
+    main(command(folder, tmp_path / "b", "pretrain", table, *more, "--text", "body"))
+    a, b = (load_file(tmp_path / name / "plugins.safetensors") for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [("--max_length", "--max-length"), ("--layer_wieght=3", "--layer_weight"), ("--q", "--help")],
+)
+def test_an_unknown_option_names_one_that_is_like_it(folder, tmp_path, capsys, given, near):
+    with pytest.raises(SystemExit):
+        main(command(folder, tmp_path / "output", "pretrain", "text.txt", given, "64"))
+    assert f"unknown option {given}" in (text := capsys.readouterr().err) and near in text
+
+
+def test_data_that_changed_are_another_run(folder, tmp_path, caplog):
+    data = tmp_path / "a.txt"
+    data.write_text((folder / "text.txt").read_text())
+    arguments = command(folder, tmp_path / "output", "pretrain", str(data), "--max_steps", "1")
+    main(arguments)
+    assert not caplog.messages
+    main(arguments)
+    assert "finished: there is nothing to do" in caplog.text
+    (tmp_path / "output" / "metrics.json").unlink()
+    main(arguments)
+    assert "it goes on from checkpoint-1" in caplog.text
+    data.write_text(data.read_text() + "w1 w2 w3 w4 w5 w6 w7 w8 w9\n")
+    with pytest.raises(ValueError, match="holds a run with sha256="):
+        main(arguments)
+
+
 def test_refuses_an_output_of_others(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"output must be a folder of its own, .* holds a model"):
+        main(command(folder, folder / "model", "pretrain", "text.txt", "--max_steps", "1"))
     (tmp_path / "checkpoint-5").mkdir()
     with pytest.raises(ValueError, match="holds another program's checkpoints"):
         main(command(folder, tmp_path, "pretrain", "text.txt", "--max_steps", "1"))

@@ -9,6 +9,7 @@ import pytest
 
 from tests.train import toy
 from variator_kernels.train import data, rows, task
+from variator_kernels.train.collate import batches
 from variator_kernels.train.stream import Stream
 
 
@@ -154,3 +155,8 @@ def test_a_stream_repeats_itself_and_deals_every_row_once_a_turn():
     ]
     mixed = [i for i, size in enumerate(steps) if max(size) - min(size) > 2]
     assert set(mixed) <= {5, 11}
+
+
+def test_batches_hold_every_row_once():
+    assert batches(range(7), list, 3) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert batches([], list, 3) == []

@@ -251,3 +251,12 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
         made[-1].train()
     for a, b in zip(*(plugins(m.model) for m in made), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_an_epoch_is_a_pass_over_the_rows(tmp_path):
+    made = trainer(tmp_path, tiny.patched(head="EncoderModel"), max_steps=6, logging_steps=3)
+    made.train()
+    passes = 6 * made.args.per_device_train_batch_size / len(ROWS)
+    found = [entry["epoch"] for entry in made.state.log_history if "loss" in entry]
+    assert found == pytest.approx([passes / 2, passes])
+    assert made.state.log_history[-1]["epoch"] == pytest.approx(passes)

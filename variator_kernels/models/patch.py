@@ -15,13 +15,15 @@ from .families import BERT_FAMILIES, FAMILIES, T5_FAMILIES, Family
 from .find import Found, check_unchanged, find, is_patched
 
 PLACEMENTS = ("ffn",)
+DEFAULT = 4
+"""The active ratio, where there is such a one."""
 _OWN_LIST = "variator_own_ignore_list"
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def patch_t5(
     model: Model,
-    ratio: int = 4,
+    ratio: int | None = None,
     ratios: Iterable[int] = (2, 4, 8),
     bottleneck: int = 64,
     activation: str = "tanh",
@@ -36,7 +38,8 @@ def patch_t5(
 
     Args:
         model: holds one encoder of these families, at any depth, or is it.
-        ratio: the active one; 1 is dense. It is added to ``ratios`` if it is not there.
+        ratio: the active one; 1 is dense. It is added to ``ratios`` if it is not there. By default
+            4, or the first of ``ratios`` if 4 is not among them.
         ratios: every k that gets plugins, each at least 2.
         bottleneck, activation: r and φ of the plugins.
         placements: only ``("ffn",)``.
@@ -55,7 +58,7 @@ def patch_t5(
 
 def patch_bert(
     model: Model,
-    ratio: int = 4,
+    ratio: int | None = None,
     ratios: Iterable[int] = (2, 4, 8),
     bottleneck: int = 64,
     activation: str = "tanh",
@@ -76,7 +79,7 @@ def patch_bert(
 
 def patch(
     model: Model,
-    ratio: int = 4,
+    ratio: int | None = None,
     ratios: Iterable[int] = (2, 4, 8),
     bottleneck: int = 64,
     activation: str = "tanh",
@@ -86,8 +89,10 @@ def patch(
     """:func:`patch_t5` or its like, by ``model.config.model_type``.
 
     Raises:
-        ValueError: the family is not known; else as :func:`patch_t5`.
+        TypeError, ValueError: the family is not known; else as :func:`patch_t5`.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:
         raise ValueError(f"model must be of a known family, {tuple(FAMILIES)}, got {kind!r}")
@@ -145,7 +150,7 @@ def plugin_parameters(model: nn.Module, ratios: Iterable[int] | None = None) -> 
 def apply(
     model: Model,
     families: tuple[Family, ...],
-    ratio: int,
+    ratio: int | None,
     ratios: Iterable[int],
     bottleneck: int,
     activation: str,
@@ -157,10 +162,11 @@ def apply(
         raise ValueError("model is already patched: use set_ratio(), or unpatch() it first")
     found = find(model, families)
     check_unchanged(found)
+    active, every = _ratios(ratio, ratios)
     state = PluginState(
         family=found.family.name,
-        ratio=checks.ratio(ratio),
-        ratios=_ratios(ratio, ratios),
+        ratio=active,
+        ratios=every,
         bottleneck=checks.ratio(bottleneck, "bottleneck"),
         activation=checks.choice(activation, checks.ADAPTER_ACTIVATIONS, "activation"),
         placements=_placements(placements),
@@ -178,17 +184,20 @@ def apply(
     return model
 
 
-def _ratios(ratio: int, ratios: Iterable[int]) -> tuple[int, ...]:
+def _ratios(ratio: int | None, ratios: Iterable[int]) -> tuple[int, tuple[int, ...]]:
+    """The active one, and all."""
     try:
         given = list(ratios)
     except TypeError:
         raise ValueError(f"ratios must be a sequence of integers >= 2, got {ratios!r}") from None
-    every = {checks.ratio(k, "ratios", least=2) for k in given}
-    active = checks.ratio(ratio)
-    every |= {active} if active > 1 else set()
+    every = [checks.ratio(k, "ratios", least=2) for k in given]
+    active = None if ratio is None else checks.ratio(ratio)
+    every += [] if active in (None, 1) else [active]
     if not every:
         raise ValueError("ratios must name at least one ratio >= 2, got ()")
-    return tuple(sorted(every))
+    if active is None:
+        active = DEFAULT if DEFAULT in every else every[0]
+    return active, tuple(sorted(set(every)))
 
 
 def _placements(placements: Iterable[str]) -> tuple[str, ...]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import logging
 import sys
 from typing import Any
 
 from transformers import HfArgumentParser
 
 from .config import STEP_DEFAULTS, STEPS, DistillationConfig
-from .run import Job, run
+from .job import Job
+from .run import run
 
 EPILOG = """\
 Every other option is one of DistillationConfig's, a transformers.TrainingArguments:
@@ -35,18 +38,30 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = made.add_argument
-    add("step", choices=STEPS, help="pretrain on plain text, or adapt to a task")
+    add(
+        "step",
+        metavar="|".join(STEPS),
+        choices=STEPS,
+        help="pretrain on plain text, or adapt to a task",
+    )
     add("--model", required=True, help="folder of a Hugging Face model and its tokenizer")
     add("--data", required=True, help=".txt, .tsv, .jsonl, or name[:config[:split]] for datasets")
     add("--output", required=True, help="folder for plugins, checkpoints and metrics")
     add("--ratios", nargs="+", default=[], help="k, one or more; default: those of --plugins, or 4")
     add("--eval-data", help="like --data: evaluated during the run and at its end")
     add("--plugins", help="folder of plugins to start from")
-    add("--calibrate", type=int, default=0, help="rows to calibrate on first; default 0: none")
+    add(
+        "--calibrate", type=int, default=0, help="rows to calibrate on first, 10 or more; default 0"
+    )
     add("--bottleneck", type=int, help="r; default: that of --plugins, or 64")
     add("--activation", help="tanh or identity; default: that of --plugins, or tanh")
     add("--backend", default="auto", help="auto (default), or one of the package's backends")
-    add("--text", default="sentence", help="the column of the text, or two with a comma")
+    add(
+        "--text",
+        default="",
+        help="the column of the text (pretrain: text, adapt: sentence); adapt "
+        "takes two with a comma",
+    )
     add("--label", default="label", help="the column of the label")
     add("--labels", default="", help="names of the labels, with commas, if the model has none")
     add("--template", help='one text of several columns: "sst2 sentence: {sentence}"')
@@ -57,19 +72,32 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given, rest = parser().parse_known_args(arguments)
-    options = HfArgumentParser(DistillationConfig)
+    command = parser()
+    given, rest = command.parse_known_args(arguments)
+    options = HfArgumentParser(DistillationConfig, prog=command.prog, usage=command.format_usage())
     options.set_defaults(**STEP_DEFAULTS[given.step], eval_strategy="steps")
     config: Any
-    (config,) = options.parse_args_into_dataclasses([*rest, "--output_dir", given.output])
+    config, unknown = options.parse_args_into_dataclasses(
+        [*rest, "--output_dir", given.output], return_remaining_strings=True
+    )
+    if unknown:
+        command.error(_unknown(unknown[0], command, options))
     values = vars(given)
-    values["text"] = tuple(given.text.split(","))
+    values["text"] = tuple(name for name in given.text.split(",") if name)
     values["labels"] = tuple(name for name in given.labels.split(",") if name)
     values["ratios"] = _ratios(given.ratios)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("variator_kernels").setLevel(logging.INFO)
     metrics = run(Job(**values), config)
     if config.process_index == 0:
         for name, value in metrics.items():
-            print(f"{name:<24}{value:.4f}")
+            print(f"{name:<24}{value:.4g}")
+
+
+def _unknown(word: str, *parsers: argparse.ArgumentParser) -> str:
+    known = [name for made in parsers for name in made._option_string_actions]
+    near = difflib.get_close_matches(word.split("=")[0], known, 1)
+    return f"unknown option {word}" + (f", is it {near[0]}?" if near else ": see --help")
 
 
 if __name__ == "__main__":

@@ -98,8 +98,8 @@ def _datasets(source: str, columns: Sequence[str]) -> Iterator[Row]:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"data {source!r} is not a .txt, .tsv, .jsonl or .json file; a data set's name needs "
-            "the datasets package: pip install datasets"
+            f"data must be a .txt, .tsv, .jsonl or .json file, got {source!r}; if it names a data "
+            "set, install the datasets package: pip install datasets"
         ) from error
     name, config, split = (*source.split(":"), "", "")[:3]
     loaded = datasets.load_dataset(name, config or None, split=split or "train")

@@ -38,8 +38,10 @@ class ResumableTrainer(Trainer):
         group: bool = True,
         **rest: Any,
     ) -> None:
+        self.passes: float | None = None
         if train_dataset is not None:
-            train_dataset = _stream(train_dataset, args, group)
+            rows, train_dataset = len(train_dataset), _stream(train_dataset, args, group)
+            self.passes = len(train_dataset) / rows
         super().__init__(model, args, train_dataset=train_dataset, **rest)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **rest: Any) -> Any:
@@ -47,6 +49,12 @@ class ResumableTrainer(Trainer):
             found = checkpoints.last(str(self.args.output_dir))
             resume_from_checkpoint = None if found is None else str(found)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **rest)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.passes is not None and self.state.max_steps:
+            # The stream holds the rows of all steps: for the Trainer a run is one pass.
+            self.state.epoch = self.passes * self.state.global_step / self.state.max_steps
+        super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)

@@ -104,8 +104,8 @@ def examples(
         size = len(encoded["input_ids"])
         if limit is not None and size > limit:
             raise ValueError(
-                f"{row.place} has {size} tokens, the model takes {limit}: set max_length to cut "
-                "texts, or leave it out"
+                f"{row.place} has {size} tokens, the model takes {limit}: cut texts with "
+                "max_length, or leave this row out"
             )
         if not any(row.values[name].strip() for name in columns):
             raise ValueError(f"{row.place} has no text in {list(columns)}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
-import string
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,69 +20,13 @@ from ..models.patch import patch, unpatch
 from ..ratio import states
 from . import checkpoints, data, noise, rows, task
 from .collate import batches, collator
-from .config import STEPS, DistillationConfig, fingerprint
+from .config import DistillationConfig, fingerprint
 from .evaluation import Correct
+from .job import Job
 from .trainer import DistillationTrainer
 
 SETTINGS, METRICS = "run.json", "metrics.json"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to train on what. Paths are files or folders on this machine.
-
-    ``step`` is ``"pretrain"`` or ``"adapt"``. ``ratios`` empty, ``bottleneck`` and ``activation``
-    None: those of ``plugins``, else 4, 64 and tanh. ``calibrate``: rows to calibrate on before the
-    first step. ``text``: the columns that hold a task's text, one or two; ``template``, such as
-    ``"sst2 sentence: {sentence}"``, makes one text of a row's columns instead. ``labels``: the
-    names a label may have, for a model that does not know them. ``max_length``: tokens of a piece
-    in pre-training (128 if None); in adaptation longer texts are cut to it (None: they are an error
-    if the model cannot take them). ``attention``: of ``transformers``, ``"eager"`` or ``"sdpa"``;
-    None: the model's default. ``splice``: this part of the rows of adaptation goes on with a piece
-    of another row, see :func:`noise.spliced`.
-    """
-
-    step: str
-    model: str
-    data: str
-    output: str
-    ratios: tuple[int, ...] = ()
-    eval_data: str | None = None
-    plugins: str | None = None
-    calibrate: int = 0
-    bottleneck: int | None = None
-    activation: str | None = None
-    backend: str = "auto"
-    text: tuple[str, ...] = ("sentence",)
-    label: str = "label"
-    template: str | None = None
-    labels: tuple[str, ...] = ()
-    max_length: int | None = None
-    attention: str | None = None
-    splice: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.step not in STEPS:
-            raise ValueError(f"step must be one of {STEPS}, got {self.step!r}")
-        if not 1 <= len(self.text) <= 2:
-            raise ValueError(f"text must name one column or two, got {self.text}")
-        if self.calibrate < 0:
-            raise ValueError(f"calibrate must be a number of rows >= 0, got {self.calibrate}")
-        if not 0 <= self.splice <= 1:
-            raise ValueError(f"splice must be a part from 0 to 1, got {self.splice}")
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """What a row of the data must have."""
-        if self.step == "pretrain":
-            return (data.TEXT,)
-        if self.template is None:
-            return (*self.text, self.label)
-        parsed = string.Formatter().parse(self.template)
-        fields = dict.fromkeys(name for _, name, _, _ in parsed if name is not None)
-        if not fields or "" in fields:
-            raise ValueError(f"template must name columns, {{sentence}}, got {self.template!r}")
-        return (*fields, self.label)
+LOG = logging.getLogger(__name__)
 
 
 def run(job: Job, config: DistillationConfig) -> dict[str, float]:
@@ -99,12 +44,25 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
     """
     if job.step == "pretrain" and (config.task_weight or config.logits_weight):
         raise ValueError("task_weight and logits_weight must be 0 in pretrain: it has no task")
-    if job.splice and (job.step == "pretrain" or config.task_weight):
-        raise ValueError("splice must be 0 in pretrain, and with task_weight: labels do not hold")
+    if job.splice and job.step == "pretrain":
+        raise ValueError(f"splice must be 0 in pretrain, it is for adapt, got {job.splice}")
+    if job.splice and config.task_weight:
+        raise ValueError(
+            "splice must be 0 with task_weight, the labels of spliced rows do not hold, got "
+            f"{job.splice} and {config.task_weight}"
+        )
+    if config.resume_from_checkpoint:
+        raise ValueError(
+            "resume_from_checkpoint must not be given: a run goes on from output's newest "
+            f"checkpoint by itself, got {config.resume_from_checkpoint!r}"
+        )
     output = Path(job.output)
-    settings = json.loads(json.dumps({**asdict(job), **fingerprint(config)}))
+    digests = {name: _digest(getattr(job, name)) for name in ("data", "eval_data")}
+    settings = {**asdict(job), **fingerprint(config), "sha256": digests}
+    settings = json.loads(json.dumps(settings))
     _check_same(output, settings)
     if (output / METRICS).is_file():
+        LOG.info("%s holds this run, finished: there is nothing to do", output)
         return json.loads((output / METRICS).read_text(encoding="utf-8"))
     set_seed(config.seed)
     model, tokenizer = _load(job)
@@ -114,7 +72,9 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
     held_out = job.eval_data and _rows(job, job.eval_data, model, tokenizer, config.seed)[0]
     plugged(model, job)
     pad = collator(tokenizer, model.config)
-    if job.calibrate and checkpoints.last(output) is None:
+    if (found := checkpoints.last(output)) is not None:
+        LOG.info("%s holds this run: it goes on from %s", output, found.name)
+    elif job.calibrate:
         calibrate(model, batches(train.spread(job.calibrate), pad))
     config.sample_ratios = len(states(model)[0].ratios) > 1
     config.output_dir = str(output)
@@ -177,13 +137,14 @@ def _rows(
     read = data.read(source, job.columns)
     limit = _limit(model.config)
     if job.step == "pretrain":
+        read = [data.Row(row.place, {data.TEXT: row.values[job.texts[0]]}) for row in read]
         pieces = rows.paragraphs(read, tokenizer, min(job.max_length or 128, limit or 1 << 30))
         corrupt = noise.corrupted_spans if model.config.is_encoder_decoder else noise.masked_tokens
         return rows.Rows(pieces, corrupt(tokenizer), seed), None
     labels, correct = task.targets(
         read, job.label, task.names_of(model, job.labels), model, tokenizer
     )
-    text = job.text
+    text = job.texts
     if job.template is not None:
         text = (data.TEXT,)
         read = [data.Row(row.place, {data.TEXT: job.template.format(**row.values)}) for row in read]
@@ -201,9 +162,17 @@ def _limit(config: Any) -> int | None:
     return positions
 
 
+def _digest(source: str | None) -> str | None:
+    """Of a file's content; None for what is no file."""
+    path = Path(source or "")
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
 def _check_same(output: Path, settings: dict[str, Any]) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"output must be a folder, got the file {output}")
+    if (output / "config.json").is_file():
+        raise ValueError(f"output must be a folder of its own, {output} holds a model")
     if not (output / SETTINGS).is_file():
         if checkpoints.every(output):
             raise ValueError(f"output {output} holds another program's checkpoints: name another")

@@ -25,7 +25,7 @@ def class_ids(rows: Sequence[Row], column: str, names: Sequence[str]) -> list[in
         if row.values[column] not in numbers:
             raise ValueError(
                 f"{row.place} has the label {row.values[column]!r}, it must be one of "
-                f"{list(names)} or its number"
+                f"{list(names)} or its number; labels= gives a model other names"
             )
     return [numbers[row.values[column]] for row in rows]
 

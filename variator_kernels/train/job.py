@@ -1,0 +1,81 @@
+"""What one run of the command line trains, on what."""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass
+
+from . import data
+from .config import STEPS
+
+LEAST_TO_CALIBRATE = 10
+"""Rows."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train on what. Paths are files or folders on this machine.
+
+    ``step`` is ``"pretrain"`` or ``"adapt"``. ``ratios`` empty, ``bottleneck`` and ``activation``
+    None: those of ``plugins``, else 4, 64 and tanh. ``calibrate``: rows to calibrate on before the
+    first step, 0 or at least 10. ``text``: the column of plain text, by default ``text``; or those
+    that hold a task's text, one or two, by default ``sentence``. ``template``, such as ``"sst2
+    sentence: {sentence}"``, makes one text of a row's columns instead. ``labels``: the names a
+    label may have, for a model that does not know them. ``max_length``: tokens of a piece in
+    pre-training (128 if None); in adaptation longer texts are cut to it (None: they are an error if
+    the model cannot take them). ``attention``: of ``transformers``, ``"eager"`` or ``"sdpa"``;
+    None: the model's default. ``splice``: this part of the rows of adaptation goes on with a piece
+    of another row, see :func:`noise.spliced`.
+    """
+
+    step: str
+    model: str
+    data: str
+    output: str
+    ratios: tuple[int, ...] = ()
+    eval_data: str | None = None
+    plugins: str | None = None
+    calibrate: int = 0
+    bottleneck: int | None = None
+    activation: str | None = None
+    backend: str = "auto"
+    text: tuple[str, ...] = ()
+    label: str = "label"
+    template: str | None = None
+    labels: tuple[str, ...] = ()
+    max_length: int | None = None
+    attention: str | None = None
+    splice: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.step not in STEPS:
+            raise ValueError(f"step must be one of {STEPS}, got {self.step!r}")
+        if len(self.texts) > (1 if self.step == "pretrain" else 2):
+            most = "one column" if self.step == "pretrain" else "one column or two"
+            raise ValueError(f"text must name {most} in {self.step}, got {self.text}")
+        if self.calibrate and self.calibrate < LEAST_TO_CALIBRATE:
+            raise ValueError(
+                f"calibrate must be 0 or at least {LEAST_TO_CALIBRATE} rows, got {self.calibrate}"
+            )
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length must be a number of tokens >= 1, got {self.max_length}")
+        if not 0 <= self.splice <= 1:
+            raise ValueError(f"splice must be a part from 0 to 1, got {self.splice}")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The columns of text."""
+        return self.text or (data.TEXT if self.step == "pretrain" else "sentence",)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a row of the data must have."""
+        if self.step == "pretrain":
+            return self.texts
+        if self.template is None:
+            return (*self.texts, self.label)
+        parsed = string.Formatter().parse(self.template)
+        fields = dict.fromkeys(name for _, name, _, _ in parsed if name is not None)
+        if not fields or "" in fields:
+            raise ValueError(f"template must name columns, {{sentence}}, got {self.template!r}")
+        return (*fields, self.label)
