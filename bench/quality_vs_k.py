@@ -72,21 +72,21 @@ def chosen(args: argparse.Namespace) -> list[tuple[Variant, int]]:
     return made
 
 
-def summary(rows: list[Row], costs: dict[tuple[str, int], Row], folder: Path) -> list[Row]:
+def summary(rows: list[Row], costs: dict[int, Row], folder: Path) -> list[Row]:
     """Medians over seeds, with cost and speed beside them.
 
     ``folder``: of the original, whose FFNs the added parameters are compared with.
     """
     made = []
-    for task, variant, k in dict.fromkeys((r["task"], r["variant"], r["k"]) for r in rows):
-        found = results.pick(rows, task=task, variant=variant, k=k)
-        cost = costs[task, k]
+    for variant, k in dict.fromkeys((r["variant"], r["k"]) for r in rows):
+        found = results.pick(rows, variant=variant, k=k)
+        cost = costs[k]
         row: Row = {
             name: statistics.median(r[name] for r in found)
             for name in ("accuracy", "loss", "dense_accuracy")
         }
         row["lost"] = 100 * (row["dense_accuracy"] - row["accuracy"])
-        row |= {"task": task, "variant": variant, "k": k, "seeds": len(found)}
+        row |= {"variant": variant, "k": k, "seeds": len(found)}
         row["speedup"] = cost["speedup"]["median"] if cost["status"] == "ok" else None
         row["multiply_adds_left"] = cost["multiply_adds_left"]
         row["added_over_ffn"] = speed.added(folder, found[0]["bottleneck"], k)
@@ -97,13 +97,12 @@ def summary(rows: list[Row], costs: dict[tuple[str, int], Row], folder: Path) ->
 def table(rows: list[Row], targets: bool) -> Table:
     """The summary."""
     made = Table(title="medians over seeds", title_justify="left")
-    for name in ("task", "variant", "k", "accuracy", "lost", "loss", "MACs left", "speed-up"):
-        made.add_column(name, justify="left" if name in ("task", "variant") else "right")
+    for name in ("variant", "k", "accuracy", "lost", "loss", "MACs left", "speed-up"):
+        made.add_column(name, justify="left" if name == "variant" else "right")
     for row in rows:
         limit = TARGETS.get(row["k"]) if targets and row["variant"] == "full" else None
         note = "" if limit is None else f" (at most {limit})"
         made.add_row(
-            row["task"],
             row["variant"],
             str(row["k"]),
             f"{100 * row['accuracy']:.1f}",
@@ -115,38 +114,36 @@ def table(rows: list[Row], targets: bool) -> Table:
     return made
 
 
-def run(args: argparse.Namespace, setup: stages.Setup, console: Console) -> Row:
-    """All stages; the result file is written after each."""
+def run(args: argparse.Namespace, setup: stages.Setup, task: tasks.Task, console: Console) -> Row:
+    """All stages of a task; its result file is written after each."""
     settings = {"threads": args.threads, "rounds": args.rounds, "ratios": args.ratios}
     model = {"name": args.model if args.model == "minilm" else Path(args.model).name}
     content = results.result("quality_vs_k", settings | stages.settings(setup), model)
-    costs: dict[tuple[str, int], Row] = {}
-    content |= {"originals": [], "calibration": [], "costs": [], "summary": []}
-    path = results.folder(args.output, args.publish) / f"quality_vs_k_{model['name']}.json"
-    for task in (tasks.TASKS[name] for name in args.tasks):
-        folder, accuracy = stages.original(setup, task)
-        console.print(f"{task.name}: the original answers {100 * accuracy:.1f} % right")
-        content["originals"].append({"task": task.name, "accuracy": accuracy})
-        measured = speed.measure(folder, task, args.data, tuple(args.ratios), args.rounds)
-        costs |= {(task.name, row["k"]): row for row in measured}
-        content["costs"] += [{"task": task.name, **row} for row in measured]
-        found = stages.calibration(setup, task, tuple(args.ratios))
-        content["calibration"].append({"task": task.name, **found})
-        for variant, seed in chosen(args):
-            console.print(f"{task.name}: {variant.name}, seed {seed}")
-            content["rows"] += stages.answers(setup, task, variant, seed)
-            results.write(path, content)
-        content["summary"] += summary(results.pick(content["rows"], task=task.name), costs, folder)
+    name = f"quality_vs_k_{model['name']}_{task.name}.json"
+    path = results.folder(args.output, args.publish) / name
+    folder, accuracy = stages.original(setup, task)
+    console.print(f"{task.name}: the original answers {100 * accuracy:.1f} % right")
+    measured = speed.measure(folder, task, args.data, tuple(args.ratios), args.rounds)
+    content |= {"task": task.name, "original": accuracy, "costs": measured}
+    wanted = chosen(args)
+    if any(variant.name == "calibrated only" for variant, _ in wanted):
+        content["calibration"] = stages.calibration(setup, task, tuple(args.ratios))
+    for variant, seed in wanted:
+        console.print(f"{task.name}: {variant.name}, seed {seed}")
+        content["rows"] += stages.answers(setup, task, variant, seed)
         results.write(path, content)
-    console.print(table(content["summary"], args.model == "minilm"))
+    costs = {row["k"]: row for row in measured}
+    content["summary"] = summary(content["rows"], costs, folder)
+    results.write(path, content)
+    console.print(table(content["summary"], model["name"] == "minilm" and task.name == "sst2"))
     console.print(f"written: {options.shown(path)}, {options.shown(figure.draw(content, path))}")
     return content
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run, print, write JSON and PNG; 1 if a check failed."""
-    made = parser()
-    args = made.parse_args(arguments)
+    command = parser()
+    args = command.parse_args(arguments)
     try:
         settings: dict[str, Any] = {"bf16": machine.has_bf16()}
         if args.quick:
@@ -158,11 +155,12 @@ def main(arguments: list[str] | None = None) -> int:
         chosen(args)
         stages.claim(setup)
     except ValueError as error:
-        made.error(str(error))
+        command.error(str(error))
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
-    content = run(args, setup, Console(width=None if sys.stdout.isatty() else 150))
-    return int(any(row["status"] != "ok" for row in content["costs"]))
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    made = [run(args, setup, tasks.TASKS[name], console) for name in args.tasks]
+    return int(any(row["status"] != "ok" for content in made for row in content["costs"]))
 
 
 if __name__ == "__main__":

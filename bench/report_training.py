@@ -17,17 +17,18 @@ ARMS = {
 }
 
 
-def _qualities(found: Machine) -> Iterator[tuple[str, Row]]:
-    """Every model's result, the one with targets first."""
+def _qualities(found: Machine) -> Iterator[tuple[str, str, Row]]:
+    """Every file's stem, what it is of, and its content; the one with targets first."""
     names = sorted(name for name in found.files if name.startswith("quality_vs_k_"))
-    for name in sorted(names, key=lambda name: not name.endswith("minilm")):
-        yield found.files[name]["model"]["name"], found.files[name]
+    for name in sorted(names, key=lambda name: not name.endswith("minilm_sst2")):
+        content = found.files[name]
+        yield name, f"{content['model']['name']}, {content['task']}", content
 
 
 def figure(found: Machine, root: Path) -> str:
-    """Accuracy against speed, of the first model."""
-    for name, _ in _qualities(found):
-        path = (found.folder / f"quality_vs_k_{name}.png").resolve().relative_to(root)
+    """Accuracy against speed, of the first model and task."""
+    for name, _, _ in _qualities(found):
+        path = (found.folder / f"{name}.png").resolve().relative_to(root)
         return f"![Accuracy against measured speed]({path.as_posix()})"
     return ""
 
@@ -35,13 +36,13 @@ def figure(found: Machine, root: Path) -> str:
 def quality(found: Machine, root: Path) -> str:
     """A row a model, task and k, of the full recipe."""
     lines = []
-    for name, content in _qualities(found):
+    for _, name, content in _qualities(found):
         for row in pick(content["summary"], variant="full"):
-            limit = TARGETS.get(row["k"]) if (name, row["task"]) == ("minilm", "sst2") else None
+            limit = TARGETS.get(row["k"]) if name == "minilm, sst2" else None
             lost = f"{row['lost']:.1f}" + ("" if limit is None else f" (target {limit})")
             lines.append(
                 [
-                    f"{name}, {row['task']}",
+                    name,
                     f"{100 * row['dense_accuracy']:.1f}",
                     str(row["k"]),
                     f"{100 * row['accuracy']:.1f}",
@@ -59,15 +60,11 @@ def quality(found: Machine, root: Path) -> str:
 def ablation(found: Machine, root: Path) -> str:
     """Every variant at the ablations' k."""
     lines = []
-    for name, content in _qualities(found):
-        for row in content["summary"]:
-            if row["k"] in ABLATED:
-                numbers = [
-                    f"{row['lost']:.1f}",
-                    f"{row['loss']:.3f}",
-                    f"{row['added_over_ffn']:.1%}",
-                ]
-                lines.append([f"{name}, {row['task']}", row["variant"], *numbers])
+    for _, name, content in _qualities(found):
+        rows = [row for row in content["summary"] if row["k"] in ABLATED]
+        for row in rows if len(rows) > 1 else []:
+            numbers = [f"{row['lost']:.1f}", f"{row['loss']:.3f}", f"{row['added_over_ffn']:.1%}"]
+            lines.append([name, row["variant"], *numbers])
     header = ["model, task", f"k={ABLATED[0]}", "points lost", "distillation loss", "added to FFNs"]
     return markdown(header, lines)
 
@@ -75,17 +72,16 @@ def ablation(found: Machine, root: Path) -> str:
 def calibration(found: Machine, root: Path) -> str:
     """The loss after ``vk.calibrate`` alone, over that of initial values, and what it takes."""
     lines = []
-    for name, content in _qualities(found):
-        for cost in content["calibration"]:
-            wanted = {"task": cost["task"]}
-            for row in pick(content["summary"], variant="calibrated only", **wanted):
-                k = row["k"]
-                for before in pick(content["summary"], variant="untrained", k=k, **wanted):
-                    losses = [f"{before['loss']:.3f}", f"{row['loss']:.3f}"]
-                    left = f"{row['loss'] / before['loss']:.2f}"
-                    seconds = f"{cost['seconds'][str(k)]:.0f}"
-                    size = f"{cost['rows']}, {cost['tokens']}"
-                    lines.append([f"{name}, {cost['task']}", str(k), *losses, left, size, seconds])
+    for _, name, content in _qualities(found):
+        cost: Row = content.get("calibration", {})
+        for row in pick(content["summary"], variant="calibrated only"):
+            k = row["k"]
+            for before in pick(content["summary"], variant="untrained", k=k):
+                losses = [f"{before['loss']:.3f}", f"{row['loss']:.3f}"]
+                left = f"{row['loss'] / before['loss']:.2f}"
+                size = f"{cost['rows']}, {cost['tokens']}"
+                seconds = f"{cost['seconds'][str(k)]:.0f}"
+                lines.append([name, str(k), *losses, left, size, seconds])
     names = ["loss untrained", "calibrated", "of untrained", "sequences, tokens", "seconds"]
     return markdown(["model, task", "k", *names], lines)
 
@@ -94,6 +90,7 @@ def step(found: Machine, root: Path) -> str:
     """Time and memory of a training step."""
     lines = [
         [
+            f"{row['batch']} x {row['length']}",
             row["dtype"],
             ARMS[row["arm"]],
             f"{row['seconds']['median']:.3f}",
@@ -104,7 +101,7 @@ def step(found: Machine, root: Path) -> str:
         ]
         for row in pick(found.rows("training_speed"), status="ok")
     ]
-    header = ["dtype", "a step, k=4", "seconds", "of plain PyTorch"]
+    header = ["rows x tokens", "dtype", "a step, k=4", "seconds", "of plain PyTorch"]
     header += ["peak memory, MiB", "packed weights, MiB", "both, of plain PyTorch"]
     return markdown(header, lines)
 

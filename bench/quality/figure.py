@@ -27,38 +27,34 @@ SINGLE = {
 
 
 def draw(content: Row, path: Path) -> Path:
-    """A panel a task; ablations are single points."""
-    tasks = list(dict.fromkeys(row["task"] for row in content["summary"]))
+    """Lines over k; ablations are single points."""
     target = path.with_suffix(".png")
+    rows = [row for row in content["summary"] if row["speedup"]]
+    dense = 100 * content["original"]
     with plt.rc_context(RC):
-        figure, grid = plt.subplots(
-            1, len(tasks), figsize=(6.2 * len(tasks), 4.4), squeeze=False, layout="constrained"
-        )
-        for axes, task in zip(grid[0], tasks, strict=True):
-            rows = [row for row in results.pick(content["summary"], task=task) if row["speedup"]]
-            dense = 100 * rows[0]["dense_accuracy"]
-            axes.axhline(dense, color=BOUND, lw=1.2, ls="--")
-            axes.annotate("the original", (1.0, dense), color=BOUND, va="bottom", fontsize=8)
-            for variant, colour in COLOURS.items():
-                line = sorted(results.pick(rows, variant=variant), key=lambda row: row["k"])
-                points = [(row["speedup"], 100 * row["accuracy"]) for row in line]
-                if not points:
-                    continue
-                axes.plot(*zip(*points, strict=True), "o-", color=colour, label=variant)
-                for row, point in zip(line, points, strict=True):
-                    if variant == "full":
-                        axes.annotate(
-                            f"k={row['k']}", point, (0, 7), textcoords="offset points", ha="center"
-                        )
-            for variant, marker in SINGLE.items():
-                for row in results.pick(rows, variant=variant):
-                    label = f"{variant}, k={row['k']}"
-                    place = row["speedup"], 100 * row["accuracy"]
-                    axes.plot(*place, marker, color=INK, ms=5, ls="none", label=label)
-            axes.set_xlabel("speed-up of the encoder on the dev set, measured")
-            axes.set_ylabel("accuracy, %")
-            axes.set_title(f"{task}, {content['model']['name']}")
-            axes.legend(fontsize=7)
+        figure, axes = plt.subplots(figsize=(6.2, 4.4), layout="constrained")
+        axes.axhline(dense, color=BOUND, lw=1.2, ls="--")
+        axes.annotate("the original", (1.0, dense), color=BOUND, va="bottom", fontsize=8)
+        for variant, colour in COLOURS.items():
+            line = sorted(results.pick(rows, variant=variant), key=lambda row: row["k"])
+            points = [(row["speedup"], 100 * row["accuracy"]) for row in line]
+            if not points:
+                continue
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=variant)
+            for row, point in zip(line, points, strict=True):
+                if variant == "full":
+                    axes.annotate(
+                        f"k={row['k']}", point, (0, 7), textcoords="offset points", ha="center"
+                    )
+        for variant, marker in SINGLE.items():
+            for row in results.pick(rows, variant=variant):
+                label = f"{variant}, k={row['k']}"
+                place = row["speedup"], 100 * row["accuracy"]
+                axes.plot(*place, marker, color=INK, ms=5, ls="none", label=label)
+        axes.set_xlabel("speed-up of the encoder on the dev set, measured")
+        axes.set_ylabel("accuracy, %")
+        axes.set_title(f"{content['task']}, {content['model']['name']}")
+        axes.legend(fontsize=7)
         figure.savefig(target, dpi=160)
         plt.close(figure)
     return target

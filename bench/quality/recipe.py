@@ -26,8 +26,8 @@ class Variant:
     """``"merge"`` or ``"adapter"``: this part keeps its initial value, zero."""
     layers: bool = True
     """Match every layer's output; else the last one's alone, as in the paper."""
-    part: float = 1.0
-    """Of the recipe's steps of adaptation."""
+    short: bool = False
+    """Trained for a part of the recipe's steps, see :attr:`Recipe.short_part`."""
 
 
 ABLATED = (4,)
@@ -35,7 +35,7 @@ ABLATED = (4,)
 
 def _ablation(name: str, **changes: Any) -> Variant:
     """Differs from ``"k=4 alone"`` by one thing."""
-    return Variant(name, ABLATED, part=0.4, **changes)
+    return Variant(name, ABLATED, short=True, **changes)
 
 
 VARIANTS = {
@@ -65,9 +65,11 @@ class Recipe:
     """Tokens of a piece of plain text."""
     pretrain_steps: int = 100
     adapt_steps: int = 2500
-    finish_steps: int = 500
+    finish_steps: int = 1000
     """Of adaptation too, behind the others, with less weight on the inner layers."""
-    few_rows: float = 0.2
+    short_part: float = 0.3
+    """Of the steps of adaptation, for an ablation."""
+    few_rows: float = 0.1
     """These steps' part for a task of less than :data:`FEW` rows."""
     batch: int = 16
     rate: float = 1.5e-3
@@ -75,8 +77,8 @@ class Recipe:
     """Each falls to zero linearly."""
     adapt_least: int = 16
     """Rows of fewer tokens are left out of adaptation: no group of theirs is ever full."""
-    splice: float = 0.0
-    """Of the rows of adaptation: mixed with another row."""
+    splice: float = 1.0
+    """Of the rows of adaptation: mixed with another row, see :func:`noise.spliced`."""
     layer_weight: float = 3.0
     finish_layer_weight: float = 0.3
     bf16: bool = False
@@ -88,7 +90,8 @@ class Recipe:
         ratios = len(variant.ratios)
         steps = getattr(self, f"{step}_steps")
         if step != "pretrain":
-            part = variant.part * (self.few_rows if rows < FEW else 1.0)
+            part = self.short_part if variant.short else 1.0
+            part *= self.few_rows if rows < FEW else 1.0
             steps = max(1, round(part * steps))
         finish = step == "finish"
         weight = self.finish_layer_weight if finish else self.layer_weight

@@ -35,7 +35,7 @@ def run(folder, *more):
     arguments = ["--model", folder / "model", "--data", folder / "data", "--work", folder / "work"]
     arguments += ["--output", folder / "out", "--quick", "--rounds", "2", "--ratios", "2,4", *more]
     assert quality_vs_k.main([str(word) for word in arguments]) == 0
-    return json.loads((folder / "out" / "quality_vs_k_model.json").read_text())
+    return json.loads((folder / "out" / "quality_vs_k_model_sst2.json").read_text())
 
 
 @pytest.mark.slow
@@ -51,12 +51,12 @@ def test_runs_every_variant_and_goes_on_where_it_was(folder):
     assert {(row["variant"], row["k"], row["seed"]) for row in content["rows"]} == expected
     assert all(row["status"] == "ok" for row in content["costs"])
     assert 0 < content["costs"][1]["multiply_adds_left"] < 3
-    assert (folder / "out" / "quality_vs_k_model.png").stat().st_size > 10_000
-    made = Machine(folder / "out", {"quality_vs_k_model": content})
+    assert (folder / "out" / "quality_vs_k_model_sst2.png").stat().st_size > 10_000
+    made = Machine(folder / "out", {"quality_vs_k_model_sst2": content})
     for name, lines in (("quality", 2), ("ablation", len(VARIANTS)), ("calibration", 2)):
         header, _, *body = report_training.TABLES[name](made, folder).splitlines()
         assert len(body) == lines and {line.count("|") for line in body} == {header.count("|")}
-    assert "quality_vs_k_model.png" in report_training.TABLES["quality-figure"](made, folder)
+    assert "quality_vs_k_model_sst2.png" in report_training.TABLES["quality-figure"](made, folder)
     stamps = {p: p.stat().st_mtime_ns for p in (folder / "work").rglob("*") if p.is_file()}
     again = run(folder, "--seeds", "2")
     assert again["rows"] == content["rows"]
