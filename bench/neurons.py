@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--ratios", type=options.ratios, help="default 2,4,8,16,32, or the plugins'")
     made.add_argument("--data", type=Path, default=text.DATA / "wikitext2" / "test.txt")
     made.add_argument("--rows", type=options.count, default=64, help="paragraphs; default 64")
+    made.add_argument("--least", type=options.count, default=400, help="characters of a paragraph")
     made.add_argument("--length", type=options.count, default=128, help="tokens a row; default 128")
     made.add_argument("--batch", type=options.count, default=16, help="rows a batch; default 16")
     made.add_argument("--threshold", type=float, default=0.0, help="of an active neuron; default 0")
@@ -126,7 +127,7 @@ def measure(name: str, args: argparse.Namespace, console: Console) -> list[Row]:
     architecture = models.architecture(name)
     base = {"model": architecture.name, "weights": architecture.weights}
     model = models.encoder(architecture, torch.float32)
-    texts = text.paragraphs(args.data, args.rows)
+    texts = text.paragraphs(args.data, args.rows, args.least)
     tokenizer = architecture.tokenizer or minilm.folder()
     batches = text.batches(texts, tokenizer, args.length, args.batch)
     kinds = plugged(model, args)
@@ -194,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     hidden = ("output", "publish", "data", "plugins", "model")
     settings = {name: value for name, value in vars(args).items() if name not in hidden}
     settings |= {"data": args.data.name, "plugins": args.plugins and args.plugins.name}
-    content = results.result("neurons", settings, {"name": ", ".join(args.model)})
+    content = results.result("neurons", settings, {"name": ", ".join(Path(name).name for name in args.model)})
     try:
         for name in args.model:
             content["rows"] += measure(name, args, console)
