@@ -195,7 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
     hidden = ("output", "publish", "data", "plugins", "model")
     settings = {name: value for name, value in vars(args).items() if name not in hidden}
     settings |= {"data": args.data.name, "plugins": args.plugins and args.plugins.name}
-    content = results.result("neurons", settings, {"name": ", ".join(Path(name).name for name in args.model)})
+    names = ", ".join(Path(name).name for name in args.model)
+    content = results.result("neurons", settings, {"name": names})
     try:
         for name in args.model:
             content["rows"] += measure(name, args, console)

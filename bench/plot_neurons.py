@@ -44,7 +44,7 @@ def draw(content: Row, path: Path) -> Path:
     with plt.rc_context(RC):
         height = max(len(names), 1)
         figure, grid = plt.subplots(
-            height, 2, figsize=(10.8, 3.7 * height + 0.7), layout="constrained", squeeze=False
+            height, 2, figsize=(10.8, 4.2 * height + 0.7), layout="constrained", squeeze=False
         )
         for line, name in zip(grid, names, strict=False):
             mine = results.pick(rows, model=name)
@@ -60,13 +60,15 @@ def draw(content: Row, path: Path) -> Path:
 
 def panel(axes: Axes, rows: list[Row], styles: dict[str, Any], title: str, label: str) -> None:
     """Shares over k; a line style for untrained and one for trained plugins."""
-    for kind, line in LINES.items():
-        cells = results.pick(rows, plugins=kind)
-        for share, style in styles.items():
-            style = {**style, "label": f"{style['label']}, {kind}" if cells else None}
+    kinds = {kind: results.pick(rows, plugins=kind) for kind in LINES}
+    for kind, cells in kinds.items():
+        for share, style in styles.items() if cells else ():
             k, values = [row["k"] for row in cells], [100 * row[share] for row in cells]
-            if cells:
-                axes.plot(k, values, line, lw=1.8, ms=4.5, **style)
+            named = style if kind == next(iter(LINES)) else style | {"label": None}
+            axes.plot(k, values, LINES[kind], lw=1.8, ms=4.5, **named)
+    if all(kinds.values()):
+        for kind, line in LINES.items():
+            axes.plot([], [], line, color=BOUND, label=f"{kind} plugins")
     ticks = sorted({row["k"] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(k) for k in ticks])
@@ -77,7 +79,8 @@ def panel(axes: Axes, rows: list[Row], styles: dict[str, Any], title: str, label
     axes.set_title(title, loc="left")
     axes.set_xlabel("compression ratio k")
     axes.set_ylabel(label)
-    axes.legend(fontsize=8)
+    columns = 2 if len(styles) > 2 else 1  # these have long names
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns)
 
 
 def _caption(content: Row) -> str:
