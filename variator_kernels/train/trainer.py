@@ -97,7 +97,7 @@ class DistillationTrainer(ResumableTrainer):
             **rest,
         )
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        # No loss reads a language model's logits; its head is the largest weight of all.
+        # A language model's head is the largest weight of all, and logits_weight alone needs it.
         self.frozen = FrozenProducts(model, () if head is None else (head.weight,))
         # Gradients of accumulated batches are sums of shares of one mean: nothing to divide.
         self.model_accepts_loss_kwargs = True
