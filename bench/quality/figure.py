@@ -30,11 +30,19 @@ def draw(content: Row, path: Path) -> Path:
     """Lines over k; ablations are single points."""
     target = path.with_suffix(".png")
     rows = [row for row in content["summary"] if row["speedup"]]
-    dense = 100 * content["original"]
+    dense = 100 * rows[0]["dense_accuracy"]
     with plt.rc_context(RC):
         figure, axes = plt.subplots(figsize=(6.2, 4.4), layout="constrained")
         axes.axhline(dense, color=BOUND, lw=1.2, ls="--")
-        axes.annotate("the original", (1.0, dense), color=BOUND, va="bottom", fontsize=8)
+        axes.annotate(
+            "the original",
+            (0.99, dense),
+            xycoords=("axes fraction", "data"),
+            color=BOUND,
+            fontsize=8,
+            ha="right",
+            va="bottom",
+        )
         for variant, colour in COLOURS.items():
             line = sorted(results.pick(rows, variant=variant), key=lambda row: row["k"])
             points = [(row["speedup"], 100 * row["accuracy"]) for row in line]

@@ -80,6 +80,7 @@ def original(base: str, task: tasks.Task, data: Path, work: Path) -> tuple[Path,
         settings["bf16"] = machine.has_bf16()
         train, _ = tasks.load(data, task, "train", model, tokenizer, LEAST[task.name])
         finetune(model, tokenizer, train, folder, **settings)
+        model, tokenizer = read(folder, task=True)  # what training left computes in its precision
         dev, correct = tasks.load(data, task, "dev", model, tokenizer)
         results.write(result, {"accuracy": accuracy(model, tokenizer, dev, correct)})
     return folder, json.loads(result.read_text())["accuracy"]
