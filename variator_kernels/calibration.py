@@ -45,6 +45,8 @@ SCALE = 0.4
 """Standard deviation of what goes into tanh."""
 HELD_OUT = 5
 """Each fifth sequence decides about regularisation."""
+LEAST = 2 * HELD_OUT
+"""Sequences."""
 
 
 class _Sample(NamedTuple):
@@ -67,9 +69,9 @@ class _Sample(NamedTuple):
 
     def moments(self, z: Tensor, t: Tensor) -> tuple[Moments, Moments]:
         """Of ``z [T, p]`` and ``t [T, q]``: of what is fitted, and of what is held out."""
-        parts = []
+        parts, origin = [], (z.mean(0), t.mean(0))
         for part in (~self.held_out, self.held_out):
-            parts.append(Moments(z.mean(0), t.mean(0)))
+            parts.append(Moments(*origin))
             parts[-1].add(z[part], t[part], self.weight[part])
         return parts[0], parts[1]
 
@@ -163,8 +165,8 @@ def _joined(batches: Sequence[Mapping[str, Tensor]], names: Iterable[str]) -> di
         if batch.get("attention_mask") is None:
             raise ValueError(f"batches must hold attention_mask, got {sorted(batch)}")
     rows = sum(len(batch["attention_mask"]) for batch in batches)
-    if rows < 2 * HELD_OUT:
-        raise ValueError(f"batches must hold at least {2 * HELD_OUT} sequences, got {rows}")
+    if rows < LEAST:
+        raise ValueError(f"batches must hold at least {LEAST} sequences, got {rows}")
     width = max(batch["attention_mask"].shape[1] for batch in batches)
 
     def padded(tensor: Tensor) -> Tensor:

@@ -192,7 +192,7 @@ def test_calibrates_before_the_first_step(folder, tmp_path):
         ("adapt", "a.tsv", "", ["--resume_from_checkpoint", "x"], "must not be given.* got 'x'"),
         ("pretrain", "a.tsv", "a\tb\n1\t2\n", ["--text", "c"], "no column 'c'"),
         ("pretrain", "a.tsv", "", ["--text", "a,b"], "text must name one column in pretrain"),
-        ("adapt", "a.csv", None, [], "data must be a .txt, .tsv, .jsonl or .json file, got"),
+        ("adapt", "a.csv", "x", [], "data must be a .txt, .tsv, .jsonl or .json file, got"),
     ],
 )
 def test_refuses_bad_data_and_leaves_the_output_alone(
@@ -201,7 +201,7 @@ def test_refuses_bad_data_and_leaves_the_output_alone(
     if content is not None:
         (tmp_path / name).write_text(content)
     output = tmp_path / "output"
-    with pytest.raises((ValueError, FileNotFoundError, ImportError), match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         main(command(folder, output, step, str(tmp_path / name), "--max_steps", "1", *more))
     assert not output.exists()
 

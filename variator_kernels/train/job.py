@@ -5,11 +5,9 @@ from __future__ import annotations
 import string
 from dataclasses import dataclass
 
+from .. import calibration
 from . import data
 from .config import STEPS
-
-LEAST_TO_CALIBRATE = 10
-"""Rows."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,9 @@ class Job:
         if len(self.texts) > (1 if self.step == "pretrain" else 2):
             most = "one column" if self.step == "pretrain" else "one column or two"
             raise ValueError(f"text must name {most} in {self.step}, got {self.text}")
-        if self.calibrate and self.calibrate < LEAST_TO_CALIBRATE:
-            raise ValueError(
-                f"calibrate must be 0 or at least {LEAST_TO_CALIBRATE} rows, got {self.calibrate}"
-            )
+        least = calibration.LEAST
+        if self.calibrate and self.calibrate < least:
+            raise ValueError(f"calibrate must be 0 or at least {least} rows, got {self.calibrate}")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be a number of tokens >= 1, got {self.max_length}")
         if not 0 <= self.splice <= 1:
