@@ -1,7 +1,8 @@
 """Quality against the compression ratio k: accuracy, distillation loss, cost and measured speed.
 
 A model is fine-tuned on a task, plugins are trained for it in two steps, and both answer the dev
-set. Every stage is kept in a folder (``--work``): a run that was killed goes on where it was.
+set, and a test set where there is one. Every stage is kept in a folder (``--work``): a run that was
+killed goes on where it was.
 """
 
 from __future__ import annotations
@@ -86,6 +87,9 @@ def summary(rows: list[Row], costs: dict[int, Row], folder: Path) -> list[Row]:
             for name in ("accuracy", "loss", "dense_accuracy")
         }
         row["lost"] = 100 * (row["dense_accuracy"] - row["accuracy"])
+        tested = [r for r in found if r["test_accuracy"] is not None]
+        lost = [100 * (r["test_dense_accuracy"] - r["test_accuracy"]) for r in tested]
+        row["test_lost"] = statistics.median(lost) if lost else None
         row |= {"variant": variant, "k": k, "seeds": len(found)}
         row["speedup"] = cost["speedup"]["median"] if cost["status"] == "ok" else None
         row["multiply_adds_left"] = cost["multiply_adds_left"]
@@ -97,7 +101,7 @@ def summary(rows: list[Row], costs: dict[int, Row], folder: Path) -> list[Row]:
 def table(rows: list[Row], targets: bool) -> Table:
     """The summary."""
     made = Table(title="medians over seeds", title_justify="left")
-    for name in ("variant", "k", "accuracy", "lost", "loss", "MACs left", "speed-up"):
+    for name in ("variant", "k", "accuracy", "lost", "on test", "loss", "MACs left", "speed-up"):
         made.add_column(name, justify="left" if name == "variant" else "right")
     for row in rows:
         limit = TARGETS.get(row["k"]) if targets and row["variant"] == "full" else None
@@ -107,6 +111,7 @@ def table(rows: list[Row], targets: bool) -> Table:
             str(row["k"]),
             f"{100 * row['accuracy']:.1f}",
             f"{row['lost']:.1f}{note}",
+            "" if row["test_lost"] is None else f"{row['test_lost']:.1f}",
             f"{row['loss']:.4f}",
             f"{row['multiply_adds_left']:.0%}",
             f"{row['speedup']:.2f}" if row["speedup"] else "FAILED",

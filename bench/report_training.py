@@ -47,14 +47,16 @@ def quality(found: Machine, root: Path) -> str:
                     str(row["k"]),
                     f"{100 * row['accuracy']:.1f}",
                     lost,
+                    "" if row["test_lost"] is None else f"{row['test_lost']:.1f}",
                     str(row["seeds"]),
                     f"{row['multiply_adds_left']:.0%}",
                     f"{row['added_over_ffn']:.1%}",
                     "" if row["speedup"] is None else f"{row['speedup']:.2f}",
                 ]
             )
-    names = ["original, %", "k", "compressed, %", "points lost", "seeds", "multiply-adds left"]
-    return markdown(["model, task", *names, "parameters added to FFNs", "encoder speed-up"], lines)
+    names = ["original, %", "k", "compressed, %", "points lost", "on the test set", "seeds"]
+    names += ["multiply-adds left", "parameters added to FFNs", "encoder speed-up"]
+    return markdown(["model, task", *names], lines)
 
 
 def ablation(found: Machine, root: Path) -> str:

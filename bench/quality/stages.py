@@ -40,7 +40,10 @@ def original(setup: Setup, task: tasks.Task) -> tuple[Path, float]:
 
 
 def answers(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> list[Row]:
-    """Loss and accuracy of a variant's plugins on the dev set, a row a ratio."""
+    """Loss and accuracy of a variant's plugins on the dev set, a row a ratio.
+
+    And accuracies on the task's test set, if the data has one.
+    """
     folder = _folder(setup, variant, seed, task.name)
     result = folder / "answers.json"
     if not result.is_file():
@@ -49,7 +52,6 @@ def answers(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> list
         _patched(model, variant, seed)
         if plugins is not None:
             vk.load_plugins(model, plugins)
-        dev, correct = tasks.load(setup.data, task, "dev", model, tokenizer)
         config = DistillationConfig(
             output_dir=str(folder),
             sample_ratios=len(variant.ratios) > 1,
@@ -57,14 +59,12 @@ def answers(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> list
             use_cpu=True,
             report_to="none",
         )
-        trainer = DistillationTrainer(
-            model,
-            config,
-            eval_dataset=dev,
-            correct=correct,
-            data_collator=collator(tokenizer, model.config),
-        )
-        metrics = trainer.evaluate()
+        collate = collator(tokenizer, model.config)
+        trainer = DistillationTrainer(model, config, data_collator=collate)
+        got: dict[str, float] = {}
+        for split in tasks.held_out(setup.data, task):
+            found, trainer.correct = tasks.load(setup.data, task, split, model, tokenizer)
+            got |= trainer.evaluate(found, metric_key_prefix=split)
         made = [
             {
                 "task": task.name,
@@ -72,9 +72,11 @@ def answers(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> list
                 "bottleneck": variant.bottleneck,
                 "seed": seed,
                 "k": k,
-                "accuracy": metrics[f"eval_k{k}_accuracy"],
-                "loss": metrics[f"eval_k{k}_loss"],
-                "dense_accuracy": metrics["eval_dense_accuracy"],
+                "accuracy": got[f"dev_k{k}_accuracy"],
+                "loss": got[f"dev_k{k}_loss"],
+                "dense_accuracy": got["dev_dense_accuracy"],
+                "test_accuracy": got.get(f"test_k{k}_accuracy"),
+                "test_dense_accuracy": got.get("test_dense_accuracy"),
             }
             for k in variant.ratios
         ]

@@ -17,10 +17,19 @@ class Task(NamedTuple):
     text: tuple[str, ...]
     labels: tuple[str, ...]
     """In the order of their numbers."""
+    test: str = ""
+    """More rows that no setting was chosen by, if there are any."""
 
 
 TASKS = {
-    "sst2": Task("sst2", "sst2/train.tsv", "sst2/dev.tsv", ("sentence",), ("negative", "positive")),
+    "sst2": Task(
+        "sst2",
+        "sst2/train.tsv",
+        "sst2/dev.tsv",
+        ("sentence",),
+        ("negative", "positive"),
+        "sst2/test.tsv",
+    ),
     "rte": Task(
         "rte",
         "rte/train.tsv",
@@ -32,10 +41,15 @@ TASKS = {
 PLAIN_TEXT = ("wikitext2/valid.txt", "wikitext2/test.txt")
 
 
+def held_out(folder: Path, which: Task) -> list[str]:
+    """``"dev"``, and ``"test"`` if ``folder`` has one."""
+    return ["dev", "test"] if which.test and (folder / which.test).is_file() else ["dev"]
+
+
 def load(
     folder: Path, which: Task, split: str, model: Any, tokenizer: Any, least: int = 0
 ) -> tuple[rows.Rows, Any]:
-    """The rows of ``"train"`` or ``"dev"``, and what tells a right answer.
+    """The rows of ``"train"``, ``"dev"`` or ``"test"``, and what tells a right answer.
 
     ``least``: rows of fewer tokens are left out.
     """

@@ -63,6 +63,21 @@ def test_runs_every_variant_and_goes_on_where_it_was(folder):
     assert stamps == {p: p.stat().st_mtime_ns for p in (folder / "work").rglob("*") if p.is_file()}
 
 
+def test_answers_a_test_set_if_there_is_one(folder):
+    data = folder / "data" / "sst2"
+    header, *rows = (data / "dev.tsv").read_text().splitlines()
+    other = [row[:-1] + str(1 - int(row[-1])) for row in rows]
+    (data / "test.tsv").write_text("\n".join([header, *other]) + "\n")
+    for row in run(folder, "--variants", "untrained")["rows"]:
+        assert row["test_accuracy"] == pytest.approx(1 - row["accuracy"])
+        assert row["test_dense_accuracy"] == pytest.approx(1 - row["dense_accuracy"])
+    (data / "test.tsv").unlink()
+    shutil.rmtree(folder / "work" / "plugins")
+    content = run(folder, "--variants", "untrained")
+    assert {row["test_accuracy"] for row in content["rows"]} == {None}
+    assert {row["test_lost"] for row in content["summary"]} == {None}
+
+
 def test_a_stage_that_was_killed_is_finished(folder):
     content = run(folder, "--variants", "without pre-training")
     stage = folder / "work" / "plugins" / "without-pre-training-seed0" / "sst2"
