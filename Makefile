@@ -15,6 +15,8 @@ VENV ?= .venv
 TORCH_ARGS ?=
 BENCH_ARGS ?=
 TEST_ARGS ?=
+# Processes that share the tests; 0: none but pytest's own.
+TEST_WORKERS ?= 2
 SANITIZE_ARGS ?=
 GPU_ARGS ?=
 # For an environment whose PyTorch brought none.
@@ -109,9 +111,10 @@ format: $(VENV)/.stamp-test
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CSRC)
 
+# Threads sleep while they wait: there are more of them than cores.
 test: lint $(EMULATION)/.stamp
 	@echo "== pytest"
-	@$(PY) -m pytest $(TEST_ARGS)
+	@OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal $(TEST_ARGS)
 
 # A second build of the extension, with GCC's sanitizers. They, and libstdc++ for the exceptions they
 # intercept, must be in the process before Python is. Leaks are not looked for: Python keeps memory.
