@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, BertConfig, BertModel
 
 from tests.train import toy
 from variator_kernels import patch, plugin_parameters, save_plugins
@@ -276,6 +276,16 @@ def test_the_same_run_by_another_name_of_its_folder_goes_on(folder, tmp_path):
     more = ["--max_steps", "1", "--adam_beta1", "0.5"]
     with pytest.raises(ValueError, match=r"holds a run with adam_beta1=0\.9, now it is 0\.5"):
         main(command(folder, tmp_path / "a", "pretrain", "text.txt", *more))
+
+
+def test_refuses_to_adapt_what_has_no_head(folder, tmp_path):
+    config = BertConfig(vocab_size=99, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    BertModel(config).save_pretrained(tmp_path / "base")
+    toy.tokenizer().save_pretrained(tmp_path / "base")
+    more = ["--max_steps", "1", "--model", str(tmp_path / "base")]
+    with pytest.raises(ValueError, match=r"must be fine-tuned .*base has no classifier.bias"):
+        main(command(folder, tmp_path / "output", "adapt", "task.tsv", *more))
+    assert _load(Job("pretrain", str(tmp_path / "base"), "", ""))[0].config.model_type == "bert"
 
 
 def test_an_error_is_one_line(folder, tmp_path):

@@ -122,12 +122,18 @@ def _load(job: Job) -> tuple[Any, Any]:
         kind = AutoModel
     else:
         kind = Seq2Seq if known.is_encoder_decoder else Classifier
-    model = kind.from_pretrained(
+    model, found = kind.from_pretrained(
         job.model,
         local_files_only=True,
         dtype="float32",
         attn_implementation=job.attention,
+        output_loading_info=True,
     )
+    if job.step == "adapt" and (missing := sorted(found["missing_keys"])):
+        raise ValueError(
+            f"model must be fine-tuned on its task before adapt, {job.model} has no {missing[0]}: "
+            "its answers would be random"
+        )
     return model, AutoTokenizer.from_pretrained(job.model, local_files_only=True)
 
 
