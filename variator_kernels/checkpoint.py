@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, sharding
 from .models.find import Found, find, is_patched
 from .models.patch import apply
 from .ratio import STATE, PluginState, states
@@ -53,11 +53,17 @@ class Settings(NamedTuple):
 def save_plugins(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the plugins of a patched model to ``plugins.safetensors`` and ``plugins.json``.
 
-    Each file appears whole or not at all; ``folder`` is made if need be.
+    Each file appears whole or not at all; ``folder`` is made if need be. Where FSDP shards the
+    model, every process must call it: they gather the plugins.
 
     Raises:
         ValueError: the model is not patched, or ``folder`` is a file.
     """
+    write(*gather(model), folder)
+
+
+def gather(model: nn.Module) -> tuple[Settings, dict[str, Tensor]]:
+    """What :func:`write` puts into files, on the CPU."""
     states(model)
     found = find(model)
     state: PluginState = vars(found.encoder)[STATE]
@@ -71,13 +77,18 @@ def save_plugins(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         found.hidden_size,
         len(found.layers),
     )
+    tensors = {}
+    for i, layer in enumerate(found.layers):
+        for k in state.ratios:
+            for field in _FIELDS:
+                tensor = sharding.whole(layer.plugins[str(k)].get_parameter(field))
+                tensors[_key(i, k, field)] = tensor.detach().cpu().contiguous()
+    return settings, tensors
+
+
+def write(settings: Settings, tensors: dict[str, Tensor], folder: str | os.PathLike[str]) -> None:
+    """Both files of a folder."""
     text = json.dumps(settings._asdict(), indent=2) + "\n"
-    tensors = {
-        _key(i, k, field): layer.plugins[str(k)].get_parameter(field).detach().cpu().contiguous()
-        for i, layer in enumerate(found.layers)
-        for k in state.ratios
-        for field in _FIELDS
-    }
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise ValueError(f"folder must be a folder, got the file {path}")
@@ -124,7 +135,8 @@ def load_plugins(model: nn.Module, source: str | os.PathLike[str]) -> None:
         for i, layer in enumerate(found.layers):
             for k in settings.ratios:
                 for field in _FIELDS:
-                    layer.plugins[str(k)].get_parameter(field).copy_(tensors[_key(i, k, field)])
+                    parameter = layer.plugins[str(k)].get_parameter(field)
+                    sharding.fill(parameter, tensors[_key(i, k, field)])
     state: PluginState = vars(found.encoder)[STATE]
     state.trained.clear()
     state.warned = False

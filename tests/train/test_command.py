@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from variator_kernels.train.run import _load, plugged
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--bottleneck", "4", "--per_device_train_batch_size", "8", "--use_cpu"]
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 PRETRAIN = ["--max-length", "24", *SMALL, "--ratios", "2", "4"]
 
 
@@ -44,10 +46,10 @@ def command(folder, output, step="pretrain", data="text.txt", *more):
     return [step, *given, *extra, *more]
 
 
-def start(arguments, *launcher):
+def start(arguments, *launcher, module="variator_kernels.train"):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "variator_kernels.train", *arguments],
+        [sys.executable, *launcher, "-m", module, *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -113,14 +115,35 @@ def test_two_processes_end_with_the_plugins_of_one(folder, tmp_path, shared):
     finish(start(command(folder, tmp_path / "one", "pretrain", "text.txt", *more)))
     spread = command(folder, tmp_path / "two", "pretrain", "text.txt", *more)
     spread[spread.index("--per_device_train_batch_size") + 1] = "4"
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    finish(start(spread, *launcher))
+    finish(start(spread, *TWO))
     found = [load_file(tmp_path / name / "plugins.safetensors") for name in ("one", "two")]
     worst = max(float((found[1][key] - value).abs().max()) for key, value in found[0].items())
     assert worst < 12 * 0.01 * 0.01, "12 steps of at most 0.01"
     metrics = [json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("one", "two")]
     for key in ("eval_k2_loss", "eval_k4_loss"):
         assert metrics[1][key] == pytest.approx(metrics[0][key], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_shards_end_with_the_same_plugins(folder, tmp_path):
+    more = ["--model", str(toy.bert(tmp_path / "bert")), "--ratios", "2", "4", "--max_steps", "6"]
+    more += ["--save_steps", "4", "--eval-data", str(folder / "task.tsv")]
+    more += ["--learning_rate", "0.01", "--warmup_steps", "0"]
+    whole, shards = tmp_path / "whole", tmp_path / "shards"
+    finish(start(command(folder, whole, "adapt", "task.tsv", *more), *TWO))
+    layers = json.dumps({"transformer_layer_cls_to_wrap": ["BertLayer"]})
+    more += ["--fsdp", "--fsdp_config", layers]
+    sharded = command(folder, shards, "adapt", "task.tsv", *more)
+    finish(start(sharded, *TWO, module="tests.train.sharded"))
+    assert (shards / "checkpoint-4" / "pytorch_model_fsdp.bin").is_file(), "it did not shard"
+    files = [path / "plugins.safetensors" for path in (whole, shards)]
+    wanted = files[0].read_bytes()
+    assert files[1].read_bytes() == wanted
+    shutil.rmtree(shards / "checkpoint-6")
+    for name in ("metrics.json", "plugins.safetensors"):
+        (shards / name).unlink()
+    finish(start(sharded, *TWO, module="tests.train.sharded"))
+    assert files[1].read_bytes() == wanted
 
 
 def test_adapts_what_was_pretrained(folder, tmp_path, capsys):

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 WORDS = [f"w{i}" for i in range(60)]
 SENTINELS = [f"<extra_id_{i}>" for i in range(8)]
@@ -46,6 +52,22 @@ def t5(folder: Path, dropout: float = 0.1) -> Path:
         dropout_rate=dropout,
     )
     T5ForConditionalGeneration(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def bert(folder: Path) -> Path:
+    """A random BERT with two layers and a classifier, and its tokenizer."""
+    torch.manual_seed(0)
+    words = tokenizer()
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 

@@ -61,6 +61,19 @@ def stacks(outputs: Any) -> list[tuple[Tensor, ...]]:
     return [outputs.hidden_states]
 
 
+def record_hidden_states(model: Any) -> None:
+    """Let ``transformers`` find them in a model that FSDP2 has sharded.
+
+    FSDP2 puts a class of its own over each module's, and ``transformers`` looks up what a model
+    records by the name of its class.
+    """
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+    for module in model.modules():
+        if (names := getattr(module, "_can_record_outputs", None)) is not None:
+            _CAN_RECORD_REGISTRY[module] = names
+
+
 def squared_errors(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """``[B]``: squared distance of a row's real tokens, a mean over the hidden size."""
     error = (student.float() - teacher.float()).square().mean(-1)

@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM as Seq2Seq
 from transformers import AutoModelForSequenceClassification as Classifier
 
 from ..calibration import calibrate
-from ..checkpoint import load_plugins, save_plugins
+from ..checkpoint import load_plugins
 from ..models.patch import patch, unpatch
 from ..ratio import states
 from . import checkpoints, data, noise, rows, task
@@ -93,8 +93,8 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
     trainer.train(resume_from_checkpoint=True)
     metrics = trainer.evaluate() if held_out else {}
     trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(output))
     if config.should_save:
-        save_plugins(model, output)
         _write(output / METRICS, metrics)
     return metrics
 

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .. import backends, packing
-from ..checkpoint import load_plugins, save_plugins
+from .. import backends, checkpoint, packing, sharding
+from ..checkpoint import load_plugins
 from ..frozen import FrozenProducts
 from ..models.patch import plugin_parameters
 from ..ratio import states, use_ratio
@@ -120,7 +120,8 @@ class DistillationTrainer(ResumableTrainer):
 
     def _products(self) -> AbstractContextManager[Any]:
         """How the base model's own products run: packed, beside the CPU's kernels."""
-        packed = self.args.packed_products and not self.args.torch_compile
+        args = self.args
+        packed = args.packed_products and not (args.torch_compile or self.is_fsdp_enabled)
         if not packed or backends.resolve(self.plugin_state.backend, self.trained[0]) != "cpu":
             return nullcontext()
         return self.frozen
@@ -179,6 +180,8 @@ class DistillationTrainer(ResumableTrainer):
         )
 
     def _teacher(self, model: Any, inputs: Mapping[str, Any]) -> Any:
+        if self.is_fsdp_enabled:
+            losses.record_hidden_states(self.model)
         model.eval()
         with torch.no_grad(), use_ratio(self.model, 1), self.compute_loss_context_manager():
             return model(**losses.without_labels(inputs), output_hidden_states=True)
@@ -233,13 +236,18 @@ class DistillationTrainer(ResumableTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # A finite loss can have a gradient that is not; the next loss would tell, a save too late.
-        if not all(p.isfinite().all() for p in plugin_parameters(self.model, self.ratios)):
+        trained = plugin_parameters(self.model, self.ratios)
+        if not all(sharding.whole(p).isfinite().all() for p in trained):
             self._not_finite(f"the plugins after step {self.state.global_step - 1} are not finite")
         super()._save_checkpoint(model, trial)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the plugins, not the model. Every process must call it; one writes."""
+        settings, tensors = checkpoint.gather(self.model)
         if self.args.should_save:
-            save_plugins(self.model, output_dir or self.args.output_dir)
+            checkpoint.write(settings, tensors, output_dir or self.args.output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Plugins", revision=self.args.hub_revision)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_plugins(self.model, resume_from_checkpoint)
