@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +87,10 @@ def summary(rows: list[Row], costs: dict[int, Row], folder: Path) -> list[Row]:
             for name in ("accuracy", "loss", "dense_accuracy")
         }
         row["lost"] = 100 * (row["dense_accuracy"] - row["accuracy"])
-        tested = [r for r in found if r["test_accuracy"] is not None]
-        lost = [100 * (r["test_dense_accuracy"] - r["test_accuracy"]) for r in tested]
-        row["test_lost"] = statistics.median(lost) if lost else None
+        row["test_lost"] = None
+        if all(r["test_accuracy"] is not None for r in found):
+            lost = [r["test_dense_accuracy"] - r["test_accuracy"] for r in found]
+            row["test_lost"] = 100 * statistics.median(lost)
         row |= {"variant": variant, "k": k, "seeds": len(found)}
         row["speedup"] = cost["speedup"]["median"] if cost["status"] == "ok" else None
         row["multiply_adds_left"] = cost["multiply_adds_left"]
@@ -101,7 +102,16 @@ def summary(rows: list[Row], costs: dict[int, Row], folder: Path) -> list[Row]:
 def table(rows: list[Row], targets: bool) -> Table:
     """The summary."""
     made = Table(title="medians over seeds", title_justify="left")
-    for name in ("variant", "k", "accuracy", "lost", "on test", "loss", "MACs left", "speed-up"):
+    for name in (
+        "variant",
+        "k",
+        "accuracy",
+        "lost",
+        "lost, test set",
+        "loss",
+        "MACs left",
+        "speed-up",
+    ):
         made.add_column(name, justify="left" if name == "variant" else "right")
     for row in rows:
         limit = TARGETS.get(row["k"]) if targets and row["variant"] == "full" else None
@@ -126,6 +136,7 @@ def run(args: argparse.Namespace, setup: stages.Setup, task: tasks.Task, console
     content = results.result("quality_vs_k", settings | stages.settings(setup), model)
     name = f"quality_vs_k_{model['name']}_{task.name}.json"
     path = results.folder(args.output, args.publish) / name
+    tasks.check(args.data, task)
     folder, accuracy = stages.original(setup, task)
     console.print(f"{task.name}: the original answers {100 * accuracy:.1f} % right")
     measured = speed.measure(folder, task, args.data, tuple(args.ratios), args.rounds)
@@ -153,7 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
         settings: dict[str, Any] = {"bf16": machine.has_bf16()}
         if args.quick:
             settings |= {"calibration_tokens": 400}
-            settings |= dict.fromkeys(("pretrain_steps", "adapt_steps", "finish_steps"), 2)
+            steps = [field.name for field in fields(Recipe) if field.name.endswith("_steps")]
+            settings |= dict.fromkeys(steps, 2)
         name = "quick" if args.quick else Path(args.model).name
         work = args.work or machine.ROOT / "build" / "quality" / name
         setup = stages.Setup(base(args.model), args.data, work, Recipe(**settings))

@@ -47,14 +47,14 @@ def quality(found: Machine, root: Path) -> str:
                     str(row["k"]),
                     f"{100 * row['accuracy']:.1f}",
                     lost,
-                    "" if row["test_lost"] is None else f"{row['test_lost']:.1f}",
+                    "" if row.get("test_lost") is None else f"{row['test_lost']:.1f}",
                     str(row["seeds"]),
                     f"{row['multiply_adds_left']:.0%}",
                     f"{row['added_over_ffn']:.1%}",
                     "" if row["speedup"] is None else f"{row['speedup']:.2f}",
                 ]
             )
-    names = ["original, %", "k", "compressed, %", "points lost", "on the test set", "seeds"]
+    names = ["original, %", "k", "compressed, %", "points lost", "points lost, test set", "seeds"]
     names += ["multiply-adds left", "parameters added to FFNs", "encoder speed-up"]
     return markdown(["model, task", *names], lines)
 

@@ -1,6 +1,10 @@
 """Plugin files: our own and the authors', into patched and unpatched models."""
 
 import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,3 +209,45 @@ def test_names_what_it_was_given_instead_of_a_folder(folder):
         vk.load_plugins(model, folder / "plugins.json")
     with pytest.raises(ValueError, match="folder must be a folder"):
         vk.save_plugins(model, folder / "plugins.json")
+
+
+SHARDED = """
+    import sys, torch
+    from pathlib import Path
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    import variator_kernels as vk
+    from tests.models import tiny
+
+    init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store", rank=0, world_size=1)
+    model = tiny.patched(head="EncoderModel", ratios=(4,))
+    before = [p.clone() for p in vk.plugin_parameters(model)]
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    fully_shard(model, mp_policy=policy, reshard_after_forward=False)
+    ids, mask = tiny.batch(9, 4)
+    forward = torch.no_grad()(model)
+    forward(ids, attention_mask=mask)
+    assert vk.plugin_parameters(model)[0].dtype == torch.bfloat16, "a copy is in its place"
+    vk.save_plugins(model, sys.argv[1])
+    for parameter in vk.plugin_parameters(model):
+        parameter.data.zero_()
+    forward(ids, attention_mask=mask)
+    vk.load_plugins(model, sys.argv[1])
+    after = [p.full_tensor() for p in vk.plugin_parameters(model)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    destroy_process_group()
+"""
+
+
+def test_shards_are_saved_and_filled_not_their_copies(tmp_path):
+    command = [sys.executable, "-c", textwrap.dedent(SHARDED), str(tmp_path)]
+    root = Path(__file__).parents[1]
+    subprocess.run(command, cwd=root, check=True, timeout=120)
+
+
+def test_refuses_to_save_what_is_not_there(tmp_path):
+    model = tiny.patched(ratio=2)
+    vk.plugin_parameters(model)[0].data = torch.empty(0)
+    with pytest.raises(ValueError, match=r"must hold its plugins, layer.0.ratio.2.* is empty"):
+        vk.save_plugins(model, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -53,11 +53,12 @@ class Settings(NamedTuple):
 def save_plugins(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the plugins of a patched model to ``plugins.safetensors`` and ``plugins.json``.
 
-    Each file appears whole or not at all; ``folder`` is made if need be. Where FSDP shards the
-    model, every process must call it: they gather the plugins.
+    Each file appears whole or not at all; ``folder`` is made if need be. Where FSDP2 shards the
+    model every process must call it, and the same holds for :func:`load_plugins`.
 
     Raises:
-        ValueError: the model is not patched, or ``folder`` is a file.
+        ValueError: the model is not patched, ``folder`` is a file, or plugins are not in this
+        process (DeepSpeed's ZeRO stage 3).
     """
     write(*gather(model), folder)
 
@@ -77,11 +78,17 @@ def gather(model: nn.Module) -> tuple[Settings, dict[str, Tensor]]:
         found.hidden_size,
         len(found.layers),
     )
+    sharding.reshard(model)
     tensors = {}
     for i, layer in enumerate(found.layers):
         for k in state.ratios:
             for field in _FIELDS:
                 tensor = sharding.whole(layer.plugins[str(k)].get_parameter(field))
+                if not tensor.numel():
+                    raise ValueError(
+                        f"model must hold its plugins, {_key(i, k, field)} is empty: ZeRO stage 3 "
+                        "of DeepSpeed is not supported, use stage 2 or FSDP2"
+                    )
                 tensors[_key(i, k, field)] = tensor.detach().cpu().contiguous()
     return settings, tensors
 
@@ -131,6 +138,7 @@ def load_plugins(model: nn.Module, source: str | os.PathLike[str]) -> None:
             settings.bottleneck,
             settings.activation,
         )
+    sharding.reshard(model)
     with torch.no_grad():
         for i, layer in enumerate(found.layers):
             for k in settings.ratios:
@@ -146,11 +154,11 @@ def _key(layer: int, ratio: int, field: str) -> str:
     return f"layer.{layer}.ratio.{ratio}.{field}"
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+def _replace(path: Path, writer: Callable[[Path], Any]) -> None:
     """Write to a temporary file beside ``path``, then rename."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        write(temporary)
+        writer(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -1,11 +1,26 @@
 """Parameters that FSDP2 keeps in shards (``DTensor``), read and written whole.
 
-Every process must call these functions for every sharded parameter, in the same order.
+Every process must call :func:`whole` and :func:`fill` for every sharded parameter, in the same
+order, after :func:`reshard`.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the shards back where a forward left whole parameters in their place.
+
+    Those are copies, perhaps of another dtype.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # not imported: nothing is sharded
+    for module in model.modules() if fsdp else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def whole(parameter: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ def answers(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> list
     """
     folder = _folder(setup, variant, seed, task.name)
     result = folder / "answers.json"
-    if not result.is_file():
+    splits = tasks.held_out(setup.data, task)
+    if not _answered(result, splits):
         model, tokenizer = originals.read(original(setup, task)[0], task=True)
         plugins = _plugins(setup, task, variant, seed)
         _patched(model, variant, seed)
@@ -62,9 +63,9 @@ def answers(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> list
         collate = collator(tokenizer, model.config)
         trainer = DistillationTrainer(model, config, data_collator=collate)
         got: dict[str, float] = {}
-        for split in tasks.held_out(setup.data, task):
-            found, trainer.correct = tasks.load(setup.data, task, split, model, tokenizer)
-            got |= trainer.evaluate(found, metric_key_prefix=split)
+        for split in splits:
+            held_out, trainer.correct = tasks.load(setup.data, task, split, model, tokenizer)
+            got |= trainer.evaluate(held_out, metric_key_prefix=split)
         made = [
             {
                 "task": task.name,
@@ -90,6 +91,14 @@ def answers(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> list
             f"another folder, or delete {folder}"
         )
     return found
+
+
+def _answered(result: Path, splits: list[str]) -> bool:
+    """On these splits, and no others."""
+    if not result.is_file():
+        return False
+    first = json.loads(result.read_text())[0]
+    return ("test" in splits) == (first.get("test_accuracy") is not None)
 
 
 def calibration(setup: Setup, task: tasks.Task, ratios: tuple[int, ...]) -> Row:

@@ -18,7 +18,7 @@ class Task(NamedTuple):
     labels: tuple[str, ...]
     """In the order of their numbers."""
     test: str = ""
-    """More rows that no setting was chosen by, if there are any."""
+    """More rows, with labels, that no setting was chosen by; the file may be missing."""
 
 
 TASKS = {
@@ -39,6 +39,13 @@ TASKS = {
     ),
 }
 PLAIN_TEXT = ("wikitext2/valid.txt", "wikitext2/test.txt")
+
+
+def check(folder: Path, which: Task) -> None:
+    """``ValueError`` or ``FileNotFoundError`` if a file is not as it should be."""
+    for split in ("train", *held_out(folder, which)):
+        found = data.read(str(folder / getattr(which, split)), (*which.text, "label"))
+        task.class_ids(found, "label", which.labels)
 
 
 def held_out(folder: Path, which: Task) -> list[str]:

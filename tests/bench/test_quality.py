@@ -72,10 +72,16 @@ def test_answers_a_test_set_if_there_is_one(folder):
         assert row["test_accuracy"] == pytest.approx(1 - row["accuracy"])
         assert row["test_dense_accuracy"] == pytest.approx(1 - row["dense_accuracy"])
     (data / "test.tsv").unlink()
-    shutil.rmtree(folder / "work" / "plugins")
     content = run(folder, "--variants", "untrained")
     assert {row["test_accuracy"] for row in content["rows"]} == {None}
     assert {row["test_lost"] for row in content["summary"]} == {None}
+
+
+def test_refuses_a_test_set_without_labels_before_it_trains(folder):
+    (folder / "data" / "sst2" / "test.tsv").write_text("index\tsentence\n0\tw1 w2\n")
+    with pytest.raises(ValueError, match="no column 'label'"):
+        run(folder, "--variants", "untrained")
+    assert not (folder / "work" / "sst2").exists()
 
 
 def test_a_stage_that_was_killed_is_finished(folder):

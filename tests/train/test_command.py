@@ -128,10 +128,11 @@ def test_two_processes_end_with_the_plugins_of_one(folder, tmp_path, shared):
 def test_shards_end_with_the_same_plugins(folder, tmp_path):
     more = ["--model", str(toy.bert(tmp_path / "bert")), "--ratios", "2", "4", "--max_steps", "6"]
     more += ["--save_steps", "4", "--eval-data", str(folder / "task.tsv")]
-    more += ["--learning_rate", "0.01", "--warmup_steps", "0"]
+    more += ["--learning_rate", "0.01", "--warmup_steps", "0", "--ratios_per_step", "2"]
     whole, shards = tmp_path / "whole", tmp_path / "shards"
     finish(start(command(folder, whole, "adapt", "task.tsv", *more), *TWO))
-    layers = json.dumps({"transformer_layer_cls_to_wrap": ["BertLayer"]})
+    layers = {"transformer_layer_cls_to_wrap": ["BertLayer"], "reshard_after_forward": False}
+    layers = json.dumps(layers)
     more += ["--fsdp", "--fsdp_config", layers]
     sharded = command(folder, shards, "adapt", "task.tsv", *more)
     finish(start(sharded, *TWO, module="tests.train.sharded"))
@@ -139,11 +140,16 @@ def test_shards_end_with_the_same_plugins(folder, tmp_path):
     files = [path / "plugins.safetensors" for path in (whole, shards)]
     wanted = files[0].read_bytes()
     assert files[1].read_bytes() == wanted
+    metrics = [json.loads((path / "metrics.json").read_text()) for path in (whole, shards)]
+    assert metrics[1] == pytest.approx(metrics[0]) and "eval_k4_accuracy" in metrics[0]
     shutil.rmtree(shards / "checkpoint-6")
     for name in ("metrics.json", "plugins.safetensors"):
         (shards / name).unlink()
-    finish(start(sharded, *TWO, module="tests.train.sharded"))
+    again = finish(start(sharded, *TWO, module="tests.train.sharded"))
+    assert "it goes on from checkpoint-4" in again
     assert files[1].read_bytes() == wanted
+    runs = [json.loads((path / "run.json").read_text()) for path in (whole, shards)]
+    assert runs[1] == runs[0] | {"fsdp": True, "output": str(shards)}
 
 
 def test_adapts_what_was_pretrained(folder, tmp_path, capsys):

@@ -119,4 +119,5 @@ def fingerprint(config: DistillationConfig) -> dict[str, Any]:
     own = set(DistillationConfig.__annotations__) - set(TrainingArguments.__dataclass_fields__)
     values = config.to_dict()
     found = {name: values[name] for name in (*SCHEDULE, *sorted(own | {"group_by_length"}))}
-    return found | {"processes": config.world_size}  # a step's rows are shared among them
+    found["processes"] = config.world_size  # a step's rows are shared among them
+    return found | ({"fsdp": True} if config.fsdp else {})  # whose checkpoints are others

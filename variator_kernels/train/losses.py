@@ -67,11 +67,12 @@ def record_hidden_states(model: Any) -> None:
     FSDP2 puts a class of its own over each module's, and ``transformers`` looks up what a model
     records by the name of its class.
     """
-    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+    from transformers.modeling_utils import _CAN_RECORD_REGISTRY
 
     for module in model.modules():
         if (names := getattr(module, "_can_record_outputs", None)) is not None:
-            _CAN_RECORD_REGISTRY[module] = names
+            # In some versions its own __setitem__ takes the model, in others it is a plain dict.
+            dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(module)), names)
 
 
 def squared_errors(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:

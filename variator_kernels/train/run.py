@@ -93,7 +93,7 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
     trainer.train(resume_from_checkpoint=True)
     metrics = trainer.evaluate() if held_out else {}
     trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(output))
+    trainer.save_model(str(output), _internal_call=True)
     if config.should_save:
         _write(output / METRICS, metrics)
     return metrics

@@ -96,6 +96,12 @@ class DistillationTrainer(ResumableTrainer):
             eval_dataset=eval_dataset,
             **rest,
         )
+        sharder = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if sharder is not None and sharder.fsdp_version != 2:
+            raise ValueError(
+                f"fsdp_config must have version 2, which leaves modules what they are, got version "
+                f"{sharder.fsdp_version}"
+            )
         head = getattr(model, "get_output_embeddings", lambda: None)()
         # A language model's head is the largest weight of all, and logits_weight alone needs it.
         self.frozen = FrozenProducts(model, () if head is None else (head.weight,))
@@ -236,6 +242,7 @@ class DistillationTrainer(ResumableTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # A finite loss can have a gradient that is not; the next loss would tell, a save too late.
+        sharding.reshard(self.model)
         trained = plugin_parameters(self.model, self.ratios)
         if not all(sharding.whole(p).isfinite().all() for p in trained):
             self._not_finite(f"the plugins after step {self.state.global_step - 1} are not finite")
