@@ -27,7 +27,7 @@ class Variant:
     layers: bool = True
     """Match every layer's output; else the last one's alone, as in the paper."""
     short: bool = False
-    """Trained for a part of the recipe's steps, see :attr:`Recipe.short_part`."""
+    """Trained for :attr:`Recipe.short_adapt_steps` and :attr:`Recipe.short_finish_steps`."""
 
 
 ABLATED = (4,)
@@ -65,15 +65,16 @@ class Recipe:
     """Tokens of a piece of plain text."""
     pretrain_steps: int = 100
     adapt_steps: int = 2500
-    finish_steps: int = 1000
+    finish_steps: int = 3000
     """Of adaptation too, behind the others, with less weight on the inner layers."""
-    short_part: float = 0.3
-    """Of the steps of adaptation, for an ablation."""
+    short_adapt_steps: int = 750
+    short_finish_steps: int = 300
+    """For an ablation."""
     few_rows: float = 0.1
     """These steps' part for a task of less than :data:`FEW` rows."""
     batch: int = 16
     rate: float = 1.5e-3
-    finish_rate: float = 5e-4
+    finish_rate: float = 1e-3
     """Each falls to zero linearly."""
     adapt_least: int = 16
     """Rows of fewer tokens are left out of adaptation: no group of theirs is ever full."""
@@ -88,11 +89,10 @@ class Recipe:
     def stage(self, step: str, rows: int, variant: Variant) -> dict[str, Any]:
         """Fields of ``DistillationConfig`` for ``"pretrain"``, ``"adapt"`` or ``"finish"``."""
         ratios = len(variant.ratios)
-        steps = getattr(self, f"{step}_steps")
+        steps = self.pretrain_steps
         if step != "pretrain":
-            part = self.short_part if variant.short else 1.0
-            part *= self.few_rows if rows < FEW else 1.0
-            steps = max(1, round(part * steps))
+            steps = getattr(self, f"short_{step}_steps" if variant.short else f"{step}_steps")
+            steps = max(1, round((self.few_rows if rows < FEW else 1.0) * steps))
         finish = step == "finish"
         weight = self.finish_layer_weight if finish else self.layer_weight
         return {
