@@ -16,6 +16,7 @@ COLOURS = {
     "untrained": "#a0aec0",
 }
 SINGLE = {
+    "k=4 alone": "o",
     "without pre-training": "<",
     "from initial values": "v",
     "without adaptation": "^",
@@ -52,11 +53,11 @@ def draw(content: Row, path: Path) -> Path:
             for row, point in zip(line, points, strict=True):
                 if variant == "full":
                     axes.annotate(
-                        f"k={row['k']}", point, (0, 7), textcoords="offset points", ha="center"
+                        f"k={row['k']}", point, (0, -16), textcoords="offset points", ha="center"
                     )
         for variant, marker in SINGLE.items():
             for row in results.pick(rows, variant=variant):
-                label = f"{variant}, k={row['k']}"
+                label = variant if "k=" in variant else f"{variant}, k={row['k']}"
                 place = row["speedup"], 100 * row["accuracy"]
                 axes.plot(*place, marker, color=INK, ms=5, ls="none", label=label)
         axes.set_xlabel("speed-up of the encoder on the dev set, measured")
