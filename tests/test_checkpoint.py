@@ -213,7 +213,6 @@ def test_names_what_it_was_given_instead_of_a_folder(folder):
 
 SHARDED = """
     import sys, torch
-    from pathlib import Path
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     import variator_kernels as vk
