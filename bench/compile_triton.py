@@ -18,9 +18,9 @@ import torch
 import triton
 from torch import Tensor
 
-from variator_kernels.feed_forward import FeedForward, PluginWeights
 from variator_kernels.ops.adapter_decompress import triton as decompress
 from variator_kernels.ops.compressed_ffn import triton as ffn
+from variator_kernels.ops.feed_forward import FeedForward, PluginWeights
 from variator_kernels.ops.group_merge import triton as merge
 
 from .common.triton_compile import SHARED_LIMIT, TARGETS, compile_call

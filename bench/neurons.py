@@ -24,9 +24,9 @@ from torch import nn
 
 import variator_kernels as vk
 from variator_kernels.analysis import Activity, neurons
-from variator_kernels.models.families import lookup
-from variator_kernels.models.find import find
-from variator_kernels.ratio import states
+from variator_kernels.runtime.ratio import states
+from variator_kernels.sites.families import lookup
+from variator_kernels.sites.find import find
 
 from . import plot_neurons
 from .common import minilm, models, options, results, text

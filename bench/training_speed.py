@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import variator_kernels as vk
-from variator_kernels import packing
+from variator_kernels.ops import prepack
 from variator_kernels.train import DistillationConfig, DistillationTrainer, losses
 
 from .common import allocations, checks, models, options, results, timing
@@ -102,7 +102,7 @@ def measure(
     rounds = args.repeats or (3 if args.quick else 9)
     truth = checks.truth(arms["reference"].double(), arms["reference"].gradients())
     verdicts = {name: checks.judge(arm.gradients(), truth) for name, arm in arms.items()}
-    packed = {name: packing.cache.nbytes(arm.model.parameters()) for name, arm in arms.items()}
+    packed = {name: prepack.cache.nbytes(arm.model.parameters()) for name, arm in arms.items()}
     peaks = {name: allocations.profiled(arm.gradients).peak for name, arm in arms.items()}
     for arm in arms.values():
         for group in arm.optimizer.param_groups:

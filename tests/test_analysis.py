@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import variator_kernels as vk
-from tests.models import tiny
+from tests.sites import tiny
 from variator_kernels.analysis import Activity, neurons
 
 GATED = ("t5", "gated-gelu")

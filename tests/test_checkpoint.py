@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import variator_kernels as vk
-from tests.models import tiny
+from tests.sites import tiny
 from variator_kernels import checkpoint
 
 
@@ -216,7 +216,7 @@ SHARDED = """
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     import variator_kernels as vk
-    from tests.models import tiny
+    from tests.sites import tiny
 
     init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store", rank=0, world_size=1)
     model = tiny.patched(head="EncoderModel", ratios=(4,))

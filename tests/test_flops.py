@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
 import variator_kernels as vk
-from tests.models import tiny
+from tests.sites import tiny
 from variator_kernels import backends, flops
 
 needs_cpu = pytest.mark.skipif(

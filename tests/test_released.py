@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import variator_kernels as vk
-from tests.models import tiny
+from tests.sites import tiny
 
 D, K, R = 24, 4, 6
 

@@ -1,12 +1,12 @@
 """Compression plugins (Variator) that make transformer models faster: ops, modules and patches."""
 
 from . import analysis, flops, functional
-from .calibration import calibrate
 from .checkpoint import load_plugins, save_plugins
-from .feed_forward import FeedForward, PluginWeights
-from .models.patch import patch, patch_bert, patch_t5, plugin_parameters, unpatch
-from .nn import AdapterDecompress, CompressedFFN, GroupMerge, Plugin
-from .ratio import set_ratio, use_ratio
+from .methods.variator import AdapterDecompress, CompressedFFN, GroupMerge, Plugin
+from .methods.variator.calibration import calibrate
+from .ops.feed_forward import FeedForward, PluginWeights
+from .patching import patch, patch_bert, patch_t5, plugin_parameters, unpatch
+from .runtime.ratio import set_ratio, use_ratio
 
 __version__ = "0.1.0"
 

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
-from .feed_forward import FeedForward, normalize
-from .grouping import slots
-from .models.describe import describe
-from .models.find import find
-from .ratio import STATE, observe, states, use_ratio
+from .ops.feed_forward import FeedForward, normalize
+from .ops.groups import slots
+from .runtime.ratio import STATE, observe, states, use_ratio
+from .sites.feed_forward import describe
+from .sites.find import find
 
 
 @dataclass(frozen=True)

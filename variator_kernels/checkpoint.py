@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import checks, sharding
-from .models.find import Found, find, is_patched
-from .models.patch import apply
-from .ratio import STATE, PluginState, states
+from .patching import apply
+from .runtime.ratio import STATE, PluginState, states
+from .sites.find import Found, find, is_patched
 
 FORMAT = 1
 TENSORS, SETTINGS = "plugins.safetensors", "plugins.json"

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .feed_forward import ACTIVATIONS, NORMS, FeedForward, PluginWeights
+from .ops.feed_forward import ACTIVATIONS, NORMS, FeedForward, PluginWeights
 
 ADAPTER_ACTIVATIONS = ("tanh", "identity")
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import checks
-from .models.describe import describe
-from .models.find import find
-from .ratio import STATE
+from .runtime.ratio import STATE
+from .sites.feed_forward import describe
+from .sites.find import find
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from variator_kernels import flops
-from variator_kernels.models.families import FAMILIES
+from variator_kernels.sites.families import FAMILIES
 
 
 def sublayer_bound(config: Any, lengths: list[int], k: int | None, bottleneck: int) -> float | None:

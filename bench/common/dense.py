@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variator_kernels.feed_forward import FeedForward
-from variator_kernels.models.describe import describe, family_of
-from variator_kernels.models.families import lookup
+from variator_kernels.ops.feed_forward import FeedForward
+from variator_kernels.sites.families import lookup
+from variator_kernels.sites.feed_forward import describe, family_of
 
 from .compiling import Unavailable, compiled
 from .timing import median_of

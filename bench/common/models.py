@@ -25,8 +25,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from variator_kernels.feed_forward import FeedForward, PluginWeights
-from variator_kernels.models.find import find
+from variator_kernels.ops.feed_forward import FeedForward, PluginWeights
+from variator_kernels.sites.find import find
 
 from . import minilm
 

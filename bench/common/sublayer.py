@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from variator_kernels import functional
-from variator_kernels.feed_forward import FeedForward, PluginWeights, normalize, products
-from variator_kernels.models.describe import describe
+from variator_kernels.ops.feed_forward import FeedForward, PluginWeights, normalize, products
+from variator_kernels.sites.feed_forward import describe
 
 from . import backend_status, cost, dense, models
 from .cells import Arm, Call, Case, Key

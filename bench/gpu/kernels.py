@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bench.common.checks import judge, truth
 from bench.common.timing import quartiles
-from variator_kernels.feed_forward import activate, normalize
 from variator_kernels.ops.adapter_decompress import op as decompress
+from variator_kernels.ops.feed_forward import activate, normalize
 from variator_kernels.ops.group_merge import op as merge
 from variator_kernels.ops.group_merge import reference as merge_reference
 

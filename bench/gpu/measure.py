@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.common.checks import Truth, factor_of, judge, truth
 from bench.common.timing import quartiles, ratio
 from variator_kernels import functional
-from variator_kernels.feed_forward import FeedForward, PluginWeights, normalize, products
+from variator_kernels.ops.feed_forward import FeedForward, PluginWeights, normalize, products
 
 from .cases import OURS, Case
 from .clock import Clock

@@ -38,8 +38,8 @@ LARGE_PRODUCT = (1024, 1536, 64)
 def workload(backend: str, device: str = "cuda", tokens: int = 75) -> None:
     """Every kernel: both ways forward, gradients, masks, packed input."""
     from variator_kernels import functional
-    from variator_kernels.feed_forward import FeedForward, PluginWeights
     from variator_kernels.ops.compressed_ffn import cuda as sublayer
+    from variator_kernels.ops.feed_forward import FeedForward, PluginWeights
 
     def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return (torch.randn(*shape, device=device) * shape[-1] ** -0.5).to(dtype)

@@ -12,9 +12,9 @@ from transformers.models.bert.modeling_bert import BertIntermediate, BertOutput
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerFF
 
-from variator_kernels.feed_forward import FeedForward, PluginWeights
 from variator_kernels.flops import decompress_macs, ffn_macs, merge_macs
-from variator_kernels.models.describe import describe
+from variator_kernels.ops.feed_forward import FeedForward, PluginWeights
+from variator_kernels.sites.feed_forward import describe
 
 BOTTLENECK = 64
 

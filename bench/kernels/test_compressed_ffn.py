@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from variator_kernels import functional
-from variator_kernels.feed_forward import FeedForward, PluginWeights
+from variator_kernels.ops.feed_forward import FeedForward, PluginWeights
 
 from .cells import BATCH, BOTTLENECK, HIDDEN, INNER, LENGTH, cell, normal
 

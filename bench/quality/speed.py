@@ -11,6 +11,7 @@ from torch import Tensor
 
 import variator_kernels as vk
 from variator_kernels.flops import Parts
+from variator_kernels.runtime.ratio import states
 from variator_kernels.train import losses
 from variator_kernels.train.collate import batches, collator
 
@@ -90,7 +91,7 @@ def _fill(model: Any) -> None:
 def _check(encoder: Any, model: Any, batch: dict[str, Tensor], ratio: int) -> checks.Verdict:
     """Real tokens of the kernels' outputs, against float64 and plain PyTorch."""
     real = losses.masks(batch)[0]
-    state = vk.ratio.states(model)[0]
+    state = states(model)[0]
 
     def hidden(backend: str, dtype: torch.dtype) -> checks.Outputs:
         before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -12,7 +12,7 @@ from transformers import BertTokenizerFast
 import variator_kernels as vk
 from bench import neurons
 from bench.common import minilm, models, text
-from tests.models import tiny as tiny_models
+from tests.sites import tiny as tiny_models
 
 WORDS = [f"word{i}" for i in range(30)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

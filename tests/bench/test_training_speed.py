@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench import training_speed
-from variator_kernels.ratio import states
+from variator_kernels.runtime.ratio import states
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

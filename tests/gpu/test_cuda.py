@@ -13,8 +13,8 @@ from tests.gpu.test_triton import SIZES, layer, on_gpu
 from tests.ops.cases import CUDA, GPU, assert_close, cast, masked
 from tests.ops.test_backward import gradients
 from variator_kernels import functional as vf
-from variator_kernels.feed_forward import activate
 from variator_kernels.ops.compressed_ffn import cuda as sublayer
+from variator_kernels.ops.feed_forward import activate
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from variator_kernels import backends, extension
-from variator_kernels.feed_forward import FeedForward, PluginWeights
+from variator_kernels.ops.feed_forward import FeedForward, PluginWeights
 
 CPU = extension.load()
 ISAS = CPU.available_isas() if CPU is not None else []

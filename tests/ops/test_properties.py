@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from tests.ops.cases import feed_forward, needs_cpu, plugin
 from variator_kernels import functional as vf
-from variator_kernels.feed_forward import PluginWeights
+from variator_kernels.ops.feed_forward import PluginWeights
 
 D = 12
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_cpu)]

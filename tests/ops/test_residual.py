@@ -16,8 +16,8 @@ from tests.ops.cases import (
 )
 from tests.ops.test_backward import assert_gradient
 from variator_kernels import functional as vf
-from variator_kernels.feed_forward import PluginWeights
 from variator_kernels.ops.compressed_ffn import op
+from variator_kernels.ops.feed_forward import PluginWeights
 
 
 @every_kernel_backend

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.ops.cases import GPU, TRITON, assert_close, moved
-from variator_kernels.feed_forward import activate
+from variator_kernels.ops.feed_forward import activate
 
 if not TRITON.usable:
     pytest.skip(f"no Triton kernels: {TRITON.detail}", allow_module_level=True)

@@ -19,7 +19,7 @@ from transformers import AutoModel, BertConfig, BertModel
 
 from tests.train import toy
 from variator_kernels import patch, plugin_parameters, save_plugins
-from variator_kernels.ratio import states
+from variator_kernels.runtime.ratio import states
 from variator_kernels.train import Job
 from variator_kernels.train.__main__ import main
 from variator_kernels.train.run import _load, plugged

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import variator_kernels as vk
-from tests.models import tiny
 from tests.ops.cases import needs_cpu
+from tests.sites import tiny
 from tests.train.test_trainer import plugins, trainer
-from variator_kernels import frozen, packing
+from variator_kernels.ops import prepack, prepacked_linear
 
 pytestmark = [needs_cpu, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -17,16 +17,16 @@ pytestmark = [needs_cpu, pytest.mark.filterwarnings("ignore::FutureWarning")]
 @pytest.fixture
 def products(monkeypatch):
     """Every weight that ran packed; tiny models have only small ones."""
-    monkeypatch.setattr(frozen, "LEAST", 1)
+    monkeypatch.setattr(prepacked_linear, "LEAST", 1)
     found = []
     for name in ("linear", "transposed"):
-        plain = getattr(packing, name)
+        plain = getattr(prepack, name)
 
         def noted(weight, *rest, name=name, plain=plain):
             found.append((name, weight))
             return plain(weight, *rest)
 
-        monkeypatch.setattr(packing, name, noted)
+        monkeypatch.setattr(prepack, name, noted)
     return found
 
 
@@ -82,10 +82,10 @@ def test_packed_weights_are_freed_after_a_run(tmp_path, products):
     ids, mask = tiny.batch(4, 9)
     with torch.no_grad():
         other(ids, attention_mask=mask)
-    kept = packing.cache.nbytes(other.parameters())
+    kept = prepack.cache.nbytes(other.parameters())
     model = trained(tmp_path, "cpu")
-    assert products and packing.cache.nbytes(model.parameters()) == 0
-    assert packing.cache.nbytes(other.parameters()) == kept > 0
+    assert products and prepack.cache.nbytes(model.parameters()) == 0
+    assert prepack.cache.nbytes(other.parameters()) == kept > 0
     with torch.no_grad(), vk.use_ratio(model, 4):
         model(ids, attention_mask=mask)
 

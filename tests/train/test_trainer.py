@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import variator_kernels as vk
-from tests.models import tiny
+from tests.sites import tiny
 from variator_kernels.train import DistillationConfig, DistillationTrainer, checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import checks, extension
-from ..grouping import max_groups
 from .arguments import Norm, require
+from .groups import max_groups
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 NORMS = {"none": 0, "rms": 1, "layer": 2}

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..grouping import max_groups
 from .arguments import check_decompress, check_merge, require
+from .groups import max_groups
 
 
 class Groups(NamedTuple):

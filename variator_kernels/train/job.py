@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from dataclasses import dataclass
 
-from .. import calibration
+from ..methods.variator import calibration
 from . import data
 from .config import STEPS
 

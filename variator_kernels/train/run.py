@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, set_seed
 from transformers import AutoModelForSeq2SeqLM as Seq2Seq
 from transformers import AutoModelForSequenceClassification as Classifier
 
-from ..calibration import calibrate
 from ..checkpoint import load_plugins
-from ..models.patch import patch, unpatch
-from ..ratio import states
+from ..methods.variator.calibration import calibrate
+from ..patching import patch, unpatch
+from ..runtime.ratio import states
 from . import checkpoints, data, noise, rows, task
 from .collate import batches, collator
 from .config import DistillationConfig, fingerprint

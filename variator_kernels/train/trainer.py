@@ -10,11 +10,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .. import backends, checkpoint, packing, sharding
+from .. import backends, checkpoint, sharding
 from ..checkpoint import load_plugins
-from ..frozen import FrozenProducts
-from ..models.patch import plugin_parameters
-from ..ratio import states, use_ratio
+from ..ops import prepack
+from ..ops.prepacked_linear import FrozenProducts
+from ..patching import plugin_parameters
+from ..runtime.ratio import states, use_ratio
 from . import checkpoints, evaluation, losses
 from .config import DistillationConfig
 from .evaluation import Correct
@@ -118,7 +119,7 @@ class DistillationTrainer(ResumableTrainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            packing.cache.forget(self.model.parameters())
+            prepack.cache.forget(self.model.parameters())
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._products():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import backends, checks
-from ...grouping import max_groups, token_slots
+from ..groups import max_groups, token_slots
 from . import op, reference
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...grouping import slots, token_slots
 from ..group_merge.reference import gather
+from ..groups import slots, token_slots
 
 
 def adapter_decompress(

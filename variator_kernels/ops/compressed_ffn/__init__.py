@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import backends, checks
-from ...feed_forward import FeedForward, PluginWeights
+from ..feed_forward import FeedForward, PluginWeights
 from . import layered, op, reference
 
 

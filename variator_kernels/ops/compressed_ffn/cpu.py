@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import packing
-from ...feed_forward import FeedForward, PluginWeights, products
+from .. import prepack
 from ..adapter_decompress.cpu import run as run_decompress
 from ..arguments import Norm, flat
 from ..cpu_arguments import (
@@ -20,6 +19,7 @@ from ..cpu_arguments import (
     pack_columns,
     pack_merge,
 )
+from ..feed_forward import FeedForward, PluginWeights, products
 from ..group_merge.cpu import run as run_merge
 from .layered import normalize_real
 
@@ -30,16 +30,16 @@ BLOCK_GROUPS = 2048
 
 def packed_products(g: Tensor, ffn: FeedForward) -> Tensor:
     """``FFN(g)`` for ``g [rows, d]`` with packed weights, in g's dtype."""
-    w_in, w_out = packing.linear(ffn.w_in, ffn.b_in), packing.linear(ffn.w_out, ffn.b_out)
-    w_gate = None if ffn.w_gate is None else packing.linear(ffn.w_gate, ffn.b_gate)
+    w_in, w_out = prepack.linear(ffn.w_in, ffn.b_in), prepack.linear(ffn.w_out, ffn.b_out)
+    w_gate = None if ffn.w_gate is None else prepack.linear(ffn.w_gate, ffn.b_gate)
     if w_in is None or w_out is None or (w_gate is None) != (ffn.w_gate is None):
         return products(g, ffn).to(g.dtype)
     dtype = g.dtype
-    g = g.to(packing.product_dtype(ffn.w_in.dtype))
+    g = g.to(prepack.product_dtype(ffn.w_in.dtype))
     inner = w_in(g, ffn.activation)
     if w_gate is not None:
         inner = w_gate.times(g, inner)
-    return w_out(inner.to(packing.product_dtype(ffn.w_out.dtype))).to(dtype)
+    return w_out(inner.to(prepack.product_dtype(ffn.w_out.dtype))).to(dtype)
 
 
 def compressed_ffn(
@@ -139,5 +139,5 @@ def _packed_plugin(plugin: PluginWeights, ffn: FeedForward, dtype: torch.dtype) 
             norm,
         )
 
-    form = ("plugin", dtype, kind, ffn.norm_bias is None, ffn.eps, packing.instruction_set())
-    return packing.cache.get(sources, form, make)
+    form = ("plugin", dtype, kind, ffn.norm_bias is None, ffn.eps, prepack.instruction_set())
+    return prepack.cache.get(sources, form, make)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ... import extension
-from ...feed_forward import FeedForward, PluginWeights
 from ..adapter_decompress.cuda import Decompress
 from ..arguments import NO_NORM, flat, require
 from ..cuda_arguments import (
@@ -22,6 +21,7 @@ from ..cuda_arguments import (
     norm_of,
     target,
 )
+from ..feed_forward import FeedForward, PluginWeights
 from ..gpu_arguments import groups
 from ..group_merge.cuda import Merge
 from .layered import normalize_real

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...feed_forward import FeedForward, PluginWeights, normalize, products
-from ...grouping import token_slots
 from ..adapter_decompress import op as decompress
+from ..feed_forward import FeedForward, PluginWeights, normalize, products
 from ..group_merge import op as merge
+from ..groups import token_slots
 
 
 def compressed_ffn(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...feed_forward import FeedForward, PluginWeights
+from ..feed_forward import FeedForward, PluginWeights
 from ..library import LIBRARY, backend_module, define, refuse_second_derivatives
 from . import layered
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...feed_forward import FeedForward, PluginWeights, normalize, products
-from ...grouping import token_slots
 from ..adapter_decompress.reference import adapter_decompress
+from ..feed_forward import FeedForward, PluginWeights, normalize, products
 from ..group_merge.reference import group_merge
+from ..groups import token_slots
 
 
 def compressed_ffn(

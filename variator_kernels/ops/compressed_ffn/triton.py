@@ -13,12 +13,12 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...feed_forward import FeedForward, PluginWeights, activate, products
 from ...triton_kernels import launch
 from ...triton_kernels.linear import linear_kernel
 from ...triton_kernels.row_norm import row_norm_kernel
 from ..adapter_decompress.triton import run as run_decompress
 from ..arguments import NO_NORM, Norm, flat
+from ..feed_forward import FeedForward, PluginWeights, activate, products
 from ..gpu_arguments import Groups, dense, groups, rows_of
 from ..group_merge.triton import run as run_merge
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ... import extension
-from ...grouping import max_groups
 from ..arguments import Norm, check_merge, check_merge_backward, flat
 from ..cpu_arguments import (
     DTYPES,
@@ -24,6 +23,7 @@ from ..cpu_arguments import (
     pack_merge_rows,
     pack_rows,
 )
+from ..groups import max_groups
 
 
 def run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...grouping import max_groups
+from ..groups import max_groups
 from ..library import LIBRARY, backend_module, define, refuse_second_derivatives
 
 define(

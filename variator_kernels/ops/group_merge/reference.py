@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...grouping import slots
+from ..groups import slots
 
 
 def gather(h: Tensor, index: Tensor, exists: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""What is put at a site: one folder a method."""

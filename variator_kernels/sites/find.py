@@ -1,0 +1,139 @@
+"""Finding what to patch in a model, and refusing what would not come out right."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..runtime.ratio import STATE
+from .families import FAMILIES, Family, follow, is_a, lookup
+
+
+class Found(NamedTuple):
+    """One encoder and its parts, in order. Patched and unpatched models look the same."""
+
+    family: Family
+    encoder: Any
+    blocks: list[Any]
+    layers: list[Any]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.encoder.config.hidden_size
+
+    def parts(self) -> list[tuple[Any, str]]:
+        """Every module that patching changes, once, with its class's name."""
+        family = self.family
+        parts = [(self.encoder, family.encoder)]
+        parts += [(block, family.block) for block in self.blocks]
+        if family.layer != family.block:
+            parts += [(layer, family.layer) for layer in self.layers]
+        return parts
+
+    def like(self, position: int) -> Tensor:
+        """A weight whose place and type the plugins of one sublayer take: what the FFN multiplies
+        first (an fp16 T5 keeps ``wo`` in fp32), or another of the block where that is quantised."""
+        first = (lookup(self.layers[position], f"{name}.weight") for name in self.family.w_in)
+        for weight in (*first, *self.blocks[position].parameters()):
+            if isinstance(weight, Tensor) and weight.is_floating_point():
+                return weight
+        raise ValueError(f"model's block {position} has no floating point parameter")
+
+
+def find(model: nn.Module, families: tuple[Family, ...] = tuple(FAMILIES.values())) -> Found:
+    """The one encoder of ``model`` (which may be the encoder itself).
+
+    Raises:
+        TypeError: ``model`` is not a module. ValueError: it has no encoder of these families, or
+        more than one, or an encoder without the expected sublayers.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    stacks = [
+        (family, module)
+        for module in model.modules()
+        for family in families
+        if is_a(module, family, family.encoder)
+    ]
+    encoders = [
+        (family, module)
+        for family, module in stacks
+        if not getattr(module.config, "is_decoder", False)
+    ]
+    known = tuple(family.name for family in families)
+    if len(encoders) != 1:
+        decoders = len(stacks) - len(encoders)
+        raise ValueError(
+            f"model must hold exactly one encoder of a known family, {known}, got "
+            f"{len(encoders)} in a {type(model).__name__}"
+            + (
+                f", and {decoders} with config.is_decoder=True, which stay dense"
+                if decoders
+                else ""
+            )
+        )
+    family, encoder = encoders[0]
+    try:
+        blocks = list(follow(encoder, family.blocks))
+        layers = [follow(block, family.sublayer) for block in blocks]
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ValueError(f"model lacks the expected sublayers: {error}") from error
+    if not layers:
+        raise ValueError("model's encoder has no blocks")
+    for position, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
+        for part, name in ((block, family.block), (layer, family.layer)):
+            if not is_a(part, family, name):
+                got = type(part).__name__
+                raise ValueError(f"model's block {position} must have a {name}, got {got}")
+        for path in (*family.steps, *family.bypassed):
+            if lookup(layer, path) is None:
+                raise ValueError(f"model's FFN sublayer {position} has no {path!r}")
+    return Found(family, encoder, blocks, layers)
+
+
+def check_unchanged(found: Found) -> None:
+    """Every class is exactly the family's, every ``forward`` its own, and no layer cuts its rows.
+
+    Raises:
+        ValueError: somebody replaced one; the message says which.
+    """
+    family = found.family
+    module = importlib.import_module(family.module)
+    norms = [lookup(layer, family.norm) for layer in found.layers] if family.norm else []
+    for part, name in (*found.parts(), *((norm, family.norm_class) for norm in norms)):
+        kind = getattr(module, name, None) or getattr(nn, name)
+        if type(part) is not kind:
+            raise ValueError(f"model must have a plain {name}, got {_full_name(type(part))}")
+        source = inspect.unwrap(kind.forward).__module__
+        own = source == family.module or name == family.norm_class
+        if "forward" in vars(part) or not own:
+            raise ValueError(
+                f"the forward of {name} was replaced; patch the model before other tools do, or "
+                "undo theirs first"
+            )
+    for layer in found.layers:
+        whole_rows(layer)
+
+
+def whole_rows(layer: Any) -> None:
+    """Refuses chunks of a row: ``transformers`` would run the FFN on one after another.
+
+    Raises:
+        ValueError: ``layer.chunk_size_feed_forward`` is not 0.
+    """
+    size = getattr(layer, "chunk_size_feed_forward", 0)
+    if size:
+        raise ValueError(
+            f"chunk_size_feed_forward must be 0, got {size}: chunks would cut groups of tokens"
+        )
+
+
+def is_patched(model: nn.Module) -> bool:
+    return any(STATE in vars(module) for module in model.modules())
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
