@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Groups(NamedTuple):
+    """Which tokens form which group, of one input at one ratio: made once a forward."""
+
+    ratio: int
+    mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+
+def make_groups(
+    x: Tensor,
+    ratio: int,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "reference",
+) -> Groups:
+    """The groups of ``x [B, n, d]`` or varlen ``[T, d]``, as ``backend`` (resolved) reads them."""
+    return Groups(ratio, mask, cu_seqlens)
 
 
 def max_groups(x: Tensor, ratio: int, cu_seqlens: Tensor | None = None) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import backends, checks
 from ..feed_forward import FeedForward, PluginWeights
+from ..groups import Groups, make_groups
 from . import layered, op, reference
 
 
@@ -47,11 +48,18 @@ def compressed_ffn(
     checks.plugin(plugin, x)
     checks.feed_forward(ffn, x)
     chosen = backends.resolve(backend, x)
-    if chosen == "reference":
+    groups = make_groups(x, plugin.ratio, mask=mask, cu_seqlens=cu_seqlens, backend=chosen)
+    return run(x, plugin, ffn, groups, chosen)
+
+
+def run(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups, backend: str) -> Tensor:
+    """:func:`compressed_ffn` for arguments that were checked, on a backend that was resolved."""
+    mask, cu_seqlens = groups.mask, groups.cu_seqlens
+    if backend == "reference":
         return reference.compressed_ffn(x, plugin, ffn, mask=mask, cu_seqlens=cu_seqlens)
     if _fits_one_op(x, plugin, ffn):
-        return op.compressed_ffn(x, plugin, ffn, mask, cu_seqlens, chosen)
-    return layered.compressed_ffn(x, plugin, ffn, mask, cu_seqlens, chosen)
+        return op.compressed_ffn(x, plugin, ffn, mask, cu_seqlens, backend)
+    return layered.compressed_ffn(x, plugin, ffn, mask, cu_seqlens, backend)
 
 
 def _fits_one_op(x: Tensor, plugin: PluginWeights, ffn: FeedForward) -> bool:
