@@ -24,7 +24,7 @@ from torch import nn
 
 import variator_kernels as vk
 from variator_kernels.analysis import Activity, neurons
-from variator_kernels.runtime.ratio import states
+from variator_kernels.runtime.state import states
 from variator_kernels.sites.families import lookup
 from variator_kernels.sites.find import find
 

@@ -169,7 +169,7 @@ def test_refuses_what_it_cannot_count():
     with pytest.raises(ValueError, match="FFN 1 is more than its weights"):
         neurons(model, [batch])
     assert tiny.encoder(model).variator_state.local.observer is None
-    assert tiny.encoder(model).variator_state.resolve() == 4
+    assert tiny.encoder(model).variator_state.current().uniform == 4
 
 
 def test_works_while_the_model_runs_on_kernels_or_the_reference():

@@ -67,14 +67,19 @@ def test_round_trip_of_a_bert(family, tmp_path):
 
 def test_settings_say_what_they_are_for(folder):
     assert json.loads((folder / "plugins.json").read_text()) == {
-        "format": 1,
+        "format": 2,
+        "method": "variator",
+        "written_by": vk.__version__,
         "family": "t5",
-        "ratios": [2, 4],
-        "ratio": 2,
-        "bottleneck": 6,
-        "activation": "tanh",
         "hidden_size": 24,
         "layers": 2,
+        "bottleneck": 6,
+        "activation": "tanh",
+        "placements": {"ffn": [2, 4]},
+        "level": {"ffn": [2, 2]},
+        "keep_first": 0,
+        "keep_last": 0,
+        "keep": [],
     }
 
 
@@ -122,6 +127,28 @@ def test_loaded_plugins_are_looked_at_again(folder):
     assert not model.encoder.variator_state.warned
 
 
+def first_format(folder):
+    """The folder as version 0.1.0 wrote it."""
+    tensors = load_file(folder / "plugins.safetensors")
+    renamed = {}
+    for name, tensor in tensors.items():
+        _, layer, ratio, field = name.split(".", 3)
+        renamed[f"layer.{layer}.ratio.{ratio}.{field}"] = tensor
+    settings = {"format": 1, "family": "t5", "ratios": [2, 4], "ratio": 2, "bottleneck": 6}
+    settings |= {"activation": "tanh", "hidden_size": 24, "layers": 2}
+    text = json.dumps(settings, indent=2) + "\n"
+    save_file(renamed, folder / "plugins.safetensors", {"settings": text})
+    (folder / "plugins.json").write_text(text)
+
+
+def test_reads_the_first_format(folder):
+    first_format(folder)
+    plain = tiny.model()
+    vk.load_plugins(plain, folder)
+    assert plain.encoder.variator_state.ratio == 2
+    assert same(plain, tiny.patched())
+
+
 def edit_settings(**changes):
     def edit(folder):
         tensors = load_file(folder / "plugins.safetensors")
@@ -143,21 +170,35 @@ def edit_tensors(change):
     return edit
 
 
-KEY = "layer.1.ratio.4.adapter.w1"
+KEY = "ffn.1.4.adapter.w1"
 DAMAGE = [
+    (
+        lambda f: (first_format(f), edit_settings(extra=1)(f)),
+        ValueError,
+        r"format 1 has no fields \['extra'\]",
+    ),
     (lambda f: (f / "plugins.safetensors").unlink(), FileNotFoundError, "there is no file"),
     (lambda f: (f / "plugins.json").unlink(), FileNotFoundError, "must hold plugins.json"),
     (lambda f: (f / "plugins.json").write_text("{"), ValueError, "is damaged"),
     (lambda f: (f / "plugins.json").write_text("{}"), ValueError, "belongs to other tensors"),
     (lambda f: (f / "plugins.safetensors").write_bytes(b"12345678"), ValueError, "is damaged"),
-    (edit_settings(format=2), ValueError, "must have format 1, got 2"),
-    (edit_settings(extra=1), ValueError, "is damaged.*extra"),
-    (edit_settings(ratios=[0]), ValueError, "is damaged.*ratios must be >= 2"),
-    (edit_settings(activation="x"), ValueError, "activation 'x'|is damaged"),
+    (edit_settings(format=3, written_by="0.9.0"), ValueError, "has format 3.*kernels 0.9.0"),
+    (edit_settings(extra=1, written_by="0.9.0"), ValueError, r"fields \['extra'\].*kernels 0.9.0"),
+    (edit_settings(keep_first=1), ValueError, "keep tokens whole"),
+    (edit_settings(method="other"), ValueError, "method must be 'variator', got 'other'"),
+    (edit_settings(placements={"ffn": [0]}), ValueError, "ratios must be >= 2, got 0"),
+    (edit_settings(placements={"attention": [2]}), ValueError, "placements must be of"),
+    (edit_settings(level={"ffn": [2]}), ValueError, "level must have 2 layers"),
+    (edit_settings(level={"ffn": [2, 3]}), ValueError, "level must hold ratios that have plugins"),
+    (edit_settings(activation="x"), ValueError, "activation must be one of"),
     (edit_settings(family="mt5"), ValueError, "has family 'mt5', the model has 't5'"),
     (edit_settings(hidden_size=32), ValueError, "has hidden size 32, the model has 24"),
-    (edit_settings(layers=3), ValueError, "has number of layers 3, the model has 2"),
-    (edit_tensors(lambda t: t.pop(KEY)), ValueError, r"missing keys \['layer.1.ratio.4.adapter.w1"),
+    (
+        edit_settings(layers=3, level={"ffn": [2, 2, 2]}),
+        ValueError,
+        "has number of layers 3, the model has 2",
+    ),
+    (edit_tensors(lambda t: t.pop(KEY)), ValueError, r"missing keys \['ffn.1.4.adapter.w1"),
     (edit_tensors(lambda t: t.update(x=t[KEY].clone())), ValueError, r"unexpected keys \['x'\]"),
     (edit_tensors(lambda t: t.update({KEY: torch.ones(2)})), ValueError, "must have shape"),
     (edit_tensors(lambda t: t.update({KEY: t[KEY].int()})), ValueError, "must be floating point"),
@@ -247,6 +288,6 @@ def test_shards_are_saved_and_filled_not_their_copies(tmp_path):
 def test_refuses_to_save_what_is_not_there(tmp_path):
     model = tiny.patched(ratio=2)
     vk.plugin_parameters(model)[0].data = torch.empty(0)
-    with pytest.raises(ValueError, match=r"must hold its plugins, layer.0.ratio.2.* is empty"):
+    with pytest.raises(ValueError, match=r"must hold its plugins, ffn.0.2.* is empty"):
         vk.save_plugins(model, tmp_path)
     assert not list(tmp_path.iterdir())

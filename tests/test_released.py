@@ -59,7 +59,7 @@ CHANGES = [
     ({"other": torch.ones(1)}, "unexpected key 'other'"),
     (released() | {"mux_layer.0.mux_layer.gain": torch.ones(1)}, "unexpected key"),
     (released() | released("a."), "under two prefixes"),
-    (without("mux_layer.1.demux_adapter.w_in.weight"), r"missing keys \['layer.1.*adapter.w1'\]"),
+    (without("mux_layer.1.demux_adapter.w_in.weight"), r"missing keys \['ffn.1.*adapter.w1'\]"),
     (without("mux_layer.0.mux_layer.weight"), "lacks the weights"),
     (released() | {"mux_layer.1.mux_layer.weight": torch.ones(3, 3)}, "must have shape"),
     (released() | {"mux_layer.1.mux_layer.weight": 3}, "must be a tensor, got int"),

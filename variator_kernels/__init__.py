@@ -4,11 +4,11 @@ from . import analysis, flops, functional
 from .checkpoint import load_plugins, save_plugins
 from .methods.variator import AdapterDecompress, CompressedFFN, GroupMerge, Plugin
 from .methods.variator.calibration import calibrate
+from .methods.variator.method import plugin_parameters
 from .ops.feed_forward import FeedForward, PluginWeights
-from .patching import patch, patch_bert, patch_t5, plugin_parameters, unpatch
-from .runtime.ratio import set_ratio, use_ratio
-
-__version__ = "0.1.0"
+from .patching import patch, patch_bert, patch_t5, unpatch
+from .runtime.levels import set_ratio, use_ratio
+from .version import __version__
 
 __all__ = [
     "AdapterDecompress",

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from . import functional
 from .ops.feed_forward import FeedForward, normalize
 from .ops.groups import slots
-from .runtime.ratio import STATE, observe, states, use_ratio
+from .runtime.context import observe
+from .runtime.levels import use_ratio
+from .runtime.state import STATE, states
 from .sites.feed_forward import describe
 from .sites.find import find
 

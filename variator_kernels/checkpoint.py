@@ -1,15 +1,13 @@
-"""Plugins in files: our own format, and the authors' released ones."""
+"""Plugins in files: a folder with safetensors and JSON; the authors' files are read too."""
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
-import re
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,37 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import checks, sharding
+from .methods.variator import released, stored
+from .methods.variator.stored import FIELDS, Settings, key
 from .patching import apply
-from .runtime.ratio import STATE, PluginState, states
+from .runtime.state import STATE, State, states
 from .sites.find import Found, find, is_patched
+from .version import __version__
 
-FORMAT = 1
 TENSORS, SETTINGS = "plugins.safetensors", "plugins.json"
-_FIELDS = ("merge.weight", "merge.bias", "adapter.w1", "adapter.b1", "adapter.w2", "adapter.b2")
-_RELEASED = re.compile(
-    r"(?:^|\.)mux_layer\.(\d+)\.(mux_layer|demux_adapter\.w_in|demux_adapter\.w_out)\.(weight|bias)$"
-)
-_RELEASED_FIELDS = {
-    ("mux_layer", "weight"): "merge.weight",
-    ("mux_layer", "bias"): "merge.bias",
-    ("demux_adapter.w_in", "weight"): "adapter.w1",
-    ("demux_adapter.w_in", "bias"): "adapter.b1",
-    ("demux_adapter.w_out", "weight"): "adapter.w2",
-    ("demux_adapter.w_out", "bias"): "adapter.b2",
-}
-
-
-class Settings(NamedTuple):
-    """What ``plugins.json`` holds. ``family`` is empty for the authors' files, which do not say."""
-
-    format: int
-    family: str
-    ratios: list[int]
-    ratio: int
-    bottleneck: int
-    activation: str
-    hidden_size: int
-    layers: int
 
 
 def save_plugins(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -67,29 +42,31 @@ def gather(model: nn.Module) -> tuple[Settings, dict[str, Tensor]]:
     """What :func:`write` puts into files, on the CPU."""
     states(model)
     found = find(model)
-    state: PluginState = vars(found.encoder)[STATE]
+    state: State = vars(found.encoder)[STATE]
+    config = state.method.config
     settings = Settings(
-        FORMAT,
         state.family,
-        list(state.ratios),
-        state.ratio,
-        state.bottleneck,
-        state.activation,
         found.hidden_size,
         len(found.layers),
+        config.bottleneck,
+        config.activation,
+        {place: list(config.ratios) for place in config.placements},
+        stored.level_of(state.level, state.sites),
+        written_by=__version__,
     )
     sharding.reshard(model)
     tensors = {}
     for i, layer in enumerate(found.layers):
         for k in state.ratios:
-            for field in _FIELDS:
+            for field in FIELDS:
+                name = key(i, k, field)
                 tensor = sharding.whole(layer.plugins[str(k)].get_parameter(field))
                 if not tensor.numel():
                     raise ValueError(
-                        f"model must hold its plugins, {_key(i, k, field)} is empty: ZeRO stage 3 "
-                        "of DeepSpeed is not supported, use stage 2 or FSDP2"
+                        f"model must hold its plugins, {name} is empty: ZeRO stage 3 of DeepSpeed "
+                        "is not supported, use stage 2 or FSDP2"
                     )
-                tensors[_key(i, k, field)] = tensor.detach().cpu().contiguous()
+                tensors[name] = tensor.detach().cpu().contiguous()
     return settings, tensors
 
 
@@ -112,12 +89,14 @@ def load_plugins(model: nn.Module, source: str | os.PathLike[str]) -> None:
     plugins of ratios that the file does not have.
 
     Args:
-        source: a folder that :func:`save_plugins` wrote, its ``plugins.safetensors``, or a file
-            of the authors' (a torch pickle with one ratio; only tensors are read from it).
+        model: patched or not, with one encoder.
+        source: a folder that :func:`save_plugins` wrote (also version 0.1.0's), its
+            ``plugins.safetensors``, or a file of the authors' (a torch pickle with one ratio; only
+            tensors are read from it).
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: the file is damaged, or its plugins
-        are not this model's; nothing has changed then.
+        FileNotFoundError: there is no such file. ValueError: the file is damaged or of a newer
+        version, or its plugins are not this model's; nothing has changed then.
     """
     found = find(model)
     path = Path(source)
@@ -126,14 +105,14 @@ def load_plugins(model: nn.Module, source: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"source must hold plugins, there is no file {path}")
     if path.suffix == ".json":
         raise ValueError(f"source must be the folder of plugins or its {TENSORS}, got {path}")
-    read = _read_own if path.suffix == ".safetensors" else _read_released
+    read = _read if path.suffix == ".safetensors" else released.read
     settings, tensors = read(path)
     _check(found, settings, tensors, path)
     if not is_patched(model):
         apply(
             model,
             (found.family,),
-            settings.ratio,
+            settings.active,
             settings.ratios,
             settings.bottleneck,
             settings.activation,
@@ -142,16 +121,12 @@ def load_plugins(model: nn.Module, source: str | os.PathLike[str]) -> None:
     with torch.no_grad():
         for i, layer in enumerate(found.layers):
             for k in settings.ratios:
-                for field in _FIELDS:
+                for field in FIELDS:
                     parameter = layer.plugins[str(k)].get_parameter(field)
-                    sharding.fill(parameter, tensors[_key(i, k, field)])
-    state: PluginState = vars(found.encoder)[STATE]
+                    sharding.fill(parameter, tensors[key(i, k, field)])
+    state: State = vars(found.encoder)[STATE]
     state.trained.clear()
     state.warned = False
-
-
-def _key(layer: int, ratio: int, field: str) -> str:
-    return f"layer.{layer}.ratio.{ratio}.{field}"
 
 
 def _replace(path: Path, writer: Callable[[Path], Any]) -> None:
@@ -166,106 +141,56 @@ def _replace(path: Path, writer: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _read_own(path: Path) -> tuple[Settings, dict[str, Tensor]]:
+def _read(path: Path) -> tuple[Settings, dict[str, Tensor]]:
     beside = path.with_name(SETTINGS)
     if not beside.is_file():
         raise FileNotFoundError(f"source must hold {SETTINGS} beside {path.name}, there is none")
     try:
         with safe_open(path, framework="pt") as file:
             inside = json.loads((file.metadata() or {})["settings"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         given = json.loads(beside.read_text(encoding="utf-8"))
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"source {path.parent} is damaged: {error}") from error
     if given != inside:
         raise ValueError(f"source {path.parent} is damaged: {SETTINGS} belongs to other tensors")
-    if not isinstance(given, dict) or given.get("format") != FORMAT:
-        found = given.get("format") if isinstance(given, dict) else given
-        raise ValueError(f"source must have format {FORMAT}, got {found!r}")
     try:
-        return Settings(**given), tensors
-    except TypeError as error:
-        raise ValueError(f"source {path.parent} is damaged: {error}") from error
-
-
-def _read_released(path: Path) -> tuple[Settings, dict[str, Tensor]]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        # Not torch's own words: they advise to load without protection.
-        raise ValueError(
-            f"source {path} is not a file of tensors: expected a folder that save_plugins wrote, "
-            "or the authors' plugin file"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"source {path} must hold a dict, got {type(content).__name__}")
-    parts: dict[tuple[int, str], Tensor] = {}
-    for name, tensor in content.items():
-        match = _RELEASED.search(str(name))
-        if match is None:
-            raise ValueError(f"source {path} has an unexpected key {name!r}")
-        slot = int(match[1]), _RELEASED_FIELDS[match[2], match[3]]
-        if slot in parts:
-            raise ValueError(f"source {path} has {name!r} under two prefixes")
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        parts[slot] = tensor
-    merge, w1 = parts.get((0, "merge.weight")), parts.get((0, "adapter.w1"))
-    if merge is None or w1 is None or merge.dim() != 2 or w1.dim() != 2 or not merge.shape[0]:
-        raise ValueError(f"source {path} lacks the weights mux_layer and w_in of layer 0")
-    k, r, layers = merge.shape[0], w1.shape[0], 1 + max(i for i, _ in parts)
-    d = merge.shape[1] // k
-    for i in range(layers):
-        for field, size in (("merge.bias", k), ("adapter.b1", r), ("adapter.b2", d)):
-            parts.setdefault((i, field), torch.zeros(size))
-    tensors = {_key(i, k, field): tensor for (i, field), tensor in parts.items()}
-    return Settings(FORMAT, "", [k], k, r, "tanh", d, layers), tensors
+        settings = stored.read_settings(given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"source {path.parent} cannot be read: {error}") from error
+    return settings, stored.renamed(settings, tensors) if given["format"] == 1 else tensors
 
 
 def _check(found: Found, settings: Settings, tensors: dict[str, Tensor], path: Path) -> None:
     """The plugins are this model's, complete and well-shaped."""
-    d, layers = found.hidden_size, len(found.layers)
-    state: PluginState | None = vars(found.encoder).get(STATE)
+    state: State | None = vars(found.encoder).get(STATE)
     wanted: list[tuple[str, Any, Any]] = [
-        ("hidden size", d, settings.hidden_size),
-        ("number of layers", layers, settings.layers),
+        ("hidden size", found.hidden_size, settings.hidden_size),
+        ("number of layers", len(found.layers), settings.layers),
     ]
     if settings.family:
         wanted.append(("family", found.family.name, settings.family))
     if state is not None:
-        wanted.append(("bottleneck", state.bottleneck, settings.bottleneck))
+        config = state.method.config
+        wanted.append(("bottleneck", config.bottleneck, settings.bottleneck))
         if settings.family:
-            wanted.append(("activation", state.activation, settings.activation))
+            wanted.append(("activation", config.activation, settings.activation))
     for what, expected, got in wanted:
         if expected != got:
             raise ValueError(f"source {path} has {what} {got!r}, the model has {expected!r}")
-    try:
-        ratios = [checks.ratio(k, "ratios", least=2) for k in settings.ratios]
-        checks.ratio(settings.ratio)
-        r = checks.ratio(settings.bottleneck, "bottleneck")
-        checks.choice(settings.activation, checks.ADAPTER_ACTIVATIONS, "activation")
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"source {path} is damaged: {error}") from error
-    if state is not None and not set(ratios) <= set(state.ratios):
+    if state is not None and not set(settings.ratios) <= set(state.ratios):
         raise ValueError(
-            f"source {path} has ratios {ratios}, the model has plugins for {state.ratios}: "
-            "patch it with ratios= that hold them"
+            f"source {path} has ratios {settings.ratios}, the model has plugins for "
+            f"{state.ratios}: patch it with ratios= that hold them"
         )
-    shapes = {
-        _key(i, k, field): shape
-        for i in range(layers)
-        for k in ratios
-        for field, shape in zip(
-            _FIELDS, ((k, k * d), (k,), (r, 2 * d), (r,), (d, r), (d,)), strict=True
-        )
-    }
+    shapes = stored.shapes(settings)
     if tensors.keys() != shapes.keys():
         missing = sorted(shapes.keys() - tensors.keys())
         unexpected = sorted(tensors.keys() - shapes.keys())
         raise ValueError(
             f"source {path} has missing keys {missing[:4]} and unexpected keys {unexpected[:4]}"
         )
-    for key, shape in shapes.items():
-        checks.shape(tensors[key], shape, key)
-        if not tensors[key].is_floating_point():
-            raise ValueError(f"{key} must be floating point, got {tensors[key].dtype}")
+    for name, shape in shapes.items():
+        checks.shape(tensors[name], shape, name)
+        if not tensors[name].is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensors[name].dtype}")

@@ -12,9 +12,11 @@ from torch import nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import checks
-from .runtime.ratio import STATE
+from .runtime.level import mentioned, resolve
+from .runtime.state import STATE
 from .sites.feed_forward import describe
 from .sites.find import find
+from .sites.install import attached, sites_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Count:
-    """Of one encoder at one ratio; ``dense`` is the same without plugins."""
+    """Of one encoder at one level; ``dense`` is the same without plugins."""
 
     multiply_adds: Parts
     dense_multiply_adds: Parts
@@ -53,7 +55,7 @@ def count(
     model: nn.Module,
     batch: int = 1,
     length: int | Sequence[int] = 512,
-    ratio: int = 4,
+    ratio: Any = 4,
     bottleneck: int | None = None,
 ) -> Count:
     """Multiply-adds and parameters of a model's encoder, patched or not, on any device.
@@ -63,21 +65,24 @@ def count(
         batch, length: rows and tokens a row; or ``length`` gives every row its own number, and
             ``batch`` is not looked at. FFN, merge and decompress then follow the real tokens,
             attention the padded ones.
-        ratio: k; 1 is dense.
+        ratio: k, or a mapping, as :func:`set_ratio` takes it; 1 is dense. Of a model that is not
+            patched it may be any.
         bottleneck: r; by default the patched model's, else 64.
 
     Raises:
         ValueError: an argument is out of range, or the family is not known.
     """
     found = find(model)
-    k = checks.ratio(ratio)
+    sites = sites_of(found)
+    ratios = resolve(ratio, sites, tuple(map(checks.ratio, mentioned(ratio)))).ratios
+    compressed = [k for k in ratios if k > 1]
     if isinstance(length, int):
         lengths = [checks.ratio(length, "length", least=0)] * checks.ratio(batch, "batch", least=0)
     else:
         lengths = [checks.ratio(n, "length", least=0) for n in length]
     state = vars(found.encoder).get(STATE)
     if bottleneck is None:
-        bottleneck = 64 if state is None else state.bottleneck
+        bottleneck = 64 if state is None else state.method.config.bottleneck
     r = checks.ratio(bottleneck, "bottleneck")
 
     config, layers = found.encoder.config, len(found.layers)
@@ -93,25 +98,28 @@ def count(
     }
     tokens = sum(lengths)
     dense = Parts(**unchanged, ffn=layers * tokens * ffn_macs(d, f, gated))
-    used = dense
-    if k > 1:
-        groups = sum(-(-n // k) for n in lengths)
-        used = Parts(
-            **unchanged,
-            ffn=layers * groups * ffn_macs(d, f, gated),
-            merge=layers * merge_macs(tokens, d, k),
-            decompress=layers * decompress_macs(tokens, groups, d, r),
-        )
+    vectors = {k: sum(-(-n // k) for n in lengths) for k in {1, *ratios}}  # that the FFN runs on
+    used = Parts(
+        **unchanged,
+        ffn=sum(vectors[k] for k in ratios) * ffn_macs(d, f, gated),
+        merge=sum(merge_macs(tokens, d, k) for k in compressed),
+        decompress=sum(decompress_macs(tokens, vectors[k], d, r) for k in compressed),
+    )
 
     weights = ffn_macs(d, f, gated) * layers
-    plugins = {id(p) for m in found.layers if state for p in m.plugins.parameters()}
+    plugins = {id(p) for m in attached(found.encoder) for p in m.parameters()} if state else ()
     base = sum(p.numel() for p in found.encoder.parameters() if id(p) not in plugins)
     projections = layers * 4 * d * inner
     plain = {"attention_projections": projections, "ffn": weights}
     rest = base - projections - weights
     dense_parameters = Parts(**plain, other=rest)
-    merge, decompress = plugin_parameters(d, k, r) if k > 1 else (0, 0)
-    parameters = Parts(**plain, merge=layers * merge, decompress=layers * decompress, other=rest)
+    sizes = [plugin_parameters(d, k, r) for k in compressed]
+    parameters = Parts(
+        **plain,
+        merge=sum(merge for merge, _ in sizes),
+        decompress=sum(decompress for _, decompress in sizes),
+        other=rest,
+    )
     return Count(used, dense, parameters, dense_parameters)
 
 

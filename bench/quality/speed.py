@@ -11,7 +11,7 @@ from torch import Tensor
 
 import variator_kernels as vk
 from variator_kernels.flops import Parts
-from variator_kernels.runtime.ratio import states
+from variator_kernels.runtime.state import states
 from variator_kernels.train import losses
 from variator_kernels.train.collate import batches, collator
 
@@ -91,18 +91,18 @@ def _fill(model: Any) -> None:
 def _check(encoder: Any, model: Any, batch: dict[str, Tensor], ratio: int) -> checks.Verdict:
     """Real tokens of the kernels' outputs, against float64 and plain PyTorch."""
     real = losses.masks(batch)[0]
-    state = states(model)[0]
+    method = states(model)[0].method
 
     def hidden(backend: str, dtype: torch.dtype) -> checks.Outputs:
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        state.backend = backend
+        method.config = method.config._replace(backend=backend)
         model.to(dtype)
         try:
             with vk.use_ratio(model, ratio):
                 return (encoder(**batch).last_hidden_state[real],)
         finally:
             model.to(torch.float32).load_state_dict(before)
-            state.backend = "auto"
+            method.config = method.config._replace(backend="auto")
 
     exact, plain = hidden("reference", torch.float64), hidden("reference", torch.float32)
     return checks.judge(hidden("auto", torch.float32), checks.truth(exact, plain))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench import training_speed
-from variator_kernels.runtime.ratio import states
+from variator_kernels.runtime.state import states
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -39,7 +39,7 @@ def test_a_wrong_gradient_has_no_number(tiny, tmp_path, monkeypatch):
 
     def wrong(self):
         loss, *rest = real(self)
-        ours = states(self.model)[0].backend == "auto"
+        ours = states(self.model)[0].method.config.backend == "auto"
         return loss * (2 if ours else 1), *rest
 
     monkeypatch.setattr(training_speed.Arm, "gradients", wrong)

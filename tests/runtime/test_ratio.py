@@ -8,7 +8,7 @@ import torch
 
 import variator_kernels as vk
 from tests.sites import tiny
-from variator_kernels.runtime import ratio as ratio_module
+from variator_kernels.runtime.state import overrides
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def model():
 
 
 def active(model):
-    return model.encoder.variator_state.resolve()
+    return model.encoder.variator_state.current().uniform
 
 
 def outputs(model, ratios=(1, 2, 3, 4)):
@@ -47,10 +47,10 @@ def test_nested_contexts_and_errors_restore(model):
             assert active(model) == 3
             raise KeyError
         assert active(model) == 2
-        assert model.encoder.variator_state.local.override == 2
+        assert model.encoder.variator_state.local.override.uniform == 2
     assert active(model) == 1
     assert model.encoder.variator_state.local.override is None
-    assert not ratio_module._overrides.get()
+    assert not overrides.get()
 
 
 def test_models_do_not_see_each_others_ratio(model):

@@ -24,8 +24,8 @@ def test_a_deep_copy_has_its_own_ratio():
     assert torch.equal(tiny.encode(twin, ids, mask), tiny.encode(model, ids, mask))
     vk.set_ratio(twin, 2)
     with vk.use_ratio(model, 1):
-        assert twin.encoder.variator_state.resolve() == 2
-    assert model.encoder.variator_state.resolve() == 4
+        assert twin.encoder.variator_state.current().uniform == 2
+    assert model.encoder.variator_state.current().uniform == 4
     shared = {id(vars(m)["variator_state"]) for m in twin.modules() if "variator_state" in vars(m)}
     assert len(shared) == 1
     assert not {id(p) for p in vk.plugin_parameters(twin)} & {
@@ -38,7 +38,7 @@ def test_a_deep_copy_has_its_own_ratio():
 def test_a_copy_inside_use_ratio_does_not_inherit_it():
     model = tiny.patched()
     with vk.use_ratio(model, 2):
-        assert copy.deepcopy(model).encoder.variator_state.resolve() == 4
+        assert copy.deepcopy(model).encoder.variator_state.current().uniform == 4
 
 
 @pytest.mark.parametrize("variant", tiny.VARIANTS)

@@ -116,7 +116,7 @@ def test_refuses_a_mask_that_does_not_tell_tokens(family):
     additive = torch.where(mask.bool(), 0.0, -1e9)[:, None, None, :].expand(-1, 1, 9, -1)
     with pytest.raises(ValueError, match=r"attention_mask must have shape \[batch, length\].*got"):
         tiny.encode(model, ids, additive)
-    assert tiny.encoder(model).variator_state.local.active is None
+    assert tiny.encoder(model).variator_state.local.context is None
 
 
 def test_a_block_called_alone_uses_the_models_ratio():

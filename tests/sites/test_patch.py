@@ -100,7 +100,7 @@ def test_every_argument_reaches_the_plugins():
     assert plugins["8"].adapter.w1.shape == (5, 48)
     assert plugins["8"].adapter.activation == "identity"
     state = model.encoder.variator_state
-    assert (state.ratio, state.backend) == (3, "reference")
+    assert (state.ratio, state.method.config.backend) == (3, "reference")
     assert not any(module.training for module in model.modules())
 
 

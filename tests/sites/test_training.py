@@ -56,7 +56,7 @@ def test_recompute_sees_the_same_mask_and_ratio(variant, reentrant, leave_first)
     assert len(used) == 2 * 6 + 1
     for g, e in used:
         torch.testing.assert_close(g, e, atol=1e-6, rtol=1e-4)
-    assert tiny.encoder(saving).variator_state.local.active is None
+    assert tiny.encoder(saving).variator_state.local.context is None
 
 
 def test_the_gradients_tell_ratio_and_mask_apart():

@@ -19,7 +19,7 @@ from transformers import AutoModel, BertConfig, BertModel
 
 from tests.train import toy
 from variator_kernels import patch, plugin_parameters, save_plugins
-from variator_kernels.runtime.ratio import states
+from variator_kernels.runtime.state import states
 from variator_kernels.train import Job
 from variator_kernels.train.__main__ import main
 from variator_kernels.train.run import _load, plugged
@@ -290,8 +290,8 @@ def test_takes_from_plugins_what_is_not_asked_for(folder, tmp_path):
     model = AutoModel.from_pretrained(folder / "model")
     plugged(model, job)
     (state,) = states(model)
-    found = state.ratios, state.bottleneck, state.activation, state.backend
-    assert found == ((3, 5), 4, "identity", "reference")
+    found = tuple(state.method.config)
+    assert found == ((3, 5), 4, "identity", ("ffn",), "reference")
     for a, b in zip(plugin_parameters(saved), plugin_parameters(model), strict=True):
         assert torch.equal(a, b)
     for wrong in ({"bottleneck": 5}, {"activation": "tanh"}, {"ratios": (3,)}):

@@ -14,112 +14,124 @@ import inspect
 import types
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import checks, functional
-from ..runtime.ratio import Active, PluginState
+from ..ops.feed_forward import FeedForward
+from ..runtime.context import Context, token_mask
+from ..runtime.level import Site
+from ..runtime.state import State
 from .families import FAMILIES, ROW, Family, follow
-from .feed_forward import describe
+from .feed_forward import Described
 from .find import whole_rows
 
 ORIGINAL = "variator_original"
 """Class attribute of a generated class: the class it replaces."""
+SITE = "variator_site"
+"""The attribute under which a patched sublayer has its :class:`SitePosition`."""
+DESCRIBED = "variator_described"
+"""The attribute under which it keeps its :class:`~.feed_forward.Described`."""
 _MASK_INDEX = "variator_mask_index"
 
 
-class _Encoder(nn.Module):
-    """Holds (mask, ratio) ready for the sublayers, which ``transformers`` never passes the mask."""
+class SitePosition(NamedTuple):
+    """Which site a sublayer is, and where a level has its ratio."""
 
-    variator_state: PluginState
+    site: Site
+    number: int
+
+
+class _Encoder(nn.Module):
+    """Holds the context ready for the sublayers, which ``transformers`` never passes the mask."""
+
+    variator_state: State
     variator_family: Family
     variator_mask_index: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state, index = self.variator_state, self.variator_mask_index
-        local, ratio = state.local, state.resolve()
-        mask = kwargs.get("attention_mask")
-        if mask is None and len(args) > index:
-            mask = args[index]
-        if ratio > 1 or local.observer is not None:
-            mask = _token_mask(mask)
-        quiet = torch.compiler.is_compiling() or self.training or state.warned
-        if ratio > 1 and not quiet:
-            _warn_if_untrained(self, ratio)
-        outer = local.active
-        local.active = Active(mask, ratio)
+        local, level = state.local, state.current()
+        mask = None
+        if not level.is_dense or local.observer is not None:
+            mask = kwargs.get("attention_mask")
+            if mask is None and len(args) > index:
+                mask = args[index]
+            mask = token_mask(mask)
+        if not (torch.compiler.is_compiling() or self.training or state.warned):
+            _warn_if_untrained(self, level.ratios)
+        outer = local.context
+        local.context = Context(mask, level)
         try:
             return super().forward(*args, **kwargs)
         finally:
-            local.active = outer
+            local.context = outer
 
 
 class _Block(nn.Module):
-    """Carries (mask, ratio) through gradient checkpointing.
+    """Carries the context through gradient checkpointing.
 
     The recompute runs in backward, where the encoder's forward and ``use_ratio`` may be over: so
-    the values travel with the call that is checkpointed, as one more keyword argument.
+    the context travels with the call that is checkpointed, as one more keyword argument.
     """
 
-    variator_state: PluginState
+    variator_state: State
     gradient_checkpointing: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.gradient_checkpointing and self.training:
             state = self.variator_state
-            kwargs["variator_active"] = state.local.active or Active(None, state.resolve())
+            kwargs["variator_context"] = state.local.context or Context(None, state.current())
         return super().__call__(*args, **kwargs)
 
-    def forward(self, *args: Any, variator_active: Active | None = None, **kwargs: Any) -> Any:
-        if variator_active is None:
+    def forward(self, *args: Any, variator_context: Context | None = None, **kwargs: Any) -> Any:
+        if variator_context is None:
             return super().forward(*args, **kwargs)
         local = self.variator_state.local
-        outer = local.active
-        local.active = variator_active
+        outer = local.context
+        local.context = variator_context
         try:
             return super().forward(*args, **kwargs)
         finally:
-            local.active = outer
+            local.context = outer
 
 
 class _Sublayer(nn.Module):
-    """The FFN sublayer, on merged groups of tokens."""
+    """The FFN sublayer: as it was where its ratio is 1, else what the method makes of it."""
 
-    variator_state: PluginState
-    variator_family: Family
-    plugins: nn.ModuleDict
+    variator_state: State
+    variator_site: SitePosition
+    variator_described: Described
 
-    def _compress(self, hidden_states: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
+    def feed_forward(self) -> FeedForward:
+        """What the sublayer consists of now."""
+        return self.variator_described.of(self)
+
+    def _at_site(self, x: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
         state = self.variator_state
-        active = state.local.active
-        if active is None:
+        context = state.local.context
+        if context is None:
             if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
                 raise RuntimeError(
                     "a patched FFN is recomputed outside its encoder, without mask and ratio: "
                     "checkpoint with model.gradient_checkpointing_enable(), or the whole encoder"
                 )
-            active = Active(None, state.resolve())
-        mask, ratio = active
+            context = Context(None, state.current())
+        ratio = context.level.ratios[self.variator_site.number]
         if state.local.observer is not None:
-            state.local.observer(self, hidden_states, mask, ratio)
+            state.local.observer(self, x, context.mask, ratio)
         if ratio == 1:
-            return dense(hidden_states)
+            return dense(x)
         whole_rows(self)
-        if mask is not None and mask.device != hidden_states.device:
-            mask = mask.to(hidden_states.device)
-        plugin: Any = self.plugins[str(ratio)]
-        return functional.compressed_ffn(
-            hidden_states, plugin.weights(), describe(self), mask=mask, backend=state.backend
-        )
+        return state.method.feed_forward(self, x, ratio, context, dense)
 
 
 class _Layer(_Sublayer):
     """A module that is the FFN sublayer."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self._compress(hidden_states, super().forward)
+        return self._at_site(hidden_states, super().forward)
 
 
 class _BlockWithChunk(_Block, _Sublayer):
@@ -127,33 +139,24 @@ class _BlockWithChunk(_Block, _Sublayer):
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         dense = super().feed_forward_chunk  # type: ignore[misc]
-        return self._compress(attention_output, dense)
+        return self._at_site(attention_output, dense)
 
 
-def _token_mask(mask: Any) -> Tensor | None:
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            "attention_mask must have shape [batch, length] at a ratio above 1 (it tells the "
-            f"groups where a row's tokens are), got {got}"
-        )
-    checks.mask_values(mask, "attention_mask")
-    return mask != 0 if mask.is_floating_point() else mask
-
-
-def _warn_if_untrained(encoder: _Encoder, ratio: int) -> None:
-    """Once per model: the plugins still have their initial values."""
+def _warn_if_untrained(encoder: _Encoder, ratios: tuple[int, ...]) -> None:
+    """Once per model: plugins that run still have their initial values."""
     state, family = encoder.variator_state, encoder.variator_family
-    if ratio in state.trained:
+    unknown = {ratio for ratio in ratios if ratio > 1} - state.trained
+    if not unknown:
         return
     for block in follow(encoder, family.blocks):
-        plugin = follow(block, family.sublayer).plugins[str(ratio)]
-        for weight in (plugin.adapter.w2, plugin.merge.weight):
-            if weight.is_meta or type(weight) is not nn.Parameter or bool(weight.any()):
-                state.trained.add(ratio)
-                return
+        layer = follow(block, family.sublayer)
+        ratio = ratios[layer.variator_site.number]
+        if ratio in unknown and state.method.is_trained(layer, ratio):
+            state.trained.add(ratio)
+            unknown.discard(ratio)
+    if not unknown:
+        return
+    ratio = min(unknown)
     state.warned = True
     warnings.warn(
         f"the plugins of ratio {ratio} are untrained: each group of {ratio} tokens gets the FFN "

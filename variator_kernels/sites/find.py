@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..runtime.ratio import STATE
+from ..runtime.state import STATE
 from .families import FAMILIES, Family, follow, is_a, lookup
 
 

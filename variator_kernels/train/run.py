@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification as Classifier
 from ..checkpoint import load_plugins
 from ..methods.variator.calibration import calibrate
 from ..patching import patch, unpatch
-from ..runtime.ratio import states
+from ..runtime.state import states
 from . import checkpoints, data, noise, rows, task
 from .collate import batches, collator
 from .config import DistillationConfig, fingerprint
@@ -107,7 +107,8 @@ def plugged(model: Any, job: Job) -> None:
         (saved,) = states(model)
         unpatch(model)
         ratios = job.ratios or saved.ratios
-        bottleneck, activation = bottleneck or saved.bottleneck, activation or saved.activation
+        config = saved.method.config
+        bottleneck, activation = bottleneck or config.bottleneck, activation or config.activation
     patch(model, ratios[0], ratios, bottleneck or 64, activation or "tanh", backend=job.backend)
     if job.plugins:
         load_plugins(model, job.plugins)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from .. import backends, checkpoint, sharding
 from ..checkpoint import load_plugins
+from ..methods.variator.method import plugin_parameters
 from ..ops import prepack
 from ..ops.prepacked_linear import FrozenProducts
-from ..patching import plugin_parameters
-from ..runtime.ratio import states, use_ratio
+from ..runtime.levels import use_ratio
+from ..runtime.state import states
 from . import checkpoints, evaluation, losses
 from .config import DistillationConfig
 from .evaluation import Correct
@@ -56,8 +57,12 @@ class DistillationTrainer(ResumableTrainer):
         **rest: Any,
     ) -> None:
         (state,) = states(model)
-        if not args.sample_ratios and state.ratio == 1:
-            raise ValueError("model's ratio is 1 (dense), there is nothing to train: set_ratio()")
+        active = state.ratio
+        if not args.sample_ratios and (active is None or active == 1):
+            got = "1 (dense)" if active == 1 else f"{state.level.ratios}, a ratio a layer"
+            raise ValueError(
+                f"model's ratio must be one of {state.ratios} in all layers, got {got}: set_ratio()"
+            )
         if args.n_gpu > 1:
             raise ValueError(
                 f"one process must train on one device, got {args.n_gpu}: start one process a "
@@ -68,7 +73,7 @@ class DistillationTrainer(ResumableTrainer):
                 "gradient checkpointing works in training mode alone: set dropout=True (and the "
                 "configuration's dropout probabilities to 0 for the same loss)"
             )
-        self.ratios = state.ratios if args.sample_ratios else (state.ratio,)
+        self.ratios = state.ratios if args.sample_ratios or active is None else (active,)
         shared = args.ratios_per_step
         if len(self.ratios) % shared:
             raise ValueError(
@@ -129,7 +134,8 @@ class DistillationTrainer(ResumableTrainer):
         """How the base model's own products run: packed, beside the CPU's kernels."""
         args = self.args
         packed = args.packed_products and not (args.torch_compile or self.is_fsdp_enabled)
-        if not packed or backends.resolve(self.plugin_state.backend, self.trained[0]) != "cpu":
+        backend = self.plugin_state.method.config.backend
+        if not packed or backends.resolve(backend, self.trained[0]) != "cpu":
             return nullcontext()
         return self.frozen
 

@@ -28,16 +28,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import backends
+from ... import backends, checks
 from ...ops import prepack
 from ...ops.feed_forward import FeedForward, normalize, products
 from ...ops.group_merge.reference import group_merge
 from ...ops.groups import token_slots
 from ...ops.prepacked_linear import FrozenProducts
-from ...patching import plugin_parameters
-from ...runtime.ratio import STATE, PluginState, observe, states, use_ratio
+from ...runtime.context import observe
+from ...runtime.levels import use_ratio
+from ...runtime.state import STATE, State, states
 from ...sites.feed_forward import describe
 from ...sites.find import find
+from .method import plugin_parameters
 from .regression import Fit, Moments, reduced_rank
 
 SHARPNESS = (0.0, 1.0, 2.0, 4.0)
@@ -107,9 +109,12 @@ def calibrate(
     """
     states(model)
     found = find(model)
-    state: PluginState = vars(found.encoder)[STATE]
-    wanted = [k for k in map(state.check, state.ratios if ratios is None else ratios) if k > 1]
-    on_cpu = backends.resolve(state.backend, found.like(0)) == "cpu"
+    state: State = vars(found.encoder)[STATE]
+    wanted = list(state.ratios if ratios is None else ratios)
+    for k in wanted:
+        state.check(checks.ratio(k, "ratios"))
+    wanted = [k for k in wanted if k > 1]
+    on_cpu = backends.resolve(state.method.config.backend, found.like(0)) == "cpu"
     batches = list(batches)
     inputs = _joined(batches, inspect.signature(found.encoder.forward).parameters)
     batches = [batch for batch in batches if len(batch["attention_mask"])]

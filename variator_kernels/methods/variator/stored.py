@@ -1,0 +1,172 @@
+"""What is saved of a model's plugins: settings as JSON, tensors by key (formats 1 and 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ... import checks
+from ...runtime.level import Level, Site
+from .config import PLACEMENTS
+
+FORMAT = 2
+FIELDS = ("merge.weight", "merge.bias", "adapter.w1", "adapter.b1", "adapter.w2", "adapter.b2")
+
+
+class Settings(NamedTuple):
+    """What ``plugins.json`` holds.
+
+    ``family`` is empty for the authors' files, which do not say. ``placements`` names the ratios
+    that have plugins; ``level`` is what was active, a ratio a layer. A field that an older file
+    lacks has its default; a field that this version does not know is an error.
+    """
+
+    family: str
+    hidden_size: int
+    layers: int
+    bottleneck: int
+    activation: str
+    placements: dict[str, list[int]]
+    level: dict[str, list[int]]
+    format: int = FORMAT
+    method: str = "variator"
+    written_by: str = "0.1.0"
+    keep_first: int = 0
+    keep_last: int = 0
+    keep: tuple[int, ...] = ()
+
+    @property
+    def ratios(self) -> list[int]:
+        """Every ratio that has plugins."""
+        return self.placements["ffn"]
+
+    @property
+    def active(self) -> dict[str, dict[int, int]]:
+        """The level, as ``set_ratio`` takes it."""
+        return {place: dict(enumerate(ratios)) for place, ratios in self.level.items()}
+
+
+_FIRST = (
+    "format",
+    "family",
+    "ratios",
+    "ratio",
+    "bottleneck",
+    "activation",
+    "hidden_size",
+    "layers",
+)
+"""The fields of format 1, all of them required."""
+
+
+def level_of(level: Level, sites: tuple[Site, ...]) -> dict[str, list[int]]:
+    """A level as :class:`Settings` has it."""
+    found: dict[str, list[int]] = {}
+    for site, ratio in zip(sites, level.ratios, strict=True):
+        found.setdefault(site.placement, []).append(ratio)
+    return found
+
+
+def read_settings(given: Any) -> Settings:
+    """The settings in a parsed ``plugins.json``.
+
+    Raises:
+        ValueError: they are not complete, or of a newer version than this one.
+    """
+    if not isinstance(given, Mapping):
+        raise ValueError(f"it must hold a mapping, got {type(given).__name__}")
+    number = given.get("format")
+    if number == 1:
+        return _first(given)
+    unknown = sorted(given.keys() - set(Settings._fields))
+    if number != FORMAT or unknown:
+        what = f"fields {unknown}" if number == FORMAT else f"format {number!r}"
+        writer = given.get("written_by", "an unknown version")
+        raise ValueError(
+            f"it has {what}, this version reads formats 1 and {FORMAT}: it was written by "
+            f"variator_kernels {writer}, use that version or a newer one"
+        )
+    _require(given, Settings._fields[:7])
+    settings = Settings(**given)
+    if settings.method != "variator":
+        raise ValueError(f"its method must be 'variator', got {settings.method!r}")
+    if settings.keep_first or settings.keep_last or settings.keep:
+        raise ValueError("its plugins keep tokens whole, which this version does not: use a newer")
+    return _checked(settings)
+
+
+def _first(given: Mapping[str, Any]) -> Settings:
+    """Format 1: one placement, one active ratio, nothing kept."""
+    _require(given, _FIRST)
+    if unknown := sorted(given.keys() - set(_FIRST)):
+        raise ValueError(f"format 1 has no fields {unknown}")
+    layers = checks.ratio(given["layers"], "layers")
+    return _checked(
+        Settings(
+            family=given["family"],
+            hidden_size=given["hidden_size"],
+            layers=layers,
+            bottleneck=given["bottleneck"],
+            activation=given["activation"],
+            placements={"ffn": given["ratios"]},
+            level={"ffn": [given["ratio"]] * layers},
+        )
+    )
+
+
+def _require(given: Mapping[str, Any], fields: tuple[str, ...]) -> None:
+    if missing := [field for field in fields if field not in given]:
+        raise ValueError(f"it lacks the fields {missing}")
+
+
+def _checked(settings: Settings) -> Settings:
+    for name in ("placements", "level"):
+        value = getattr(settings, name)
+        if not isinstance(value, dict) or tuple(value) != PLACEMENTS:
+            raise ValueError(f"{name} must be of {PLACEMENTS}, got {value!r}")
+        if not isinstance(value["ffn"], list) or not value["ffn"]:
+            raise ValueError(f"{name} must hold a list of ratios, got {value['ffn']!r}")
+    for name in ("hidden_size", "layers", "bottleneck"):
+        checks.ratio(getattr(settings, name), name)
+    checks.choice(settings.activation, checks.ADAPTER_ACTIVATIONS, "activation")
+    ratios = [checks.ratio(k, "ratios", least=2) for k in settings.ratios]
+    if len(settings.level["ffn"]) != settings.layers:
+        raise ValueError(f"level must have {settings.layers} layers, got {settings.level['ffn']}")
+    for ratio in settings.level["ffn"]:
+        if checks.ratio(ratio, "level") not in (1, *ratios):
+            raise ValueError(f"level must hold ratios that have plugins, {ratios}, got {ratio}")
+    return settings
+
+
+def key(layer: int, ratio: int, field: str, placement: str = "ffn") -> str:
+    """The name of a tensor in the file."""
+    return f"{placement}.{layer}.{ratio}.{field}"
+
+
+def first_key(layer: int, ratio: int, field: str) -> str:
+    """The same in format 1."""
+    return f"layer.{layer}.ratio.{ratio}.{field}"
+
+
+def renamed(settings: Settings, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a folder of format 1 under the names of this format; others stay as they are."""
+    names = {
+        first_key(i, k, field): key(i, k, field)
+        for i in range(settings.layers)
+        for k in settings.ratios
+        for field in FIELDS
+    }
+    return {names.get(name, name): tensor for name, tensor in tensors.items()}
+
+
+def shapes(settings: Settings) -> dict[str, tuple[int, ...]]:
+    """Every tensor that plugins of these settings have."""
+    d, r = settings.hidden_size, settings.bottleneck
+    found: dict[str, tuple[int, ...]] = {}
+    for i in range(settings.layers):
+        for k in settings.ratios:
+            sizes = ((k, k * d), (k,), (r, 2 * d), (r,), (d, r), (d,))
+            found |= {key(i, k, field): size for field, size in zip(FIELDS, sizes, strict=True)}
+    return found

@@ -1,0 +1,79 @@
+"""The context of one forward: what every sublayer needs to know and none should find out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+
+from .. import checks
+from ..ops.groups import Groups, make_groups
+from .level import Level
+
+if TYPE_CHECKING:
+    from .state import State
+
+Phase = Literal["prefill", "decoding"]
+Observer = Callable[[nn.Module, Tensor, "Tensor | None", int], None]
+
+
+class Context:
+    """Made when an encoder's forward begins; its sublayers read it until the forward ends.
+
+    ``mask`` is bool ``[B, n]`` or None (no padding), checked; ``level`` has the ratio of each site;
+    ``phase`` is ``"prefill"`` in an encoder. Groups are made once for each ratio (and device: a
+    model may be spread over several).
+    """
+
+    def __init__(self, mask: Tensor | None, level: Level, phase: Phase = "prefill") -> None:
+        self.mask = mask
+        self.level = level
+        self.phase = phase
+        self._groups: dict[tuple[Any, ...], Groups] = {}
+
+    def groups(self, x: Tensor, ratio: int, backend: str) -> Groups:
+        """Those of ``x [B, n, d]``, the hidden states of this forward."""
+        key = (ratio, x.device, backend)
+        found = self._groups.get(key)
+        if found is None:
+            mask = self.mask if self.mask is None else self.mask.to(x.device)
+            if mask is not None:
+                checks.shape(mask, tuple(x.shape[:2]), "attention_mask")
+            found = make_groups(x, ratio, mask=mask, backend=backend)
+            self._groups[key] = found
+        return found
+
+
+def token_mask(mask: Any) -> Tensor | None:
+    """An encoder's ``attention_mask`` argument as bool ``[B, n]``; None if there is none.
+
+    Raises:
+        ValueError: it is not two-dimensional, or additive.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            "attention_mask must have shape [batch, length] at a ratio above 1 (it tells the "
+            f"groups where a row's tokens are), got {got}"
+        )
+    checks.mask_values(mask, "attention_mask")
+    return mask != 0
+
+
+@contextmanager
+def observe(state: State, observer: Observer) -> Iterator[None]:
+    """Show ``observer`` what each patched sublayer of the model takes, in this thread.
+
+    It gets the sublayer, its input ``[B, n, d]``, the token mask and the ratio, before the
+    sublayer runs.
+    """
+    outer = state.local.observer
+    state.local.observer = observer
+    try:
+        yield
+    finally:
+        state.local.observer = outer

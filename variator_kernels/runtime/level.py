@@ -1,0 +1,96 @@
+"""A level: which ratio holds at each site of a model. It is what is switched at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from .. import checks
+
+
+class Site(NamedTuple):
+    """One place of a model at which a method can work."""
+
+    placement: str
+    """``"ffn"``: around a feed-forward sublayer."""
+    layer: int
+    """Of the encoder, from 0."""
+
+
+class Level(NamedTuple):
+    """A ratio for every site, in the order of the model's sites; 1 is dense."""
+
+    ratios: tuple[int, ...]
+
+    @property
+    def is_dense(self) -> bool:
+        return all(ratio == 1 for ratio in self.ratios)
+
+    @property
+    def uniform(self) -> int | None:
+        """The one ratio of all sites, or None if they differ."""
+        return self.ratios[0] if len(set(self.ratios)) == 1 else None
+
+
+def resolve(value: Any, sites: tuple[Site, ...], available: tuple[int, ...]) -> Level:
+    """The level that ``value`` asks for.
+
+    Args:
+        value: an integer for every site; a mapping of placements to ratios, ``{"ffn": 4}``, or to
+            ratios of layers, ``{"ffn": {-2: 4, -1: 4}}``: layers and placements that are not named
+            are dense, negative layers count from the end. Or a :class:`Level`.
+        sites: those of the model.
+        available: the ratios that have plugins.
+
+    Raises:
+        ValueError: an entry is none of these; the message names it.
+    """
+    if isinstance(value, Level):
+        if len(value.ratios) != len(sites):
+            raise ValueError(
+                f"ratio must be a level of {len(sites)} sites, got one of {len(value.ratios)}"
+            )
+        return Level(tuple(_ratio(ratio, available, "ratio") for ratio in value.ratios))
+    if not isinstance(value, Mapping):
+        return Level((_ratio(value, available, "ratio"),) * len(sites))
+    known = tuple(dict.fromkeys(site.placement for site in sites))
+    chosen: dict[Site, int] = {}
+    for placement, entry in value.items():
+        if placement not in known:
+            raise ValueError(f"ratio must name placements of the model, {known}, got {placement!r}")
+        name = f"ratio[{placement!r}]"
+        layers = [site.layer for site in sites if site.placement == placement]
+        if not isinstance(entry, Mapping):
+            entry = dict.fromkeys(layers, entry)
+        for layer, ratio in entry.items():
+            at = Site(placement, _layer(layer, len(layers), name))
+            if at in chosen:
+                raise ValueError(f"{name} must name a layer once, got {layer} for {at.layer} again")
+            chosen[at] = _ratio(ratio, available, name)
+    return Level(tuple(chosen.get(site, 1) for site in sites))
+
+
+def mentioned(value: Any) -> list[Any]:
+    """Every ratio that a request for a level names, as it is given."""
+    if isinstance(value, Level):
+        return list(value.ratios)
+    if isinstance(value, Mapping):
+        return [ratio for entry in value.values() for ratio in mentioned(entry)]
+    return [value]
+
+
+def _ratio(value: object, available: tuple[int, ...], name: str) -> int:
+    ratio = checks.ratio(value, name)
+    if ratio != 1 and ratio not in available:
+        raise ValueError(
+            f"{name} must be 1 (dense) or one that has plugins, {available}, got {ratio}"
+        )
+    return ratio
+
+
+def _layer(value: object, layers: int, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not -layers <= value < layers:
+        raise ValueError(
+            f"{name} must name layers as integers from {-layers} to {layers - 1}, got {value!r}"
+        )
+    return value % layers

@@ -1,0 +1,93 @@
+"""Putting modules at the sites of a model by class swapping, and taking them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..runtime.level import Site
+from ..runtime.state import STATE, State, states
+from .classes import DESCRIBED, ORIGINAL, SITE, SitePosition, patched_class
+from .feed_forward import Described
+from .find import Found
+
+ATTACHED = "plugins"
+"""Under this name a site's sublayer has what a method put there."""
+_OWN_LIST = "variator_own_ignore_list"
+
+
+def sites_of(found: Found) -> tuple[Site, ...]:
+    """Every site of an encoder."""
+    return tuple(Site("ffn", layer) for layer in range(len(found.layers)))
+
+
+def attached(model: nn.Module) -> list[Any]:
+    """What a method put at each site of every patched model inside ``model``."""
+    return [
+        module._modules[ATTACHED]
+        for module in model.modules()
+        if STATE in vars(module) and ATTACHED in module._modules
+    ]
+
+
+def install(model: nn.Module, found: Found, state: State, modules: Sequence[nn.Module]) -> None:
+    """Put one of ``modules`` at each of ``state.sites``, in ``model`` that holds ``found``."""
+    for index, (site, module) in enumerate(zip(state.sites, modules, strict=True)):
+        layer = found.layers[site.layer]
+        layer.add_module(ATTACHED, module)
+        vars(layer)[SITE] = SitePosition(site, index)
+        vars(layer)[DESCRIBED] = Described()
+    for part, name in found.parts():
+        part.__class__ = patched_class(found.family, name)
+        vars(part)[STATE] = state
+    _ignore_on_save(model, True)
+
+
+def remove(model: nn.Module) -> None:
+    """Bring back the original classes of every patched model inside ``model``.
+
+    Raises:
+        ValueError: nothing is patched, or somebody replaced a patched ``forward`` since.
+    """
+    states(model)
+    patched = [module for module in model.modules() if STATE in vars(module)]
+    for module in patched:
+        # What accelerate leaves behind after training in mixed precision goes too.
+        if "forward" in vars(module) and "_original_forward" not in vars(module):
+            raise ValueError(
+                f"the forward of {type(module).__name__} was replaced after patching; undo that "
+                "before unpatch()"
+            )
+    _ignore_on_save(model, False)
+    for module in patched:
+        for name in ("forward", "_original_forward", STATE, SITE, DESCRIBED):
+            vars(module).pop(name, None)
+        module._modules.pop(ATTACHED, None)
+        module.__class__ = getattr(type(module), ORIGINAL)
+
+
+def _ignore_on_save(model: nn.Module, ignore: bool) -> None:
+    """Tell every ``PreTrainedModel`` in ``model`` which keys ``save_pretrained`` leaves out."""
+    for module in model.modules():
+        if not hasattr(module, "_keys_to_ignore_on_save"):
+            continue
+        owner: Any = module
+        keys = {
+            f"{name}.{ATTACHED}.{key}".lstrip(".")
+            for name, layer in module.named_modules(remove_duplicate=False)
+            if STATE in vars(layer) and ATTACHED in layer._modules
+            for key in layer._modules[ATTACHED].state_dict()  # type: ignore[union-attr]
+        }
+        if not keys:
+            continue
+        before = set(owner._keys_to_ignore_on_save or ())
+        if ignore:
+            # Older versions keep it on the class alone: unpatch then leaves nothing behind.
+            setattr(owner, _OWN_LIST, "_keys_to_ignore_on_save" in vars(owner))
+            owner._keys_to_ignore_on_save = before | keys
+        else:
+            owner._keys_to_ignore_on_save = before - keys
+            if not vars(owner).pop(_OWN_LIST, True):
+                del owner._keys_to_ignore_on_save
