@@ -124,7 +124,7 @@ def whole_rows(layer: Any) -> None:
     Raises:
         ValueError: ``layer.chunk_size_feed_forward`` is not 0.
     """
-    size = getattr(layer, "chunk_size_feed_forward", 0)
+    size = vars(layer).get("chunk_size_feed_forward")
     if size:
         raise ValueError(
             f"chunk_size_feed_forward must be 0, got {size}: chunks would cut groups of tokens"

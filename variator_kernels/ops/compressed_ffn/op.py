@@ -35,7 +35,7 @@ def compressed_ffn(
     backend: str,
 ) -> Tensor:
     """The sublayer without dropout, in one op."""
-    return torch.ops.variator.compressed_ffn(
+    return torch.ops.variator.compressed_ffn.default(
         x, mask, cu_seqlens, *plugin[:6], ffn.w_in, ffn.w_out, ffn.w_gate, ffn.b_in, ffn.b_out,
         ffn.b_gate, ffn.norm_weight, ffn.norm_bias, ffn.activation, ffn.norm, ffn.eps,
         ffn.post_norm, ffn.residual, plugin.activation, backend,
