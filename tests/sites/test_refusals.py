@@ -187,7 +187,7 @@ def test_a_failure_half_way_leaves_nothing(monkeypatch):
             raise MemoryError
         return made[-1]
 
-    monkeypatch.setattr("variator_kernels.patching.Plugin", fail_at_the_last)
+    monkeypatch.setattr("variator_kernels.methods.variator.method.Plugin", fail_at_the_last)
     with pytest.raises(MemoryError):
         vk.patch_t5(model)
     assert tiny.snapshot(model) == before
