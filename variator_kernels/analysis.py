@@ -133,7 +133,6 @@ def neurons(
         ffn = describe(layer)
         if ffn.module is not None:
             raise ValueError(f"model's FFN {i} is more than its weights: its neurons are not seen")
-        mask = None if mask is None else mask.to(x.device)
         new = _activity(layer, ffn, x, mask, k, threshold)
         before = counts[i]
         counts[i] = new if before is None else before + new

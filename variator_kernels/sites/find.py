@@ -66,14 +66,12 @@ def find(model: nn.Module, families: tuple[Family, ...] = tuple(FAMILIES.values(
     known = tuple(family.name for family in families)
     if len(encoders) != 1:
         decoders = len(stacks) - len(encoders)
+        kind = getattr(getattr(model, "config", None), "model_type", None)
         raise ValueError(
             f"model must hold exactly one encoder of a known family, {known}, got "
             f"{len(encoders)} in a {type(model).__name__}"
-            + (
-                f", and {decoders} with config.is_decoder=True, which stay dense"
-                if decoders
-                else ""
-            )
+            + (f" of model_type {kind!r}" if kind and not stacks else "")
+            + (f", and {decoders} with config.is_decoder=True, which stay dense" * (decoders > 0))
         )
     family, encoder = encoders[0]
     try:
