@@ -74,7 +74,8 @@ def count(
     """
     found = find(model)
     sites = sites_of(found)
-    ratios = resolve(ratio, sites, tuple(map(checks.ratio, mentioned(ratio)))).ratios
+    available = tuple(map(checks.ratio, mentioned(ratio)))
+    ratios = resolve(ratio, sites, available, found.owners).ratios
     compressed = [k for k in ratios if k > 1]
     if isinstance(length, int):
         lengths = [checks.ratio(length, "length", least=0)] * checks.ratio(batch, "batch", least=0)
@@ -106,14 +107,15 @@ def count(
         decompress=sum(decompress_macs(tokens, vectors[k], d, r) for k in compressed),
     )
 
-    weights = ffn_macs(d, f, gated) * layers
+    own = [i for i, _ in found.own_layers]  # a shared module runs often and is there once
+    weights = ffn_macs(d, f, gated) * len(own)
     plugins = {id(p) for m in attached(found.encoder) for p in m.parameters()} if state else ()
     base = sum(p.numel() for p in found.encoder.parameters() if id(p) not in plugins)
-    projections = layers * 4 * d * inner
+    projections = len(set(map(id, found.blocks))) * 4 * d * inner
     plain = {"attention_projections": projections, "ffn": weights}
     rest = base - projections - weights
     dense_parameters = Parts(**plain, other=rest)
-    sizes = [plugin_parameters(d, k, r) for k in compressed]
+    sizes = [plugin_parameters(d, ratios[i], r) for i in own if ratios[i] > 1]
     parameters = Parts(
         **plain,
         merge=sum(merge for merge, _ in sizes),

@@ -11,7 +11,6 @@ from . import backends
 from .methods.variator.config import PLACEMENTS, configure
 from .methods.variator.method import Variator
 from .ops import prepack
-from .runtime import level
 from .runtime.state import State
 from .sites.families import BERT_FAMILIES, FAMILIES, T5_FAMILIES, Family
 from .sites.find import check_unchanged, find, is_patched
@@ -127,10 +126,11 @@ def apply(
     config, active = configure(ratio, ratios, bottleneck, activation, placements, backend)
     backends.resolve(config.backend, found.like(0))
     method, sites = Variator(config), sites_of(found)
-    state = State(found.family.name, method, sites, level.resolve(active, sites, config.ratios))
-    modules = [
-        method.parameters(found.hidden_size, found.like(site.layer), layer.training)
-        for site, layer in zip(sites, found.layers, strict=True)
-    ]
+    state = State(found.family.name, method, sites, found.owners)
+    state.level = state.check(active)
+    modules = {
+        i: method.parameters(found.hidden_size, found.like(i), layer.training)
+        for i, layer in found.own_layers
+    }
     install(model, found, state, modules)
     return model

@@ -21,6 +21,17 @@ class Found(NamedTuple):
     layers: list[Any]
 
     @property
+    def owners(self) -> tuple[int, ...]:
+        """For each layer the first that is the same module: itself, unless modules are shared."""
+        first: dict[int, int] = {}
+        return tuple(first.setdefault(id(layer), i) for i, layer in enumerate(self.layers))
+
+    @property
+    def own_layers(self) -> list[tuple[int, Any]]:
+        """Every sublayer once, with its number."""
+        return [(i, self.layers[i]) for i, owner in enumerate(self.owners) if i == owner]
+
+    @property
     def hidden_size(self) -> int:
         return self.encoder.config.hidden_size
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -29,8 +29,8 @@ def attached(model: nn.Module) -> list[Any]:
     return [module._modules[ATTACHED] for module in model.modules() if SITE in vars(module)]
 
 
-def install(model: nn.Module, found: Found, state: State, modules: Sequence[nn.Module]) -> None:
-    """Put one of ``modules`` at each of ``state.sites``, in ``model`` that holds ``found``.
+def install(model: nn.Module, found: Found, state: State, modules: Mapping[int, nn.Module]) -> None:
+    """Put ``modules``, by number of the site, into ``model`` that holds ``found``.
 
     Whatever goes wrong on the way is undone.
     """
@@ -41,10 +41,13 @@ def install(model: nn.Module, found: Found, state: State, modules: Sequence[nn.M
         raise
 
 
-def _install(model: nn.Module, found: Found, state: State, modules: Sequence[nn.Module]) -> None:
-    for index, (site, module) in enumerate(zip(state.sites, modules, strict=True)):
+def _install(
+    model: nn.Module, found: Found, state: State, modules: Mapping[int, nn.Module]
+) -> None:
+    for number, module in modules.items():
+        site = state.sites[number]
         layer = found.layers[site.layer]
-        vars(layer)[SITE] = SitePosition(site, index)
+        vars(layer)[SITE] = SitePosition(site, number)
         layer.add_module(ATTACHED, module)
         vars(layer)[DESCRIBED] = Described()
     for part, name in found.parts():

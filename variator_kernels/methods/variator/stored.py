@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -161,11 +161,11 @@ def renamed(settings: Settings, tensors: dict[str, Tensor]) -> dict[str, Tensor]
     return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
-def shapes(settings: Settings) -> dict[str, tuple[int, ...]]:
-    """Every tensor that plugins of these settings have."""
+def shapes(settings: Settings, layers: Iterable[int]) -> dict[str, tuple[int, ...]]:
+    """Every tensor that plugins of these settings have in ``layers`` (a shared module is one)."""
     d, r = settings.hidden_size, settings.bottleneck
     found: dict[str, tuple[int, ...]] = {}
-    for i in range(settings.layers):
+    for i in layers:
         for k in settings.ratios:
             sizes = ((k, k * d), (k,), (r, 2 * d), (r,), (d, r), (d,))
             found |= {key(i, k, field): size for field, size in zip(FIELDS, sizes, strict=True)}
