@@ -11,8 +11,8 @@ from tests.ops.cases import GPU, assert_close, cast, feed_forward, masked, moved
 from tests.ops.test_backward import gradients
 from variator_kernels import functional as vf
 from variator_kernels.ops.compressed_ffn import cuda as sublayer
-from variator_kernels.ops.cuda_arguments import spans_of
-from variator_kernels.ops.gpu_arguments import Groups
+from variator_kernels.ops.cuda_arguments import groups_kernel
+from variator_kernels.ops.gpu_arguments import GpuGroups
 
 BF16 = torch.bfloat16
 
@@ -184,6 +184,6 @@ def test_one_launch_is_one_launch(cuda):
 
 
 def test_more_tokens_than_32_bits_count(cuda):
-    spans = Groups("plain", None, None, None, None, 2**30, 2**28, 2**29, 2**29, 4)
+    groups = GpuGroups("plain", None, None, None, None, 2**30, 2**28, 2**29, 2**29, 4)
     with pytest.raises(ValueError, match="2147483648 tokens"):
-        spans_of(spans)
+        groups_kernel(groups)

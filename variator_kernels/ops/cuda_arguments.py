@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import extension
 from .arguments import Norm, require
-from .gpu_arguments import Groups
+from .gpu_arguments import GpuGroups
 
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 NORMS = {"none": 0, "rms": 1, "layer": 2}
@@ -51,20 +51,20 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def spans_of(spans: Groups) -> Any:
-    """``gpu_arguments.Groups`` as the kernels read it; they count tokens in 32 bits."""
-    tokens = spans.n * (spans.total // max(spans.per_row, 1))
+def groups_kernel(groups: GpuGroups) -> Any:
+    """Groups as the kernels read them; they count tokens in 32 bits."""
+    tokens = groups.n * (groups.total // max(groups.per_row, 1))
     require(tokens < 2**31, f"the input has {tokens} tokens, the CUDA kernels take less than 2^31")
     return extension.load("cuda").Groups(
-        start=address(spans.start),
-        length=address(spans.length),
-        span=address(spans.span),
-        mask=address(spans.mask),
-        n=spans.n,
-        per_row=spans.per_row,
-        count=spans.total,
-        launched=spans.launched,
-        k=spans.ratio,
+        start=address(groups.start),
+        length=address(groups.span),
+        span=address(groups.owned),
+        mask=address(groups.mask),
+        n=groups.n,
+        per_row=groups.per_row,
+        count=groups.total,
+        launched=groups.launched,
+        k=groups.ratio,
     )
 
 
@@ -74,7 +74,7 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def rows_of(matrix: Tensor) -> Tensor:
+def aligned_rows(matrix: Tensor) -> Tensor:
     """A matrix whose rows have unit stride and start at multiples of 16 bytes."""
     fits = matrix.stride(-1) == 1 and matrix.stride(0) % 8 == 0 and matrix.data_ptr() % 16 == 0
     return matrix if fits else aligned(matrix)
@@ -99,18 +99,17 @@ def vector(tensor: Tensor | None) -> Any:
     return extension.load("cuda").Vector(address(tensor), wide)
 
 
-def norm_as_read(norm: Norm) -> Any:
-    """A norm whose vectors :func:`as_vector` made, as the kernels read it."""
+def norm_kernel(norm: Norm) -> Any:
+    """The result of :func:`cuda_norm` as the kernels read it."""
     return extension.load("cuda").Norm(
         NORMS[norm.name], vector(norm.weight), vector(norm.bias), norm.eps
     )
 
 
-def norm_of(
-    name: str, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
-) -> Norm:
-    weight, bias = (None if v is None else as_vector(v, dtype) for v in (weight, bias))
-    return Norm(name, weight, bias, eps)
+def cuda_norm(norm: Norm, dtype: torch.dtype) -> Norm:
+    """A norm with vectors that :func:`as_vector` made for storage ``dtype``."""
+    weight, bias = (None if v is None else as_vector(v, dtype) for v in (norm.weight, norm.bias))
+    return norm._replace(weight=weight, bias=bias)
 
 
 def chunks(bottleneck: int) -> int:
@@ -121,7 +120,7 @@ def chunks(bottleneck: int) -> int:
 def pad_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``weight [r, d]`` with rows of zeros up to :func:`chunks`."""
     missing = chunks(weight.shape[0]) - weight.shape[0]
-    return rows_of(_padded(weight.detach().to(dtype), (0, 0, 0, missing)))
+    return aligned_rows(_padded(weight.detach().to(dtype), (0, 0, 0, missing)))
 
 
 def pad_columns(weight: Tensor, dtype: torch.dtype) -> Tensor:

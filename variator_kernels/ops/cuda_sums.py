@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,54 +12,69 @@ from .arguments import NO_NORM, Norm
 from .cuda_arguments import (
     address,
     dtype_code,
+    groups_kernel,
     multiprocessors,
-    norm_as_read,
-    spans_of,
+    norm_kernel,
     target,
 )
-from .gpu_arguments import Groups
+from .gpu_arguments import GpuGroups
+
+
+class Side(NamedTuple):
+    """A factor of the sum: ``rows [tokens or groups, c]`` with unit stride; ``by_group`` says
+    which."""
+
+    rows: Tensor
+    by_group: bool = False
+
+
+class NormedRows(NamedTuple):
+    """The norm of the right factor, and its rows' mean and rstd ``[groups, k, 2]``."""
+
+    norm: Norm = NO_NORM
+    moments: Tensor | None = None
+
+
+AS_THEY_ARE = NormedRows()
 
 
 def outer_sum(
-    left: Tensor,
-    right: Tensor,
-    spans: Groups,
+    left: Side,
+    right: Side,
+    groups: GpuGroups,
     *,
     slot: int = -1,
-    left_by_group: bool = False,
-    right_by_group: bool = False,
     ones: bool = False,
-    norm: Norm = NO_NORM,
-    moments: Tensor | None = None,
+    normed: NormedRows = AS_THEY_ARE,
 ) -> Tensor:
     """``Σ left[m]ᵀ norm(right[m])`` over the slots m that hold a token: ``[left's columns, d]``.
 
     Args:
-        left: fp32 ``[tokens or groups, c]``, contiguous; ``left_by_group`` says which.
-        right: ``[tokens or groups, d]`` in a storage type, rows of unit stride.
+        left: fp32, contiguous.
+        right: in a storage type.
         slot: only this slot of each group; -1: all of them.
         ones: adds a row, the sum of ``right`` itself.
-        norm, moments: the norm of ``right`` and the rows' mean and scale ``[groups, k, 2]``.
+        normed: what ``right`` goes through first.
     """
-    columns, d = left.shape[1] + ones, right.shape[1]
+    columns, d = left.rows.shape[1] + ones, right.rows.shape[1]
     cuda = extension.load("cuda")
-    parts = cuda.outer_parts(spans.total, columns, d, multiprocessors(right))
-    out = right.new_empty(parts, columns, d, dtype=torch.float32)
+    parts = cuda.outer_parts(groups.total, columns, d, multiprocessors(right.rows))
+    out = right.rows.new_empty(parts, columns, d, dtype=torch.float32)
     cuda.outer_sum(
-        target(right),
-        dtype=dtype_code(right.dtype),
-        groups=spans_of(spans),
+        target(right.rows),
+        dtype=dtype_code(right.rows.dtype),
+        groups=groups_kernel(groups),
         slot=slot,
-        left_by_group=left_by_group,
-        right_by_group=right_by_group,
-        left=left.data_ptr(),
-        left_stride=left.shape[1],
+        left_by_group=left.by_group,
+        right_by_group=right.by_group,
+        left=left.rows.data_ptr(),
+        left_stride=left.rows.shape[1],
         left_columns=columns,
-        right=right.data_ptr(),
-        right_stride=right.stride(0),
+        right=right.rows.data_ptr(),
+        right_stride=right.rows.stride(0),
         d=d,
-        norm=norm_as_read(norm),
-        moments=0 if norm.name == "none" else address(moments),
+        norm=norm_kernel(normed.norm),
+        moments=0 if normed.norm.name == "none" else address(normed.moments),
         parts=parts,
         out=out.data_ptr(),
         out_stride=d,

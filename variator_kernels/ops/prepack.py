@@ -103,7 +103,7 @@ class PackedLinear(NamedTuple):
 
     def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
         """``activation(x · weightᵀ + bias)`` for ``x [rows, in]``; ``"none"`` or one of
-        :data:`~variator_kernels.ops.feed_forward.ACTIVATIONS`."""
+        :data:`~variator_kernels.ops.feed_forward.FFN_ACTIVATIONS`."""
         op, algorithm = _POST_OPS[activation]
         linear = torch.ops.mkldnn._linear_pointwise
         return linear(x, self.weight, self.bias, op, [], algorithm)

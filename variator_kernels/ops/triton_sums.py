@@ -11,7 +11,7 @@ from torch import Tensor
 from ..triton_kernels import launch
 from ..triton_kernels.weight_sums import weight_sums_kernel
 from .arguments import NO_NORM, Norm
-from .gpu_arguments import Groups
+from .gpu_arguments import GpuGroups
 
 
 class Sums(NamedTuple):
@@ -34,7 +34,7 @@ NO_STATISTICS = Statistics()
 
 def weight_sums(
     a: Tensor,
-    spans: Groups,
+    groups: GpuGroups,
     b: Tensor | None,
     *,
     norm: Norm = NO_NORM,
@@ -47,12 +47,12 @@ def weight_sums(
     Also ``Σ scores ⊗ norm(a)`` for ``scores [groups, K2]``, and with ``columns`` the sum of ``a``;
     what is not asked for is empty.
     """
-    k, d = spans.ratio, a.shape[1]
+    k, d = groups.ratio, a.shape[1]
     k2, r = launch.power_of_2(k), 0 if b is None else b.shape[1]
     case = {"arch": launch.arch(a), "d": d, "k": k, "dtype": launch.name(a.dtype)}
     row = launch.settings("weight_sums", **case)
     across = triton.cdiv(d, row["bd"])
-    tiles = triton.cdiv(spans.total, row["bg"])
+    tiles = triton.cdiv(groups.total, row["bg"])
     shares = max(1, min(tiles, row["programs"] * launch.processors(a) // (across * k)))
     tiles_a_share = triton.cdiv(tiles, shares)
     parts = shares * k
@@ -64,10 +64,10 @@ def weight_sums(
     sum_a = part(d if columns else 0)
     weight_sums_kernel[(across, k, shares)](
         a, norm.weight, norm.bias, *statistics, b, scores,
-        spans.start, spans.length, spans.span, spans.mask, sum_b, sum_scores, sum_a,
-        spans.total, spans.launched, spans.n, spans.per_row, d, a.stride(0), tiles_a_share,
+        *groups.pointers, sum_b, sum_scores, sum_a,
+        *groups.sizes, d, a.stride(0), tiles_a_share,
         K=k, K2=k2, C=max(16, k2), BG=row["bg"], BD=row["bd"], R=r, R2=launch.power_of_2(r, 16),
-        NORM=norm.name, FORM=spans.form, COLUMNS=columns, PRECISION=launch.precision(a),
+        NORM=norm.name, FORM=groups.form, COLUMNS=columns, PRECISION=launch.precision(a),
         **launch.options(row),
     )  # fmt: skip
     by_slot = sum_scores.view(shares, k, *sum_scores.shape[1:]).sum(0)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import backends, checks
+from ... import backends
+from ...ops import checks
 from ...ops.feed_forward import FeedForward, PluginWeights
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ... import checks
+from ...ops.feed_forward import ADAPTER_ACTIVATIONS
 from ...runtime.level import Level, Site
 from .config import PLACEMENTS
 
@@ -130,7 +131,7 @@ def _checked(settings: Settings) -> Settings:
             raise ValueError(f"{name} must hold a list of ratios, got {value['ffn']!r}")
     for name in ("hidden_size", "layers", "bottleneck"):
         checks.ratio(getattr(settings, name), name)
-    checks.choice(settings.activation, checks.ADAPTER_ACTIVATIONS, "activation")
+    checks.choice(settings.activation, ADAPTER_ACTIVATIONS, "activation")
     ratios = [checks.ratio(k, "ratios", least=2) for k in settings.ratios]
     if len(settings.level["ffn"]) != settings.layers:
         raise ValueError(f"level must have {settings.layers} layers, got {settings.level['ffn']}")

@@ -10,7 +10,7 @@ template <class V, DType dtype>
 struct Storage;
 
 template <class V>
-struct Storage<V, DType::f32> {
+struct Storage<V, DType::float32> {
     using Element = float;
     static V load(const float* p) { return V::load(p); }
     static V load(const float* p, int n) { return V::load(p, n); }
@@ -18,7 +18,7 @@ struct Storage<V, DType::f32> {
     static void store(float* p, V v, int n) { v.store(p, n); }
 };
 template <class V>
-struct Storage<V, DType::f64> {
+struct Storage<V, DType::float64> {
     using Element = double;
     static V load(const double* p) { return V::load(p); }
     static V load(const double* p, int n) { return V::load(p, n); }
@@ -26,7 +26,7 @@ struct Storage<V, DType::f64> {
     static void store(double* p, V v, int n) { v.store(p, n); }
 };
 template <class V>
-struct Storage<V, DType::bf16> {
+struct Storage<V, DType::bfloat16> {
     using Element = uint16_t;
     static V load(const uint16_t* p) { return V::load_bf16(p); }
     static V load(const uint16_t* p, int n) { return V::load_bf16(p, n); }
@@ -34,7 +34,7 @@ struct Storage<V, DType::bf16> {
     static void store(uint16_t* p, V v, int n) { v.store_bf16(p, n); }
 };
 template <class V>
-struct Storage<V, DType::f16> {
+struct Storage<V, DType::float16> {
     using Element = uint16_t;
     static V load(const uint16_t* p) { return V::load_f16(p); }
     static V load(const uint16_t* p, int n) { return V::load_f16(p, n); }
@@ -69,11 +69,11 @@ inline __attribute__((always_inline)) void for_parts(int64_t n, F f) {
 
 // The storage type of acc values themselves.
 template <class V>
-using Acc = Storage<V, sizeof(typename V::Scalar) == 8 ? DType::f64 : DType::f32>;
+using Acc = Storage<V, sizeof(typename V::Scalar) == 8 ? DType::float64 : DType::float32>;
 
 template <class S>
 struct Statistics {
-    S mean, scale;  // normalised = (x - mean) * scale
+    S mean, rstd;  // normalised = (x - mean) * rstd
 };
 
 inline float square_root(float x) { return __builtin_sqrtf(x); }
@@ -126,9 +126,9 @@ template <class V, DType dtype, class Out>
 void normed_row(const typename Storage<V, dtype>::Element* x, int64_t d, int64_t padded,
                 Statistics<typename V::Scalar> s, const typename V::Scalar* weight,
                 const typename V::Scalar* bias, typename Out::Element* out) {
-    const V scale = V::set(s.scale), mean = V::set(s.mean);
+    const V rstd = V::set(s.rstd), mean = V::set(s.mean);
     for_parts<V>(d, [&](Part<V> part) {
-        V h = (part.template load<Storage<V, dtype>>(x) - mean) * scale;
+        V h = (part.template load<Storage<V, dtype>>(x) - mean) * rstd;
         if (weight) h = h * part.template load<Acc<V>>(weight);
         if (bias) h = h + part.template load<Acc<V>>(bias);
         part.template store<Out>(out, h);

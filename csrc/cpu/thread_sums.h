@@ -2,7 +2,7 @@
 // thread order, so the result depends on the number of threads but not on their timing.
 #pragma once
 
-#include "chunks.h"
+#include "group_chunks.h"
 #include "scratch.h"
 
 namespace variator {
