@@ -1,14 +1,14 @@
 // What each kernel is launched with: for the table of resources.
 #include <string>
 
-#include "decompress.cuh"
-#include "decompress_backward.cuh"
+#include "gemm/products.h"
 #include "kernels.h"
-#include "merge.cuh"
-#include "merge_backward.cuh"
-#include "one_launch.cuh"
-#include "outer_sum.cuh"
-#include "products.h"
+#include "kernels/decompress.cuh"
+#include "kernels/decompress_backward.cuh"
+#include "kernels/merge.cuh"
+#include "kernels/merge_backward.cuh"
+#include "kernels/one_launch.cuh"
+#include "kernels/outer_sum.cuh"
 
 namespace variator::cuda {
 

@@ -1,4 +1,4 @@
-"""Weights' gradients on the CUDA kernel csrc/cuda/outer_sum.cuh."""
+"""Weights' gradients on the CUDA kernel csrc/cuda/kernels/outer_sum.cuh."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 // The FFN's products in plain loops: CUTLASS has no emulation, so these stand in for its kernels.
-#include "../device.cuh"
-#include "../kernels.h"
+#include "device.cuh"
+#include "kernels.h"
 
 namespace variator::cuda {
 namespace {

@@ -1,4 +1,4 @@
-"""adapter_decompress on the CUDA kernels (csrc/cuda/decompress.cuh, decompress_backward.cuh)."""
+"""adapter_decompress on the CUDA kernels (csrc/cuda/kernels/decompress*.cuh)."""
 
 from __future__ import annotations
 

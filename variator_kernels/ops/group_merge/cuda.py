@@ -1,4 +1,4 @@
-"""group_merge on the CUDA kernels (csrc/cuda/merge.cuh, merge_backward.cuh)."""
+"""group_merge on the CUDA kernels (csrc/cuda/kernels/merge*.cuh)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 // The rows of a quad of slots under a norm: where they are, their statistics, their normed values.
 #pragma once
 
-#include "tile.cuh"
+#include "kernels/tile.cuh"
 
 namespace variator::cuda {
 

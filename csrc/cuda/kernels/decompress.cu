@@ -1,5 +1,5 @@
-#include "decompress.cuh"
 #include "kernels.h"
+#include "kernels/decompress.cuh"
 #include "launch.h"
 #include "plan.h"
 

@@ -1,6 +1,6 @@
 #include "kernels.h"
+#include "kernels/one_launch.cuh"
 #include "launch.h"
-#include "one_launch.cuh"
 #include "plan.h"
 
 namespace variator::cuda {

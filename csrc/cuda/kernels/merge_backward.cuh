@@ -4,7 +4,7 @@
 // and dx through the norm. The weights' gradients are sums over tokens: outer_sum.cuh.
 #pragma once
 
-#include "hidden_gradient.cuh"
+#include "kernels/hidden_gradient.cuh"
 
 namespace variator::cuda {
 

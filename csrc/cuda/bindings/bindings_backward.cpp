@@ -1,5 +1,5 @@
 // The backward kernels as Python functions.
-#include "bindings.h"
+#include "bindings/bindings.h"
 
 namespace py = pybind11;
 using namespace py::literals;

@@ -1,6 +1,6 @@
 // The Python module: addresses, sizes and strides in, by name. The Python side checks shapes,
 // dtypes and contiguity and owns all memory; every launch goes to the device and stream it names.
-#include "bindings.h"
+#include "bindings/bindings.h"
 
 #include "plan.h"
 #include "query.h"

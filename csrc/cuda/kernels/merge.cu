@@ -1,6 +1,6 @@
 #include "kernels.h"
+#include "kernels/merge.cuh"
 #include "launch.h"
-#include "merge.cuh"
 #include "plan.h"
 
 namespace variator::cuda {

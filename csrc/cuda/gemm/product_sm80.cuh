@@ -6,8 +6,8 @@
 
 #include <cutlass/epilogue/threadblock/fusion/visitors.hpp>
 
-#include "epilogue.cuh"
-#include "products.h"
+#include "gemm/epilogue.cuh"
+#include "gemm/products.h"
 
 namespace variator::cuda {
 

@@ -1,8 +1,8 @@
-#include "decompress_backward.cuh"
 #include "kernels.h"
+#include "kernels/decompress_backward.cuh"
+#include "kernels/merge_backward.cuh"
+#include "kernels/outer_sum.cuh"
 #include "launch.h"
-#include "merge_backward.cuh"
-#include "outer_sum.cuh"
 #include "plan.h"
 
 namespace variator::cuda {

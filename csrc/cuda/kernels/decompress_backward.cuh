@@ -4,8 +4,8 @@
 // The weights' gradients are sums over tokens: outer_sum.cuh.
 #pragma once
 
-#include "adapter.cuh"
-#include "rows.cuh"
+#include "kernels/adapter.cuh"
+#include "kernels/rows.cuh"
 
 namespace variator::cuda {
 

@@ -2,7 +2,7 @@
 // order is fixed: each part adds its rows one after the other.
 #pragma once
 
-#include "rows.cuh"
+#include "kernels/rows.cuh"
 
 namespace variator::cuda {
 

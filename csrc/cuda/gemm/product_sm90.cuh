@@ -8,8 +8,8 @@
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 #include <cutlass/util/packed_stride.hpp>
 
-#include "epilogue.cuh"
-#include "products.h"
+#include "gemm/epilogue.cuh"
+#include "gemm/products.h"
 
 namespace variator::cuda {
 

@@ -1,4 +1,4 @@
-#include "product_sm90.cuh"
+#include "gemm/product_sm90.cuh"
 
 namespace variator::cuda {
 

@@ -2,8 +2,8 @@
 //   dh_j = a_j dg + W_c[:, slot j]ᵀ ds + W_1hᵀ dp_j.
 #pragma once
 
-#include "adapter.cuh"
-#include "rows.cuh"
+#include "kernels/adapter.cuh"
+#include "kernels/rows.cuh"
 
 namespace variator::cuda {
 

@@ -5,7 +5,7 @@
 // L1 or L2.
 #pragma once
 
-#include "rows.cuh"
+#include "kernels/rows.cuh"
 
 namespace variator::cuda {
 

@@ -4,9 +4,9 @@
 // other.
 #pragma once
 
-#include "decompress.cuh"
-#include "merge.cuh"
-#include "small_product.cuh"
+#include "kernels/decompress.cuh"
+#include "kernels/merge.cuh"
+#include "kernels/small_product.cuh"
 
 namespace variator::cuda {
 

@@ -2,7 +2,7 @@
 // no stages of shared memory to fill. Two warps by rows, two by columns, two by halves of the sum.
 #pragma once
 
-#include "tile.cuh"
+#include "kernels/tile.cuh"
 
 namespace variator::cuda {
 

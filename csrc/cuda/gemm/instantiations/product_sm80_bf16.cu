@@ -1,4 +1,4 @@
-#include "product_sm80.cuh"
+#include "gemm/product_sm80.cuh"
 
 namespace variator::cuda {
 

@@ -1,9 +1,9 @@
 // Picks the kernel of a product by the current device.
 #include <cuda_runtime.h>
 
+#include "gemm/products.h"
 #include "kernels.h"
 #include "plan.h"
-#include "products.h"
 #include "query.h"
 
 namespace variator::cuda {

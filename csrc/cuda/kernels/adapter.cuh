@@ -1,7 +1,7 @@
 // The adapter's products that decompress and the backward passes have in common.
 #pragma once
 
-#include "tile.cuh"
+#include "kernels/tile.cuh"
 
 namespace variator::cuda {
 

@@ -1,7 +1,7 @@
 // adapter_decompress: y = residual + u + W_2 φ(W_1u u + W_1h h + b_1) + b_2, one write of y.
 #pragma once
 
-#include "adapter.cuh"
+#include "kernels/adapter.cuh"
 
 namespace variator::cuda {
 
