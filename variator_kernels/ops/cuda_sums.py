@@ -1,4 +1,4 @@
-"""Weights' gradients on the CUDA kernel csrc/cuda/kernels/outer_sum.cuh."""
+"""Weights' gradients on the CUDA kernel csrc/cuda/kernels/weight_gradient.cuh."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def outer_sum(
     """
     columns, d = left.shape[1] + ones, right.shape[1]
     cuda = extension.load("cuda")
-    parts = cuda.outer_parts(spans.total, columns, d, multiprocessors(right))
+    parts = cuda.weight_gradient_parts(spans.total, columns, d, multiprocessors(right))
     out = right.new_empty(parts, columns, d, dtype=torch.float32)
-    cuda.outer_sum(
+    cuda.weight_gradient(
         target(right),
         dtype=dtype_code(right.dtype),
         groups=spans_of(spans),

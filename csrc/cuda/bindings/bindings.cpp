@@ -2,8 +2,8 @@
 // dtypes and contiguity and owns all memory; every launch goes to the device and stream it names.
 #include "bindings/bindings.h"
 
-#include "plan.h"
-#include "query.h"
+#include "device_properties.h"
+#include "heuristics.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -56,16 +56,16 @@ void bind_decompress(py::module_& m) {
         });
 }
 
-void bind_products(py::module_& m) {
+void bind_gemms(py::module_& m) {
     m.def(
-        "product",
+        "gemm",
         [](const Target& to, int dtype, int64_t rows, int64_t columns, int64_t inner, Address a,
            Address weight, Address bias, int activation, Address factor, Address out) {
-            const ProductParams p{
+            const GemmParams p{
                 dtype_of(dtype), rows,       columns,  inner,
                 at(a),           at(weight), at(bias), static_cast<Activation>(activation),
                 at(factor),      at(out)};
-            run(product, "product", p, to);
+            run(gemm, "gemm", p, to);
         },
         py::arg("target"), py::kw_only(), "dtype"_a, "rows"_a, "columns"_a, "inner"_a, "a"_a,
         "weight"_a, "bias"_a, "activation"_a, "factor"_a, "out"_a);
@@ -90,7 +90,7 @@ void bind_products(py::module_& m) {
 }
 
 // Sizes that the caller allocates by, and the choices that tests look at.
-void bind_plan(py::module_& m) {
+void bind_heuristics(py::module_& m) {
 #if !defined(VARIATOR_EMULATION)
     m.def("shared_bytes", &shared_bytes);
 #endif
@@ -100,13 +100,13 @@ void bind_plan(py::module_& m) {
         check(count_multiprocessors(count), "multiprocessors");
         return count;
     });
-    m.def("tiles", &plan::tiles);
-    m.def("resident_blocks", &plan::resident_blocks);
-    m.def("blocks_a_part", &plan::blocks_a_part);
-    m.def("splits", &plan::splits);
-    m.def("one_launch_blocks", &plan::one_launch_blocks);
-    m.def("outer_parts", &plan::outer_parts);
-    m.def("large_product_tile", &plan::large_product_tile);
+    m.def("tiles", &heuristics::tiles);
+    m.def("resident_blocks", &heuristics::resident_blocks);
+    m.def("blocks_a_part", &heuristics::blocks_a_part);
+    m.def("splits", &heuristics::splits);
+    m.def("one_launch_blocks", &heuristics::one_launch_blocks);
+    m.def("weight_gradient_parts", &heuristics::weight_gradient_parts);
+    m.def("large_gemm_tile", &heuristics::large_gemm_tile);
 }
 
 }  // namespace
@@ -149,6 +149,6 @@ PYBIND11_MODULE(_cuda, m) {
     bind_merge(m);
     bind_decompress(m);
     bind_backward(m);
-    bind_products(m);
-    bind_plan(m);
+    bind_gemms(m);
+    bind_heuristics(m);
 }

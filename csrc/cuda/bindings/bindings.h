@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
+#include "launchers.h"
 
 #if !defined(VARIATOR_EMULATION)
 #include <cuda_runtime_api.h>

@@ -49,19 +49,19 @@ void bind_backward(py::module_& m) {
         "w2_transpose"_a, "b1"_a, "dy"_a, "dy_stride"_a, "du"_a, "d_projected"_a, "bottleneck"_a,
         "d_q"_a);
     m.def(
-        "outer_sum",
+        "weight_gradient",
         [](const Target& to, int dtype, const Groups& groups, int64_t slot, bool left_by_group,
            bool right_by_group, Address left, int64_t left_stride, int64_t left_columns,
            Address right, int64_t right_stride, int64_t d, const NormParams& norm, Address moments,
            int64_t parts, Address out, int64_t out_stride) {
-            OuterSumParams p{};
+            WeightGradientParams p{};
             p.dtype = dtype_of(dtype), p.groups = groups, p.slot = slot;
             p.left_by_group = left_by_group, p.right_by_group = right_by_group;
             p.left = at(left), p.left_stride = left_stride, p.left_columns = left_columns;
             p.right = at(right), p.right_stride = right_stride, p.d = d;
             p.norm = norm, p.moments = at(moments);
             p.parts = parts, p.out = at(out), p.out_stride = out_stride;
-            run(outer_sum, "outer_sum", p, to);
+            run(weight_gradient, "weight_gradient", p, to);
         },
         py::arg("target"), py::kw_only(), "dtype"_a, "groups"_a, "slot"_a, "left_by_group"_a,
         "right_by_group"_a, "left"_a, "left_stride"_a, "left_columns"_a, "right"_a,

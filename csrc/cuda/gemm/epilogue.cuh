@@ -1,4 +1,4 @@
-// What CUTLASS's epilogues compute for the FFN's products: activation(acc + bias) [* factor].
+// The epilogue of the FFN's GEMMs: activation(acc + bias) [* factor].
 #pragma once
 
 #include <cutlass/array.h>

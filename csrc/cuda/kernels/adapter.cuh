@@ -1,7 +1,7 @@
-// The adapter's products that decompress and the backward passes have in common.
+// The adapter's matrix products, shared by decompress and the backward passes.
 #pragma once
 
-#include "kernels/tile.cuh"
+#include "kernels/mma_tile.cuh"
 
 namespace variator::cuda {
 

@@ -1,9 +1,9 @@
-#include "kernels.h"
+#include "heuristics.h"
 #include "kernels/decompress_backward.cuh"
 #include "kernels/merge_backward.cuh"
-#include "kernels/outer_sum.cuh"
+#include "kernels/weight_gradient.cuh"
 #include "launch.h"
-#include "plan.h"
+#include "launchers.h"
 
 namespace variator::cuda {
 namespace {
@@ -12,7 +12,7 @@ template <class T>
 cudaError_t merge_backward_of(const MergeBackwardParams& p, cudaStream_t stream) {
     const auto kernel =
         p.r == bottleneck_chunk ? merge_backward_kernel<T, true> : merge_backward_kernel<T, false>;
-    return launch(kernel, {plan::tiles(p.groups.launched)}, threads,
+    return launch(kernel, {heuristics::tiles(p.groups.launched)}, threads,
                   merge_backward_shared_bytes(p.r), stream, false, p);
 }
 
@@ -20,7 +20,7 @@ template <class T>
 cudaError_t decompress_backward_of(const DecompressBackwardParams& p, cudaStream_t stream) {
     const auto kernel = p.r == bottleneck_chunk ? decompress_backward_kernel<T, true>
                                                 : decompress_backward_kernel<T, false>;
-    return launch(kernel, {plan::tiles(p.groups.launched)}, threads,
+    return launch(kernel, {heuristics::tiles(p.groups.launched)}, threads,
                   decompress_backward_shared_bytes(p.r), stream, false, p);
 }
 
@@ -36,11 +36,12 @@ cudaError_t decompress_backward(const DecompressBackwardParams& p, cudaStream_t 
                                   : decompress_backward_of<F16>(p, stream);
 }
 
-cudaError_t outer_sum(const OuterSumParams& p, cudaStream_t stream) {
-    const Grid grid{plan::ceil_div(p.d, outer_right), plan::ceil_div(p.left_columns, outer_left),
-                    p.parts};
-    const auto kernel = p.dtype == DType::bf16 ? outer_sum_kernel<BF16> : outer_sum_kernel<F16>;
-    return launch(kernel, grid, threads, sizeof(OuterSumShared), stream, false, p);
+cudaError_t weight_gradient(const WeightGradientParams& p, cudaStream_t stream) {
+    const Grid grid{heuristics::ceil_div(p.d, gradient_tile_n),
+                    heuristics::ceil_div(p.left_columns, gradient_tile_m), p.parts};
+    const auto kernel =
+        p.dtype == DType::bf16 ? weight_gradient_kernel<BF16> : weight_gradient_kernel<F16>;
+    return launch(kernel, grid, threads, sizeof(WeightGradientShared), stream, false, p);
 }
 
 }  // namespace variator::cuda

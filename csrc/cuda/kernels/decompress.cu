@@ -1,7 +1,7 @@
-#include "kernels.h"
+#include "heuristics.h"
 #include "kernels/decompress.cuh"
 #include "launch.h"
-#include "plan.h"
+#include "launchers.h"
 
 namespace variator::cuda {
 namespace {
@@ -11,9 +11,10 @@ cudaError_t decompress_of(const DecompressParams& p, cudaStream_t stream) {
     int multiprocessors = 0;
     const cudaError_t error = count_multiprocessors(multiprocessors);
     if (error != cudaSuccess) return error;
-    const int64_t each = plan::blocks_a_part(p.groups.launched, p.d, multiprocessors);
-    const Grid grid{plan::tiles(p.groups.launched),
-                    plan::ceil_div(plan::ceil_div(p.d, plan::column_block), each)};
+    const int64_t each = heuristics::blocks_a_part(p.groups.launched, p.d, multiprocessors);
+    const Grid grid{
+        heuristics::tiles(p.groups.launched),
+        heuristics::ceil_div(heuristics::ceil_div(p.d, heuristics::column_block), each)};
     const auto kernel =
         p.r == bottleneck_chunk ? decompress_kernel<T, true> : decompress_kernel<T, false>;
     return launch(kernel, grid, threads, decompress_shared_bytes(p.r), stream, false, p,

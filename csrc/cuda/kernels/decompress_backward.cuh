@@ -1,11 +1,11 @@
 // Gradients of adapter_decompress by token and group. With z = W_1u u + W_1h h + b_1, t = φ(z),
 // o = u + W_2 t + b_2:
 //   dt = W_2ᵀ do,  dz = φ'(z) dt,  d(W_1h h) = dz,  dq = Σ_j dz,  du = Σ_j do + W_1uᵀ dq.
-// The weights' gradients are sums over tokens: outer_sum.cuh.
+// The weights' gradients are sums over tokens: weight_gradient.cuh.
 #pragma once
 
 #include "kernels/adapter.cuh"
-#include "kernels/rows.cuh"
+#include "kernels/norm.cuh"
 
 namespace variator::cuda {
 

@@ -3,13 +3,13 @@
 #pragma once
 
 #include "kernels/adapter.cuh"
-#include "kernels/rows.cuh"
+#include "kernels/norm.cuh"
 
 namespace variator::cuda {
 
 struct MergeBackwardShared {
     Moments moments[warps * tile_rows];
-    float mean[max_ratio][tile_groups], scale[max_ratio][tile_groups];
+    float mean[max_ratio][tile_groups], rstd[max_ratio][tile_groups];
     float weight[max_ratio][tile_groups], ds[max_ratio][tile_groups];
     float dots[warps][max_ratio][tile_groups];
     float sums[warps][tile_rows][2];

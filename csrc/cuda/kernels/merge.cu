@@ -1,18 +1,18 @@
-#include "kernels.h"
+#include "heuristics.h"
 #include "kernels/merge.cuh"
 #include "launch.h"
-#include "plan.h"
+#include "launchers.h"
 
 namespace variator::cuda {
 namespace {
 
 template <class T>
 cudaError_t merge_of(const MergeParams& p, cudaStream_t stream) {
-    const Grid grid{plan::tiles(p.groups.launched)};
+    const Grid grid{heuristics::tiles(p.groups.launched)};
     auto run = [&](auto kernel) {
         return launch(kernel, grid, threads, sizeof(MergeShared), stream, false, p);
     };
-    switch (plan::resident_blocks(p.groups.k, p.d)) {
+    switch (heuristics::resident_blocks(p.groups.k, p.d)) {
         case 1:
             return run(merge_kernel<T, 1>);
         case 2:

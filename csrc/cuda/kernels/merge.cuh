@@ -5,7 +5,7 @@
 // L1 or L2.
 #pragma once
 
-#include "kernels/rows.cuh"
+#include "kernels/norm.cuh"
 
 namespace variator::cuda {
 
@@ -15,7 +15,7 @@ struct MergeShared {
         float scores[warps][max_ratio][tile_groups];
     };
     Moments moments[warps * tile_rows];
-    float mean[max_ratio][tile_groups], scale[max_ratio][tile_groups];
+    float mean[max_ratio][tile_groups], rstd[max_ratio][tile_groups];
     float weight[max_ratio][tile_groups];
 };
 
@@ -60,7 +60,7 @@ struct MergeTile {
             } else if (at.warp == 0 && at.part == 0) {
                 for (int i = 0; i < quad; ++i) {
                     shared.mean[slot + i][at.row] = rows.mean[i];
-                    shared.scale[slot + i][at.row] = rows.scale[i];
+                    shared.rstd[slot + i][at.row] = rows.rstd[i];
                 }
             }
             for_blocks<true>(rows, kept_rows, [&](int block, const Vec16(&h)[quad]) {
@@ -190,7 +190,7 @@ struct MergeTile {
                     VARIATOR_UNROLL
                     for (int i = 0; i < quad; ++i) {
                         rows.mean[i] = shared.mean[slot + i][at.row];
-                        rows.scale[i] = shared.scale[slot + i][at.row];
+                        rows.rstd[i] = shared.rstd[slot + i][at.row];
                     }
                     Vec16 h[quad];
                     load(rows, block, h);

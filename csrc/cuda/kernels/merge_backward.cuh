@@ -1,7 +1,7 @@
 // Gradients of group_merge by token. With h = norm(x), s = W_c·concat(h) + b_c, a = softmax(s),
 // g = Σ a_j h_j:
 //   da_j = dg·h_j,  ds = a (da - Σ a da),  dh_j = a_j dg + W_c[:, slot j]ᵀ ds + W_1hᵀ dp_j,
-// and dx through the norm. The weights' gradients are sums over tokens: outer_sum.cuh.
+// and dx through the norm. The weights' gradients are sums over tokens: weight_gradient.cuh.
 #pragma once
 
 #include "kernels/hidden_gradient.cuh"
@@ -48,7 +48,7 @@ struct MergeBackwardTile {
         VARIATOR_UNROLL
         for (int i = 0; i < quad; ++i) {
             rows.mean[i] = shared.mean[slot + i][at.row];
-            rows.scale[i] = shared.scale[slot + i][at.row];
+            rows.rstd[i] = shared.rstd[slot + i][at.row];
         }
         return rows;
     }
@@ -67,10 +67,10 @@ struct MergeBackwardTile {
         if (at.warp == 0 && at.part == 0)
             for (int i = 0; i < quad; ++i) {
                 shared.mean[slot + i][at.row] = rows.mean[i];
-                shared.scale[slot + i][at.row] = rows.scale[i];
+                shared.rstd[slot + i][at.row] = rows.rstd[i];
                 if (slot + i >= k || group >= p.groups.count) continue;
                 float* out = p.moments + (group * k + slot + i) * 2;
-                out[0] = rows.mean[i], out[1] = rows.scale[i];
+                out[0] = rows.mean[i], out[1] = rows.rstd[i];
             }
         block_sync();
     }
@@ -121,7 +121,7 @@ struct MergeBackwardTile {
         block_sync();
     }
 
-    // n = (x - mean) scale of the quad's rows, and the norm's weight, at a block.
+    // n = (x - mean) rstd of the quad's rows, and the norm's weight, at a block.
     VARIATOR_DEVICE void normalised(const QuadRows& rows, int block, float (&n)[quad][8],
                                     float (&weight)[8]) const {
         Vec16 x[quad];
@@ -131,12 +131,12 @@ struct MergeBackwardTile {
         for (int i = 0; i < quad; ++i) {
             widen<T>(x[i], n[i]);
             VARIATOR_UNROLL
-            for (int c = 0; c < 8; ++c) n[i][c] = (n[i][c] - rows.mean[i]) * rows.scale[i];
+            for (int c = 0; c < 8; ++c) n[i][c] = (n[i][c] - rows.mean[i]) * rows.rstd[i];
         }
     }
 
-    // dx from dh: with e = weight·dh, dx = scale (e - n mean(e n)), for LayerNorm less
-    // scale mean(e) besides. dh is made twice: that is cheaper than a trip to memory.
+    // dx from dh: with e = weight·dh, dx = rstd (e - n mean(e n)), for LayerNorm less
+    // rstd mean(e) besides. dh is made twice: that is cheaper than a trip to memory.
     VARIATOR_DEVICE void through_norm(int slot) {
         const QuadRows rows = rows_of(slot);
         float mean_e[quad] = {}, mean_en[quad] = {};
@@ -199,7 +199,7 @@ struct MergeBackwardTile {
                     d_bias[c] += dh[i][c];
                     dx[c] = p.norm.kind == Norm::none
                                 ? dh[i][c]
-                                : rows.scale[i] *
+                                : rows.rstd[i] *
                                       (dh[i][c] * weight[c] - mean_e[i] - n[i][c] * mean_en[i]);
                 }
             }

@@ -1,21 +1,21 @@
-#include "kernels.h"
+#include "heuristics.h"
 #include "kernels/one_launch.cuh"
 #include "launch.h"
-#include "plan.h"
+#include "launchers.h"
 
 namespace variator::cuda {
 namespace {
 
 template <class T>
 cudaError_t one_launch_of(const OneLaunchParams& p, cudaStream_t stream) {
-    const bool resident = plan::resident_blocks(p.merge.groups.k, p.merge.d) == 3;
+    const bool resident = heuristics::resident_blocks(p.merge.groups.k, p.merge.d) == 3;
     const auto kernel = resident ? one_launch_kernel<T, 3> : one_launch_kernel<T, 0>;
     const size_t shared = one_launch_shared_bytes(p.merge.r);
     int at_once = 0;
     const cudaError_t error = blocks_at_once(kernel, threads, shared, at_once);
     if (error != cudaSuccess) return error;
     const int64_t blocks =
-        plan::one_launch_blocks(p.merge.groups.launched, p.merge.d, p.f, p.splits, at_once);
+        heuristics::one_launch_blocks(p.merge.groups.launched, p.merge.d, p.f, p.splits, at_once);
     return launch(kernel, {blocks}, threads, shared, stream, true, p);
 }
 

@@ -1,20 +1,20 @@
-// The whole sublayer in one cooperative launch, for few groups: merge, the two products,
-// decompress, each spread over all thread blocks, with a barrier of the grid between them. Every
-// sum is made in a fixed order: the second product's parts of f are stored and added one after the
-// other.
+// The whole sublayer in one cooperative launch, for few groups: merge, the FFN's two
+// GEMMs and decompress, each spread over all thread blocks, with a grid barrier between them. Every
+// sum has a fixed order: the down projection is split over f, and its partial sums are stored and
+// then added one after the other.
 #pragma once
 
 #include "kernels/decompress.cuh"
 #include "kernels/merge.cuh"
-#include "kernels/small_product.cuh"
+#include "kernels/skinny_gemm.cuh"
 
 namespace variator::cuda {
 
 // Shared memory: what the largest phase needs.
 VARIATOR_HD int64_t one_launch_shared_bytes(int64_t r) {
-    const int64_t merge = sizeof(MergeShared), product = sizeof(SmallProductShared),
+    const int64_t merge = sizeof(MergeShared), gemm = sizeof(SkinnyGemmShared),
                   decompress = decompress_shared_bytes(r);
-    const int64_t larger = merge > product ? merge : product;
+    const int64_t larger = merge > gemm ? merge : gemm;
     return larger > decompress ? larger : decompress;
 }
 
@@ -22,14 +22,14 @@ template <class T, int resident>
 struct OneLaunch {
     const OneLaunchParams& p;
     const int64_t groups = p.merge.groups.count, d = p.merge.d;
-    SmallProductShared& shared = *reinterpret_cast<SmallProductShared*>(shared_memory());
+    SkinnyGemmShared& shared = *reinterpret_cast<SkinnyGemmShared*>(shared_memory());
 
     VARIATOR_DEVICE void run() {
         merge();
         grid_sync();
-        first_product();
+        up_projection();
         grid_sync();
-        second_product();
+        down_projection();
         grid_sync();
         add_parts();
         grid_sync();
@@ -47,16 +47,16 @@ struct OneLaunch {
     }
 
     // inner = activation(g · w_inᵀ + b_in) [* (g · w_gateᵀ + b_gate)]
-    VARIATOR_DEVICE void first_product() {
-        const int64_t across = ceil_div(p.f, product_tile);
-        const int64_t units = ceil_div(groups, product_tile) * across;
+    VARIATOR_DEVICE void up_projection() {
+        const int64_t across = ceil_div(p.f, skinny_gemm_tile);
+        const int64_t units = ceil_div(groups, skinny_gemm_tile) * across;
         const int blocks = static_cast<int>(ceil_div(d, block_columns));
         for (int64_t unit = block_x(); unit < units; unit += grid_x()) {
-            const SmallProduct product{unit / across * product_tile, unit % across * product_tile,
-                                       groups, p.f, d};
+            const SkinnyGemm gemm{unit / across * skinny_gemm_tile,
+                                  unit % across * skinny_gemm_tile, groups, p.f, d};
             float acc[2][4][4] = {};
-            product.multiply_half<T>(p.merge.merged, p.w_in, 0, blocks, acc);
-            product.add_halves(acc, shared, [&](int64_t row, int64_t column, float (&sum)[8]) {
+            gemm.multiply_half<T>(p.merge.merged, p.w_in, 0, blocks, acc);
+            gemm.add_halves(acc, shared, [&](int64_t row, int64_t column, float (&sum)[8]) {
                 add_bias(p.b_in, column, sum);
                 VARIATOR_UNROLL
                 for (int c = 0; c < 8; ++c) sum[c] = activate(sum[c], p.activation);
@@ -65,9 +65,9 @@ struct OneLaunch {
             if (p.w_gate == nullptr) continue;
             VARIATOR_UNROLL
             for (int i = 0; i < 32; ++i) acc[i / 16][i / 4 % 4][i % 4] = 0;
-            product.multiply_half<T>(p.merge.merged, p.w_gate, 0, blocks, acc);
+            gemm.multiply_half<T>(p.merge.merged, p.w_gate, 0, blocks, acc);
             // The same lanes wrote `inner` before.
-            product.add_halves(acc, shared, [&](int64_t row, int64_t column, float (&sum)[8]) {
+            gemm.add_halves(acc, shared, [&](int64_t row, int64_t column, float (&sum)[8]) {
                 add_bias(p.b_gate, column, sum);
                 void* out = element(p.inner, row * p.f + column);
                 float inner[8];
@@ -88,22 +88,22 @@ struct OneLaunch {
     }
 
     // partial[s] = inner · w_outᵀ over part s of f
-    VARIATOR_DEVICE void second_product() {
-        const int64_t across = ceil_div(d, product_tile);
-        const int64_t tiles = ceil_div(groups, product_tile) * across;
+    VARIATOR_DEVICE void down_projection() {
+        const int64_t across = ceil_div(d, skinny_gemm_tile);
+        const int64_t tiles = ceil_div(groups, skinny_gemm_tile) * across;
         const int blocks = static_cast<int>(ceil_div(p.f, block_columns));
         const int each = static_cast<int>(ceil_div(blocks, p.splits));
         for (int64_t unit = block_x(); unit < tiles * p.splits; unit += grid_x()) {
             const int64_t tile = unit % tiles, part = unit / tiles;
-            const SmallProduct product{tile / across * product_tile, tile % across * product_tile,
-                                       groups, d, p.f};
+            const SkinnyGemm gemm{tile / across * skinny_gemm_tile,
+                                  tile % across * skinny_gemm_tile, groups, d, p.f};
             const int begin =
                 static_cast<int>(part) * each < blocks ? static_cast<int>(part) * each : blocks;
             const int end = begin + each < blocks ? begin + each : blocks;
             float acc[2][4][4] = {};
-            product.multiply_half<T>(p.inner, p.w_out, begin, end, acc);
+            gemm.multiply_half<T>(p.inner, p.w_out, begin, end, acc);
             float* out = p.partial + part * groups * d;
-            product.add_halves(acc, shared, [&](int64_t row, int64_t column, float (&sum)[8]) {
+            gemm.add_halves(acc, shared, [&](int64_t row, int64_t column, float (&sum)[8]) {
                 store4(out + row * d + column, sum);
                 store4(out + row * d + column + 4, sum + 4);
             });

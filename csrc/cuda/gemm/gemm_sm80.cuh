@@ -1,4 +1,4 @@
-// The FFN's products on Ampere and whatever follows it: CUTLASS's mma.sync kernels.
+// The FFN's GEMMs on Ampere and everything later but Hopper: CUTLASS's mma.sync kernels.
 #pragma once
 
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
@@ -7,7 +7,7 @@
 #include <cutlass/epilogue/threadblock/fusion/visitors.hpp>
 
 #include "gemm/epilogue.cuh"
-#include "gemm/products.h"
+#include "gemm/gemm.h"
 
 namespace variator::cuda {
 
@@ -81,7 +81,7 @@ struct FactorLoad : visitors::VisitorAuxLoad<Threads, T, Stride> {
 };
 
 template <class T>
-struct ProductSm80 {
+struct GemmSm80 {
     using Tile = cutlass::gemm::GemmShape<128, 128, 32>;
     using WarpTile = cutlass::gemm::GemmShape<64, 64, 32>;
     using Instruction = cutlass::gemm::GemmShape<16, 8, 16>;
@@ -106,7 +106,7 @@ struct ProductSm80 {
         cutlass::arch::OpMultiplyAdd, 1>::GemmKernel;
     using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-    static cudaError_t run(const ProductParams& p, int, cudaStream_t stream) {
+    static cudaError_t run(const GemmParams& p, int, cudaStream_t stream) {
         const int m = static_cast<int>(p.rows), n = static_cast<int>(p.columns),
                   k = static_cast<int>(p.inner);
         const Matrix matrix{p.columns, cute::_1{}, p.rows * p.columns};

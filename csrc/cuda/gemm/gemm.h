@@ -1,4 +1,4 @@
-// The products by architecture and tile, each in a file of its own: they take long to compile.
+// The CUTLASS GEMMs, by architecture and output tile [rows, columns].
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,14 +8,14 @@
 namespace variator::cuda {
 
 // A CUTLASS kernel: its launcher, and the dynamic shared memory it is launched with.
-struct ProductKernel {
-    cudaError_t (*run)(const ProductParams& p, int multiprocessors, cudaStream_t stream);
+struct GemmKernel {
+    cudaError_t (*run)(const GemmParams& p, int multiprocessors, cudaStream_t stream);
     int shared_bytes;
 };
 
-extern const ProductKernel large_product_sm90_bf16, large_product_sm90_f16;  // tile [128, 192]
-extern const ProductKernel small_product_sm90_bf16, small_product_sm90_f16;  // tile [64, 128]
-extern const ProductKernel product_sm80_bf16, product_sm80_f16;              // tile [128, 128]
+extern const GemmKernel gemm_sm90_128x192_bf16, gemm_sm90_128x192_f16;  // tile [128, 192]
+extern const GemmKernel gemm_sm90_64x128_bf16, gemm_sm90_64x128_f16;    // tile [64, 128]
+extern const GemmKernel gemm_sm80_128x128_bf16, gemm_sm80_128x128_f16;  // tile [128, 128]
 
 // Launches a CUTLASS kernel that needs no workspace.
 template <class Gemm, class Arguments>

@@ -1,22 +1,22 @@
-// Weights' gradients: sums over the tokens of outer products, in fp32 on the ordinary units, whose
-// order is fixed: each part adds its rows one after the other.
+// Weight gradients: leftᵀ · right, summed over tokens or groups, in fp32 on CUDA cores. The order
+// of the sum is fixed: each part adds its rows one after the other.
 #pragma once
 
-#include "kernels/rows.cuh"
+#include "kernels/norm.cuh"
 
 namespace variator::cuda {
 
-constexpr int outer_rows = 16, outer_left = 64, outer_right = 128;
+constexpr int gradient_tile_k = 16, gradient_tile_m = 64, gradient_tile_n = 128;
 
-struct OuterSumShared {
-    float left[outer_rows][outer_left];
-    float right[outer_rows][outer_right];
+struct WeightGradientShared {
+    float left[gradient_tile_k][gradient_tile_m];
+    float right[gradient_tile_k][gradient_tile_n];
 };
 
 template <class T>
-struct OuterSumTile {
-    const OuterSumParams& p;
-    OuterSumShared& shared;
+struct WeightGradientTile {
+    const WeightGradientParams& p;
+    WeightGradientShared& shared;
     const int64_t first_right, first_left, part;
     const int thread = thread_index();
     const int64_t slots = p.slot < 0 ? p.groups.k : 1;
@@ -40,15 +40,15 @@ struct OuterSumTile {
         const int64_t last = end * slots;
         const int row_of_left = thread / 16 * 4, column = thread % 16 * 4;
         float acc[4][8] = {};
-        for (int64_t m = from; m < last; m += outer_rows) {
+        for (int64_t m = from; m < last; m += gradient_tile_k) {
             load(m, last);
             block_sync();
             VARIATOR_UNROLL
-            for (int i = 0; i < outer_rows; ++i) {
+            for (int i = 0; i < gradient_tile_k; ++i) {
                 float left[4], right[8];
                 load4(&shared.left[i][row_of_left], left);
                 load4(&shared.right[i][column], right);
-                load4(&shared.right[i][column + outer_right / 2], right + 4);
+                load4(&shared.right[i][column + gradient_tile_n / 2], right + 4);
                 VARIATOR_UNROLL
                 for (int a = 0; a < 4; ++a) VARIATOR_UNROLL
                 for (int b = 0; b < 8; ++b) acc[a][b] += left[a] * right[b];
@@ -62,7 +62,7 @@ struct OuterSumTile {
             float* out = p.out + (part * p.left_columns + c) * p.out_stride;
             VARIATOR_UNROLL
             for (int half = 0; half < 2; ++half) {
-                const int64_t d = first_right + column + half * (outer_right / 2);
+                const int64_t d = first_right + column + half * (gradient_tile_n / 2);
                 if (d < p.d) store4(out + d, acc[a] + 4 * half);
             }
         }
@@ -105,9 +105,9 @@ struct OuterSumTile {
 // Grid: column tiles of right, of left, parts.
 template <class T>
 VARIATOR_KERNEL(threads, 2)
-outer_sum_kernel(const OuterSumParams p) {
-    OuterSumTile<T>{p, *reinterpret_cast<OuterSumShared*>(shared_memory()), block_x() * outer_right,
-                    block_y() * outer_left, block_z()}
+weight_gradient_kernel(const WeightGradientParams p) {
+    WeightGradientTile<T>{p, *reinterpret_cast<WeightGradientShared*>(shared_memory()),
+                          block_x() * gradient_tile_n, block_y() * gradient_tile_m, block_z()}
         .run();
 }
 

@@ -1,11 +1,12 @@
-// What the kernels have in common. A thread block of 8 warps works on a tile of 8 groups, one quad
-// of slots (4) at a time: 32 rows. Columns are cut into blocks of 32; each warp has its own blocks.
+// The tile that all of our kernels work on, and mma.sync on it. A thread block of 8 warps takes 8
+// groups, one quad of slots (4) at a time: 32 rows. Columns are cut into blocks of 32; each warp
+// has its own blocks.
 //
 // A lane is (row, part): it holds 8 adjacent elements, 16 bytes, of row `row` in a block's part
-// `part`. The tensor cores' operands are these 16 bytes as they lie in memory: which product of a
-// sum is made in which step does not matter as long as both operands agree, so columns 8·part +
-// 4·step .. + 3 of the block are what step `step` multiplies. Nothing is packed or moved through
-// shared memory.
+// `part`. The tensor cores' operands are these 16 bytes as they lie in memory: the order
+// of the terms along the inner dimension does not matter as long as both operands use the same one,
+// so step `step` multiplies columns 8·part + 4·step .. + 3 of the block. Nothing is packed or
+// staged through shared memory.
 //   left operand [16, 32]: rows `low` (0-7) and `high` (8-15); right operand [8, 32]: one row a
 //   lane; result [16, 8]: a lane has columns 2·part, 2·part + 1 of rows `row` and `row` + 8.
 #pragma once

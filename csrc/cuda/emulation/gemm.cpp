@@ -1,12 +1,12 @@
-// The FFN's products in plain loops: CUTLASS has no emulation, so these stand in for its kernels.
+// The FFN's GEMM as plain loops: CUTLASS cannot be emulated, so this stands in for its kernels.
 #include "device.cuh"
-#include "kernels.h"
+#include "launchers.h"
 
 namespace variator::cuda {
 namespace {
 
 template <class T>
-void product_of(const ProductParams& p) {
+void gemm_of(const GemmParams& p) {
     using E = typename T::Element;
     const auto value = [](const void* base, int64_t i) {
         return T::widen(static_cast<const E*>(base)[i]);
@@ -25,8 +25,8 @@ void product_of(const ProductParams& p) {
 
 }  // namespace
 
-cudaError_t product(const ProductParams& p, cudaStream_t) {
-    p.dtype == DType::bf16 ? product_of<BF16>(p) : product_of<F16>(p);
+cudaError_t gemm(const GemmParams& p, cudaStream_t) {
+    p.dtype == DType::bf16 ? gemm_of<BF16>(p) : gemm_of<F16>(p);
     return cudaSuccess;
 }
 

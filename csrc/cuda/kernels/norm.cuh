@@ -1,21 +1,21 @@
-// The rows of a quad of slots under a norm: where they are, their statistics, their normed values.
+// RMSNorm and LayerNorm of the rows in a quad of slots: their addresses, statistics, normed values.
 #pragma once
 
-#include "kernels/tile.cuh"
+#include "kernels/mma_tile.cuh"
 
 namespace variator::cuda {
 
 // One row a slot, in this lane's group.
 struct QuadRows {
     int token[quad];  // -1: no token
-    float mean[quad], scale[quad];
+    float mean[quad], rstd[quad];
 
     static VARIATOR_DEVICE QuadRows find(const Groups& groups, int64_t group, int first_slot) {
         QuadRows rows;
         VARIATOR_UNROLL
         for (int i = 0; i < quad; ++i) {
             rows.token[i] = static_cast<int>(groups.token(group, first_slot + i));
-            rows.mean[i] = 0, rows.scale[i] = 1;
+            rows.mean[i] = 0, rows.rstd[i] = 1;
         }
         return rows;
     }
@@ -30,7 +30,7 @@ struct QuadRows {
     }
 };
 
-// Mean and scale of the rows from the moments that each lane has of its own columns. `shared` holds
+// Mean and rstd of the rows, from the moments each lane has of its own columns. `shared` holds
 // [warps][tile_rows]. Called by all threads.
 VARIATOR_DEVICE void join_statistics(const Lane& at, const NormParams& norm, int64_t d,
                                      Moments (&mine)[quad], Moments* shared, QuadRows& rows) {
@@ -51,19 +51,19 @@ VARIATOR_DEVICE void join_statistics(const Lane& at, const NormParams& norm, int
         for (int warp = 0; warp < warps; ++warp)
             all.join(shared[warp * tile_rows + i * tile_groups + at.row], centred);
         rows.mean[i] = all.mean;
-        rows.scale[i] = norm_scale(norm, all.squares, d);
+        rows.rstd[i] = norm_rstd(norm, all.squares, d);
     }
     block_sync();
 }
 
 // h of 8 elements: normed in fp32, rounded to T as the storage type of h is.
 template <class T>
-VARIATOR_DEVICE Vec16 normed(const Vec16& x, float mean, float scale, const float (&weight)[8],
+VARIATOR_DEVICE Vec16 normed(const Vec16& x, float mean, float rstd, const float (&weight)[8],
                              const float (&bias)[8]) {
     float h[8];
     widen<T>(x, h);
     VARIATOR_UNROLL
-    for (int i = 0; i < 8; ++i) h[i] = (h[i] - mean) * scale * weight[i] + bias[i];
+    for (int i = 0; i < 8; ++i) h[i] = (h[i] - mean) * rstd * weight[i] + bias[i];
     return narrow<T>(h);
 }
 
@@ -77,7 +77,7 @@ VARIATOR_DEVICE void norm_quad(const NormParams& norm, const QuadRows& rows, int
     load8<T>(norm.bias, column, 0, bias);
     VARIATOR_UNROLL
     for (int i = 0; i < quad; ++i)
-        if (rows.token[i] >= 0) x[i] = normed<T>(x[i], rows.mean[i], rows.scale[i], weight, bias);
+        if (rows.token[i] >= 0) x[i] = normed<T>(x[i], rows.mean[i], rows.rstd[i], weight, bias);
 }
 
 template <class T>

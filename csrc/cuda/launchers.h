@@ -1,4 +1,4 @@
-// The launchers: one a kernel.
+// The launchers, one per kernel.
 #pragma once
 
 #include <string>
@@ -17,8 +17,8 @@ cudaError_t merge(const MergeParams& p, cudaStream_t stream);
 cudaError_t decompress(const DecompressParams& p, cudaStream_t stream);
 cudaError_t merge_backward(const MergeBackwardParams& p, cudaStream_t stream);
 cudaError_t decompress_backward(const DecompressBackwardParams& p, cudaStream_t stream);
-cudaError_t outer_sum(const OuterSumParams& p, cudaStream_t stream);
-cudaError_t product(const ProductParams& p, cudaStream_t stream);
+cudaError_t weight_gradient(const WeightGradientParams& p, cudaStream_t stream);
+cudaError_t gemm(const GemmParams& p, cudaStream_t stream);
 cudaError_t one_launch(const OneLaunchParams& p, cudaStream_t stream);
 
 // Dynamic shared memory of a kernel by name, for a bottleneck of r; -1: no such kernel was built.

@@ -1,4 +1,4 @@
-// The FFN's products on Hopper: CUTLASS's warp-specialised kernels (TMA, wgmma).
+// The FFN's GEMMs on Hopper: CUTLASS's warp-specialised kernels (TMA, wgmma).
 #pragma once
 
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
@@ -9,7 +9,7 @@
 #include <cutlass/util/packed_stride.hpp>
 
 #include "gemm/epilogue.cuh"
-#include "gemm/products.h"
+#include "gemm/gemm.h"
 
 namespace variator::cuda {
 
@@ -62,7 +62,7 @@ struct FetchFactor {
 };
 
 template <class T, class Tile, class Cluster, class Mainloop, class Epilogue>
-struct ProductSm90 {
+struct GemmSm90 {
     using Row = cutlass::layout::RowMajor;
     using Column = cutlass::layout::ColumnMajor;
     static constexpr int alignment = 8;
@@ -85,7 +85,7 @@ struct ProductSm90 {
                                                         CollectiveMainloop, CollectiveEpilogue>;
     using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-    static cudaError_t run(const ProductParams& p, int multiprocessors, cudaStream_t stream) {
+    static cudaError_t run(const GemmParams& p, int multiprocessors, cudaStream_t stream) {
         const int m = static_cast<int>(p.rows), n = static_cast<int>(p.columns),
                   k = static_cast<int>(p.inner);
         const auto stride_a =
@@ -112,12 +112,12 @@ struct ProductSm90 {
 };
 
 template <class T>
-using LargeProductSm90 = ProductSm90<T, cute::Shape<cute::_128, cute::_192, cute::_64>,
+using GemmSm90Tile128x192 = GemmSm90<T, cute::Shape<cute::_128, cute::_192, cute::_64>,
                                      cute::Shape<cute::_2, cute::_1, cute::_1>,
                                      cutlass::gemm::KernelTmaWarpSpecializedCooperative,
                                      cutlass::epilogue::TmaWarpSpecializedCooperative>;
 template <class T>
-using SmallProductSm90 = ProductSm90<
+using GemmSm90Tile64x128 = GemmSm90<
     T, cute::Shape<cute::_64, cute::_128, cute::_64>, cute::Shape<cute::_1, cute::_1, cute::_1>,
     cutlass::gemm::KernelTmaWarpSpecializedPingpong, cutlass::epilogue::TmaWarpSpecialized>;
 

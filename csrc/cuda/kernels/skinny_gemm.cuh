@@ -1,20 +1,21 @@
-// A product's tile [64, 64] for few rows: operands straight from L2 into the registers of mma.sync,
-// no stages of shared memory to fill. Two warps by rows, two by columns, two by halves of the sum.
+// GEMM for few rows, in tiles of [64, 64]: operands go from L2 straight into mma.sync's registers,
+// so there is no shared-memory pipeline to fill. The 8 warps split the tile 2 x 2 and the inner
+// dimension in two.
 #pragma once
 
-#include "kernels/tile.cuh"
+#include "kernels/mma_tile.cuh"
 
 namespace variator::cuda {
 
-constexpr int product_tile = 64;
+constexpr int skinny_gemm_tile = 64;
 
-struct SmallProductShared {
+struct SkinnyGemmShared {
     float half[4][32][36];
 };
 
 // acc [32, 32] of this warp += a · weightᵀ over its half of column blocks begin .. end-1. Rows of
 // `a` and of `weight` beyond their number, and columns beyond `inner`, count as 0.
-struct SmallProduct {
+struct SkinnyGemm {
     int64_t row0, column0;  // the tile's first
     int64_t rows, columns, inner;
     const Lane at = Lane::here();
@@ -47,7 +48,7 @@ struct SmallProduct {
 
     // The two halves' sums to store(row, column, 8 adjacent results), by the first four warps.
     template <class Store>
-    VARIATOR_DEVICE void add_halves(const float (&acc)[2][4][4], SmallProductShared& shared,
+    VARIATOR_DEVICE void add_halves(const float (&acc)[2][4][4], SkinnyGemmShared& shared,
                                     Store store) const {
         float (&half)[32][36] = shared.half[at.warp % 4];
         block_sync();

@@ -1,26 +1,26 @@
-// Picks the kernel of a product by the current device.
+// Picks the GEMM kernel for the current device.
 #include <cuda_runtime.h>
 
-#include "gemm/products.h"
-#include "kernels.h"
-#include "plan.h"
-#include "query.h"
+#include "device_properties.h"
+#include "gemm/gemm.h"
+#include "heuristics.h"
+#include "launchers.h"
 
 namespace variator::cuda {
 namespace {
 
 #if defined(VARIATOR_CUDA_SM90)
-const ProductKernel& hopper_kernel(const ProductParams& p, int multiprocessors) {
+const GemmKernel& hopper_kernel(const GemmParams& p, int multiprocessors) {
     const bool bf16 = p.dtype == DType::bf16;
-    if (plan::large_product_tile(p.rows, p.columns, multiprocessors))
-        return bf16 ? large_product_sm90_bf16 : large_product_sm90_f16;
-    return bf16 ? small_product_sm90_bf16 : small_product_sm90_f16;
+    if (heuristics::large_gemm_tile(p.rows, p.columns, multiprocessors))
+        return bf16 ? gemm_sm90_128x192_bf16 : gemm_sm90_128x192_f16;
+    return bf16 ? gemm_sm90_64x128_bf16 : gemm_sm90_64x128_f16;
 }
 #endif
 
 }  // namespace
 
-cudaError_t product(const ProductParams& p, cudaStream_t stream) {
+cudaError_t gemm(const GemmParams& p, cudaStream_t stream) {
     if (p.rows == 0 || p.columns == 0) return cudaSuccess;
     int device = 0, major = 0, multiprocessors = 0;
     cudaError_t error = cudaGetDevice(&device);
@@ -32,7 +32,7 @@ cudaError_t product(const ProductParams& p, cudaStream_t stream) {
     if (major == 9) return hopper_kernel(p, multiprocessors).run(p, multiprocessors, stream);
 #endif
 #if defined(VARIATOR_CUDA_SM80)
-    return (p.dtype == DType::bf16 ? product_sm80_bf16 : product_sm80_f16)
+    return (p.dtype == DType::bf16 ? gemm_sm80_128x128_bf16 : gemm_sm80_128x128_f16)
         .run(p, multiprocessors, stream);
 #else
     return cudaErrorNoKernelImageForDevice;

@@ -1,4 +1,4 @@
-// Facts about the current device.
+// Properties of the current device.
 #pragma once
 
 #if defined(VARIATOR_EMULATION)
