@@ -5,9 +5,14 @@
 #include <cutlass/bfloat16.h>
 #include <cutlass/half.h>
 
+#include <type_traits>
+
 #include "numerics.h"
 
 namespace variator::cuda {
+
+template <DType dtype>
+using CutlassType = std::conditional_t<dtype == DType::bf16, cutlass::bfloat16_t, cutlass::half_t>;
 
 struct FinishArguments {
     Activation activation;

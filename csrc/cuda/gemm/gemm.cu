@@ -10,13 +10,25 @@ namespace variator::cuda {
 namespace {
 
 #if defined(VARIATOR_CUDA_SM90)
-const GemmKernel& hopper_kernel(const GemmParams& p, int multiprocessors) {
-    const bool bf16 = p.dtype == DType::bf16;
-    if (heuristics::large_gemm_tile(p.rows, p.columns, multiprocessors))
-        return bf16 ? gemm_sm90_128x192_bf16 : gemm_sm90_128x192_f16;
-    return bf16 ? gemm_sm90_64x128_bf16 : gemm_sm90_64x128_f16;
+template <DType dtype>
+GemmKernel hopper_kernel(const GemmParams& p, int multiprocessors) {
+    return heuristics::large_gemm_tile(p.rows, p.columns, multiprocessors)
+               ? gemm_sm90<128, 192, dtype>()
+               : gemm_sm90<64, 128, dtype>();
 }
 #endif
+
+template <DType dtype>
+cudaError_t gemm_of(const GemmParams& p, int major, int multiprocessors, cudaStream_t stream) {
+#if defined(VARIATOR_CUDA_SM90)
+    if (major == 9) return hopper_kernel<dtype>(p, multiprocessors).run(p, multiprocessors, stream);
+#endif
+#if defined(VARIATOR_CUDA_SM80)
+    return gemm_sm80<128, 128, dtype>().run(p, multiprocessors, stream);
+#else
+    return cudaErrorNoKernelImageForDevice;
+#endif
+}
 
 }  // namespace
 
@@ -28,15 +40,8 @@ cudaError_t gemm(const GemmParams& p, cudaStream_t stream) {
         error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (error == cudaSuccess) error = count_multiprocessors(multiprocessors);
     if (error != cudaSuccess) return error;
-#if defined(VARIATOR_CUDA_SM90)
-    if (major == 9) return hopper_kernel(p, multiprocessors).run(p, multiprocessors, stream);
-#endif
-#if defined(VARIATOR_CUDA_SM80)
-    return (p.dtype == DType::bf16 ? gemm_sm80_128x128_bf16 : gemm_sm80_128x128_f16)
-        .run(p, multiprocessors, stream);
-#else
-    return cudaErrorNoKernelImageForDevice;
-#endif
+    return p.dtype == DType::bf16 ? gemm_of<DType::bf16>(p, major, multiprocessors, stream)
+                                  : gemm_of<DType::f16>(p, major, multiprocessors, stream);
 }
 
 }  // namespace variator::cuda

@@ -13,9 +13,11 @@ struct GemmKernel {
     int shared_bytes;
 };
 
-extern const GemmKernel gemm_sm90_128x192_bf16, gemm_sm90_128x192_f16;  // tile [128, 192]
-extern const GemmKernel gemm_sm90_64x128_bf16, gemm_sm90_64x128_f16;    // tile [64, 128]
-extern const GemmKernel gemm_sm80_128x128_bf16, gemm_sm80_128x128_f16;  // tile [128, 128]
+// Each is compiled in a file of its own (instantiations/), because they take long to compile.
+template <int rows, int columns, DType dtype>
+GemmKernel gemm_sm80();
+template <int rows, int columns, DType dtype>
+GemmKernel gemm_sm90();
 
 // Launches a CUTLASS kernel that needs no workspace.
 template <class Gemm, class Arguments>

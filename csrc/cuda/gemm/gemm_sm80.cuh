@@ -80,9 +80,9 @@ struct FactorLoad : visitors::VisitorAuxLoad<Threads, T, Stride> {
     }
 };
 
-template <class T>
+template <class T, int rows, int columns>
 struct GemmSm80 {
-    using Tile = cutlass::gemm::GemmShape<128, 128, 32>;
+    using Tile = cutlass::gemm::GemmShape<rows, columns, 32>;
     using WarpTile = cutlass::gemm::GemmShape<64, 64, 32>;
     using Instruction = cutlass::gemm::GemmShape<16, 8, 16>;
     using Row = cutlass::layout::RowMajor;
@@ -122,5 +122,11 @@ struct GemmSm80 {
         return run_cutlass<Gemm>(arguments, stream);
     }
 };
+
+template <int rows, int columns, DType dtype>
+GemmKernel gemm_sm80() {
+    using Gemm = GemmSm80<CutlassType<dtype>, rows, columns>;
+    return {Gemm::run, sizeof(typename Gemm::Kernel::SharedStorage)};
+}
 
 }  // namespace variator::cuda

@@ -111,14 +111,32 @@ struct GemmSm90 {
     }
 };
 
-template <class T>
-using GemmSm90Tile128x192 = GemmSm90<T, cute::Shape<cute::_128, cute::_192, cute::_64>,
-                                     cute::Shape<cute::_2, cute::_1, cute::_1>,
-                                     cutlass::gemm::KernelTmaWarpSpecializedCooperative,
-                                     cutlass::epilogue::TmaWarpSpecializedCooperative>;
-template <class T>
-using GemmSm90Tile64x128 = GemmSm90<
-    T, cute::Shape<cute::_64, cute::_128, cute::_64>, cute::Shape<cute::_1, cute::_1, cute::_1>,
-    cutlass::gemm::KernelTmaWarpSpecializedPingpong, cutlass::epilogue::TmaWarpSpecialized>;
+// What goes with an output tile: the cluster of thread blocks that share loads, and how the warps
+// of a block divide the work.
+template <int rows, int columns>
+struct Schedule;
+
+template <>
+struct Schedule<128, 192> {
+    using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
+    using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+    using Epilogue = cutlass::epilogue::TmaWarpSpecializedCooperative;
+};
+
+template <>
+struct Schedule<64, 128> {
+    using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
+    using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
+    using Epilogue = cutlass::epilogue::TmaWarpSpecialized;
+};
+
+template <int rows, int columns, DType dtype>
+GemmKernel gemm_sm90() {
+    using Tile = cute::Shape<cute::Int<rows>, cute::Int<columns>, cute::_64>;
+    using How = Schedule<rows, columns>;
+    using Gemm = GemmSm90<CutlassType<dtype>, Tile, typename How::Cluster, typename How::Mainloop,
+                          typename How::Epilogue>;
+    return {Gemm::run, Gemm::Kernel::SharedStorageSize};
+}
 
 }  // namespace variator::cuda

@@ -1,8 +1,5 @@
+// Written by gemm/generate.py.
 #include "gemm/gemm_sm90.cuh"
 
-namespace variator::cuda {
-
-using Gemm = GemmSm90Tile128x192<cutlass::half_t>;
-const GemmKernel gemm_sm90_128x192_f16{Gemm::run, Gemm::Kernel::SharedStorageSize};
-
-}  // namespace variator::cuda
+template variator::cuda::GemmKernel
+variator::cuda::gemm_sm90<128, 192, variator::cuda::DType::f16>();

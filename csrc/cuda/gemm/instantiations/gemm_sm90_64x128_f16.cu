@@ -1,8 +1,5 @@
+// Written by gemm/generate.py.
 #include "gemm/gemm_sm90.cuh"
 
-namespace variator::cuda {
-
-using Gemm = GemmSm90Tile64x128<cutlass::half_t>;
-const GemmKernel gemm_sm90_64x128_f16{Gemm::run, Gemm::Kernel::SharedStorageSize};
-
-}  // namespace variator::cuda
+template variator::cuda::GemmKernel
+variator::cuda::gemm_sm90<64, 128, variator::cuda::DType::f16>();
