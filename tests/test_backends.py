@@ -75,9 +75,9 @@ def test_importing_leaves_the_gpu_alone(monkeypatch, driver, why):
     def initialises(*_):
         raise AssertionError("CUDA was initialised")
 
-    versions = {"driver_version": lambda: driver, "runtime_version": lambda: 13000}
-    module = types.SimpleNamespace(emulated=False, architectures="90a-real", **versions)
+    module = types.SimpleNamespace(emulated=False, architectures="90a-real", runtime_version=13000)
     monkeypatch.setitem(extension._LOADED, "cuda", (module, ""))
+    monkeypatch.setattr(cuda_support, "_driver_version", lambda: driver)
     for name in ("is_available", "device_count", "get_device_capability"):
         monkeypatch.setattr(torch.cuda, name, initialises)
     assert why in (cuda_support._why_no_launch() or "")

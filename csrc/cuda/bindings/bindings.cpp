@@ -117,14 +117,8 @@ PYBIND11_MODULE(_cuda, m) {
 #else
     m.attr("emulated") = false;
     m.attr("architectures") = VARIATOR_CUDA_ARCHITECTURES;
-    m.def("driver_version", [] {
-        int version = 0;
-        return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
-    });
-    m.def("runtime_version", [] {
-        int version = 0;
-        return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
-    });
+    // No call of the runtime here: asked for the driver's version, it initialises CUDA.
+    m.attr("runtime_version") = CUDART_VERSION;
 #endif
     m.attr("max_ratio") = max_ratio;
     m.attr("max_bottleneck") = max_bottleneck;
