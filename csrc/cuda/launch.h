@@ -4,7 +4,7 @@
 #include <cstddef>
 
 #include "device.cuh"
-#include "query.h"
+#include "device_properties.h"
 
 #if !defined(VARIATOR_EMULATION)
 #include <cuda_runtime.h>

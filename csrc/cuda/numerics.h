@@ -44,7 +44,7 @@ VARIATOR_HD float inverse_root(float x) {
 }
 
 // The factor of a norm over d numbers; 1 where there is none.
-VARIATOR_HD float norm_scale(const NormParams& norm, float squares, int64_t d) {
+VARIATOR_HD float norm_rstd(const NormParams& norm, float squares, int64_t d) {
     return norm.kind == Norm::none ? 1.0f
                                    : inverse_root(squares / static_cast<float>(d) + norm.eps);
 }

@@ -69,7 +69,7 @@ struct Vector {
     bool wide;
 };
 
-// h = norm(x) of rows x [tokens, d]: (x - mean) * scale * weight + bias.
+// h = norm(x) of rows x [tokens, d]: (x - mean) * rstd * weight + bias.
 struct NormParams {
     Norm kind;
     Vector weight;  // [d] or null
@@ -128,7 +128,7 @@ struct MergeBackwardParams {
     const float* d_projected;  // [tokens, projected_columns] or null
     void* dx;                  // out T [tokens, d], 0 for padding
     float* d_scores;           // out [groups, k]
-    float* moments;            // out [groups, k, 2]: mean and scale of each slot's row
+    float* moments;            // out [groups, k, 2]: mean and rstd of each slot's row
     float* d_norm_weight;      // out [tiles, d], to be summed over the tiles, or null
     float* d_norm_bias;        // out [tiles, d], or null
 };
@@ -156,7 +156,7 @@ struct DecompressBackwardParams {
 
 // out[s] = Σ left[m]ᵀ right[m] over part s of the rows m: the slots of the groups, all of them or
 // slot `slot` of each. To be summed over the parts, which are ranges of groups.
-struct OuterSumParams {
+struct WeightGradientParams {
     DType dtype;
     Groups groups;
     int64_t slot;                        // -1: all slots
@@ -174,7 +174,7 @@ struct OuterSumParams {
 };
 
 // out [rows, columns] = activation(a · weightᵀ + bias) [* out, where `multiply` is set].
-struct ProductParams {
+struct GemmParams {
     DType dtype;
     int64_t rows, columns, inner;
     const void* a;       // T [rows, inner]
@@ -198,7 +198,7 @@ struct OneLaunchParams {
     Activation activation;
     void* inner;     // workspace T [groups, f]
     float* partial;  // workspace [splits, groups, d]
-    int64_t splits;  // parts of f in the second product
+    int64_t splits;  // parts that the down projection's sum over f is split into
     void* u;         // workspace T [groups, d]
     DecompressParams decompress;
     int64_t blocks_a_part;  // column blocks that a thread block decompresses at a time

@@ -1,4 +1,4 @@
-"""Weights' gradients on the CUDA kernel csrc/cuda/outer_sum.cuh."""
+"""Weights' gradients on the CUDA kernel csrc/cuda/kernels/weight_gradient.cuh."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class NormedRows(NamedTuple):
 AS_THEY_ARE = NormedRows()
 
 
-def outer_sum(
+def weight_gradient(
     left: Side,
     right: Side,
     groups: GpuGroups,
@@ -58,9 +58,9 @@ def outer_sum(
     """
     columns, d = left.rows.shape[1] + ones, right.rows.shape[1]
     cuda = extension.load("cuda")
-    parts = cuda.outer_parts(groups.total, columns, d, multiprocessors(right.rows))
+    parts = cuda.weight_gradient_parts(groups.total, columns, d, multiprocessors(right.rows))
     out = right.rows.new_empty(parts, columns, d, dtype=torch.float32)
-    cuda.outer_sum(
+    cuda.weight_gradient(
         target(right.rows),
         dtype=dtype_code(right.rows.dtype),
         groups=groups_kernel(groups),

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "../device.cuh"
+#include "device.cuh"
 
 namespace variator::cuda {
 namespace {

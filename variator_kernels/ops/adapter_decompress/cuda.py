@@ -1,4 +1,4 @@
-"""adapter_decompress on the CUDA kernels (csrc/cuda/decompress.cuh, decompress_backward.cuh)."""
+"""adapter_decompress on the CUDA kernels (csrc/cuda/kernels/decompress*.cuh)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..cuda_arguments import (
     target,
     vector,
 )
-from ..cuda_sums import Side, outer_sum
+from ..cuda_weight_gradient import Side, weight_gradient
 from ..gpu_arguments import (
     DecompressInputs,
     GpuGroups,
@@ -129,6 +129,6 @@ def adapter_decompress_backward(
         d_q=d_q.data_ptr(),
     )
     by_group = Side(d_q, by_group=True), Side(u, by_group=True)
-    d_w1u = outer_sum(*by_group, launched, slot=0)
-    d_w2, d_b2 = outer_sum(Side(t), Side(dy), launched, ones=True).split([r, 1])
+    d_w1u = weight_gradient(*by_group, launched, slot=0)
+    d_w2, d_b2 = weight_gradient(Side(t), Side(dy), launched, ones=True).split([r, 1])
     return du, d_projected, d_w1u, d_q.sum(0), d_w2.t().contiguous(), d_b2.view(d)

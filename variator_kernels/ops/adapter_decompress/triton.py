@@ -19,7 +19,7 @@ from ..gpu_arguments import (
     unit_rows,
 )
 from ..groups import Groups
-from ..triton_sums import weight_sums
+from ..triton_weight_gradient import weight_sums
 
 
 def groups_a_tile(slots: int, k: int) -> int:

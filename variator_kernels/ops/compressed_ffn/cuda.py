@@ -37,7 +37,7 @@ def linear(
 ) -> Tensor:
     """``act(a · weightᵀ + bias) [* factor]``: ``a [rows, in]``, ``weight [out, in]``; one dtype."""
     out = a.new_empty(a.shape[0], weight.shape[0])
-    extension.load("cuda").product(
+    extension.load("cuda").gemm(
         target(a),
         dtype=dtype_code(a.dtype),
         rows=a.shape[0],

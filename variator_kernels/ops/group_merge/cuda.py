@@ -1,4 +1,4 @@
-"""group_merge on the CUDA kernels (csrc/cuda/merge.cuh, merge_backward.cuh)."""
+"""group_merge on the CUDA kernels (csrc/cuda/kernels/merge*.cuh)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..cuda_arguments import (
     target,
     vector,
 )
-from ..cuda_sums import NormedRows, Side, outer_sum
+from ..cuda_weight_gradient import NormedRows, Side, weight_gradient
 from ..gpu_arguments import GpuGroups, MergeOutputs, gpu_groups, merge_outputs
 from ..groups import Groups
 
@@ -131,12 +131,12 @@ def group_merge_backward(
         d_norm_bias=0 if norm.bias is None else d_norm_bias.data_ptr(),
     )
     hidden, scores = NormedRows(vectors, moments), Side(d_scores, by_group=True)
-    slots = [outer_sum(scores, Side(rows), launched, slot=j, normed=hidden) for j in range(k)]
+    slots = [weight_gradient(scores, Side(rows), launched, slot=j, normed=hidden) for j in range(k)]
     d_weight = torch.stack(slots, 1).reshape(k, k * d)
     d_projection = x.new_zeros(0, d, dtype=torch.float32)
     if r:
         tokens = Side(d_projected.view(-1, r))
-        d_projection = outer_sum(tokens, Side(rows), launched, normed=hidden)
+        d_projection = weight_gradient(tokens, Side(rows), launched, normed=hidden)
     return (
         dx,
         d_weight,

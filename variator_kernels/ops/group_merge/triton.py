@@ -21,7 +21,7 @@ from ..gpu_arguments import (
     unit_rows,
 )
 from ..groups import Groups
-from ..triton_sums import NO_STATISTICS, Statistics, weight_sums
+from ..triton_weight_gradient import NO_STATISTICS, Statistics, weight_sums
 
 # Columns of the score product: a tile holds as many slots as fit.
 SCORE_COLUMNS = 64
