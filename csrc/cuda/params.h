@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "../enums.h"
+
 #if defined(__CUDACC__)
 #define VARIATOR_HD __host__ __device__ __forceinline__
 #else
@@ -13,10 +15,10 @@
 
 namespace variator::cuda {
 
-enum class DType : int { bf16 = 1, f16 = 2 };
-enum class Norm : int { none = 0, rms = 1, layer = 2 };
-enum class Phi : int { identity = 0, tanh = 1 };
-enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
+using variator::Activation;
+using variator::DType;
+using variator::Norm;
+using variator::Phi;
 
 constexpr int64_t max_ratio = 32;        // a warp's lanes are a group's slots in the softmax
 constexpr int64_t max_bottleneck = 512;  // shared memory of the decompress

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +13,9 @@ from .groups import Groups
 from .library import accumulator
 
 
-@functools.cache
-def code(kind: str, name: Any) -> int:
-    """The kernels' number for a name of one of csrc/enums.h's enumerations."""
-    values = getattr(extension.load(), kind)
-    key = str(name).removeprefix("torch.")
-    require(key in values, f"the CPU kernels know {sorted(values)}, got {key}")
-    return values[key]
+def dtype_code(dtype: torch.dtype) -> int:
+    """The kernels' number for a storage type."""
+    return extension.enum_value("cpu", "dtypes", str(dtype).removeprefix("torch."))
 
 
 def address(tensor: Tensor | None) -> int:
@@ -116,7 +111,7 @@ def wide_norm(norm: Norm, dtype: torch.dtype) -> Norm:
 def norm_kernel(norm: Norm) -> Any:
     """The result of :func:`wide_norm` as the kernels read it."""
     return extension.load().Norm(
-        kind=code("norms", norm.name),
+        kind=extension.enum_value("cpu", "norms", norm.name),
         weight=address(norm.weight),
         bias=address(norm.bias),
         eps=norm.eps,
@@ -219,5 +214,5 @@ def prepack_adapter(adapter: AdapterWeights, dtype: torch.dtype) -> PrepackedAda
         as_accumulator(adapter.b1, dtype),
         pack_columns(adapter.w2, dtype, bf16=True),
         as_accumulator(adapter.b2, dtype),
-        code("adapter_activations", adapter.activation),
+        extension.enum_value("cpu", "adapter_activations", adapter.activation),
     )

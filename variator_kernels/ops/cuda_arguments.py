@@ -12,17 +12,20 @@ from .. import extension
 from .arguments import Norm, require
 from .gpu_arguments import GpuGroups
 
-DTYPES = {torch.bfloat16: 1, torch.float16: 2}
-NORMS = {"none": 0, "rms": 1, "layer": 2}
-PHIS = {"identity": 0, "tanh": 1}
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+DTYPES = (torch.bfloat16, torch.float16)
 # The adapter's rows are multiplied in chunks of as many: W_1 and W_2 are padded with zeros.
 BOTTLENECK_CHUNK = 64
 
 
 def dtype_code(dtype: torch.dtype) -> int:
+    """The kernels' number for a storage type."""
     require(dtype in DTYPES, f"the CUDA kernels take {[*DTYPES]}, got {dtype}")
-    return DTYPES[dtype]
+    return code("dtypes", str(dtype).removeprefix("torch."))
+
+
+def code(kind: str, name: str) -> int:
+    """The kernels' number for a name of an enumeration."""
+    return extension.enum_value("cuda", kind, name)
 
 
 def check_sizes(d: int, ratio: int, bottleneck: int = 0) -> None:
@@ -102,7 +105,7 @@ def vector(tensor: Tensor | None) -> Any:
 def norm_kernel(norm: Norm) -> Any:
     """The result of :func:`cuda_norm` as the kernels read it."""
     return extension.load("cuda").Norm(
-        NORMS[norm.name], vector(norm.weight), vector(norm.bias), norm.eps
+        code("norms", norm.name), vector(norm.weight), vector(norm.bias), norm.eps
     )
 
 

@@ -2,6 +2,10 @@
 // dtypes and contiguity and owns all memory; every launch goes to the device and stream it names.
 #include "bindings/bindings.h"
 
+#include <pybind11/stl.h>
+
+#include <map>
+
 #include "device_properties.h"
 #include "heuristics.h"
 
@@ -120,6 +124,11 @@ PYBIND11_MODULE(_cuda, m) {
     // No call of the runtime here: asked for the driver's version, it initialises CUDA.
     m.attr("runtime_version") = CUDART_VERSION;
 #endif
+    using Values = std::map<std::string, int>;
+    m.attr("dtypes") = Values{VARIATOR_DTYPES(VARIATOR_ENUM_ENTRY)};
+    m.attr("norms") = Values{VARIATOR_NORMS(VARIATOR_ENUM_ENTRY)};
+    m.attr("adapter_activations") = Values{VARIATOR_ADAPTER_ACTIVATIONS(VARIATOR_ENUM_ENTRY)};
+    m.attr("ffn_activations") = Values{VARIATOR_FFN_ACTIVATIONS(VARIATOR_ENUM_ENTRY)};
     m.attr("max_ratio") = max_ratio;
     m.attr("max_bottleneck") = max_bottleneck;
 

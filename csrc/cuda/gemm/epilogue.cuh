@@ -12,7 +12,8 @@
 namespace variator::cuda {
 
 template <DType dtype>
-using CutlassType = std::conditional_t<dtype == DType::bf16, cutlass::bfloat16_t, cutlass::half_t>;
+using CutlassType =
+    std::conditional_t<dtype == DType::bfloat16, cutlass::bfloat16_t, cutlass::half_t>;
 
 struct FinishArguments {
     Activation activation;

@@ -40,8 +40,8 @@ cudaError_t gemm(const GemmParams& p, cudaStream_t stream) {
         error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (error == cudaSuccess) error = count_multiprocessors(multiprocessors);
     if (error != cudaSuccess) return error;
-    return p.dtype == DType::bf16 ? gemm_of<DType::bf16>(p, major, multiprocessors, stream)
-                                  : gemm_of<DType::f16>(p, major, multiprocessors, stream);
+    return p.dtype == DType::bfloat16 ? gemm_of<DType::bfloat16>(p, major, multiprocessors, stream)
+                                      : gemm_of<DType::float16>(p, major, multiprocessors, stream);
 }
 
 }  // namespace variator::cuda

@@ -10,7 +10,8 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "instantiations"
 # Architecture, and the output tile [rows, columns] of a thread block.
 KERNELS = ((80, 128, 128), (90, 128, 192), (90, 64, 128))
-DTYPES = ("bf16", "f16")
+DTYPES = {"bf16": "bfloat16", "f16": "float16"}
+"""In a file's name, and in C++."""
 
 TEMPLATE = """\
 // Written by gemm/generate.py.
@@ -24,11 +25,11 @@ variator::cuda::gemm_sm{arch}<{rows}, {columns}, variator::cuda::DType::{dtype}>
 def files() -> dict[str, str]:
     """The text of each file in ``instantiations``, by name."""
     return {
-        f"gemm_sm{arch}_{rows}x{columns}_{dtype}.cu": TEMPLATE.format(
+        f"gemm_sm{arch}_{rows}x{columns}_{name}.cu": TEMPLATE.format(
             arch=arch, rows=rows, columns=columns, dtype=dtype
         )
         for arch, rows, columns in KERNELS
-        for dtype in DTYPES
+        for name, dtype in DTYPES.items()
     }
 
 

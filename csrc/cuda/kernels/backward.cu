@@ -27,20 +27,20 @@ cudaError_t decompress_backward_of(const DecompressBackwardParams& p, cudaStream
 }  // namespace
 
 cudaError_t merge_backward(const MergeBackwardParams& p, cudaStream_t stream) {
-    return p.dtype == DType::bf16 ? merge_backward_of<BF16>(p, stream)
-                                  : merge_backward_of<F16>(p, stream);
+    return p.dtype == DType::bfloat16 ? merge_backward_of<BF16>(p, stream)
+                                      : merge_backward_of<F16>(p, stream);
 }
 
 cudaError_t decompress_backward(const DecompressBackwardParams& p, cudaStream_t stream) {
-    return p.dtype == DType::bf16 ? decompress_backward_of<BF16>(p, stream)
-                                  : decompress_backward_of<F16>(p, stream);
+    return p.dtype == DType::bfloat16 ? decompress_backward_of<BF16>(p, stream)
+                                      : decompress_backward_of<F16>(p, stream);
 }
 
 cudaError_t weight_gradient(const WeightGradientParams& p, cudaStream_t stream) {
     const Grid grid{heuristics::ceil_div(p.d, gradient_tile_n),
                     heuristics::ceil_div(p.left_columns, gradient_tile_m), p.parts};
     const auto kernel =
-        p.dtype == DType::bf16 ? weight_gradient_kernel<BF16> : weight_gradient_kernel<F16>;
+        p.dtype == DType::bfloat16 ? weight_gradient_kernel<BF16> : weight_gradient_kernel<F16>;
     return launch(kernel, grid, threads, sizeof(WeightGradientShared), stream, false, p);
 }
 

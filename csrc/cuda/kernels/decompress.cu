@@ -24,7 +24,8 @@ cudaError_t decompress_of(const DecompressParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t decompress(const DecompressParams& p, cudaStream_t stream) {
-    return p.dtype == DType::bf16 ? decompress_of<BF16>(p, stream) : decompress_of<F16>(p, stream);
+    return p.dtype == DType::bfloat16 ? decompress_of<BF16>(p, stream)
+                                      : decompress_of<F16>(p, stream);
 }
 
 }  // namespace variator::cuda

@@ -29,7 +29,7 @@ cudaError_t merge_of(const MergeParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t merge(const MergeParams& p, cudaStream_t stream) {
-    return p.dtype == DType::bf16 ? merge_of<BF16>(p, stream) : merge_of<F16>(p, stream);
+    return p.dtype == DType::bfloat16 ? merge_of<BF16>(p, stream) : merge_of<F16>(p, stream);
 }
 
 }  // namespace variator::cuda

@@ -22,8 +22,8 @@ cudaError_t one_launch_of(const OneLaunchParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t one_launch(const OneLaunchParams& p, cudaStream_t stream) {
-    return p.merge.dtype == DType::bf16 ? one_launch_of<BF16>(p, stream)
-                                        : one_launch_of<F16>(p, stream);
+    return p.merge.dtype == DType::bfloat16 ? one_launch_of<BF16>(p, stream)
+                                            : one_launch_of<F16>(p, stream);
 }
 
 }  // namespace variator::cuda

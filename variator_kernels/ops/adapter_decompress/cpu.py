@@ -14,8 +14,8 @@ from ..cpu_arguments import (
     PrepackedAdapter,
     address,
     as_accumulator,
-    code,
     copy_outside,
+    dtype_code,
     listed,
     pack_columns,
     pack_rows,
@@ -40,7 +40,7 @@ def run(inputs: Inputs, groups: Listed, adapter: PrepackedAdapter, y: Tensor) ->
     """Writes the tokens of the groups to flat ``y [tokens, d]``."""
     residual = inputs.residual
     extension.load().Decompress(
-        dtype=code("dtypes", y.dtype),
+        dtype=dtype_code(y.dtype),
         threads=torch.get_num_threads(),
         groups=groups.kernel,
         d=y.shape[-1],
@@ -102,12 +102,12 @@ def adapter_decompress_backward(
     w2_rows, w1u_rows = pack_rows(adapter.w2, dtype), pack_rows(adapter.w1u, dtype)
     dy_rows = flat(dy.to(dtype))
     extension.load().DecompressBackward(
-        dtype=code("dtypes", dtype),
+        dtype=dtype_code(dtype),
         threads=torch.get_num_threads(),
         groups=lists.kernel,
         d=d,
         r=r,
-        phi=code("adapter_activations", adapter.activation),
+        phi=extension.enum_value("cpu", "adapter_activations", adapter.activation),
         u=u.data_ptr(),
         projected=projected_rows.data_ptr(),
         w1u=w1u.data_ptr(),

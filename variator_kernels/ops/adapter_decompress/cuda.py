@@ -10,13 +10,13 @@ from torch import Tensor
 from ... import extension
 from ..arguments import AdapterWeights, check_decompress, flat, require
 from ..cuda_arguments import (
-    PHIS,
     address,
     aligned,
     aligned_rows,
     as_vector,
     check_sizes,
     chunks,
+    code,
     dtype_code,
     groups_kernel,
     pad_columns,
@@ -54,7 +54,7 @@ class Decompress:
             groups=groups_kernel(groups),
             d=d,
             r=chunks(r),
-            phi=PHIS[adapter.activation],
+            phi=code("adapter_activations", adapter.activation),
             u=u.data_ptr(),
             projected=projected.data_ptr(),
             projected_columns=r,
@@ -112,7 +112,7 @@ def adapter_decompress_backward(
         groups=groups_kernel(launched),
         d=d,
         r=chunks(r),
-        phi=PHIS[adapter.activation],
+        phi=code("adapter_activations", adapter.activation),
         u=u.data_ptr(),
         projected=projected_rows.data_ptr(),
         projected_columns=r,

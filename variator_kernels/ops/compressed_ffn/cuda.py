@@ -11,11 +11,11 @@ from ... import extension
 from ..adapter_decompress.cuda import Decompress
 from ..arguments import check_merge, flat, require
 from ..cuda_arguments import (
-    ACTIVATIONS,
     BOTTLENECK_CHUNK,
     DTYPES,
     address,
     aligned,
+    code,
     cuda_norm,
     dtype_code,
     multiprocessors,
@@ -46,7 +46,7 @@ def linear(
         a=a.data_ptr(),
         weight=weight.data_ptr(),
         bias=address(bias),
-        activation=ACTIVATIONS[activation],
+        activation=code("ffn_activations", activation),
         factor=address(factor),
         out=out.data_ptr(),
     )
@@ -115,7 +115,7 @@ def _run_at_once(
         b_in=address(ffn.b_in),
         b_gate=address(ffn.b_gate),
         b_out=address(ffn.b_out),
-        activation=ACTIVATIONS[ffn.activation],
+        activation=code("ffn_activations", ffn.activation),
         inner=inner.data_ptr(),
         partial=partial.data_ptr(),
         splits=splits,

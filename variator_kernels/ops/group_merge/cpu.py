@@ -13,7 +13,7 @@ from ..cpu_arguments import (
     Listed,
     PrepackedMerge,
     address,
-    code,
+    dtype_code,
     listed,
     norm_kernel,
     pack_merge_rows,
@@ -39,7 +39,7 @@ class Outputs(NamedTuple):
 def run(x: Tensor, groups: Listed, merge: PrepackedMerge, out: Outputs) -> None:
     """Merges flat ``x [tokens, d]``."""
     extension.load().Merge(
-        dtype=code("dtypes", x.dtype),
+        dtype=dtype_code(x.dtype),
         threads=torch.get_num_threads(),
         groups=groups.kernel,
         d=x.shape[1],
@@ -98,7 +98,7 @@ def group_merge_backward(
     d_projected = d_projected.to(wide).contiguous()
     softmax = softmax.contiguous()
     extension.load().MergeBackward(
-        dtype=code("dtypes", x.dtype),
+        dtype=dtype_code(x.dtype),
         threads=torch.get_num_threads(),
         groups=lists.kernel,
         d=d,

@@ -2,4 +2,4 @@
 #include "gemm/gemm_sm90.cuh"
 
 template variator::cuda::GemmKernel
-variator::cuda::gemm_sm90<128, 192, variator::cuda::DType::bf16>();
+variator::cuda::gemm_sm90<128, 192, variator::cuda::DType::bfloat16>();
