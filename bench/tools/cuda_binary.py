@@ -138,10 +138,7 @@ def add_occupancy(rows: list[Row], cuda: Any) -> None:
         # Registers are given out 256 at a time to a warp.
         registers = -(-row["registers"] * 32 // 256) * 256 * threads // 32
         blocks = min(
-            chip.blocks,
-            chip.threads // threads,
-            chip.registers // registers,
-            chip.shared // shared,
+            chip.blocks, chip.threads // threads, chip.registers // registers, chip.shared // shared
         )
         row.update(
             threads=threads,
