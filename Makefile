@@ -77,7 +77,7 @@ bench: $(VENV)/.stamp-bench
 	    -type f \( -name '*.png' -o -name '*.json' \) -print
 
 kernels-bench: $(VENV)/.stamp-test
-	@$(PY) -m pytest bench/kernels --benchmark-only $(BENCH_ARGS)
+	@$(PY) -m bench.kernels $(BENCH_ARGS)
 
 # tests/emulation.py looks for it there.
 EMULATION := build/emulation
@@ -92,13 +92,13 @@ $(EMULATION)/.stamp: $(VENV)/.stamp-base $(CUDA_CMAKE) $(filter csrc/cuda/%,$(CS
 	@touch $@
 
 cuda-table: $(VENV)/.stamp-test
-	@$(PY) -m bench.cuda_resources
+	@$(PY) -m bench.tools.cuda_resources
 
 compile-table: $(VENV)/.stamp-test
-	@$(PY) -m bench.compile_triton
+	@$(PY) -m bench.tools.compile_triton
 
 gpu-report:
-	@$(PYTHON) -m bench.gpu_report $(GPU_ARGS)
+	@$(PYTHON) -m bench.tools.gpu_report $(GPU_ARGS)
 
 lint: $(VENV)/.stamp-test
 	@echo "== ruff check";    $(BIN)/ruff check .

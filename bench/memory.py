@@ -15,65 +15,45 @@ import sys
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
-from .common import allocations, cells, cost, machine, models, options, results, sublayer
-from .common.cells import Key
-from .common.checks import factor_of, judge
-from .common.compiling import Unavailable
-from .common.results import Row
+from .cases import Key, models
+from .cases.sublayer import Sublayer
+from .harness import allocations, machine, options, results, tables
+from .harness.checks import factor_of, judge
+from .harness.compiling import Unavailable
+from .harness.results import Row
 
 DENSE, PLUGGED = ("hf", "dense-packed"), ("reference", "ours")
 DIRECTIONS = ("forward", "backward")
-MIB = 2**20
-
-
-def build(layer: sublayer.Sublayer, key: Key, direction: str) -> cells.Call:
-    """The call of an arm."""
-    if direction == "backward":
-        return layer.gradients(key.arm, key.k) if key.k else layer.dense_gradients()
-    return layer.plugged(key.arm, key.k) if key.k else layer.dense(key.arm)
 
 
 def measure(cell: Row) -> Row:
     """One cell, in this process: a small warm-up, the process's growth, the allocations."""
     torch.set_num_threads(cell["threads"])
     model = models.architecture(cell["model"])
-    key, direction = Key(cell["arm"], cell["k"]), cell["direction"]
+    key, backward = Key(cell["arm"], cell["k"]), cell["direction"] == "backward"
     sizes = (cell["batch"], cell["length"], cell["bottleneck"])
-    layer = sublayer.Sublayer(model, cell["dtype"], *sizes)
+    layer = Sublayer(model, cell["dtype"], *sizes)
     full = layer.x
-    with torch.set_grad_enabled(direction == "backward"):
+    with torch.set_grad_enabled(backward):
         try:
-            call = build(layer, key, direction)
+            call = layer.build(key, backward)
             layer.x = full[:1, :64]
             call()  # packs weights, starts threads
             layer.x = full
             growth = allocations.grown(call)
             taken = allocations.profiled(call)
-            exact = layer.measure_backward if direction == "backward" else layer.measure
-            verdict = judge(call(), exact(key), factor_of(key.arm))
+            verdict = judge(call(), layer.measure(key, backward), factor_of(key.arm))
         except Unavailable as error:
             return {"status": "skipped", "reason": str(error)}
     if not verdict.ok:
-        reason = f"error {verdict.error:.3g}, allowed {verdict.allowed:.3g}"
-        return {"status": "failed", "reason": reason}
-    config, item = model.config, layer.x.element_size()
-    width = min(2 * config.hidden_size, cost.inner_size(config))
-    return {
-        "status": "ok",
-        "reason": "",
-        "error": verdict.error,
-        "allowed": verdict.allowed,
-        "peak_bytes": taken.peak,
-        "temporary_bytes": taken.temporary,
-        "largest_bytes": taken.largest,
-        "output_bytes": taken.outputs,
-        "process_bytes": growth,
-        "forbidden_bytes": cell["batch"] * cell["length"] * width * item,
-    }
+        return {"status": "failed", "reason": verdict.reason}
+    found: Row = {"status": "ok", "reason": "", "error": verdict.error, "allowed": verdict.allowed}
+    found |= {f"{name}_bytes": getattr(taken, name) for name in ("peak", "temporary", "largest")}
+    width = min(2 * layer.d, layer.f) * full.element_size()
+    found |= {"output_bytes": taken.outputs, "process_bytes": growth}
+    return found | {"forbidden_bytes": cell["batch"] * cell["length"] * width}
 
 
 def in_child(cell: Row) -> Row:
@@ -88,26 +68,25 @@ def in_child(cell: Row) -> Row:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def table(rows: list[Row]) -> Table:
-    """All cells; MiB."""
-    made = Table(title="peak memory of the FFN sublayer, MiB", title_justify="left")
-    made.add_column("cell")
-    for name in ("temporary", "of dense", "with outputs", "largest array", "process"):
-        made.add_column(name, justify="right")
-    made.add_column("note")
-    for row in rows:
-        k = f", k={row['k']}" if row["k"] else ""
-        name = f"{row['direction']}, {row['dtype']}, {row['arm']}{k}"
-        if row["status"] != "ok":
-            made.add_row(name, row["status"].upper(), "", "", "", "", row["reason"])
-            continue
-        keys = ("temporary_bytes", "peak_bytes", "largest_bytes", "process_bytes")
-        mib = ["" if row[key] is None else f"{row[key] / MIB:.1f}" for key in keys]
-        share = share_of_dense(rows, row)
-        fits = row["largest_bytes"] < row["forbidden_bytes"]
-        note = "" if fits else "an array of n x 2d or n x f"
-        made.add_row(name, mib[0], f"{share:.0%}" if share else "", *mib[1:], note)
-    return made
+def columns(rows: list[Row]) -> list[tables.Column]:
+    """Of the tables on the screen and in the documentation."""
+
+    def arm(row: Row) -> str:
+        return f"{row['arm']}, k={row['k']}" if row["k"] else row["arm"]
+
+    def share(row: Row) -> str:
+        part = share_of_dense(rows, row)
+        return f"{part:.0%}" if part else ""
+
+    return [
+        tables.key("direction", "direction"),
+        tables.key("dtype", "dtype"),
+        tables.Column("arm", arm, True),
+        tables.mib("temporary, MiB", "temporary_bytes"),
+        tables.Column("of HF dense", share),
+        tables.mib("largest array, MiB", "largest_bytes"),
+        tables.mib("process growth, MiB", "process_bytes"),
+    ]
 
 
 def share_of_dense(rows: list[Row], row: Row) -> float | None:
@@ -117,27 +96,28 @@ def share_of_dense(rows: list[Row], row: Row) -> float | None:
     return row["temporary_bytes"] / dense["temporary_bytes"] if dense else None
 
 
+def _note(row: Row) -> str:
+    fits = row["largest_bytes"] < row["forbidden_bytes"]
+    return "" if fits else "an array of n x 2d or n x f"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run, print, write JSON; 1 if a cell failed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
-    options.add_common(parser)
-    parser.add_argument("--ratios", type=options.ratios, default=[4], help="default: 4")
-    parser.add_argument("--quick", action="store_true", help="little work: does everything run?")
-    parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args(arguments)
+    made = options.parser("memory", __doc__)
+    options.add_common(made)
+    made.add_argument("--ratios", type=options.ratios, default=[4], help="default: 4")
+    made.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
+    args = made.parse_args(arguments)
     if args.cell:
         print(json.dumps(measure(args.cell)))
         return 0
     try:
-        options.settle_common(args)
-        model = models.architecture(args.model)
+        model = options.settle_common(args)
     except ValueError as error:
-        parser.error(str(error))
+        made.error(str(error))
     names = ("batch", "length", "bottleneck", "threads")
     settings: dict[str, Any] = {name: getattr(args, name) for name in names}
-    content = results.result("memory", settings, options.describe(model))
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    options.print_head(console, content)
+    content, console = options.begin("memory", settings, model)
     plugged = [Key(arm, k) for k in args.ratios for arm in PLUGGED]
     plan = [
         {"case": "memory", "direction": way, "dtype": dtype, **key._asdict(), **settings}
@@ -148,9 +128,10 @@ def main(arguments: list[str] | None = None) -> int:
     for cell in track(plan, "measuring", console=console):
         content["rows"].append({**cell, **in_child({**cell, "model": args.model})})
     path = results.folder(args.output, args.publish) / "memory.json"
-    results.write(path, content)
-    console.print(table(content["rows"]), f"written: {options.shown(path)}")
-    return int(any(row["status"] == "failed" for row in content["rows"]))
+    rows = content["rows"]
+    shown = [*columns(rows), tables.mib("with outputs, MiB", "peak_bytes")]
+    table = tables.screen("peak memory of the FFN sublayer", shown, rows, note=_note)
+    return options.finish(content, path, console, table)
 
 
 if __name__ == "__main__":

@@ -19,19 +19,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import nn
 
 import variator_kernels as vk
 from variator_kernels.analysis import Activity, neurons
-from variator_kernels.runtime.state import states
-from variator_kernels.sites.families import lookup
-from variator_kernels.sites.find import find
 
-from . import plot_neurons
-from .common import minilm, models, options, results, text
-from .common.results import Row
-from .common.text import Batch
+from . import internals, plot
+from .cases import models, text
+from .cases.text import Batch
+from .harness import options, results, tables
+from .harness.results import Row
 
 RATIOS = (2, 4, 8, 16, 32)
 TOLERANCE = 1e-3
@@ -41,7 +38,7 @@ products add up in another order."""
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="python -m bench.neurons", description=__doc__)
+    made = options.parser("neurons", __doc__)
     made.add_argument(
         "--model",
         type=options.words,
@@ -62,27 +59,21 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def plugin_ratios(model: nn.Module) -> tuple[int, ...]:
-    """The ratios that a patched model has plugins for."""
-    (state,) = states(model)
-    return state.ratios
-
-
 def plugged(model: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
     """The model with untrained plugins, and with the trained ones if there are any."""
     made, ratios = {}, args.ratios or RATIOS
     if args.plugins:
         trained = copy.deepcopy(model)
         vk.load_plugins(trained, args.plugins)
-        ratios = args.ratios or plugin_ratios(trained)
+        ratios = args.ratios or internals.ratios(trained)
         made["trained"] = trained
     return {"untrained": vk.patch(copy.deepcopy(model), ratios=ratios), **made}
 
 
 def check(model: nn.Module, batch: Batch, ratios: tuple[int, ...], threshold: float) -> str:
     """Why counts of this (unpatched) encoder cannot be trusted, or nothing."""
-    found, real = find(model), batch["attention_mask"].bool()
-    hooked = [0] * len(found.layers)
+    layers, real = internals.ffn_sublayers(model), batch["attention_mask"].bool()
+    hooked = [0] * len(layers)
 
     def hook(layer: int) -> Any:
         def count(module: nn.Module, inputs: tuple) -> None:
@@ -90,10 +81,8 @@ def check(model: nn.Module, batch: Batch, ratios: tuple[int, ...], threshold: fl
 
         return count
 
-    handles = [
-        lookup(layer, found.family.act).register_forward_pre_hook(hook(i))
-        for i, layer in enumerate(found.layers)
-    ]
+    acts = map(internals.activation_module, layers)
+    handles = [act.register_forward_pre_hook(hook(i)) for i, act in enumerate(acts)]
     with torch.no_grad():
         model(**batch)
     for handle in handles:
@@ -128,10 +117,10 @@ def measure(name: str, args: argparse.Namespace, console: Console) -> list[Row]:
     base = {"model": architecture.name, "weights": architecture.weights}
     model = models.encoder(architecture, torch.float32)
     texts = text.paragraphs(args.data, args.rows, args.least)
-    tokenizer = architecture.tokenizer or minilm.folder()
+    tokenizer = architecture.tokenizer or models.minilm()
     batches = text.batches(texts, tokenizer, args.length, args.batch)
     kinds = plugged(model, args)
-    ratios = plugin_ratios(kinds["untrained"])
+    ratios = internals.ratios(kinds["untrained"])
     wrong = check(model, batches[0], ratios, args.threshold)
     if wrong:
         return [{**base, "status": "failed", "reason": wrong}]
@@ -159,20 +148,6 @@ def measure(name: str, args: argparse.Namespace, console: Console) -> list[Row]:
     return rows
 
 
-def table(rows: list[Row]) -> Table:
-    """All layers together, in percent."""
-    made = Table(title="Active neurons, all layers, %", title_justify="left", title_style="bold")
-    made.add_column("model, plugins")
-    for name in ("k", *SHARES.values()):
-        made.add_column(name, justify="right")
-    for row in results.pick(rows, status="failed"):
-        made.add_row(f"{row['model']} [red]FAILED[/red] {row['reason']}")
-    for row in results.pick(rows, status="ok", layer="all"):
-        name = f"{row['model']}, {row['plugins']}"
-        made.add_row(name, str(row["k"]), *(f"{100 * row[share]:.1f}" for share in SHARES))
-    return made
-
-
 SHARES = {
     "token": "of a token",
     "merged": "of a merged vector",
@@ -181,6 +156,15 @@ SHARES = {
     "merged_in_intersection": "of the merged, in the intersection",
     "union_kept": "of the union, in the merged",
 }
+COLUMNS = [
+    tables.key("model", "model"),
+    tables.Column("plugins", lambda row: row["plugins"]),
+    tables.Column("k", lambda row: str(row["k"])),
+    *(
+        tables.number(heading, lambda row, name=name: 100 * row[name], ".1f")  # type: ignore[misc]
+        for name, heading in SHARES.items()
+    ),
+]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -191,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
         made.error("--plugins belong to one --model")
     args.threads = args.threads or torch.get_num_threads()
     torch.set_num_threads(args.threads)
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = options.screen()
     hidden = ("output", "publish", "data", "plugins", "model")
     settings = {name: value for name, value in vars(args).items() if name not in hidden}
     settings |= {"data": args.data.name, "plugins": args.plugins and args.plugins.name}
@@ -204,11 +188,9 @@ def main(arguments: list[str] | None = None) -> int:
         made.error(str(error))
     stem = f"neurons_{Path(args.model[0]).name}" if args.plugins else "neurons"
     path = results.folder(args.output, args.publish) / f"{stem}.json"
-    results.write(path, content)
-    console.print(table(content["rows"]))
-    picture = plot_neurons.draw(content, path)
-    console.print(f"written: {options.shown(path)}, {options.shown(picture)}")
-    return int(bool(results.pick(content["rows"], status="failed")))
+    shown = [r for r in content["rows"] if r["status"] == "failed" or r["layer"] == "all"]
+    table = tables.screen("Active neurons, all layers, %", COLUMNS, shown)
+    return options.finish(content, path, console, table, draw=plot.draw)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""The figure of a speed-vs-k result: ``python -m bench.plot RESULT.json`` draws it again."""
+"""Every figure, from its result file: ``python -m bench.plot RESULT.json`` draws it again."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,145 +14,269 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from .common import results
-from .common.results import Row
+from .harness import results
+from .harness.results import Row
 
-INK, GRID, BOUND = "#1f2933", "#e4e7eb", "#7b8794"
+INK, GRID, GREY = "#1f2933", "#e4e7eb", "#7b8794"
+AMBER, BROWN, BLUE, NAVY = "#e8a33d", "#c05621", "#2b6cb0", "#1a365d"
+RC: Any = {
+    "font.size": 10, "axes.edgecolor": GREY, "axes.labelcolor": INK, "axes.titleweight": "bold",
+    "axes.titlesize": 11, "axes.titlecolor": INK, "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "grid.color": GRID, "grid.linewidth": 0.8, "text.color": INK, "xtick.color": INK,
+    "ytick.color": INK, "legend.frameon": False, "lines.linewidth": 1.8, "lines.markersize": 4.5,
+}  # fmt: skip
 STYLES: dict[str, dict[str, Any]] = {
-    "reference": {"color": "#e8a33d", "marker": "s", "label": "plain PyTorch, eager"},
-    "reference-compiled": {"color": "#c05621", "marker": "D", "label": "plain PyTorch, compiled"},
-    "ours": {"color": "#2b6cb0", "marker": "o", "label": "variator_kernels"},
-    "ours-compiled": {"color": "#1a365d", "marker": "^", "label": "variator_kernels, compiled"},
+    "reference": {"color": AMBER, "marker": "s", "label": "plain PyTorch, eager"},
+    "reference-compiled": {"color": BROWN, "marker": "D", "label": "plain PyTorch, compiled"},
+    "ours": {"color": BLUE, "marker": "o", "label": "variator_kernels"},
+    "ours-compiled": {"color": NAVY, "marker": "^", "label": "variator_kernels, compiled"},
 }
 ENCODER_NAMES = {
-    "hf": "HF eager",
-    "hf-sdpa": "HF SDPA",
-    "hf-compiled": "HF compiled",
-    "openvino": "OpenVINO",
-    "ours": "variator",
-    "ours-compiled": "variator\ncompiled",
+    "hf": "HF eager", "hf-sdpa": "HF SDPA", "hf-compiled": "HF compiled", "openvino": "OpenVINO",
+    "ours": "variator", "ours-compiled": "variator\ncompiled",
+}  # fmt: skip
+ACTIVE = {
+    "union": {"color": GREY, "marker": "v", "label": "any token of the group (union)"},
+    "merged": {"color": BLUE, "marker": "o", "label": "the merged vector"},
+    "token": {"color": AMBER, "marker": "s", "label": "one token"},
+    "intersection": {"color": BROWN, "marker": "^", "label": "every token (intersection)"},
 }
-RC: Any = {
-    "font.size": 10,
-    "axes.edgecolor": BOUND,
-    "axes.labelcolor": INK,
-    "axes.titleweight": "bold",
-    "axes.titlesize": 11,
-    "axes.titlecolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
+_OF_UNION = "of the union, active in the merged vector"
+_OF_MERGED = "of the merged vector's, active in every token"
+OVERLAP = {
+    "union_kept": {"color": GREY, "marker": "v", "label": _OF_UNION},
+    "merged_in_intersection": {"color": BROWN, "marker": "^", "label": _OF_MERGED},
 }
+LINES = {"untrained": "-", "trained": "--"}
+VARIANTS = {"full": BLUE, "calibrated only": AMBER, "untrained": "#a0aec0"}
+SINGLE = {
+    "k=4 alone": "o", "without pre-training": "<", "from initial values": "v", "copy": "D",
+    "without adaptation": "^", "mean pooling": "s", "last layer alone": "X", "r=40": "P",
+}  # fmt: skip
 
 
-def draw(content: Row, path: Path) -> Path:
-    """Draw a result beside its JSON; a row of panels a scope, a panel a dtype."""
-    rows = content["rows"]
-    scopes = [name for name in ("sublayer", "encoder") if results.pick(rows, case=name)]
-    dtypes = [d for d in content["settings"]["dtype"] if results.pick(rows, dtype=d)]
-    target = path.with_suffix(".png")
+@contextmanager
+def sheet(
+    target: Path, height: int, width: int, size: tuple[float, float], title: str, caption: str
+) -> Iterator[list[Any]]:
+    """Rows of panels, saved at the end; panels of one row share nothing with those of another."""
     with plt.rc_context(RC):
-        width, height = max(len(dtypes), 1), max(len(scopes), 1)
-        size = (max(5.4 * width, 7), 3.9 * height + 0.9)
         figure = plt.figure(figsize=size, layout="constrained")
-        lines = figure.subfigures(height, 1, squeeze=False)[:, 0]
-        for line, scope in zip(lines, scopes, strict=False):
-            grid = line.subplots(1, width, squeeze=False)[0]
-            for axes, dtype in zip(grid, dtypes, strict=False):
-                panel = results.pick(rows, case=scope, dtype=dtype)
-                (curves if scope == "sublayer" else bars)(axes, panel, dtype)
-        figure.suptitle(_title(content), fontsize=12, fontweight="bold")
-        figure.supxlabel(_caption(content), fontsize=7.5, color=BOUND)
+        lines = figure.subfigures(max(height, 1), 1, squeeze=False)[:, 0]
+        yield [line.subplots(1, max(width, 1), squeeze=False)[0] for line in lines]
+        figure.suptitle(title, fontsize=12, fontweight="bold")
+        figure.supxlabel(caption, fontsize=7.5, color=GREY)
         figure.savefig(target, dpi=160)
         plt.close(figure)
-    return target
 
 
-def curves(axes: Axes, rows: list[Row], dtype: str) -> None:
-    """Speed-up of the sublayer over k, with quartiles and the cost bound."""
-    base = _base(rows, ("dense-packed", "hf"))
-    name = {"dense-packed": "dense, weights packed", "hf": "dense, Hugging Face"}.get(base or "")
-    bounds = sorted({(row["k"], row["bound"]) for row in rows if row["k"]})
-    if bounds:
-        axes.plot(*zip(*bounds, strict=True), "--", color=BOUND, lw=1.3, label="cost bound")
-    for arm, style in STYLES.items():
-        cells = [row for row in rows if row["arm"] == arm and results.speedup(row, base or "")]
-        if not cells:
-            continue
-        k = [row["k"] for row in cells]
-        low, mid, high = (
-            [row["speedup"][base][q] for row in cells] for q in ("q1", "median", "q3")
-        )
-        axes.fill_between(k, low, high, color=style["color"], alpha=0.16, lw=0)
-        axes.plot(k, mid, lw=1.8, ms=4.5, **style)
-    axes.axhline(1, color=BOUND, lw=0.8)
+def over_k(axes: Axes, ticks: list[int]) -> None:
+    """The compression ratio as x-axis."""
     axes.set_xscale("log", base=2)
-    ticks = [k for k, _ in bounds]
     axes.set_xticks(ticks, [str(k) for k in ticks])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
-    axes.grid(color=GRID, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.set_title(f"FFN sublayer, {dtype}", loc="left")
     axes.set_xlabel("compression ratio k")
+    axes.grid()
+
+
+def commit(content: Row) -> str:
+    """Short, with a plus for local changes."""
+    git = content["git"]
+    return (git["commit"] or "none")[:9] + ("+" if git["dirty"] else "")
+
+
+def speed(content: Row, target: Path) -> None:
+    """A row of panels a scope, a panel a dtype."""
+    rows, settings, versions = content["rows"], content["settings"], content["versions"]
+    scopes = [name for name in ("sublayer", "encoder") if results.pick(rows, case=name)]
+    dtypes = [d for d in settings["dtype"] if results.pick(rows, dtype=d)]
+    here, model = content["machine"], content["model"]
+    title = (
+        f"{model['name']}, {settings['batch']} x {settings['length']} tokens: "
+        "speed against the compression ratio"
+    )
+    caption = (
+        f"{here['cpu']}, {settings['threads']} threads, kernels "
+        f"{here['kernels_isa'] or 'not built'}; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}; weights {model['weights']}; commit {commit(content)}\n"
+        "Medians of interleaved rounds, bands and whiskers are quartiles. Cost bound: dense over "
+        "compressed multiply-adds."
+    )
+    size = (max(5.4 * len(dtypes), 7), 3.9 * max(len(scopes), 1) + 0.9)
+    with sheet(target, len(scopes), len(dtypes), size, title, caption) as grid:
+        for line, scope in zip(grid, scopes, strict=False):
+            for axes, dtype in zip(line, dtypes, strict=False):
+                panel = results.pick(rows, case=scope, dtype=dtype)
+                (_curves if scope == "sublayer" else _bars)(axes, panel, dtype)
+
+
+def _base(rows: list[Row], *ranked: str) -> str:
+    arms = {row["arm"] for row in rows if row["status"] == "ok"}
+    return next((name for name in ranked if name in arms), "")
+
+
+def _curves(axes: Axes, rows: list[Row], dtype: str) -> None:
+    """Speed-up of the sublayer over k, with quartiles and the cost bound."""
+    base = _base(rows, "dense-packed", "hf")
+    name = {"dense-packed": "dense, weights packed", "hf": "dense, Hugging Face"}.get(base)
+    bounds = sorted({(row["k"], row["bound"]) for row in rows if row["k"]})
+    if bounds:
+        axes.plot(*zip(*bounds, strict=True), "--", color=GREY, lw=1.3, label="cost bound")
+    for arm, style in STYLES.items():
+        cells = [row for row in rows if row["arm"] == arm and results.speedup(row, base)]
+        k = [row["k"] for row in cells]
+        quartiles = ([row["speedup"][base][q] for row in cells] for q in ("q1", "median", "q3"))
+        low, mid, high = quartiles
+        if cells:
+            axes.fill_between(k, low, high, color=style["color"], alpha=0.16, lw=0)
+            axes.plot(k, mid, **style)
+    axes.axhline(1, color=GREY, lw=0.8)
+    over_k(axes, [k for k, _ in bounds])
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"FFN sublayer, {dtype}")
     axes.set_ylabel(f"speed-up over {name}" if name else "no dense baseline")
     axes.legend(loc="upper left", fontsize=8.5)
 
 
-def bars(axes: Axes, rows: list[Row], dtype: str) -> None:
+def _bars(axes: Axes, rows: list[Row], dtype: str) -> None:
     """Time of the whole encoder by arm, with quartiles, and the speed-up over SDPA."""
     cells = [row for row in rows if row["status"] == "ok"]
-    base = _base(rows, ("hf-sdpa", "hf"))
+    base, names = _base(rows, "hf-sdpa", "hf"), []
     for place, row in enumerate(cells):
-        ours = row["k"] is not None
-        colour = STYLES[row["arm"]]["color"] if ours else "#9fb3c8"
-        spread = [[row["median"] - row["q1"]], [row["q3"] - row["median"]]]
-        axes.barh(place, row["median"], color=colour, height=0.66)
-        axes.errorbar(row["median"], place, xerr=spread, color=INK, lw=1, capsize=2)
-        factor = results.speedup(row, base or "")
-        text = f"{row['median']:.3g} s" + (f"   {factor:.2f}x" if factor else "")
-        axes.annotate(
-            text, (row["q3"], place), (6, 0), textcoords="offset points", va="center", fontsize=8.5
-        )
-    names = [
-        str(ENCODER_NAMES.get(row["arm"], row["arm"])) + (f", k={row['k']}" if row["k"] else "")
-        for row in cells
-    ]
+        k, median = row["k"], row["median"]
+        names.append(str(ENCODER_NAMES.get(row["arm"], row["arm"])) + (f", k={k}" if k else ""))
+        colour = STYLES[row["arm"]]["color"] if k is not None else "#9fb3c8"
+        axes.barh(place, median, color=colour, height=0.66)
+        spread = [[median - row["q1"]], [row["q3"] - median]]
+        axes.errorbar(median, place, xerr=spread, color=INK, lw=1, capsize=2)
+        factor = results.speedup(row, base)
+        text = f"{median:.3g} s" + (f"   {factor:.2f}x" if factor else "")
+        style: Any = {"textcoords": "offset points", "va": "center", "fontsize": 8.5}
+        axes.annotate(text, (row["q3"], place), (6, 0), **style)
     axes.set_yticks(range(len(cells)), names)
     axes.invert_yaxis()
     axes.set_xlim(0, max((row["q3"] for row in cells), default=1) * 1.4)
-    axes.grid(axis="x", color=GRID, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.set_title(f"Whole encoder, {dtype}", loc="left")
+    axes.grid(axis="x")
+    axes.set_title(f"Whole encoder, {dtype}")
     axes.set_xlabel("seconds a forward" + (f" (factor over {ENCODER_NAMES[base]})" if base else ""))
 
 
-def _base(rows: list[Row], ranked: tuple[str, ...]) -> str | None:
-    arms = {row["arm"] for row in rows if row["status"] == "ok"}
-    return next((name for name in ranked if name in arms), None)
-
-
-def _title(content: Row) -> str:
-    settings, model = content["settings"], content["model"]
-    return (
-        f"{model['name']}, {settings['batch']} x {settings['length']} tokens: "
-        "speed against the compression ratio"
+def neurons(content: Row, target: Path) -> None:
+    """A row of panels a model: active neurons, and their overlaps, over k."""
+    rows, settings = results.pick(content["rows"], status="ok", layer="all"), content["settings"]
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    caption = (
+        f"{settings['rows']} paragraphs of {settings['data']}, at most {settings['length']} tokens "
+        f"each; a neuron is active if the input of its activation function is above "
+        f"{settings['threshold']:g}.\nTokens and merged vectors as the compressed model meets "
+        f"them; whole groups only; all layers together. Commit {commit(content)}."
     )
-
-
-def _caption(content: Row) -> str:
-    here, versions, git = content["machine"], content["versions"], content["git"]
-    commit = (git["commit"] or "none")[:9] + ("+" if git["dirty"] else "")
-    return (
-        f"{here['cpu']}, {content['settings']['threads']} threads, kernels "
-        f"{here['kernels_isa'] or 'not built'}; torch {versions['torch']}, transformers "
-        f"{versions['transformers']}; weights {content['model']['weights']}; commit {commit}\n"
-        "Medians of interleaved rounds, bands and whiskers are quartiles. Cost bound: dense over "
-        "compressed multiply-adds."
+    size, title = (
+        (10.8, 4.2 * max(len(names), 1) + 0.7),
+        "FFN neurons that merged vectors switch on",
     )
+    with sheet(target, len(names), 2, size, title, caption) as grid:
+        for line, name in zip(grid, names, strict=False):
+            mine = results.pick(rows, model=name)
+            title = f"{name}, weights {mine[0]['weights']}"
+            _shares(line[0], mine, ACTIVE, f"{title}: active neurons", "% of the FFN's neurons")
+            _shares(line[1], mine, OVERLAP, f"{title}: overlap", "%")
+
+
+def _shares(axes: Axes, rows: list[Row], styles: dict[str, Any], title: str, label: str) -> None:
+    """Shares over k; a line style for untrained and one for trained plugins."""
+    kinds = {kind: results.pick(rows, plugins=kind) for kind in LINES}
+    for kind, cells in kinds.items():
+        for share, style in styles.items() if cells else ():
+            k, values = [row["k"] for row in cells], [100 * row[share] for row in cells]
+            axes.plot(
+                k, values, LINES[kind], **style | ({"label": None} if kind == "trained" else {})
+            )
+    if all(kinds.values()):
+        for kind, line in LINES.items():
+            axes.plot([], [], line, color=GREY, label=f"{kind} plugins")
+    over_k(axes, sorted({row["k"] for row in rows}))
+    axes.set_ylim(0, None)
+    axes.set_title(title)
+    axes.set_ylabel(label)
+    columns = 2 if len(styles) > 2 else 1  # these have long names
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns)
+
+
+def quality(content: Row, target: Path) -> None:
+    """Accuracy against measured speed: lines over k; ablations are single points."""
+    rows = [row for row in content["summary"] if row["speedup"]]
+    dense = 100 * rows[0]["dense_accuracy"]
+
+    def place(row: Row) -> tuple[float, float]:
+        return row["speedup"], 100 * row["accuracy"]
+
+    title = f"{content['task']}, {content['model']['name']}"
+    with sheet(target, 1, 1, (6.2, 4.4), title, "") as ((axes,),):
+        axes.axhline(dense, color=GREY, lw=1.2, ls="--")
+        where: Any = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+        axes.annotate("the original", (0.99, dense), color=GREY, fontsize=8, **where)
+        for variant, colour in VARIANTS.items():
+            line = sorted(results.pick(rows, variant=variant), key=lambda row: row["k"])
+            if line:
+                axes.plot(*zip(*map(place, line), strict=True), "o-", color=colour, label=variant)
+            for row in line if variant == "full" else ():
+                below: Any = {"textcoords": "offset points", "ha": "center"}
+                axes.annotate(f"k={row['k']}", place(row), (0, -16), **below)
+        for variant, marker in SINGLE.items():
+            for row in results.pick(rows, variant=variant):
+                label = variant if "k=" in variant else f"{variant}, k={row['k']}"
+                axes.plot(*place(row), marker, color=INK, ms=5, ls="none", label=label)
+        axes.set_xlabel("speed-up of the encoder on the dev set, measured")
+        axes.set_ylabel("accuracy, %")
+        axes.legend(fontsize=7)
+
+
+def gpu(content: Row, target: Path) -> None:
+    """The curve over k, and every target beside its limit; what was not measured is said."""
+    title = "dry run without a GPU: no figure here is a GPU's"
+    if not content["dry_run"]:
+        title = f"{content['machine']['gpu']}, {content['versions']['torch']}"
+    found = [row for row in content.get("verdicts", []) if row["value"] is not None]
+    with sheet(target, 1, 2, (13, 5), title, "") as ((curve, targets),):
+        rows = [row for row in content["rows"] if row["case"] == "curve" and row["status"] == "ok"]
+        for arm in ("hf", "reference", "ours") if rows else ():
+            some = results.pick(rows, arm=arm)
+            dense = {"color": GREY, "marker": "D", "label": "Hugging Face's, dense"}
+            times = [(row["k"] or 1, row["median"] * 1e6) for row in some]
+            if times:
+                curve.plot(*zip(*times, strict=True), **STYLES.get(arm, dense))
+        floors = sorted((row["k"], row["floor"] * 1e6) for row in rows if row["k"])
+        if floors:
+            curve.plot(*zip(*floors, strict=True), "--", color="k", label="floor")
+            over_k(curve, [1, *dict.fromkeys(k for k, _ in floors)])
+            curve.set(yscale="log", ylabel="microseconds, CUDA-graph replay")
+            curve.legend()
+        else:
+            curve.text(0.5, 0.5, "not measured", ha="center")
+        curve.set_title("FFN sublayer against the compression ratio")
+        names = [f"{row['where']}\n{row['what']}" for row in found]
+        colours = [BLUE if row["met"] else BROWN for row in found]
+        targets.barh(names, [row["value"] / row["limit"] for row in found], color=colours)
+        targets.tick_params(axis="y", labelsize=6)
+        targets.axvline(1, color="k", lw=0.8)
+        targets.set_title("Measured over limit (for floor and memory, less is better)")
+
+
+FIGURES: dict[str, Callable[[Row, Path], None]] = {
+    "speed_vs_k": speed,
+    "neurons": neurons,
+    "quality_vs_k": quality,
+    "gpu_report": gpu,
+}
+
+
+def draw(content: Row, path: Path) -> Path:
+    """Draw a result beside its JSON."""
+    target = path.with_suffix(".png")
+    FIGURES[content["benchmark"]](content, target)
+    return target
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,18 +16,19 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from transformers import logging
 
-from .common import machine, minilm, options, results, text
-from .common.results import Row
-from .quality import figure, originals, recipe, speed, stages, tasks
+from . import plot
+from .cases import models, text
+from .harness import machine, options, results, tables
+from .harness.results import Row
+from .quality import originals, recipe, speed, stages, tasks
 from .quality.recipe import TARGETS, VARIANTS, Recipe, Variant
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="python -m bench.quality_vs_k", description=__doc__)
+    made = options.parser("quality_vs_k", __doc__)
     add = made.add_argument
     add(
         "--model",
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 def base(name: str) -> str:
     """The folder of the model to start from."""
     if name == "minilm":
-        return str(minilm.folder())
+        return str(models.minilm())
     if name != originals.SMALL_T5 and not (Path(name) / "config.json").is_file():
         raise ValueError(
             f"model must be minilm, {originals.SMALL_T5} or a folder with config.json, got {name!r}"
@@ -99,34 +100,28 @@ def summary(rows: list[Row], costs: dict[int, Row], folder: Path) -> list[Row]:
     return made
 
 
-def table(rows: list[Row], targets: bool) -> Table:
-    """The summary."""
-    made = Table(title="medians over seeds", title_justify="left")
-    for name in (
-        "variant",
-        "k",
-        "accuracy",
-        "lost",
-        "lost, test set",
-        "loss",
-        "MACs left",
-        "speed-up",
-    ):
-        made.add_column(name, justify="left" if name == "variant" else "right")
-    for row in rows:
+def percent(heading: str, name: str) -> tables.Column:
+    return tables.number(heading, lambda row: 100 * row[name], ".1f")
+
+
+def columns(targets: bool) -> list[tables.Column]:
+    """Of the tables on the screen and in the documentation, without what the rows are of."""
+
+    def lost(row: Row) -> str:
         limit = TARGETS.get(row["k"]) if targets and row["variant"] == "full" else None
-        note = "" if limit is None else f" (at most {limit})"
-        made.add_row(
-            row["variant"],
-            str(row["k"]),
-            f"{100 * row['accuracy']:.1f}",
-            f"{row['lost']:.1f}{note}",
-            "" if row["test_lost"] is None else f"{row['test_lost']:.1f}",
-            f"{row['loss']:.4f}",
-            f"{row['multiply_adds_left']:.0%}",
-            f"{row['speedup']:.2f}" if row["speedup"] else "FAILED",
-        )
-    return made
+        return f"{row['lost']:.1f}" + ("" if limit is None else f" (target {limit})")
+
+    return [
+        percent("original, %", "dense_accuracy"),
+        tables.key("k", "k"),
+        percent("compressed, %", "accuracy"),
+        tables.Column("points lost", lost),
+        tables.number("points lost, test set", lambda row: row.get("test_lost"), ".1f"),
+        tables.key("seeds", "seeds"),
+        tables.number("multiply-adds left", lambda row: row["multiply_adds_left"], ".0%"),
+        tables.number("parameters added to FFNs", lambda row: row["added_over_ffn"], ".1%"),
+        tables.number("encoder speed-up", lambda row: row["speedup"]),
+    ]
 
 
 def run(args: argparse.Namespace, setup: stages.Setup, task: tasks.Task, console: Console) -> Row:
@@ -151,9 +146,16 @@ def run(args: argparse.Namespace, setup: stages.Setup, task: tasks.Task, console
     costs = {row["k"]: row for row in measured}
     content["summary"] = summary(content["rows"], costs, folder)
     results.write(path, content)
-    console.print(table(content["summary"], model["name"] == "minilm" and task.name == "sst2"))
-    console.print(f"written: {options.shown(path)}, {options.shown(figure.draw(content, path))}")
+    shown = [tables.key("variant", "variant"), *columns(has_targets(content))]
+    loss = tables.number("loss", lambda row: row["loss"], ".4f")
+    table = tables.screen("medians over seeds", [*shown, loss], content["summary"])
+    options.finish(content, path, console, table, draw=plot.draw)
     return content
+
+
+def has_targets(content: Row) -> bool:
+    """Targets are of one model and task."""
+    return (content["model"]["name"], content["task"]) == ("minilm", "sst2")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -175,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.error(str(error))
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = options.screen()
     made = [run(args, setup, tasks.TASKS[name], console) for name in args.tasks]
     return int(any(row["status"] != "ok" for content in made for row in content["costs"]))
 

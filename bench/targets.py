@@ -7,13 +7,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from .common import results
-from .common.results import Row, one, pick, speedup
-from .common.timing import quartiles
+from .harness import options, results, tables
+from .harness.clock import quartiles
+from .harness.results import Row, one, pick, speedup
 
 Measure = Callable[[list[Row]], float | None]
 SUBLAYER = {
@@ -142,21 +140,31 @@ def verdicts(rows: list[Row]) -> list[tuple[Target, float | None, str]]:
     return [(target, *target.verdict(rows)) for target in TARGETS]
 
 
+def columns(digits: int) -> list[tables.Column]:
+    """Of a table of :func:`as_rows`."""
+    measured = tables.number("measured", lambda row: row["value"], f".{digits}f")
+    return [tables.key("target", "text"), tables.key("limit", "limit"), measured,
+            tables.key("", "verdict")]  # fmt: skip
+
+
+def as_rows(rows: list[Row]) -> list[Row]:
+    """The verdicts on results, as rows of a table."""
+
+    def row(target: Target, value: float | None, verdict: str) -> dict[str, Any]:
+        limit = f"{'at most' if target.at_most else 'at least'} {target.limit:g}"
+        return {"text": target.text, "limit": limit, "value": value, "verdict": verdict}
+
+    return [row(*found) for found in verdicts(rows)] if rows else []
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; 1 if a target was missed."""
     parser = argparse.ArgumentParser(prog="python -m bench.targets", description=__doc__)
     parser.add_argument("result", nargs="+", type=Path, help="speed_vs_k.json, memory.json")
     paths = parser.parse_args(arguments).result
-    found = verdicts([row for path in paths for row in results.read(path)["rows"]])
-    table = Table("target", "limit", "measured", "")
-    colours = {"met": "green", "missed": "red", "not measured": "yellow"}
-    for target, value, verdict in found:
-        limit = f"{'at most' if target.at_most else 'at least'} {target.limit:g}"
-        measured = "" if value is None else f"{value:.3f}"
-        colour = colours[verdict]
-        table.add_row(target.text, limit, measured, f"[{colour}]{verdict}[/{colour}]")
-    Console(width=None if sys.stdout.isatty() else 130).print(table)
-    return int(any(verdict == "missed" for _, _, verdict in found))
+    found = as_rows([row for path in paths for row in results.read(path)["rows"]])
+    options.screen().print(tables.screen("targets", columns(3), found))
+    return int(any(row["verdict"] == "missed" for row in found))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.common import results
+from bench.harness import results
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "bench" / "results" / "compiled" / "triton.json"
@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 def compile_for(arch, folder, *arguments):
     # A process of its own: in this one the kernels are interpreted.
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.compile_triton", "--output", str(folder)]
+    command = [sys.executable, "-m", "bench.tools.compile_triton", "--output", str(folder)]
     done = subprocess.run(
         [*command, "--arch", arch, *arguments],
         cwd=ROOT,
@@ -46,8 +46,8 @@ def test_compiles_without_spills(arch, model, ratios, tmp_path):
 
 ODD = """
 import torch
-from bench.common.triton_compile import compile_call
-from bench.compile_triton import Model, sublayer
+from bench.tools.compile_triton import Model, sublayer
+from bench.tools.triton_compiler import compile_call
 rms, layer = Model(1, 1, "relu", "rms"), Model(50, 41, "gelu_tanh", "layer", gated=True)
 for model, k, dtype, form, size in (
     (rms, 2, torch.bfloat16, "plain", (1, 1, 1)),

@@ -28,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from ..common import machine, results
+from ..harness import machine, results
 from . import tasks
 from .finetune import accuracy, finetune
 

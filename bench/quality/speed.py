@@ -11,12 +11,13 @@ from torch import Tensor
 
 import variator_kernels as vk
 from variator_kernels.flops import Parts
-from variator_kernels.runtime.state import states
 from variator_kernels.train import losses
 from variator_kernels.train.collate import batches, collator
 
-from ..common import checks, timing
-from ..common.results import Row
+from .. import internals
+from ..harness import checks
+from ..harness.clock import Wall, quartiles, ratio
+from ..harness.results import Row
 from . import originals, tasks
 
 ROWS = 32
@@ -40,9 +41,9 @@ def measure(
     vk.patch(model, ratios[0], ratios)
     _fill(model)
 
-    def over_all(ratio: int) -> Callable[[], None]:
+    def over_all(k: int) -> Callable[[], None]:
         def run() -> None:
-            with torch.inference_mode(), vk.use_ratio(model, ratio):
+            with torch.inference_mode(), vk.use_ratio(model, k):
                 for batch in inputs:
                     encoder(**batch)
 
@@ -52,7 +53,7 @@ def measure(
     calls = {k: over_all(k) for k in (1, *ratios)}
     for call in calls.values():
         call()
-    seconds, _ = timing.interleave(calls, rounds)
+    seconds, _ = Wall().interleave(calls, rounds)
     made = []
     for k in ratios:
         row: Row = {"k": k, **_cost(encoder, inputs, k)}
@@ -60,9 +61,9 @@ def measure(
         if verdicts[k].ok:
             row |= {
                 "status": "ok",
-                "seconds": timing.quartiles(seconds[k]),
-                "dense_seconds": timing.quartiles(seconds[1]),
-                "speedup": timing.ratio(seconds[1], seconds[k]),
+                "seconds": quartiles(seconds[k]),
+                "dense_seconds": quartiles(seconds[1]),
+                "speedup": ratio(seconds[1], seconds[k]),
             }
         else:
             row |= {"status": "failed", "reason": "the hidden states are not right"}
@@ -91,18 +92,15 @@ def _fill(model: Any) -> None:
 def _check(encoder: Any, model: Any, batch: dict[str, Tensor], ratio: int) -> checks.Verdict:
     """Real tokens of the kernels' outputs, against float64 and plain PyTorch."""
     real = losses.masks(batch)[0]
-    method = states(model)[0].method
 
     def hidden(backend: str, dtype: torch.dtype) -> checks.Outputs:
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        method.config = method.config._replace(backend=backend)
         model.to(dtype)
         try:
-            with vk.use_ratio(model, ratio):
+            with internals.using_backend(model, backend), vk.use_ratio(model, ratio):
                 return (encoder(**batch).last_hidden_state[real],)
         finally:
             model.to(torch.float32).load_state_dict(before)
-            method.config = method.config._replace(backend="auto")
 
     exact, plain = hidden("reference", torch.float64), hidden("reference", torch.float32)
     return checks.judge(hidden("auto", torch.float32), checks.truth(exact, plain))

@@ -17,8 +17,8 @@ import variator_kernels as vk
 from variator_kernels.train import DistillationConfig, DistillationTrainer, noise, rows
 from variator_kernels.train.collate import batches, collator
 
-from ..common import results
-from ..common.results import Row
+from ..harness import results
+from ..harness.results import Row
 from . import originals, tasks
 from .recipe import Recipe, Variant
 

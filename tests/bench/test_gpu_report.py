@@ -9,9 +9,13 @@ import time
 import pytest
 import torch
 
-from bench import gpu_report
-from bench.common import checks
-from bench.gpu import cases, plot, sanitize, session, steps, verdicts
+from bench import gpu, plot
+from bench.cases import sublayer
+from bench.harness import checks
+from bench.harness.clock import Graph
+from bench.tools import sanitize
+from bench.tools.gpu_report import __main__ as gpu_report
+from bench.tools.gpu_report import session, steps
 from tests.ops.cases import CUDA, TRITON
 
 
@@ -22,9 +26,9 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     report = json.loads((tmp_path / "gpu_report.json").read_text())
     assert report["dry_run"] and report["machine"]["gpu"] is None and not report["not_measured"]
     assert {row["status"] for row in report["rows"]} == {"ok"}
-    measured = {(row["name"], row["model"], row["arm"]) for row in report["rows"]}
+    measured = {(row["case"], row["model"], row["arm"]) for row in report["rows"]}
     assert ("curve", "t5-base", "ours") in measured and ("sizes", "llama-7b", "hf") in measured
-    ours = [row for row in report["rows"] if row["arm"] == "ours" and not row["backward"]]
+    ours = [r for r in report["rows"] if r["arm"] == "ours" and r["direction"] == "forward"]
     assert all(row["over_floor"] > 0 and row["speedup"]["reference"] for row in ours)
     assert (tmp_path / "gpu_report.png").stat().st_size > 10_000
     assert "proven.json" not in capsys.readouterr().out
@@ -55,28 +59,25 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+CEILINGS = {"copy": 1e9, "matrix": 1e9}
+
+
 def test_a_wrong_kernel_gets_no_number(monkeypatch):
-    from bench.gpu import measure
-    from bench.gpu.clock import Clock
+    right = sublayer.Sublayer.plugged
 
-    case = cases.Case("target", "t5-base", 1, 8, (4,), ("reference", "ours"))
-    plugged = measure.Arms.plugged
+    def off_by_a_little(self, name, k, train=False):
+        call = right(self, "reference", k, train)
+        return (lambda x: call(x) + 0.1) if name == "ours" else call
 
-    def off_by_a_little(self, backend, x, *rest):
-        call = plugged(self, "reference", x, *rest)
-        return (lambda: (call()[0] + 0.1,)) if backend == "triton" else call
-
-    monkeypatch.setattr(measure.Arms, "plugged", off_by_a_little)
-    model = measure.MODELS["t5-base"]._replace(d=32, f=48)
-    ceilings = {"copy": 1e9, "matrix": 1e9}
-    reference, ours = measure.measure(
-        case, Clock("cpu"), ceilings, rounds=1, kernels="triton", model=model
-    )
-    assert ours["status"] == "failed" and "seconds" not in ours and "speedup" not in ours
+    monkeypatch.setattr(sublayer.Sublayer, "plugged", off_by_a_little)
+    monkeypatch.setattr(gpu, "usable", lambda: ("triton",))
+    job = gpu.Job("target", "t5-base", 1, 8, (4,), ("reference", "ours"))
+    reference, ours = gpu.measure(job, Graph("cpu"), CEILINGS, 1, dry=True)
+    assert ours["status"] == "failed" and "median" not in ours and "speedup" not in ours
     assert reference["status"] == "ok"
 
 
-JOBS = [cases.Kernels(1, i) for i in range(5)]
+JOBS = [gpu.Job("kernels", "t5-base", 1, i) for i in range(5)]
 # Measures jobs 0, 1, ...; job 1 kills its process, job 3 never ends, job 2 wants a new process.
 MEASURING = """
 import os, sys, time
@@ -104,16 +105,14 @@ def test_a_kernel_that_crashes_or_hangs_costs_its_job(tmp_path):
 def test_no_time_left(tmp_path):
     found = list(session.followed(JOBS, measuring, tmp_path, time.monotonic() - 1))
     assert [outcome["not_measured"][0]["reason"] for outcome in found] == ["the time was up"] * 5
-    jobs = [job for job in cases.JOBS if job.compiles]
+    jobs = [job for job in gpu.JOBS if job.compiles]
     for outcome in session.outcomes(jobs, "cpu", 1, time.monotonic(), dry=True):
         assert outcome["not_measured"][0]["reason"] == "the time was up"
 
 
 def test_after_a_broken_context_another_process_goes_on(monkeypatch):
-    from bench.gpu.clock import Clock
-
-    monkeypatch.setattr(Clock, "works", lambda self: False)
-    jobs = [job for job in cases.JOBS if job.name == "small"]
+    monkeypatch.setattr(Graph, "works", lambda self: False)
+    jobs = [job for job in gpu.JOBS if job.name == "small"]
     assert len(list(session.outcomes(jobs, "cpu", 1, time.monotonic() + 1000, dry=True))) == 1
 
 
@@ -125,15 +124,16 @@ def test_a_step_that_is_stopped_keeps_its_output_and_leaves_no_process():
 
 
 def test_a_report_without_measurements_is_drawn(tmp_path):
-    report = {"rows": [], "kernels": [], "dry_run": True}
-    assert plot.draw(report, tmp_path / "empty.png").stat().st_size > 1000
-    assert verdicts.text(report).strip() == ""
+    report = {"benchmark": "gpu_report", "rows": [], "kernels": [], "dry_run": True}
+    assert plot.draw(report, tmp_path / "empty.json").stat().st_size > 1000
+    (targets,) = gpu.shown(report)
+    assert targets.row_count == 0
 
 
 def test_a_report_ends_whatever_failed(tmp_path, monkeypatch, capsys):
     machine = {"machine": {"gpu": "some GPU", "arch": "sm_90"}, "versions": {"torch": "2"}}
     step = {"step": "install", "code": 1, "seconds": 1.0, "required": True, "output": ""}
-    lost = session.unmeasured(cases.JOBS[0], "its process ended with code -6")
+    lost = session.unmeasured(gpu.JOBS[0], "its process ended with code -6")
     for name, value in {
         "describe": lambda *_: {**machine, "commit": None},
         "prepare": lambda *_: [step, {**step, "step": "warm", "required": False}],
@@ -152,9 +152,8 @@ def test_a_report_ends_whatever_failed(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "gpu_report.png").exists()
 
 
-def test_every_case_is_a_job_and_what_takes_longest_comes_last():
-    assert set(cases.CASES) < set(cases.JOBS) and len(cases.JOBS) == len(cases.CASES) + 2
-    assert [job.compiles for job in cases.JOBS[1:]] == sorted(j.compiles for j in cases.JOBS[1:])
+def test_what_takes_longest_comes_last():
+    assert [job.compiles for job in gpu.JOBS[1:]] == sorted(j.compiles for j in gpu.JOBS[1:])
 
 
 @pytest.mark.skipif(not TRITON.usable, reason=f"no Triton kernels: {TRITON.detail}")
@@ -166,32 +165,26 @@ def test_the_sanitizers_workload_runs(monkeypatch):
 
 
 def test_verdicts_name_what_was_not_measured():
-    row = {"name": "target", "arm": "ours", "model": "t5-base", "batch": 1, "length": 8, "k": 4,
+    row = {"case": "target", "arm": "ours", "model": "t5-base", "batch": 1, "length": 8, "k": 4,
            "speedup": {"hf": {"median": 3.0}}, "over_floor": 1.2}  # fmt: skip
-    found = {v["arm"]: v for v in verdicts.verdicts([row])}
+    found = {v["arm"]: v for v in gpu.verdicts([row])}
     assert found["hf"]["met"] is False and found["floor"]["met"] is True
     assert found["hf-compiled"]["value"] is None and found["hf-compiled"]["met"] is None
 
 
 @pytest.mark.skipif(not CUDA.usable or torch.cuda.is_available(), reason="needs the emulation")
 def test_the_cuda_kernels_are_measured_beside():
-    from bench.gpu import kernels, measure
-    from bench.gpu.clock import Clock
-
-    case = cases.Case("small", "t5-base", 1, 8, (4,), ("reference",)).with_cuda()
-    options = {"rounds": 1, "model": measure.MODELS["t5-base"]._replace(d=32, f=48)}
-    ceilings = {"copy": 1e9, "matrix": 1e9}
-    rows = measure.measure(case, Clock("cpu"), ceilings, kernels="reference", **options)
+    job = gpu.Job("small", "t5-base", 1, 8, (4,), ("reference",))
+    rows = gpu.measure(job, Graph("cpu"), CEILINGS, 1, dry=True)
     assert [(row["arm"], row["status"]) for row in rows] == [
         ("reference", "ok"), ("cuda", "ok"), ("cuda-launches", "ok")
     ]  # fmt: skip
-    found = {v["arm"] for v in verdicts.verdicts(rows) if v["value"] is not None}
+    found = {v["arm"] for v in gpu.verdicts(rows) if v["value"] is not None}
     assert found == {"cuda-launches"}
-    alone = kernels.measure_kernels(
-        Clock("cpu"), ceilings, backends=("cuda",), batch=1, length=16, **options
-    )
-    assert {row["status"] for row in alone} == {"ok"}
-    assert {"group_merge_backward", "product out"} < {row["kernel"] for row in alone}
+    alone = gpu.measure(job._replace(name="kernels"), Graph("cpu"), CEILINGS, 1, dry=True)
+    cuda = [row for row in alone if row["arm"] == "cuda"]
+    assert {row["status"] for row in cuda} == {"ok"}
+    assert {"group_merge_backward", "product out"} < {row["case"] for row in cuda}
 
 
 def test_the_cuda_kernels_get_no_wider_bound():

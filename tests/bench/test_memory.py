@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import memory
-from bench.common import allocations, machine
+from bench.harness import allocations, machine
 
 ONE = pytest.mark.parametrize("tiny", ["relu"], indirect=True)
 

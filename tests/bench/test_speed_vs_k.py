@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bench import plot, speed_vs_k
-from bench.common import cells, checks, models, sublayer, timing
+from bench.cases import Arm, Case, Key, models, sublayer
+from bench.harness import checks, clock, runner
 from variator_kernels import extension
 
 PLAIN = "hf,dense-packed,reference"
@@ -73,9 +74,9 @@ def test_a_wrong_arm_has_no_number(
 ) -> None:
     right = sublayer.Sublayer.plugged
 
-    def plugged(self, name, k, mask=None):
-        call = right(self, "reference", k, mask)
-        return (lambda: (call()[0] + 1e-3,)) if name == "ours" else call
+    def plugged(self, name, k, train=False):
+        call = right(self, "reference", k, train)
+        return (lambda x: call(x) + 1e-3) if name == "ours" else call
 
     monkeypatch.setattr(sublayer.Sublayer, "plugged", plugged)
     code, content = run(tiny, tmp_path, "--arms", "hf,reference,ours", "--scope", "sublayer")
@@ -97,12 +98,13 @@ def test_a_broken_arm_fails_alone(late: bool) -> None:
             raise RuntimeError("no")
         return (torch.full((3,), float("nan") if next(calls) > 2 else 0.0),)
 
-    case = cells.Case("sublayer", "sublayer", "forward", "fp32", 1, 3, lambda key: measure)
+    sizes = ("forward", "t5-base", "fp32", 1, 3)
+    case = Case("sublayer", "sublayer", *sizes, lambda key: measure)
     case.arms = [
-        cells.Arm(cells.Key("hf"), lambda: lambda: (torch.zeros(3),), 3),
-        cells.Arm(cells.Key("ours", 4), lambda: broken, 3),
+        Arm(Key("hf"), lambda: lambda: (torch.zeros(3),), 3),
+        Arm(Key("ours", 4), lambda: broken, 3),
     ]
-    good, bad = cells.run(case, rounds=4, warmup=1, strict=False, progress=cells.Progress())
+    good, bad = runner.run(case, [clock.Wall()], 4, warmup=1)
     assert good["status"] == "ok" and "median" in good
     assert bad["status"] == "failed" and "median" not in bad
 
@@ -135,7 +137,7 @@ def test_weights_of_a_folder_are_used(tmp_path: Path) -> None:
     made.save_pretrained(tmp_path)
     model = models.architecture(str(tmp_path))
     assert model.weights == "from the folder"
-    layer = models.sublayer(model, torch.float32)
+    layer, _ = models.sublayer(model, torch.float32)
     expected = made.encoder.block[0].layer[-1].DenseReluDense.wi.weight
     assert torch.equal(layer.DenseReluDense.wi.weight, expected)
 
@@ -154,7 +156,7 @@ def test_judge_sees_shape_nan_and_size() -> None:
 def test_timing_is_paired_and_interleaved() -> None:
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    samples, _ = timing.interleave(calls, 5)
+    samples, _ = clock.Wall().interleave(calls, 5)
     assert all(sorted(order[i : i + 3]) == list("abc") for i in range(0, 15, 3))
     assert all(len(seconds) == 5 for seconds in samples.values())
-    assert timing.ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])["median"] == 2.0
+    assert clock.ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])["median"] == 2.0

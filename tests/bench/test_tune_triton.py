@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from bench import tune_triton
-from bench.gpu.clock import Clock
+from bench.cases import models
+from bench.harness.clock import Graph
+from bench.tools import tune_triton
 from variator_kernels import backends
 from variator_kernels.triton_kernels import launch
 
@@ -23,14 +24,14 @@ def test_tunes(monkeypatch, tmp_path):
     good = {"bt": 16, "bd": 16, "warps": 4, "stages": 1}
     bad = {**good, "bd": 24}  # not a power of two
     monkeypatch.setattr(tune_triton, "CANDIDATES", {"adapter_decompress": [bad, good]})
-    model = tune_triton.MODELS["t5-base"]._replace(d=32, f=48)
-    monkeypatch.setitem(tune_triton.MODELS, "t5-base", model)
+    small = models.toy(models.architecture("t5-base")).config
+    monkeypatch.setitem(tune_triton.CONFIGS, "t5-base", lambda: small)
     monkeypatch.setitem(tune_triton.CASES, "t5-base", (1, 16))
     medians = iter([2.0, 1.0])
     monkeypatch.setattr(tune_triton, "quartiles", lambda samples: {"median": next(medians)})
     table, before = tune_triton.Table(tmp_path / "launch.json"), len(launch.table())
     try:
-        tried = tune_triton.tune("t5-base", 4, table, Clock("cpu"), time.monotonic() + 100, 1)
+        tried = tune_triton.tune("t5-base", 4, table, Graph("cpu"), time.monotonic() + 100, 1)
     finally:
         launch.use(json.loads(launch.TABLE.read_text()))
     assert sorted(t.get("seconds") or 0 for t in tried if "kernel" in t) == [0, 1.0, 2.0]
@@ -41,7 +42,7 @@ def test_tunes(monkeypatch, tmp_path):
 
 AHEAD = """
 import torch
-from bench import compile_triton, tune_triton
+from bench.tools import compile_triton, tune_triton
 compile_triton.MODELS["t5-base"] = compile_triton.Model(32, 48, "relu", "rms")
 settings = {"bt": 16, "bd": 16, "warps": 2, "stages": 1}
 row = {"kernel": "adapter_decompress", "case": {"arch": "sm_90"}, "settings": settings}

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import cuda_resources
-from bench.common import cuda_binary
+from bench.tools import cuda_binary, cuda_resources
 from variator_kernels import backends
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +26,7 @@ def rows(tmp_path_factory):
     if cuda_binary.disassembler() is None:
         pytest.skip("cuobjdump is neither on PATH nor in Triton's package")
     folder = tmp_path_factory.mktemp("resources")
-    command = [sys.executable, "-m", "bench.cuda_resources", "--output", str(folder)]
+    command = [sys.executable, "-m", "bench.tools.cuda_resources", "--output", str(folder)]
     env = {**os.environ, "VARIATOR_CUDA_EXTENSION": ""}
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

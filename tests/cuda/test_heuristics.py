@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.gpu import sanitize
+from bench.tools import sanitize
 from tests.ops.cases import CUDA
 from variator_kernels import cuda_support, extension
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.gpu import sanitize
+from bench.tools import sanitize
 from tests.ops.cases import GPU, assert_close, cast, feed_forward, masked, moved, plugin
 from tests.ops.test_backward import gradients
 from variator_kernels import functional as vf
@@ -154,7 +154,7 @@ QUIET = ("aten::detach", "aten::empty_like", "aten::fill_", "aten::promote_types
 
 
 def test_the_sanitizers_workload_runs(cuda, monkeypatch):
-    """What bench.gpu.sanitize puts under compute-sanitizer, shorter."""
+    """What bench.tools.sanitize puts under compute-sanitizer, shorter."""
     monkeypatch.setattr(sanitize, "SIZES", sanitize.SIZES[::4])
     monkeypatch.setattr(sanitize, "LARGE_PRODUCT", (40, 72, 64))
     sanitize.workload("cuda", cuda, tokens=11)

@@ -1,4 +1,4 @@
-"""Launch settings as data: ``launch.json``, written by ``python -m bench.tune_triton``.
+"""Launch settings as data: ``launch.json``, written by ``python -m bench.tools.tune_triton``.
 
 A row has a kernel's name, what it is for (any of ``arch``, ``d``, ``f``, ``k``, ``dtype``,
 ``activation``) and its settings. The row that names most of what a launch is for wins, of equals

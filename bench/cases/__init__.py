@@ -1,0 +1,81 @@
+"""What is measured, described once: an FFN sublayer, an encoder, each kernel alone.
+
+A :class:`Case` is one input and the arms that run on it. Benchmarks on the CPU and on a GPU, and
+tests, take the same cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ..harness.checks import Outputs, Truth
+
+Call = Callable[[], Outputs]
+
+
+class Key(NamedTuple):
+    """What tells the arms of a case apart."""
+
+    arm: str
+    k: int | None = None
+    padding: str = "none"
+
+    def __str__(self) -> str:
+        return self.arm if self.k is None else f"{self.arm} k={self.k}"
+
+
+class Work(NamedTuple):
+    """What one phase must do at least: bytes moved and FLOPs of matrix products."""
+
+    bytes: int = 0
+    flops: int = 0
+
+    def seconds(self, ceilings: dict[str, float]) -> float:
+        """The phase's floor: memory and matrix units work beside each other."""
+        return max(self.bytes / ceilings["copy"], self.flops / ceilings["matrix"])
+
+
+@dataclass
+class Arm:
+    """One way to compute; ``build`` returns the call, or raises ``Unavailable``."""
+
+    key: Key
+    build: Callable[[], Call]
+    tokens: int
+    bound: float | None = None
+    """The speed-up over dense if time were multiply-adds."""
+    work: tuple[Work, ...] = ()
+    """Phases that follow each other."""
+    detail: Callable[[], str] = lambda: ""
+
+
+@dataclass
+class Case:
+    """Arms on one input; ``name`` says what for, ``truth`` what an arm must produce."""
+
+    name: str
+    scope: str
+    """``"sublayer"``, ``"encoder"`` or ``"kernel"``."""
+    direction: str
+    model: str
+    dtype: str
+    batch: int
+    length: int
+    truth: Callable[[Key], Truth]
+    arms: list[Arm] = field(default_factory=list)
+    compared: Callable[[Outputs], Outputs] = lambda outputs: outputs
+
+    @property
+    def title(self) -> str:
+        kind = self.scope if self.name == self.scope else f"{self.scope}, {self.name}"
+        return f"{kind}, {self.dtype}, {self.batch} x {self.length}"
+
+    def row(self, arm: Arm) -> dict[str, Any]:
+        """The arm's row in a result, without what is measured."""
+        names = ("scope", "direction", "model", "dtype", "batch", "length")
+        found = {"case": self.name, **{name: getattr(self, name) for name in names}}
+        found |= {"padding": arm.key.padding, "tokens": arm.tokens}
+        found |= {"arm": arm.key.arm, "k": arm.key.k, "bound": arm.bound}
+        return found | {"status": "ok", "reason": "", "detail": "", "error": None, "allowed": None}

@@ -1,1 +1,0 @@
-"""What the benchmarks share: machine, models, arms, checks, timing, tables and files."""

@@ -1,0 +1,159 @@
+"""What the GPU report measures: its jobs, its targets, and one job's rows.
+
+``python -m bench.tools.gpu_report`` runs all of it unattended.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from variator_kernels import backends
+
+from .cases import kernels, models
+from .cases.sublayer import Sublayer
+from .harness import tables
+from .harness.clock import Eager, Graph
+from .harness.results import Row
+from .harness.runner import run
+
+EAGER = ("hf", "reference", "ours")
+ALL = ("hf", "hf-compiled", "reference", "reference-compiled", "ours")
+BACKWARD = ("reference", "ours")
+RATIOS = (2, 4, 8, 16, 32)
+
+
+class Job(NamedTuple):
+    """One table of the report: arms of one sublayer at one size, or each kernel alone."""
+
+    name: str
+    model: str
+    batch: int
+    length: int
+    ratios: tuple[int, ...] = (4,)
+    arms: tuple[str, ...] = EAGER
+
+    @property
+    def compiles(self) -> bool:
+        """Whether an arm needs a compiler that tries out variants: a minute or more."""
+        return any(arm.endswith("-compiled") for arm in self.arms)
+
+
+# Most wanted first: the report stops starting jobs when its time is up. What takes a minute a job
+# comes last.
+JOBS = (
+    Job("target", "t5-base", 32, 512, (4,), ALL),
+    Job("curve", "t5-base", 32, 512, RATIOS),
+    Job("backward", "t5-base", 32, 512, (4,), BACKWARD),
+    Job("sizes", "t5-large", 32, 512),
+    Job("sizes", "llama-7b", 8, 2048, (2, 4)),
+    Job("sizes", "bert-base", 32, 512),
+    Job("small", "t5-base", 1, 128),
+    Job("small", "t5-base", 1, 512),
+    Job("backward", "t5-base", 32, 512, (2, 8, 16, 32), BACKWARD),
+    Job("kernels", "t5-base", 32, 512),
+    Job("kernels", "t5-base", 1, 512),
+    Job("target", "t5-large", 32, 512, (4,), ALL),
+    Job("target", "llama-7b", 8, 2048, (4,), ALL),
+    Job("target", "bert-base", 32, 512, (4,), ALL),
+    Job("target", "llama-7b", 8, 2048, (2,), ALL),
+)
+
+
+class Target(NamedTuple):
+    """A bound on a ratio within one case: ``of`` against an arm, or over the floor."""
+
+    what: str
+    case: str
+    arm: str
+    limit: float
+    at_least: bool = True
+    of: str = "ours"
+
+
+TARGETS = (
+    Target("against Hugging Face's sublayer, eager", "target", "hf", 3.5),
+    Target("against the dense sublayer, max-autotune", "target", "hf-compiled", 2.5),
+    Target("against the eager reference", "target", "reference", 2.2),
+    Target("against the reference, max-autotune", "target", "reference-compiled", 1.5),
+    Target("time over the floor", "target", "floor", 1.4, False),
+    Target("forward and backward against the eager reference", "backward", "reference", 1.5),
+    Target("peak memory of forward and backward, of the reference's", "backward", "memory", 1.0,
+           False),
+    Target("CUDA, against the dense sublayer, max-autotune", "target", "hf-compiled", 2.8,
+           of="cuda"),
+    Target("CUDA, time over the floor", "target", "floor", 1.25, False, "cuda"),
+    Target("CUDA, one launch against several", "small", "cuda-launches", 1.5, of="cuda"),
+)  # fmt: skip
+
+
+def usable() -> tuple[str, ...]:
+    """The GPU backends that can run here, ``triton`` first."""
+    return tuple(s.name for s in backends.status() if s.usable and s.name in ("triton", "cuda"))
+
+
+def measure(
+    job: Job, clock: Graph, ceilings: dict[str, float], rounds: int, dry: bool = False
+) -> list[Row]:
+    """A row an arm and ratio; one without a green check has no number.
+
+    ``dry`` takes toy sizes and leaves the compilers out.
+    """
+    found = usable()
+    model = models.Architecture(job.model, models.SUBLAYERS[job.model](), None)
+    arms = (*job.arms, *(("cuda",) if "cuda" in found else ()))
+    if "cuda" in found and job.name == "small":  # few groups are one launch: in several too
+        arms = (*arms, "cuda-launches")
+    if dry:
+        model, job = models.toy(model), job._replace(batch=1, length=16, ratios=job.ratios[:1])
+        arms = tuple(arm for arm in arms if not arm.endswith("-compiled"))
+    layer = Sublayer(model, "bf16", job.batch, job.length, device=clock.device,
+                     kernels="triton" if "triton" in found else "reference")  # fmt: skip
+    if job.name != "kernels":
+        cases = [layer.case(arms, job.ratios, job.name)]
+    else:
+        names = {name: name for name in found}
+        cases = [case for k in job.ratios for case in kernels.cases(layer, k, names, kernels.NAMES)]
+    clocks = [clock, Eager(clock.device)]
+    return [row for case in cases for row in run(case, clocks, rounds, ceilings=ceilings)]
+
+
+def measured(row: Row, arm: str) -> float | None:
+    """The ratio that a target speaks of, in one row of its own arm."""
+    if arm in ("floor", "memory"):
+        return row.get("over_floor" if arm == "floor" else "memory_of_reference")
+    found = row.get("speedup", {}).get(arm)
+    return found["median"] if found else None
+
+
+def verdicts(rows: list[Row]) -> list[Row]:
+    """A row a target and case; ``value`` is None where nothing was measured."""
+    made = []
+    for target in TARGETS:
+        for row in (r for r in rows if r["case"] == target.case and r["arm"] == target.of):
+            value, met = measured(row, target.arm), None
+            if value is not None:
+                met = value >= target.limit if target.at_least else value <= target.limit
+            where = f"{row['model']}, {row['batch']} x {row['length']}, k={row['k']}"
+            made.append({**target._asdict(), "where": where, "value": value, "met": met})
+    return made
+
+
+def shown(report: Row) -> list[Table]:
+    """The report on the screen."""
+    groups: dict[Any, list[Row]] = {}
+    for row in [*report["rows"], *report["kernels"]]:
+        title = (row["case"], row["model"], row["batch"], row["length"])
+        groups.setdefault(title, []).append(row)
+    made = [tables.timed("{}, {}, {} x {}".format(*title), rows) for title, rows in groups.items()]
+    signs = {True: ">=", False: "<="}
+    words = {None: "not measured", True: "met", False: "MISSED"}
+    columns = [
+        tables.key("where", "where"),
+        tables.key("target", "what"),
+        tables.Column("limit", lambda row: f"{signs[row['at_least']]} {row['limit']}"),
+        tables.number("measured", lambda row: row["value"]),
+        tables.Column("", lambda row: words[row["met"]]),
+    ]
+    return [*made, tables.screen("targets", columns, verdicts(report["rows"]))]

@@ -1,1 +1,0 @@
-"""What the GPU report measures, and how (``python -m bench.gpu_report``)."""

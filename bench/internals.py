@@ -1,0 +1,156 @@
+"""Every name of the package that is not public and that the benchmarks need: here, and only here.
+
+The tools for Triton's launch table (``bench/tools``) use ``variator_kernels.triton_kernels.launch``
+besides, and ``bench/quality`` the data helpers of ``variator_kernels.train``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from variator_kernels import FeedForward, PluginWeights
+from variator_kernels.ops import prepack
+from variator_kernels.ops.adapter_decompress import op as decompress_op
+from variator_kernels.ops.arguments import Norm
+from variator_kernels.ops.group_merge import op as merge_op
+from variator_kernels.ops.groups import make_groups
+from variator_kernels.runtime.state import states
+from variator_kernels.sites.families import lookup
+from variator_kernels.sites.feed_forward import describe, family_of
+from variator_kernels.sites.find import find
+
+__all__ = ["describe"]
+
+
+def ffn_sublayers(model: nn.Module) -> list[Any]:
+    """The FFN sublayers of an encoder, in order."""
+    return find(model).layers
+
+
+def norm_module(layer: nn.Module) -> Any:
+    """The norm of an FFN sublayer."""
+    return lookup(layer, family_of(layer).norm)
+
+
+def activation_module(layer: nn.Module) -> Any:
+    """The activation of an FFN sublayer."""
+    return lookup(layer, family_of(layer).act)
+
+
+def ratios(model: nn.Module) -> tuple[int, ...]:
+    """The ratios that a patched model has plugins for."""
+    return states(model)[0].ratios
+
+
+def backend(model: nn.Module) -> str:
+    """The backend that a patched model was given."""
+    return states(model)[0].method.config.backend
+
+
+@contextmanager
+def using_backend(model: nn.Module, name: str) -> Iterator[None]:
+    """A patched model on another backend."""
+    method = states(model)[0].method
+    before = method.config
+    method.config = before._replace(backend=name)
+    try:
+        yield
+    finally:
+        method.config = before
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of the copies of a model's weights that are packed now."""
+    return prepack.cache.nbytes(model.parameters())
+
+
+def group_merge(
+    x: Tensor, plugin: PluginWeights, ffn: FeedForward, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm, merge and W_1h h in one kernel: merged vectors, projected tokens, softmax weights."""
+    groups = make_groups(x, plugin.ratio, backend=backend)
+    return merge_op.group_merge(x, plugin.merge, groups, _norm(ffn), backend)
+
+
+def group_merge_backward(
+    gradients: tuple[Tensor, Tensor],
+    x: Tensor,
+    softmax: Tensor,
+    plugin: PluginWeights,
+    ffn: FeedForward,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, W_c, b_c, W_1h and the norm's weight, from those of the first two outputs."""
+    groups, norm = make_groups(x, plugin.ratio, backend=backend), _norm(ffn)
+    return torch.ops.variator.group_merge_backward(
+        *gradients, softmax, x, *plugin.merge, norm.weight, norm.bias, *groups, norm.name,
+        norm.eps, backend,
+    )[:5]  # fmt: skip
+
+
+def adapter_decompress(
+    u: Tensor, projected: Tensor, plugin: PluginWeights, x: Tensor, backend: str
+) -> Tensor:
+    """Adapter, broadcast and residual in one kernel."""
+    groups = make_groups(projected, plugin.ratio, backend=backend)
+    return decompress_op.adapter_decompress(u, projected, plugin.adapter, x, groups, backend)
+
+
+def adapter_decompress_backward(
+    dy: Tensor, u: Tensor, projected: Tensor, plugin: PluginWeights, backend: str
+) -> tuple[Tensor, ...]:
+    """Gradients of u, the projected tokens, W_1u, b_1, W_2 and b_2."""
+    groups = make_groups(projected, plugin.ratio, backend=backend)
+    du, *others = torch.ops.variator.adapter_decompress_backward(
+        dy, u, projected, *plugin.adapter[:4], None, *groups, plugin.activation, backend
+    )
+    return du.view(u.shape), *others
+
+
+def _norm(ffn: FeedForward) -> Norm:
+    """Also the norm that a post-norm sublayer has behind: a kernel alone is measured with it."""
+    return Norm(ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)
+
+
+def cuda_product(a: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """One product of the CUDA kernels, its activation applied before the write."""
+    from variator_kernels.ops.compressed_ffn import cuda
+
+    return cuda.linear(a, weight, bias, activation)
+
+
+@contextmanager
+def one_launch(groups: int) -> Iterator[None]:
+    """The CUDA kernels in one launch for up to so many groups; 0: always in several."""
+    from variator_kernels.ops.compressed_ffn import cuda
+
+    with mock.patch.object(cuda, "ONE_LAUNCH_GROUPS", groups):
+        yield
+
+
+def triton_launches(
+    x: Tensor, plugin: PluginWeights, ffn: FeedForward, mask: Tensor | None, offsets: Tensor | None
+) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
+    """Forward and backward of a sublayer as the Triton backend launches them, on any device."""
+    from variator_kernels.ops.adapter_decompress import triton as decompress
+    from variator_kernels.ops.compressed_ffn import triton as sublayer
+    from variator_kernels.ops.group_merge import triton as merge
+
+    groups = make_groups(x, plugin.ratio, mask=mask, cu_seqlens=offsets, backend="triton")
+
+    def forward() -> Tensor:
+        return sublayer.compressed_ffn(x, plugin, ffn, groups)
+
+    def backward(dy: Tensor) -> None:
+        norm, weights = ffn.pre_norm, plugin.merge
+        merged, projected, softmax = merge.group_merge(x, weights, groups, norm)
+        merge.group_merge_backward(merged, projected, softmax, x, weights, groups, norm)
+        decompress.adapter_decompress_backward(dy, merged, projected, plugin.adapter, groups)
+
+    return forward, backward

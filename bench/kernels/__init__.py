@@ -1,1 +1,0 @@
-"""Each kernel alone, as pytest-benchmark cells: ``pytest bench/kernels --benchmark-only``."""

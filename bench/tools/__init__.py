@@ -1,0 +1,1 @@
+"""Tools beside the benchmarks: they compile, tune, inspect and report."""

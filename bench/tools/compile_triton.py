@@ -1,0 +1,172 @@
+"""Compiles every Triton kernel, without a GPU: ``python -m bench.tools.compile_triton``.
+
+Registers, stack, spills, shared memory and matrix instructions go to a table; a kernel that spills,
+asks for more shared memory than the chip has, or multiplies matrices without its matrix
+instructions makes the command fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from bench import internals
+from bench.harness import tables
+from bench.harness.machine import RESULTS
+from bench.tools.triton_compiler import SHARED_LIMIT, TARGETS, compile_call
+from variator_kernels import FeedForward, PluginWeights
+
+OUTPUT = RESULTS / "compiled"
+RATIOS = (2, 4, 8, 16, 32)
+# Masks and packed input change addresses alone: compiled for one case.
+FORMS, ALL_FORMS = ("plain", "masked", "packed"), ("t5-base", 4, "bf16")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# These multiply no matrices.
+PLAIN_KERNELS = ("weighted_sum_kernel", "score_gradient_kernel", "row_norm_kernel")
+MATRIX_INSTRUCTION = {"sm_80": "HMMA", "sm_90": "HGMMA", "gfx942": "v_mfma"}
+
+
+class Model(NamedTuple):
+    """What of a model's FFN sublayer decides how kernels are compiled."""
+
+    d: int
+    f: int
+    activation: str
+    norm: str
+    gated: bool = False
+    post_norm: bool = False
+
+
+MODELS = {
+    "t5-base": Model(768, 3072, "relu", "rms"),
+    "t5-large": Model(1024, 4096, "relu", "rms"),
+    "bert-base": Model(768, 3072, "gelu", "layer", post_norm=True),
+    "llama-7b": Model(4096, 11008, "silu", "rms", gated=True),
+}
+
+
+def sublayer(
+    model: Model, k: int, dtype: torch.dtype, form: str = "plain", backward: bool = True,
+    size: tuple[int, int, int] = (32, 512, 64),
+) -> Callable[[], None]:  # fmt: skip
+    """Forward and backward of one sublayer on tensors without memory: every launch there is.
+
+    ``size`` are rows, tokens a row, and the adapter's bottleneck.
+    """
+    (rows, n, r), d, f = size, model.d, model.f
+
+    def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def run() -> None:
+        plugin = PluginWeights(
+            make(k, k * d), make(k), make(r, 2 * d), make(r), make(d, r), make(d)
+        )
+        ffn = FeedForward(
+            make(f, d), make(d, f), w_gate=make(f, d) if model.gated else None,
+            b_in=make(f) if model.post_norm else None, b_out=make(d) if model.post_norm else None,
+            activation=model.activation, norm=model.norm, norm_weight=make(d),
+            norm_bias=make(d) if model.norm == "layer" else None, post_norm=model.post_norm,
+        )  # fmt: skip
+        x, mask, offsets = make(rows, n, d), None, None
+        if form == "masked":
+            mask = make(rows, n, dtype=torch.bool)
+        if form == "packed":
+            x, offsets = x.view(-1, d), make(rows + 1, dtype=torch.int32)
+        forward, back = internals.triton_launches(x, plugin, ffn, mask, offsets)
+        y = forward()
+        if backward:
+            back(y)
+
+    return run
+
+
+def problems(row: dict[str, Any]) -> list[str]:
+    """What of a compiled kernel is not as it must be."""
+    found = []
+    if row["spills"] or row["stack"]:
+        found.append(f"{row['spills']} spills, {row['stack']} bytes of stack")
+    if row["shared"] > SHARED_LIMIT[row["arch"]]:
+        found.append(f"{row['shared']} bytes of shared memory, limit {SHARED_LIMIT[row['arch']]}")
+    if row["kernel"] not in PLAIN_KERNELS and not row["matrix"]:
+        found.append(f"no {MATRIX_INSTRUCTION[row['arch']]}")
+    return found
+
+
+def table(
+    archs: Iterable[str], models: Iterable[str], ratios: Iterable[int], dtypes: Iterable[str]
+) -> list[dict[str, Any]]:
+    """A row a distinct result, with the cases it serves; says which case it is at."""
+    rows: dict[tuple, dict[str, Any]] = {}
+    for arch, dtype, name, k in itertools.product(archs, dtypes, models, ratios):
+        for form in FORMS if (name, k, dtype) == ALL_FORMS else FORMS[:1]:
+            case = f"{name} k={k} {dtype}" + (f" {form}" if form != "plain" else "")
+            print(arch, case)
+            for row in compile_call(arch, sublayer(MODELS[name], k, DTYPES[dtype], form)):
+                of = rows.setdefault(tuple(row.items()), {**row, "cases": []})["cases"]
+                if case not in of:
+                    of.append(case)
+    return list(rows.values())
+
+
+WORST = ("registers", "stack", "spills", "shared")
+COLUMNS = [
+    tables.key("arch", "arch"),
+    tables.key("kernel", "kernel"),
+    tables.key("results", "results"),
+    *(tables.key("shared, bytes" if name == "shared" else name, name) for name in WORST),
+    tables.key("matrix", "matrix"),
+]
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The worst of each kernel by architecture."""
+    worst = []
+    for arch, kernel in itertools.product(TARGETS, sorted({row["kernel"] for row in rows})):
+        some = [row for row in rows if (row["arch"], row["kernel"]) == (arch, kernel)]
+        if some:
+            found = {name: max(row[name] for row in some) for name in WORST}
+            least = "-" if kernel in PLAIN_KERNELS else min(row["matrix"] for row in some)
+            found |= {"arch": arch, "kernel": kernel, "results": len(some), "matrix": least}
+            worst.append(found)
+    text = (
+        f"Written by `python -m bench.tools.compile_triton`, Triton {triton.__version__}; no"
+        " GPU was used. The largest values over all cases; the smallest number of matrix"
+        " instructions (HMMA, HGMMA, v_mfma; kernels with a dash multiply no matrices)."
+    )
+    heading = "# Triton kernels, compiled ahead of time"
+    return f"{heading}\n\n{text}\n\n{tables.markdown(COLUMNS, worst)}\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--ratio", nargs="+", type=int, default=list(RATIOS))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"a folder (default {OUTPUT})")
+    chosen = parser.parse_args(arguments)
+    rows = table(chosen.arch, chosen.model, chosen.ratio, chosen.dtype)
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    settings = {"triton": triton.__version__, "shared_limit": SHARED_LIMIT}
+    content = json.dumps({"settings": settings, "rows": rows}, indent=1)
+    (chosen.output / "triton.json").write_text(content + "\n")
+    (chosen.output / "triton.md").write_text(markdown(rows))
+    bad = [(row, found) for row in rows if (found := problems(row))]
+    for row, found in bad:
+        print(f"{row['arch']} {row['kernel']} ({row['cases'][0]}): {'; '.join(found)}", flush=True)
+    print(f"{len(rows)} results, {len(bad)} with problems; written to {chosen.output}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The report's measurements, one after the other, in a process of their own.
+
+A kernel that crashes takes its process's GPU context along, and one that hangs never returns. So
+:func:`outcomes` measures here, job by job, and :func:`followed` runs that in another process
+(``python -m bench.tools.gpu_report.session``) and starts a new one behind the job that was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import gpu
+from bench.gpu import JOBS, Job
+from bench.harness.clock import Graph
+from bench.harness.runner import first_line
+
+from .steps import stop
+
+Outcome = dict[str, Any]
+# Seconds that a job may take, without and with compilers; that one with them is taken to need.
+LIMITS, COMPILING = (120.0, 200.0), 75.0
+
+
+def unmeasured(job: Job, reason: str) -> Outcome:
+    return {"not_measured": [{**job._asdict(), "reason": reason[:500]}]}
+
+
+def outcomes(
+    jobs: Sequence[Job], device: str, rounds: int, until: float, dry: bool = False
+) -> Iterator[Outcome]:
+    """What each job gave: ``rows``, ``kernels`` or ``not_measured``; the first has ``ceilings``.
+
+    No job starts that would not end by ``until`` (``time.monotonic``), going by those before it,
+    and none after one that broke the device's context.
+    ``dry`` takes toy sizes and leaves the compilers out.
+    """
+    clock = Graph(device)
+    ceilings, slowest = clock.ceilings(), COMPILING
+    extra: Outcome = {"ceilings": ceilings}
+    for job in jobs:
+        print(f"{job.name} {job.model} {job.batch} x {job.length}", flush=True)
+        began = time.monotonic()
+        if began + (slowest if job.compiles else 0) > until:
+            yield {**unmeasured(job, "the time was up"), **extra}
+            continue
+        try:
+            part = "kernels" if job.name == "kernels" else "rows"
+            outcome: Outcome = {part: gpu.measure(job, clock, ceilings, rounds, dry)}
+        except Exception as error:
+            outcome = unmeasured(job, first_line(error))
+        yield {**outcome, **extra}
+        if not clock.works():
+            return
+        if job.compiles:
+            slowest = max(slowest, time.monotonic() - began)
+        extra = {}
+
+
+def followed(
+    jobs: Sequence[Job],
+    command: Callable[[int, Path], list[str]],
+    folder: Path,
+    until: float,
+    limits: tuple[float, float] = LIMITS,
+) -> Iterator[Outcome]:
+    """The outcomes that ``command(first job, file)`` writes to the file, a line each.
+
+    A process that dies, or takes longer for a job than ``limits`` (without and with compilers),
+    costs that job. One that ends in peace is followed by another for what it left.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    done = 0
+    while done < len(jobs):
+        if time.monotonic() > until:
+            yield from (unmeasured(job, "the time was up") for job in jobs[done:])
+            return
+        first, why, path = done, "", folder / f"outcomes-{done}.jsonl"
+        path.write_text("")
+        process = subprocess.Popen(command(first, path), start_new_session=True)
+        last = time.monotonic()
+        try:
+            while True:
+                ended = process.poll() is not None  # asked first: what is written then is all
+                lines = path.read_text().split("\n")[:-1]  # without one that is still being written
+                for line in lines[done - first :]:
+                    yield json.loads(line)
+                    done, last = done + 1, time.monotonic()
+                if ended:
+                    break
+                now, limit = time.monotonic(), limits[jobs[min(done, len(jobs) - 1)].compiles]
+                if now > until or now - last > limit:
+                    why = "the time was up" if now > until else f"it took more than {limit:g} s"
+                    stop(process)
+                time.sleep(0.05)
+        finally:
+            stop(process)  # and what it started
+        if done < len(jobs) and (process.returncode or done == first):
+            why = why or f"its process ended with code {process.returncode}"
+            yield unmeasured(jobs[done], why)
+            done += 1
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--first", type=int, default=0, help="the first of the jobs (gpu.JOBS)")
+    parser.add_argument("--seconds", type=float, default=1e9, help="no job that would take longer")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--output", type=Path, required=True, help="a JSON line a job")
+    chosen = parser.parse_args(arguments)
+    until = time.monotonic() + chosen.seconds
+    with chosen.output.open("a") as file:
+        for outcome in outcomes(JOBS[chosen.first :], "cuda", chosen.rounds, until):
+            file.write(json.dumps(outcome) + "\n")
+            file.flush()
+    os._exit(0)  # a broken context could make an orderly end fail
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The blocks about speed and memory: one function each, from a machine's results."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench import memory, targets
+from bench.harness import tables
+from bench.harness.results import Row, pick, speedup
+from bench.harness.tables import Column, key, number
+
+
+class Machine(NamedTuple):
+    """One folder of results: files by benchmark name."""
+
+    folder: Path
+    files: dict[str, Row]
+
+    def rows(self, benchmark: str = "speed_vs_k") -> list[Row]:
+        return self.files.get(benchmark, {}).get("rows", [])
+
+    def picture(self, name: str, text: str, folder: Path) -> str:
+        """A figure, for a file in ``folder``."""
+        path = os.path.relpath((self.folder / f"{name}.png").resolve(), folder)
+        return f"![{text}]({Path(path).as_posix()})"
+
+
+def caption(found: Machine, folder: Path) -> str:
+    """Where the numbers come from."""
+    content = found.files.get("speed_vs_k")
+    if content is None:
+        return ""
+    here, model, settings = content["machine"], content["model"], content["settings"]
+    versions, git = content["versions"], content["git"]
+    commit = (git["commit"] or "none")[:9] + (" with local changes" if git["dirty"] else "")
+    return (
+        f"{here['cpu']}, {here['cores']} cores, {settings['threads']} threads, kernels "
+        f"{here['kernels_isa'] or 'not built'}; {model['name']}, weights {model['weights']}, "
+        f"{settings['batch']} x {settings['length']} tokens; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}; commit {commit}. Medians of interleaved "
+        "rounds; a sublayer's timed call follows an untimed one of the same arm; the process keeps "
+        "freed memory and takes large pages, for every arm."
+    )
+
+
+def figure(found: Machine, folder: Path) -> str:
+    """The curve."""
+    if "speed_vs_k" not in found.files:
+        return ""
+    return found.picture("speed_vs_k", "Speed-up against the compression ratio", folder)
+
+
+def _cells(found: Machine, case: str) -> list[Any]:
+    """The measured arms of each input and ratio of a case, by arm and padding."""
+    cells: dict[tuple, dict[Any, Any]] = {}
+    for row in (row for row in pick(found.rows(), case=case) if row["k"]):
+        names = ("dtype", "batch", "length", "k")
+        cell = cells.setdefault(tuple(row[n] for n in names), {n: row[n] for n in names})
+        cell["bound"] = row["bound"]
+        if row["status"] == "ok":
+            cell[row["arm"], row["padding"]] = row
+    return list(cells.values())
+
+
+def _over(heading: str, arm: str, baseline: str) -> Column:
+    of: Any = (arm, "none")
+    return number(heading, lambda cell: speedup(cell.get(of), baseline))
+
+
+DTYPE, K = key("dtype", "dtype"), key("k", "k")
+BOUND = number("cost bound", lambda row: row["bound"])
+SUBLAYER = [
+    DTYPE,
+    K,
+    BOUND,
+    _over("eager PyTorch", "reference", "dense-packed"),
+    _over("compiled PyTorch", "reference-compiled", "dense-packed"),
+    _over("variator_kernels", "ours", "dense-packed"),
+    _over("the same, compiled", "ours-compiled", "dense-packed"),
+]
+SMALL = [
+    Column("tokens", lambda cell: f"{cell['batch']} x {cell['length']}"),
+    DTYPE,
+    K,
+    _over("over dense, packed", "ours", "dense-packed"),
+    _over("over eager PyTorch", "ours", "reference"),
+]
+BACKWARD = [
+    DTYPE,
+    K,
+    _over("compiled PyTorch", "reference-compiled", "reference"),
+    _over("variator_kernels", "ours", "reference"),
+]
+ENCODER = [
+    DTYPE,
+    key("arm", "arm"),
+    K,
+    number("seconds", lambda row: row["median"]),
+    number("over HF SDPA", lambda row: speedup(row, "hf-sdpa")),
+    BOUND,
+]
+
+
+def _nanoseconds(heading: str, padding: str) -> Column:
+    of: Any = ("ours", padding)
+    return number(heading, lambda cell: cell.get(of, {}).get("ns_per_token"), ".0f")
+
+
+RAGGED = [
+    DTYPE,
+    K,
+    _nanoseconds("full batch, ns a token", "none"),
+    _nanoseconds("ragged batch, ns a real token", "ragged"),
+]
+
+
+def _of_cells(case: str, columns: list[Column]) -> Callable[[Machine, Path], str]:
+    return lambda found, folder: tables.markdown(columns, _cells(found, case))
+
+
+def encoder(found: Machine, folder: Path) -> str:
+    """Seconds of the whole encoder by arm."""
+    return tables.markdown(ENCODER, pick(found.rows(), case="encoder", status="ok"))
+
+
+def of_memory(found: Machine, folder: Path) -> str:
+    """Temporary memory and its share of the dense sublayer's."""
+    rows = found.rows("memory")
+    return tables.markdown(memory.columns(rows), pick(rows, status="ok"))
+
+
+def of_targets(found: Machine, folder: Path) -> str:
+    """Every target beside its measurement."""
+    rows = [row for content in found.files.values() for row in content["rows"]]
+    return tables.markdown(targets.columns(2), targets.as_rows(rows))
+
+
+TABLES: dict[str, Callable[[Machine, Path], str]] = {
+    "machine": caption,
+    "figure": figure,
+    "sublayer": _of_cells("sublayer", SUBLAYER),
+    "small": _of_cells("small", SMALL),
+    "encoder": encoder,
+    "backward": _of_cells("backward", BACKWARD),
+    "ragged": _of_cells("ragged", RAGGED),
+    "memory": of_memory,
+    "targets": of_targets,
+}

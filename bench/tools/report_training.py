@@ -1,0 +1,91 @@
+"""The blocks about training: quality against k, ablations, calibration, time of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bench import quality_vs_k, training_speed
+from bench.harness import tables
+from bench.harness.results import Row, pick
+from bench.harness.tables import key, number
+from bench.quality.recipe import ABLATED
+from bench.tools.report_speed import Machine
+
+
+def _qualities(found: Machine) -> Iterator[tuple[str, Row]]:
+    """Every file's stem and content; the one with targets first."""
+    names = sorted(name for name in found.files if name.startswith("quality_vs_k_"))
+    for name in sorted(names, key=lambda name: not quality_vs_k.has_targets(found.files[name])):
+        yield name, found.files[name]
+
+
+def _named(content: Row, rows: list[Row]) -> list[Row]:
+    return [{**row, "of": f"{content['model']['name']}, {content['task']}"} for row in rows]
+
+
+def figure(found: Machine, folder: Path) -> str:
+    """Accuracy against speed, of the first model and task."""
+    for name, _ in _qualities(found):
+        return found.picture(name, "Accuracy against measured speed", folder)
+    return ""
+
+
+OF = key("model, task", "of")
+LOSS = number("distillation loss", lambda row: row["loss"], ".3f")
+ADDED = number("added to FFNs", lambda row: row["added_over_ffn"], ".1%")
+LOST = number("points lost", lambda row: row["lost"], ".1f")
+ABLATION = [OF, key(f"k={ABLATED[0]}", "variant"), LOST, LOSS, ADDED]
+CALIBRATION = [
+    OF,
+    key("k", "k"),
+    number("loss untrained", lambda row: row["before"], ".3f"),
+    number("calibrated", lambda row: row["loss"], ".3f"),
+    number("of untrained", lambda row: row["loss"] / row["before"]),
+    tables.Column("sequences, tokens", lambda row: f"{row['rows']}, {row['tokens']}"),
+    number("seconds", lambda row: row["seconds"][str(row["k"])], ".0f"),
+]
+
+
+def quality(found: Machine, folder: Path) -> str:
+    """A row a model, task and k, of the full recipe."""
+    lines: list[str] = []
+    for _, content in _qualities(found):
+        columns = [OF, *quality_vs_k.columns(quality_vs_k.has_targets(content))]
+        rows = _named(content, pick(content["summary"], variant="full"))
+        made = tables.markdown(columns, rows).splitlines()
+        lines += made[2:] if lines else made
+    return "\n".join(lines)
+
+
+def ablation(found: Machine, folder: Path) -> str:
+    """Every variant at the ablations' k."""
+    rows = []
+    for _, content in _qualities(found):
+        some = [row for row in content["summary"] if row["k"] in ABLATED]
+        rows += _named(content, some) if len(some) > 1 else []
+    return tables.markdown(ABLATION, rows)
+
+
+def calibration(found: Machine, folder: Path) -> str:
+    """The loss after ``vk.calibrate`` alone, over that of initial values, and what it takes."""
+    rows = []
+    for _, content in _qualities(found):
+        for row in _named(content, pick(content["summary"], variant="calibrated only")):
+            for before in pick(content["summary"], variant="untrained", k=row["k"]):
+                rows.append({**row, **content["calibration"], "before": before["loss"]})
+    return tables.markdown(CALIBRATION, rows)
+
+
+def step(found: Machine, folder: Path) -> str:
+    """Time and memory of a training step."""
+    return tables.markdown(training_speed.COLUMNS, pick(found.rows("training_speed"), status="ok"))
+
+
+TABLES: dict[str, Callable[[Machine, Path], str]] = {
+    "quality-figure": figure,
+    "quality": quality,
+    "ablation": ablation,
+    "calibration": calibration,
+    "training-step": step,
+}

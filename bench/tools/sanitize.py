@@ -1,0 +1,100 @@
+"""The GPU kernels under NVIDIA's compute-sanitizer: ``python -m bench.tools.sanitize``.
+
+Runs memcheck, racecheck, initcheck and synccheck over small forward and backward passes of every
+kernel. Needs a GPU and compute-sanitizer; every tool must end without an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+
+import torch
+
+from bench import internals
+from variator_kernels import FeedForward, PluginWeights, functional
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+OPTIONS = ("--error-exitcode", "1", "--print-limit", "20")
+# PyTorch's own kernels are not looked at, except by initcheck, which must see them write. Triton's
+# have no name in common.
+OURS = {
+    "cuda": ("--kernel-regex", "kns=variator"),
+    "triton": ("--kernel-regex-exclude", "kns=at::"),
+}
+# An allocation a tensor: inside PyTorch's pool nothing is out of bounds, and all was written once.
+ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+# d, k, r: rows in registers (1 to 4 blocks a warp) or read again, one launch of both kinds, a
+# bottleneck of one chunk, of several, and of more shared memory than a kernel has unasked.
+SIZES = ((72, 4, 64), (264, 3, 64), (520, 4, 64), (776, 2, 64), (104, 5, 130), (40, 32, 512))
+# rows, columns, inner: a product that takes the large tile on a GPU of 132 multiprocessors
+LARGE_PRODUCT = (1024, 1536, 64)
+
+
+def workload(backend: str, device: str = "cuda", tokens: int = 75) -> None:
+    """Every kernel: both ways forward, gradients, masks, packed input."""
+
+    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return (torch.randn(*shape, device=device) * shape[-1] ** -0.5).to(dtype)
+
+    for (d, k, r), dtype in itertools.product(SIZES, (torch.bfloat16, torch.float16)):
+        made = functools.partial(random, dtype=dtype)
+        plugin = PluginWeights(made(k, k * d), made(k), made(r, 2 * d), made(r), made(d, r),
+                               made(d))  # fmt: skip
+        ffn = FeedForward(made(136, d), made(d, 136), w_gate=made(136, d), norm="layer",
+                          norm_weight=made(d), norm_bias=made(d))  # fmt: skip
+        x = made(2, tokens, d)
+        mask = torch.rand(2, tokens, device=device) > 0.3
+        offsets = torch.tensor([3, tokens // 2, tokens // 2 + 1, 2 * tokens - 3], device=device)
+        for groups in (0, 1024) if backend == "cuda" else (0,):
+            with torch.no_grad(), internals.one_launch(groups):
+                for options in ({}, {"mask": mask}):
+                    functional.compressed_ffn(x, plugin, ffn, backend=backend, **options)
+                flat = x.view(-1, d)
+                functional.compressed_ffn(flat, plugin, ffn, cu_seqlens=offsets, backend=backend)
+        leaves = (x, *plugin[:6], ffn.norm_weight, ffn.norm_bias)
+        for leaf in leaves:
+            leaf.requires_grad_()  # type: ignore[union-attr]
+        functional.compressed_ffn(x, plugin, ffn, mask=mask, backend=backend).sum().backward()
+    if backend == "cuda":
+        rows, columns, inner = LARGE_PRODUCT
+        internals.cuda_product(random(rows, inner), random(columns, inner), random(columns), "gelu")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--workload", action="store_true", help="only run the kernels")
+    parser.add_argument("--backend", default="cuda", choices=tuple(OURS))
+    parser.add_argument("--tool", nargs="+", default=TOOLS, choices=TOOLS)
+    chosen = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("no GPU: PyTorch sees none")
+        return 2
+    if chosen.workload:
+        workload(chosen.backend)
+        torch.cuda.synchronize()
+        return 0
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        print("compute-sanitizer is not on PATH")
+        return 2
+    run = [sys.executable, "-m", "bench.tools.sanitize", "--workload"]
+    run += ["--backend", chosen.backend]
+    failed = []
+    for tool in chosen.tool:
+        looked_at = () if tool == "initcheck" else OURS[chosen.backend]
+        command = [sanitizer, "--tool", tool, *OPTIONS, *looked_at, *run]
+        if subprocess.run(command, env={**os.environ, **ENVIRONMENT}, check=False).returncode:
+            failed.append(tool)
+    print(f"errors under {', '.join(failed)}" if failed else f"clean: {', '.join(chosen.tool)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

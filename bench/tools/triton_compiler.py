@@ -1,0 +1,129 @@
+"""Compiles what the Triton backend would launch, for a GPU that need not be there.
+
+The backend itself runs, on tensors without memory (``meta``): each launch is compiled instead of
+started. So what is checked is what would run: same settings, same specialisations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from variator_kernels.triton_kernels import launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Shared memory a program can have, bytes.
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class _Driver:
+    """As much of a driver as compiling needs."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        # Triton keeps what it compiled by device: one number a target.
+        return list(TARGETS.values()).index(self.target)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(arch: str) -> Iterator[list[tuple[str, Any]]]:
+    """Inside, launches are compiled for ``arch`` and collected as (kernel's name, result)."""
+    found: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        found.append((self.fn.__name__, kernel))
+        return kernel
+
+    driver = triton.runtime.driver
+    with (
+        mock.patch.object(driver, "_active", _Driver(TARGETS[arch])),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(launch, "arch", lambda x: arch),
+        mock.patch.object(launch, "processors", lambda x: PROCESSORS[arch]),
+    ):
+        yield found
+
+
+_resources: dict[str, dict[str, int]] = {}
+
+
+def resources(arch: str, kernel: Any) -> dict[str, int]:
+    """Registers a thread, stack bytes, spills, shared memory, matrix instructions."""
+    if kernel.hash not in _resources:
+        _resources[kernel.hash] = _read(arch, kernel)
+    return _resources[kernel.hash]
+
+
+def _read(arch: str, kernel: Any) -> dict[str, int]:
+    shared = kernel.metadata.shared
+    if "cubin" not in kernel.asm:
+        text = kernel.asm["amdgcn"]
+
+        def field(name: str) -> int:
+            return int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))  # type: ignore[union-attr]
+
+        return {
+            "registers": field("vgpr_count"),
+            "stack": field("private_segment_fixed_size"),
+            "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+            "shared": shared,
+            "matrix": len(re.findall(r"\bv_mfma_", text)),
+        }
+    usage = _tool("cuobjdump", "--dump-resource-usage", kernel.asm["cubin"])
+    sass = _tool("cuobjdump", "--dump-sass", kernel.asm["cubin"])
+
+    def number(name: str) -> int:
+        return int(re.search(rf"\b{name}:(\d+)", usage).group(1))  # type: ignore[union-attr]
+
+    return {
+        "registers": number("REG"),
+        "stack": number("STACK"),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "shared": shared,
+        "matrix": len(re.findall(r"\bHGMMA\b" if arch == "sm_90" else r"\bHMMA\b", sass)),
+    }
+
+
+def _tool(name: str, option: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOLS / name), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def compile_call(arch: str, call: Callable[[], Any]) -> list[dict[str, Any]]:
+    """What ``call`` would launch on ``arch``: a row a kernel."""
+    with compiling(arch) as found:
+        call()
+    warps = [kernel.metadata.num_warps for _, kernel in found]
+    return [
+        {"kernel": name, "arch": arch, "warps": count, **resources(arch, kernel)}
+        for (name, kernel), count in zip(found, warps, strict=True)
+    ]
