@@ -137,7 +137,11 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.skip_preparation and not dry:
         print("measured; 'auto' picks it only after a report with its tests")
     elif not dry:
-        print("all green; to let 'auto' pick it, add to proven.json (the faster first):", *_proofs(report), sep="\n")
+        print(
+            "all green; to let 'auto' pick it, add to proven.json (the faster first):",
+            *_proofs(report),
+            sep="\n",
+        )
     return 0
 
 
