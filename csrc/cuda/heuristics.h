@@ -14,14 +14,14 @@ constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 constexpr int64_t tiles(int64_t groups) { return ceil_div(groups, group_tile); }
 
-// Column blocks of a row that each warp of the merge keeps in registers; 0: more than fit.
+// How many column blocks of a row each warp of the merge keeps in registers; 0 if they do not fit.
 constexpr int resident_blocks(int64_t k, int64_t d) {
     const int64_t each = ceil_div(ceil_div(d, column_block), warps_a_block);
     return k <= 4 && each <= 4 ? static_cast<int>(each) : 0;
 }
 
-// Column blocks that one thread block of the decompress writes. Few groups leave multiprocessors
-// idle: then the columns of a tile are split, at the price of its group half being made in each.
+// How many column blocks one thread block of the decompress writes. Few groups would leave
+// multiprocessors idle, so then the columns of a tile are split, and each part recomputes W_1u u.
 constexpr int64_t blocks_a_part(int64_t groups, int64_t d, int64_t multiprocessors) {
     const int64_t blocks = ceil_div(d, column_block);
     const int64_t parts = larger(multiprocessors / larger(tiles(groups), 1), 1);
@@ -38,8 +38,8 @@ constexpr int64_t splits(int64_t groups, int64_t d, int64_t f, int64_t multiproc
     return larger(smaller(multiprocessors / tiles, f / 256), 1);
 }
 
-// Thread blocks of the one-launch kernel: no more than its largest phase has units, nor than run at
-// once.
+// Thread blocks of the one-launch kernel: as many as run at once, but no more than its largest
+// phase has units of work.
 constexpr int64_t one_launch_blocks(int64_t groups, int64_t d, int64_t f, int64_t parts_of_f,
                                     int64_t at_once) {
     const int64_t down = ceil_div(groups, skinny_gemm_tile);
@@ -48,8 +48,8 @@ constexpr int64_t one_launch_blocks(int64_t groups, int64_t d, int64_t f, int64_
     return larger(smaller(larger(units, tiles(groups)), at_once), 1);
 }
 
-// Parts of the rows in a weight's gradient, each a sum of its own: enough thread blocks for two a
-// multiprocessor, each with at least 64 groups.
+// Split-K of a weight gradient: enough parts for two thread blocks per multiprocessor, each a sum
+// over at least 64 groups.
 constexpr int64_t weight_gradient_parts(int64_t groups, int64_t left, int64_t d,
                                         int64_t multiprocessors) {
     const int64_t tiles_a_part = ceil_div(left, 64) * ceil_div(d, 128);

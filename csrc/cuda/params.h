@@ -1,6 +1,6 @@
-// What a kernel is told: one plain struct each. Addresses are of device memory owned by the caller,
-// sizes and strides count elements. T below is the storage type, bf16 or fp16; rows of T start at
-// multiples of 16 bytes, so every hidden size and row stride is a multiple of 8.
+// The kernels' parameters, a plain struct per kernel. Pointers are to device memory that the caller
+// owns; sizes and strides count elements. T below is the storage type, bf16 or fp16; rows of T
+// start at multiples of 16 bytes, so every hidden size and row stride is a multiple of 8.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ struct Groups {
     const int64_t* start;
     const int64_t* length;
     const int64_t* span;
-    const uint8_t* mask;  // masked: a byte a token
+    const uint8_t* mask;  // masked: one byte per token
     int64_t n, per_row;
     int64_t count;     // groups that have a merged vector
     int64_t launched;  // groups to walk over
@@ -162,10 +162,10 @@ struct WeightGradientParams {
     DType dtype;
     Groups groups;
     int64_t slot;                        // -1: all slots
-    bool left_by_group, right_by_group;  // a row is the group's, else the token's
+    bool left_by_group, right_by_group;  // rows belong to groups, else to tokens
     const float* left;                   // [.., left_stride]
     int64_t left_stride;
-    int64_t left_columns;  // the column behind left's own, if there is one, is all ones
+    int64_t left_columns;  // left_stride, or one more for a column of ones
     const void* right;     // T [.., d], rows right_stride apart, under a norm
     int64_t right_stride, d;
     NormParams norm;
@@ -175,7 +175,7 @@ struct WeightGradientParams {
     int64_t out_stride;
 };
 
-// out [rows, columns] = activation(a · weightᵀ + bias) [* out, where `multiply` is set].
+// out [rows, columns] = activation(a · weightᵀ + bias) [* factor].
 struct GemmParams {
     DType dtype;
     int64_t rows, columns, inner;
@@ -183,7 +183,7 @@ struct GemmParams {
     const void* weight;  // T [columns, inner]
     const void* bias;    // T [columns] or null
     Activation activation;
-    const void* factor;  // T [rows, columns], multiplied to the result, or null
+    const void* factor;  // T [rows, columns], multiplies the result, or null
     void* out;           // T [rows, columns]
 };
 

@@ -1,4 +1,4 @@
-// What each kernel is launched with: for the table of resources.
+// The dynamic shared memory of each kernel, for the table of resources.
 #include <string>
 
 #include "gemm/gemm.h"

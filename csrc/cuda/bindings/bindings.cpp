@@ -1,5 +1,6 @@
-// The Python module: addresses, sizes and strides in, by name. The Python side checks shapes,
-// dtypes and contiguity and owns all memory; every launch goes to the device and stream it names.
+// The Python module: functions of addresses, sizes and strides, passed by name. The Python side
+// owns all memory and checks shapes, dtypes and contiguity; it names the device and stream of a
+// launch.
 #include "bindings/bindings.h"
 
 #include <pybind11/stl.h>
@@ -93,7 +94,7 @@ void bind_gemms(py::module_& m) {
         "partial"_a, "splits"_a, "u"_a, "blocks_a_part"_a);
 }
 
-// Sizes that the caller allocates by, and the choices that tests look at.
+// Sizes that callers allocate by, and choices that tests check.
 void bind_heuristics(py::module_& m) {
 #if !defined(VARIATOR_EMULATION)
     m.def("shared_bytes", &shared_bytes);
@@ -121,7 +122,7 @@ PYBIND11_MODULE(_cuda, m) {
 #else
     m.attr("emulated") = false;
     m.attr("architectures") = VARIATOR_CUDA_ARCHITECTURES;
-    // No call of the runtime here: asked for the driver's version, it initialises CUDA.
+    // Nothing here calls the runtime: cudaDriverGetVersion, for one, initialises CUDA.
     m.attr("runtime_version") = CUDART_VERSION;
 #endif
     using Values = std::map<std::string, int>;

@@ -1,4 +1,4 @@
-// What the bindings have in common: addresses as pointers, errors as exceptions, a call's device.
+// Shared by the bindings: addresses to pointers, errors to exceptions, the device of a call.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -33,12 +33,12 @@ inline DType dtype_of(int dtype) { return static_cast<DType>(dtype); }
 inline void check(cudaError_t error, const std::string& what) {
     if (error == cudaSuccess) return;
 #if !defined(VARIATOR_EMULATION)
-    cudaGetLastError();  // reported here, not by whoever launches next and asks
+    cudaGetLastError();  // or the next launch, by anyone, would report it
 #endif
     throw std::runtime_error(what + ": " + cudaGetErrorString(error));
 }
 
-// The device of a call, for its time.
+// Makes a device current for the duration of a call.
 class DeviceGuard {
   public:
 #if defined(VARIATOR_EMULATION)

@@ -20,7 +20,7 @@ struct FinishArguments {
     bool multiply;
 };
 
-// CUTLASS asks for a template over the type it computes in: an array of floats.
+// CUTLASS expects a template over the type it computes in, an array of floats.
 template <class T>
 struct Finish;
 
@@ -67,7 +67,7 @@ struct Finish<cutlass::Array<float, count>> {
 
 template <>
 struct Finish<float> {
-    using Arguments = FinishArguments;  // where CUTLASS looks for it
+    using Arguments = FinishArguments;  // CUTLASS looks for it here
 };
 
 }  // namespace variator::cuda

@@ -13,7 +13,7 @@ struct GemmKernel {
     int shared_bytes;
 };
 
-// Each is compiled in a file of its own (instantiations/), because they take long to compile.
+// Instantiated one per file in instantiations/, because each takes minutes to compile.
 template <int rows, int columns, DType dtype>
 GemmKernel gemm_sm80();
 template <int rows, int columns, DType dtype>
@@ -30,7 +30,7 @@ cudaError_t run_cutlass(const Arguments& arguments, cudaStream_t stream) {
     if (gemm.initialize(arguments, nullptr, stream) != Status::kSuccess ||
         gemm.run(stream) != Status::kSuccess) {
         const cudaError_t error = cudaPeekAtLastError();
-        return error != cudaSuccess ? error : cudaErrorUnknown;  // CUTLASS has read the reason away
+        return error != cudaSuccess ? error : cudaErrorUnknown;  // CUTLASS has cleared it
     }
     return cudaSuccess;
 }

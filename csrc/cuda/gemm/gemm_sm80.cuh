@@ -13,8 +13,8 @@ namespace variator::cuda {
 
 namespace visitors = cutlass::epilogue::threadblock;
 
-// A node of the epilogue's tree: Finish of its three inputs. CUTLASS's own node for this takes no
-// run-time settings.
+// An epilogue node that applies Finish to its three inputs. CUTLASS's own compute node takes no
+// run-time arguments.
 template <class T>
 struct FinishVisitor : visitors::VisitorImpl2x<> {
     using Arguments = FinishArguments;
@@ -55,8 +55,8 @@ struct FinishVisitor : visitors::VisitorImpl2x<> {
     }
 };
 
-// The factor [rows, columns], if there is one. CUTLASS's own load has no such case: it would read
-// from address 0.
+// Loads the factor [rows, columns] if there is one. CUTLASS's own load does not check and would
+// read from address 0.
 template <class Threads, class T, class Stride>
 struct FactorLoad : visitors::VisitorAuxLoad<Threads, T, Stride> {
     using Load = visitors::VisitorAuxLoad<Threads, T, Stride>;
@@ -69,7 +69,7 @@ struct FactorLoad : visitors::VisitorAuxLoad<Threads, T, Stride> {
             if (this->params_ptr->ptr_aux != nullptr)
                 Loads::begin_step(step);
             else
-                cute::clear(this->tC_rAux);  // read, though not used
+                cute::clear(this->tC_rAux);  // it is read, but not used
         }
     };
     template <class Shape>
@@ -110,7 +110,7 @@ struct GemmSm80 {
         const int m = static_cast<int>(p.rows), n = static_cast<int>(p.columns),
                   k = static_cast<int>(p.inner);
         const Matrix matrix{p.columns, cute::_1{}, p.rows * p.columns};
-        // CUTLASS reads both through pointers to what it could write.
+        // CUTLASS only reads them, but wants pointers to non-const.
         T* bias = static_cast<T*>(const_cast<void*>(p.bias));
         T* factor = static_cast<T*>(const_cast<void*>(p.factor));
         typename Tree::Arguments epilogue{

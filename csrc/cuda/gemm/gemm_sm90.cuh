@@ -15,7 +15,7 @@ namespace variator::cuda {
 
 namespace fusion = cutlass::epilogue::fusion;
 
-// The epilogue's source C as `factor`, read only where one is given.
+// Passes the epilogue's source matrix C on as `factor`; C is loaded only if there is one.
 template <class T>
 struct FetchFactor {
     struct SharedStorage {};
@@ -111,8 +111,8 @@ struct GemmSm90 {
     }
 };
 
-// What goes with an output tile: the cluster of thread blocks that share loads, and how the warps
-// of a block divide the work.
+// The schedule for each output tile: the cluster of thread blocks that share TMA loads, and how the
+// warps of a block divide the work.
 template <int rows, int columns>
 struct Schedule;
 

@@ -8,8 +8,8 @@ namespace variator::cuda {
 constexpr int bottleneck_chunk = 64;
 constexpr int pass_slots = 8, pass_rows = pass_slots * tile_groups;
 
-// Elements between rows of T [rows, r] in shared memory: a quarter of a warp reads 64 bytes of two
-// rows at once, which 64 bytes more than a multiple of 128 puts into different banks.
+// The row stride, in elements, of T [rows, r] in shared memory. A quarter of a warp reads 64 bytes
+// of two rows at once; a stride of a multiple of 128 bytes plus 64 puts them into different banks.
 VARIATOR_HD int64_t bottleneck_stride(int64_t r) { return r + 32; }
 
 struct GroupHalfShared {
@@ -18,8 +18,8 @@ struct GroupHalfShared {
 
 static_assert(sizeof(GroupHalfShared) % 16 == 0, "rows of 16-byte vectors follow");
 
-// q [r, tile_groups] = W_1u u + b_1 for the tile's groups, each warp over its columns, then summed.
-// Called by all threads.
+// q [r, tile_groups] = W_1u u + b_1 for the tile's groups. Each warp sums over its own columns,
+// then the warps' sums are added up. Called by all threads.
 template <class T>
 VARIATOR_DEVICE void group_half(const Lane& at, const Groups& groups, int64_t first, int64_t d,
                                 int64_t r, const void* u, const void* w1u, int64_t w1u_stride,
@@ -56,7 +56,7 @@ VARIATOR_DEVICE void group_half(const Lane& at, const Groups& groups, int64_t fi
     }
 }
 
-// A right operand [d, r] for one block of 32 results: kept in registers where r is one chunk.
+// The right operand [d, r] for one block of 32 output columns, kept in registers if r is one chunk.
 template <class T, bool one_chunk>
 struct Expansion {
     const void* weight;  // T [d, r]
@@ -77,7 +77,7 @@ struct Expansion {
             }
         }
     }
-    // acc[tile] += (low, high) rows of T in shared memory · weightᵀ; `high` may be null: zeros.
+    // acc[tile] += (low, high) · weightᵀ, with rows of T in shared memory; a null `high` is zeros.
     VARIATOR_DEVICE void add(int block, const typename T::Element* low,
                              const typename T::Element* high, float (&acc)[4][4]) const {
         if constexpr (one_chunk) {

@@ -1,4 +1,5 @@
-// adapter_decompress: y = residual + u + W_2 φ(W_1u u + W_1h h + b_1) + b_2, one write of y.
+// adapter_decompress: y = residual + u + W_2 φ(W_1u u + W_1h h + b_1) + b_2, with a single write of
+// y.
 #pragma once
 
 #include "kernels/adapter.cuh"
@@ -36,7 +37,7 @@ struct DecompressTile {
         }
     }
 
-    // t = φ(W_1h h + q) for eight slots of each group; a warp a row.
+    // t = φ(W_1h h + q) for eight slots of each group, one warp per row.
     VARIATOR_DEVICE void bottleneck(int slot) {
         for (int row = at.warp; row < pass_rows; row += warps) {
             const int g = row % tile_groups;
@@ -89,7 +90,7 @@ struct DecompressTile {
             const E* low = t + ((row_slot + 2 * pair) * tile_groups + at.row) * stride;
             expansion.add(block, low, low + tile_groups * stride, acc);
             if (!inside) continue;
-            float common[8], b2[8];  // u + b_2: what a group's tokens share
+            float common[8], b2[8];  // u + b_2, shared by the group's tokens
             widen<T>(u, common);
             load8<T>(p.b2, column, 0, b2);
             VARIATOR_UNROLL

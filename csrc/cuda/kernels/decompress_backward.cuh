@@ -1,7 +1,7 @@
-// Gradients of adapter_decompress by token and group. With z = W_1u u + W_1h h + b_1, t = φ(z),
-// o = u + W_2 t + b_2:
+// Gradients of adapter_decompress with respect to each token and group. With z = W_1u u + W_1h h +
+// b_1, t = φ(z), o = u + W_2 t + b_2:
 //   dt = W_2ᵀ do,  dz = φ'(z) dt,  d(W_1h h) = dz,  dq = Σ_j dz,  du = Σ_j do + W_1uᵀ dq.
-// The weights' gradients are sums over tokens: weight_gradient.cuh.
+// weight_gradient.cuh has the weight gradients, sums over tokens.
 #pragma once
 
 #include "kernels/adapter.cuh"
@@ -61,7 +61,7 @@ struct DecompressBackwardTile {
         for (int block = span.first; block < span.last; ++block) group_gradient(block);
     }
 
-    // Columns n .. n+31 of the bottleneck for a quad's rows: dt, then dz.
+    // dt, then dz, in columns n .. n+31 of the bottleneck for a quad's rows.
     VARIATOR_DEVICE void through_adapter(const QuadRows& rows, int slot, int n) {
         float acc[2][4][4] = {};
         for (int block = span.first; block < span.last; ++block) {
@@ -93,7 +93,7 @@ struct DecompressBackwardTile {
                 shared.dz[row / tile_groups][g][at_column + i] = dz;
             }
         });
-        // A thread a group and column: the sum over the slots, always in the same order.
+        // One thread per group and column sums over the slots, always in the same order.
         const int g = thread_index() / block_columns, c = thread_index() % block_columns;
         float sum = dq[(n + c) * tile_groups + g];
         for (int i = 0; i < quad; ++i) sum += shared.dz[i][g][c];

@@ -1,4 +1,4 @@
-// What reaches the hidden vectors h of a tile in the backward of group_merge:
+// The gradient of a tile's hidden vectors h in the backward pass of group_merge:
 //   dh_j = a_j dg + W_c[:, slot j]ᵀ ds + W_1hᵀ dp_j.
 #pragma once
 

@@ -1,8 +1,8 @@
 // group_merge: norm, scores, softmax, weighted sum and W_1h h of a tile of 8 groups.
 //
-// Up to 4 slots a group and 256·resident columns, a warp keeps its part of the rows in registers
-// from the first read to the weighted sum. Otherwise (resident = 0) each phase reads x again, from
-// L1 or L2.
+// With up to 4 slots per group and 256·resident columns, a warp keeps its part of the rows in
+// registers from the first read to the weighted sum. Otherwise (resident = 0) each phase reads x
+// again, from L1 or L2.
 #pragma once
 
 #include "kernels/norm.cuh"
@@ -73,7 +73,8 @@ struct MergeTile {
         weighted_sum(kept_rows);
     }
 
-    // f(block, its rows) for this warp's blocks; the rows normed, but for the statistics.
+    // Calls f(block, its rows) for each of this warp's blocks, with normed rows if `with_norm`.
+    // Resident rows are passed as they are.
     template <bool with_norm, class F>
     VARIATOR_DEVICE void for_blocks(const QuadRows& rows, Vec16 (&kept_rows)[kept][quad], F f) {
         if constexpr (resident > 0) {
@@ -98,7 +99,7 @@ struct MergeTile {
         join_statistics(at, p.norm, p.d, mine, shared.moments, rows);
     }
 
-    // Columns n .. of W_1h h for the quad's rows.
+    // W_1h h for the quad's rows, in columns n .. n+pass-1.
     VARIATOR_DEVICE void project(const QuadRows& rows, Vec16 (&kept_rows)[kept][quad], int slot,
                                  int n) {
         float acc[2][tiles][4] = {};
@@ -145,7 +146,7 @@ struct MergeTile {
         }
     }
 
-    // One warp a group, one lane a slot.
+    // One warp per group, one lane per slot.
     VARIATOR_DEVICE void softmax(const float (&score)[score_tiles][4]) {
         VARIATOR_UNROLL
         for (int i = 0; i < 4 * score_tiles; ++i)

@@ -1,7 +1,7 @@
-// Gradients of group_merge by token. With h = norm(x), s = W_c·concat(h) + b_c, a = softmax(s),
-// g = Σ a_j h_j:
+// Gradients of group_merge with respect to each token. With h = norm(x), s = W_c·concat(h) + b_c, a
+// = softmax(s), g = Σ a_j h_j:
 //   da_j = dg·h_j,  ds = a (da - Σ a da),  dh_j = a_j dg + W_c[:, slot j]ᵀ ds + W_1hᵀ dp_j,
-// and dx through the norm. The weights' gradients are sums over tokens: weight_gradient.cuh.
+// and dx follows through the norm. weight_gradient.cuh has the weight gradients, sums over tokens.
 #pragma once
 
 #include "kernels/hidden_gradient.cuh"
@@ -75,7 +75,7 @@ struct MergeBackwardTile {
         block_sync();
     }
 
-    // da of the quad's slots: this warp's part of dg·h.
+    // This warp's part of da = dg·h for the quad's slots.
     VARIATOR_DEVICE void dots(int slot) {
         const QuadRows rows = rows_of(slot);
         float dot[quad] = {};
@@ -100,7 +100,7 @@ struct MergeBackwardTile {
         }
     }
 
-    // One warp a group, one lane a slot. Absent slots have a = 0 and so ds = 0.
+    // One warp per group, one lane per slot. Absent slots have a = 0, hence ds = 0.
     VARIATOR_DEVICE void through_softmax() {
         block_sync();
         const int slot = thread_index() % 32;
@@ -121,7 +121,7 @@ struct MergeBackwardTile {
         block_sync();
     }
 
-    // n = (x - mean) rstd of the quad's rows, and the norm's weight, at a block.
+    // n = (x - mean) rstd of the quad's rows in a block of columns, and the norm's weight there.
     VARIATOR_DEVICE void normalised(const QuadRows& rows, int block, float (&n)[quad][8],
                                     float (&weight)[8]) const {
         Vec16 x[quad];
@@ -135,8 +135,9 @@ struct MergeBackwardTile {
         }
     }
 
-    // dx from dh: with e = weight·dh, dx = rstd (e - n mean(e n)), for LayerNorm less
-    // rstd mean(e) besides. dh is made twice: that is cheaper than a trip to memory.
+    // dx from dh: with e = weight·dh, dx = rstd (e - n mean(e n)) for RMSNorm, and
+    // rstd (e - mean(e) - n mean(e n)) for LayerNorm. dh is computed twice, which is cheaper than
+    // writing it to memory and reading it back.
     VARIATOR_DEVICE void through_norm(int slot) {
         const QuadRows rows = rows_of(slot);
         float mean_e[quad] = {}, mean_en[quad] = {};
@@ -210,7 +211,7 @@ struct MergeBackwardTile {
         add_to_norm(p.d_norm_bias, slot, block, d_bias);
     }
 
-    // The tile's sum, quad by quad.
+    // Accumulates the tile's sum, one quad after the other.
     VARIATOR_DEVICE void add_to_norm(float* out, int slot, int block, float (&sum)[8]) const {
         if (out == nullptr) return;
         VARIATOR_UNROLL

@@ -1,13 +1,12 @@
 // The tile that all of our kernels work on, and mma.sync on it. A thread block of 8 warps takes 8
-// groups, one quad of slots (4) at a time: 32 rows. Columns are cut into blocks of 32; each warp
-// has its own blocks.
+// groups, and a quad of 4 slots of each at a time, so 32 rows. Columns are cut into blocks of 32,
+// which are divided among the warps.
 //
 // A lane is (row, part): it holds 8 adjacent elements, 16 bytes, of row `row` in a block's part
-// `part`. The tensor cores' operands are these 16 bytes as they lie in memory: the order
-// of the terms along the inner dimension does not matter as long as both operands use the same one,
-// so step `step` multiplies columns 8·part + 4·step .. + 3 of the block. Nothing is packed or
-// staged through shared memory.
-//   left operand [16, 32]: rows `low` (0-7) and `high` (8-15); right operand [8, 32]: one row a
+// `part`. These 16 bytes are the tensor cores' operands as they are: the order of the terms along
+// the inner dimension is free as long as both operands use the same one, so step `step` multiplies
+// columns 8·part + 4·step .. + 3 of the block. Nothing is packed or staged through shared memory.
+//   left operand [16, 32]: rows `low` (0-7) and `high` (8-15); right operand [8, 32]: one row per
 //   lane; result [16, 8]: a lane has columns 2·part, 2·part + 1 of rows `row` and `row` + 8.
 #pragma once
 
@@ -26,7 +25,7 @@ struct Lane {
         const int thread = thread_index();
         return {thread / 32, thread % 32 / 4, thread % 4};
     }
-    // The first of this lane's columns in a block of them.
+    // This lane's first column in a block of columns.
     VARIATOR_DEVICE int column(int block) const { return block * block_columns + 8 * part; }
 };
 
@@ -40,7 +39,7 @@ VARIATOR_DEVICE void* element(void* base, int64_t index) {
 
 VARIATOR_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The column blocks first .. last-1 of `blocks` that belong to one warp.
+// The column blocks first .. last-1 that belong to one warp.
 struct Span {
     int first, last;
     static VARIATOR_DEVICE Span of_warp(int warp, int begin, int end) {
@@ -65,7 +64,7 @@ VARIATOR_DEVICE Vec16 narrow(const float (&x)[8]) {
     for (int i = 0; i < 4; ++i) v.word[i] = T::pack(x[2 * i], x[2 * i + 1]);
     return v;
 }
-// Eight elements of a vector that may be missing.
+// Eight elements of a vector; `missing` in place of each if there is no vector.
 template <class T>
 VARIATOR_DEVICE void load8(const Vector& v, int64_t at, float missing, float (&x)[8]) {
     if (v.data == nullptr) {
@@ -97,21 +96,21 @@ VARIATOR_DEVICE void multiply(float (&c)[4], const Vec16& low, const Vec16& high
     }
 }
 
-// The row of a right operand that tile `tile` of `tiles` takes in this lane, so that the lane's
-// results of all of them are 2·tiles adjacent columns from 2·tiles·part on: c[tile][i] is the
-// (2·tile + i)-th of these.
+// Which row of the right operand this lane loads for tile `tile` of `tiles`. The rows are permuted
+// such that a lane's results over all tiles are 2·tiles adjacent columns, starting at 2·tiles·part:
+// c[tile][i] is column 2·tile + i of them.
 template <int tiles = 4>
 VARIATOR_DEVICE int spread(int tile, int row) {
     return 2 * tiles * (row / 2) + 2 * tile + row % 2;
 }
 
-// The sum over the warps' parts of results [32 rows, 8·tiles columns]: acc[pair of slots][tile][4]
-// of each warp, in a lane the columns that `spread` says; to store(row, column, sums of `tiles`
+// Adds up the warps' partial results [32 rows, 8·tiles columns], given as acc[pair of
+// slots][tile][4] with the columns in `spread` order, and calls store(row, column, sums of `tiles`
 // adjacent columns). Called by all threads.
 template <int tiles, class Store>
 VARIATOR_DEVICE void add_warps(const Lane& at, const float (&acc)[2][tiles][4], float* partial,
                                Store store) {
-    // 16, or 36: a quarter of a warp stores into all banks.
+    // 16 or 36, so that a quarter of a warp stores without bank conflicts.
     constexpr int mine = tiles, stride = 8 * tiles + (tiles == 4 ? 4 : 0);
     float* to = partial + at.warp * tile_rows * stride + 2 * tiles * at.part;
     VARIATOR_UNROLL
@@ -136,13 +135,13 @@ VARIATOR_DEVICE void add_warps(const Lane& at, const float (&acc)[2][tiles][4], 
     block_sync();
 }
 
-// Sum over the four parts of a row, in every lane of the row.
+// The sum over the four parts of a row; every lane of the row gets it.
 VARIATOR_DEVICE float row_sum(float x) {
     x += shuffle_xor(x, 1);
     return x + shuffle_xor(x, 2);
 }
 
-// To row [columns], from `column` on.
+// Stores to row [columns] from `column` on, but not past its end.
 template <int count>
 VARIATOR_DEVICE void store_up_to(float* row, int64_t column, int64_t columns,
                                  const float (&values)[count]) {

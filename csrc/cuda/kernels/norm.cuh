@@ -5,7 +5,7 @@
 
 namespace variator::cuda {
 
-// One row a slot, in this lane's group.
+// The rows of this lane's group, one per slot.
 struct QuadRows {
     int token[quad];  // -1: no token
     float mean[quad], rstd[quad];
@@ -20,7 +20,7 @@ struct QuadRows {
         return rows;
     }
 
-    // The rows of x at `column`; zeros where there is nothing.
+    // Loads the rows of x at `column`; zeros where there is no token or no column.
     VARIATOR_DEVICE void load(const void* x, int64_t stride, int64_t column, bool inside,
                               Vec16 (&out)[quad]) const {
         VARIATOR_UNROLL
@@ -56,7 +56,7 @@ VARIATOR_DEVICE void join_statistics(const Lane& at, const NormParams& norm, int
     block_sync();
 }
 
-// h of 8 elements: normed in fp32, rounded to T as the storage type of h is.
+// Norms 8 elements in fp32 and rounds them to T, the storage type of h.
 template <class T>
 VARIATOR_DEVICE Vec16 normed(const Vec16& x, float mean, float rstd, const float (&weight)[8],
                              const float (&bias)[8]) {
@@ -67,7 +67,7 @@ VARIATOR_DEVICE Vec16 normed(const Vec16& x, float mean, float rstd, const float
     return narrow<T>(h);
 }
 
-// The same for the rows of a quad at one place; rows without a token stay 0.
+// Norms the rows of a quad at `column`; rows without a token stay 0.
 template <class T>
 VARIATOR_DEVICE void norm_quad(const NormParams& norm, const QuadRows& rows, int64_t column,
                                bool inside, Vec16 (&x)[quad]) {

@@ -10,7 +10,7 @@
 
 namespace variator::cuda {
 
-// Shared memory: what the largest phase needs.
+// The shared memory of the phase that needs most.
 VARIATOR_HD int64_t one_launch_shared_bytes(int64_t r) {
     const int64_t merge = sizeof(MergeShared), gemm = sizeof(SkinnyGemmShared),
                   decompress = decompress_shared_bytes(r);
@@ -66,7 +66,7 @@ struct OneLaunch {
             VARIATOR_UNROLL
             for (int i = 0; i < 32; ++i) acc[i / 16][i / 4 % 4][i % 4] = 0;
             gemm.multiply_half<T>(p.merge.merged, p.w_gate, 0, blocks, acc);
-            // The same lanes wrote `inner` before.
+            // Each lane reads what it wrote to `inner` itself.
             gemm.add_halves(acc, shared, [&](int64_t row, int64_t column, float (&sum)[8]) {
                 add_bias(p.b_gate, column, sum);
                 void* out = element(p.inner, row * p.f + column);

@@ -13,10 +13,10 @@ struct SkinnyGemmShared {
     float half[4][32][36];
 };
 
-// acc [32, 32] of this warp += a · weightᵀ over its half of column blocks begin .. end-1. Rows of
-// `a` and of `weight` beyond their number, and columns beyond `inner`, count as 0.
+// acc [32, 32] of this warp += a · weightᵀ over this warp's half of column blocks begin .. end-1.
+// Rows past the end of `a` or `weight`, and columns past `inner`, count as 0.
 struct SkinnyGemm {
-    int64_t row0, column0;  // the tile's first
+    int64_t row0, column0;  // of the tile
     int64_t rows, columns, inner;
     const Lane at = Lane::here();
     const int warp_row = at.warp % 2 * 32, warp_column = at.warp / 2 % 2 * 32;
@@ -46,7 +46,7 @@ struct SkinnyGemm {
         }
     }
 
-    // The two halves' sums to store(row, column, 8 adjacent results), by the first four warps.
+    // Adds the two halves; the first four warps call store(row, column, 8 adjacent results).
     template <class Store>
     VARIATOR_DEVICE void add_halves(const float (&acc)[2][4][4], SkinnyGemmShared& shared,
                                     Store store) const {

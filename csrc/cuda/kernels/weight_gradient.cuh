@@ -21,14 +21,14 @@ struct WeightGradientTile {
     const int thread = thread_index();
     const int64_t slots = p.slot < 0 ? p.groups.k : 1;
 
-    // A row's place in `left`, `right` and the moments; token < 0: there is none.
+    // Where row m lies in `left`, `right` and the moments; token < 0 if there is no such row.
     struct Row {
         int64_t group, slot, token;
     };
     VARIATOR_DEVICE Row row(int64_t m, int64_t last) const {
         if (m >= last) return {0, 0, -1};
         const int64_t group = m / slots, slot = p.slot < 0 ? m % slots : p.slot;
-        // A group's own row is there even if none of its tokens is.
+        // A group has a row of its own even if none of its tokens exists.
         const bool groups_alone = p.left_by_group && p.right_by_group;
         return {group, slot, groups_alone ? group : p.groups.token(group, slot)};
     }
@@ -68,7 +68,7 @@ struct WeightGradientTile {
         }
     }
 
-    // 16 rows: a thread has 8 columns of `right` and 4 of `left` of one of them.
+    // Loads 16 rows; each thread takes 8 columns of `right` and 4 of `left` in one row.
     VARIATOR_DEVICE void load(int64_t m, int64_t last) {
         const int i = thread / 16;
         const Row at = row(m + i, last);
@@ -102,7 +102,7 @@ struct WeightGradientTile {
     }
 };
 
-// Grid: column tiles of right, of left, parts.
+// Grid: column tiles of `right`, column tiles of `left`, parts.
 template <class T>
 VARIATOR_KERNEL(threads, 2)
 weight_gradient_kernel(const WeightGradientParams p) {
