@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.common import cuda_binary
+from bench.tools import cuda_binary
 
 ROOT = Path(__file__).parents[2]
 # The runtime finds the driver's functions by cuGetProcAddress, so that has to work too.
