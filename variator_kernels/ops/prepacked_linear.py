@@ -103,8 +103,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if dtype == stored:
         return F.linear(x, weight, bias)
     with torch.autocast("cpu", enabled=False):
-        wide = (None if t is None else t.to(dtype) for t in (x, weight, bias))
-        return F.linear(*wide).to(stored)
+        wide_bias = None if bias is None else bias.to(dtype)
+        return F.linear(x.to(dtype), weight.to(dtype), wide_bias).to(stored)
 
 
 def _result_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
