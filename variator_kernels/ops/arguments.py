@@ -89,6 +89,11 @@ def check_decompress(u: Tensor, projected: Tensor, adapter: AdapterWeights, grou
     for size in groups.shape(projected):
         count *= size
     require(u.numel() == count * d, f"u is {list(u.shape)}")
+    check_adapter(adapter, d, r)
+
+
+def check_adapter(adapter: AdapterWeights, d: int, r: int) -> None:
+    """For hidden size ``d`` and bottleneck ``r``."""
     require(adapter.w1u.shape == (r, d), f"w1u is {list(adapter.w1u.shape)}")
     require(adapter.b1.shape == (r,), f"b1 is {list(adapter.b1.shape)}")
     require(adapter.w2.shape == (d, r), f"w2 is {list(adapter.w2.shape)}")

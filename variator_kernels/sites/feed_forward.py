@@ -62,6 +62,7 @@ def _watched(layer: nn.Module, family: Family) -> Watch:
     for module in {id(end): end for end in ends if isinstance(end, nn.Module)}.values():
         mode = ("training", "p") if hasattr(module, "p") else ()
         watch.module(module, (*mode, "approximate", "weight", "bias", *family.eps))
+    watch.start()
     return watch
 
 

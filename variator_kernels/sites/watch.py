@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import is_, itemgetter
 from typing import Any
 
 from torch import nn
@@ -12,20 +14,43 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 class Watch:
     """What was seen of some modules: entries of their own tables, by identity; classes; hooks.
 
-    Everything seen is kept alive, so no other object can take its identity.
+    Everything seen is kept alive, so no other object can take its identity. Looking again happens
+    in each call of a patched sublayer, so the loops run inside ``itemgetter``, ``map`` and ``all``.
     """
 
-    __slots__ = ("_classes", "_empty", "_entries", "_filled", "_forwards")
+    __slots__ = (
+        "_absent",
+        "_classes",
+        "_empty",
+        "_entries",
+        "_filled",
+        "_forwards",
+        "_modules",
+        "_names",
+    )
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
-        self._classes: list[tuple[nn.Module, type]] = []
-        self._forwards: dict[Any, Any] = {}
+        self._names: dict[int, tuple[dict[str, Any], list[str]]] = {}
+        self._entries: list[tuple[Callable[[Any], tuple], dict[str, Any], tuple]] = []
+        self._absent: list[tuple[dict[str, Any], str]] = []
+        self._modules: list[nn.Module] = []
+        self._classes: list[type] = []
+        self._forwards: list[tuple[Any, Any]] = []
         self._empty: list[Any] = []
         self._filled: list[Any] = []
 
-    def _entry(self, table: dict[str, Any], name: str) -> None:
-        self._entries[id(table), name] = (table, name, table.get(name))
+    def entries(self, table: dict[str, Any], names: tuple[str, ...]) -> None:
+        """Watch what ``table`` has under these names, and that it has nothing under the others."""
+        self._absent += [(table, name) for name in names if name not in table]
+        _, known = self._names.setdefault(id(table), (table, []))
+        known += [name for name in names if name in table and name not in known]
+
+    def start(self) -> None:
+        """Remember what is there now; nothing is added after that."""
+        for table, names in self._names.values():
+            if names:
+                getter = itemgetter(names[0], *names)  # of one name alone it would give no tuple
+                self._entries.append((getter, table, getter(table)))
 
     def path(self, owner: Any, path: str) -> Any:
         """Watch each step of a dotted path from ``owner``; returns its end, None if it has none."""
@@ -33,32 +58,36 @@ class Watch:
             if not isinstance(owner, nn.Module):
                 return None
             table = owner._modules if name in owner._modules else vars(owner)
-            self._entry(table, name)
+            self.entries(table, (name,))
             owner = table.get(name)
         return owner
 
     def module(self, module: nn.Module, attributes: tuple[str, ...] = ()) -> None:
         """Watch a module's class and ``forward``, hooks, parameters, and those of ``attributes``
         that it has."""
-        own, parameters = vars(module), module._parameters
-        self._classes.append((module, type(module)))
-        self._forwards[type(module)] = type(module).forward
-        for name in parameters:
-            self._entry(parameters, name)
-        for name in ("forward", *(name for name in attributes if name in own)):
-            self._entry(own, name)
+        own, kind = vars(module), type(module)
+        self._modules.append(module)
+        self._classes.append(kind)
+        if all(known is not kind for known, _ in self._forwards):
+            self._forwards.append((kind, kind.forward))
+        self.entries(module._parameters, tuple(module._parameters))
+        self.entries(own, ("forward", *(name for name in attributes if name in own)))
         for name in _HOOKS:
             (self._filled if own[name] else self._empty).append(own[name])
 
     def holds(self) -> bool:
         """Whether everything is as it was."""
-        for table, name, value in self._entries.values():
-            if table.get(name) is not value:
+        try:
+            for getter, table, values in self._entries:
+                if not all(map(is_, getter(table), values)):
+                    return False
+        except KeyError:
+            return False
+        for table, name in self._absent:
+            if name in table:
                 return False
-        for module, kind in self._classes:
-            if type(module) is not kind:
-                return False
-        for kind, forward in self._forwards.items():
+        for kind, forward in self._forwards:
             if kind.forward is not forward:
                 return False
-        return not any(self._empty) and all(self._filled)
+        same = list(map(type, self._modules)) == self._classes
+        return same and not any(self._empty) and all(self._filled)

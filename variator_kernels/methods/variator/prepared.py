@@ -10,6 +10,7 @@ from torch import Tensor
 from ... import backends
 from ...ops import checks
 from ...ops.feed_forward import FeedForward, PluginWeights
+from ...sites.watch import Watch
 
 
 class Prepared:
@@ -18,14 +19,14 @@ class Prepared:
     Copies and pickles of it start empty.
     """
 
-    __slots__ = ("_asked", "_backend", "_ffn", "_parameters", "_seen", "_weights")
+    __slots__ = ("_asked", "_backend", "_ffn", "_parameters", "_tensors", "_weights")
 
     def __init__(self) -> None:
         self._weights: PluginWeights | None = None
-        self._parameters: list[tuple[dict[str, Any], str, Any]] = []
+        self._parameters = Watch()
         self._ffn: FeedForward | None = None
         self._asked: tuple[Any, ...] = ()
-        self._seen: list[tuple[Tensor, torch.Size, torch.dtype, torch.device]] = []
+        self._tensors: list[Tensor] = []
         self._backend = ""
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -41,27 +42,26 @@ class Prepared:
         """
         if torch.compiler.is_compiling():
             return plugin.weights(), _checked(plugin.weights(), ffn, x, backend)
-        asked = (x.dim(), x.shape[-1:], x.dtype, x.device, backend)
+        asked = (x.shape[2:], x.dtype, x.device, backend)
         weights = self._weights
         if weights is None or ffn is not self._ffn or asked != self._asked or not self._holds():
             self._weights = None  # the checks may raise
-            weights, tables = plugin.weights(), [m._parameters for m in plugin.children()]
+            weights = plugin.weights()
             self._backend = _checked(weights, ffn, x, backend)
-            self._parameters = [(table, name, table[name]) for table in tables for name in table]
-            tensors = [t for t in (*weights, *ffn) if isinstance(t, Tensor)]
-            self._seen = [(t, t.shape, t.dtype, t.device) for t in tensors]
+            self._parameters = Watch()
+            for part in plugin.children():
+                self._parameters.entries(part._parameters, tuple(part._parameters))
+            self._parameters.start()
+            self._tensors = [t for t in (*weights, *ffn) if isinstance(t, Tensor)]
             self._ffn, self._asked, self._weights = ffn, asked, weights
         return weights, self._backend
 
     def _holds(self) -> bool:
-        for table, name, parameter in self._parameters:
-            if table.get(name) is not parameter:
-                return False
-        # Modules move and convert their parameters in place, so identity alone says little.
-        for t, shape, dtype, device in self._seen:
-            if t.dtype is not dtype or t.device != device or t.shape != shape:
-                return False
-        return True
+        if not self._parameters.holds():
+            return False
+        # Modules move their parameters in place; shapes and dtypes are the op's to look at.
+        device = self._asked[2]
+        return all([tensor.device == device for tensor in self._tensors])
 
 
 def _checked(weights: PluginWeights, ffn: FeedForward, x: Tensor, backend: str) -> str:

@@ -66,7 +66,7 @@ def _fits_one_op(x: Tensor, plugin: PluginWeights, ffn: FeedForward) -> bool:
     """The single fused op is for inference with plain products; all else goes layer by layer."""
     if ffn.module is not None or ffn.dropout_inner > 0 or ffn.dropout_outer > 0:
         return False
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
         return False
     if not torch.is_grad_enabled():
         return True

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import prepack
 from ..adapter_decompress import cpu as decompress
-from ..arguments import check_merge, flat
+from ..arguments import check_adapter, check_merge, flat, require_merged
 from ..cpu_arguments import (
     Listed,
     PrepackedAdapter,
@@ -47,7 +47,7 @@ def prepacked_products(g: Tensor, ffn: FeedForward) -> Tensor:
 def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups) -> Tensor:
     dtype = torch.promote_types(x.dtype, ffn.w_out.dtype)
     x = x.to(dtype)
-    check_merge(x, plugin.merge, groups, ffn.pre_norm)
+    require_merged(groups)
     rows, d = flat(x), x.shape[-1]
     lists = listed(groups, rows.shape[0], x.dim() == 2, compact=True)
     fresh = torch.empty if ffn.residual or lists.covers_all else torch.zeros
@@ -59,7 +59,7 @@ def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: G
     total = lists.kernel.count
     if total == 0:
         return y
-    packed, wide = _prepacked_plugin(plugin, ffn, dtype), accumulator(dtype)
+    packed, wide = _prepacked_plugin(x, plugin, ffn, groups), accumulator(dtype)
     projected = torch.empty(rows.shape[0], packed.merge.bottleneck, dtype=wide)
     for first in range(0, total, BLOCK_GROUPS):
         count = min(BLOCK_GROUPS, total - first)
@@ -82,18 +82,31 @@ class PrepackedPlugin(NamedTuple):
 
 
 def _prepacked_plugin(
-    plugin: PluginWeights, ffn: FeedForward, dtype: torch.dtype
+    x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups
 ) -> PrepackedPlugin:
-    """Packed again only when a weight changed."""
-    norm = ffn.pre_norm
+    """For ``x``'s dtype; packed, and checked, again only when a weight changed."""
+    norm, dtype = ffn.pre_norm, x.dtype
     sources = (*plugin[:6], *(t for t in (norm.weight, norm.bias) if t is not None))
 
     def make() -> PrepackedPlugin:
+        # Nothing that is read by address is of another size: shapes are part of the cache's key.
         detached = plugin._replace(w1=plugin.w1.detach())
+        check_merge(x, detached.merge, groups, norm)
+        check_adapter(detached.adapter, x.shape[-1], plugin.b1.shape[0])
         return PrepackedPlugin(
             prepack_merge(detached.merge, norm, dtype), prepack_adapter(detached.adapter, dtype)
         )
 
     activation, kernels = plugin.activation, prepack.instruction_set()
-    form = ("plugin", dtype, norm.name, norm.bias is None, norm.eps, activation, kernels)
+    form = (
+        "plugin",
+        dtype,
+        x.shape[-1],
+        groups.ratio,
+        norm.name,
+        norm.bias is None,
+        norm.eps,
+        activation,
+        kernels,
+    )
     return prepack.cache.get(sources, form, make)
