@@ -1,0 +1,116 @@
+"""Python overhead: the time of a patched FFN sublayer beyond its op, on a small input.
+
+The sublayer is called inside a forward of its encoder. The bare op,
+``torch.ops.variator.compressed_ffn``, gets the arguments that the sublayer gave it. The two take
+turns, and their outputs must be equal before and after; otherwise there is no number, and the exit
+code is 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import variator_kernels as vk
+
+from . import internals
+from .cases import models
+from .harness import options, results, tables
+from .harness.clock import Wall, quartiles
+from .harness.results import Row
+
+MODELS, TOKENS, RATIO, LIMIT = ("t5-base", "bert-base"), 8, 4, 40.0
+BURST = 5  # calls between two readings of the clock
+
+
+class Arguments(TorchDispatchMode):
+    """Keeps the op and the arguments of each call of ``variator::compressed_ffn``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Any, tuple, dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().startswith("variator::compressed_ffn"):
+            self.found.append((func.overloadpacket, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def measure(name: str, rounds: int) -> Row:
+    """One model: microseconds of the first FFN sublayer beyond its op."""
+    architecture = models.architecture(name)
+    architecture.config.num_hidden_layers = 2
+    model = models.encoder(architecture, torch.float32)
+    vk.patch(model, RATIO, (RATIO,))
+    for parameter in vk.plugin_parameters(model):
+        parameter.normal_(0, 0.02, generator=models.generator(1))
+    layer = internals.ffn_sublayers(model)[0]
+    sublayer = getattr(layer, "feed_forward_chunk", layer)
+    ids = models.tokens(1, TOKENS, architecture.config.vocab_size)
+    with Arguments() as seen:
+        model(input_ids=ids)
+    op, args, more = seen.found[0]
+    row: Row = {"case": "overhead", "model": name, "arm": "sublayer", "k": RATIO, "limit": LIMIT}
+
+    def inside(module: nn.Module, inputs: Any, output: Any) -> None:
+        """Runs where the encoder's forward has begun, as the sublayer does; once."""
+        while handles:
+            handles.pop().remove()
+        calls = {"op": lambda: op(*args, **more), "sublayer": lambda: sublayer(args[0])}
+        equal = [torch.equal(*(call() for call in calls.values())) for _ in range(20)]
+        clock = Wall()
+        clock.burst = BURST
+        samples, last = clock.interleave(calls, rounds)
+        if not (all(equal) and torch.equal(*last.values())):
+            row.update(status="failed", reason="the outputs of sublayer and op differ")
+            return
+        pairs = zip(samples["sublayer"], samples["op"], strict=True)
+        beyond = [1e6 * (whole - alone) for whole, alone in pairs]
+        op_us = quartiles(samples["op"])["median"] * 1e6
+        row.update(status="ok", samples=beyond, **quartiles(beyond), op=op_us)
+
+    embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    handles = [module.register_forward_hook(inside) for module in embeddings]
+    model(input_ids=ids)
+    return row
+
+
+def _microseconds(name: str) -> tables.Column:
+    return tables.number(f"{name}, µs", lambda row: row[name], ".1f")
+
+
+COLUMNS = [tables.key("model", "model"), *map(_microseconds, ("op", "median", "q1", "q3"))]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, print, write JSON; 1 if a check failed."""
+    made = options.parser("overhead", __doc__)
+    made.add_argument("--model", type=options.words, default=list(MODELS), help="default both")
+    made.add_argument("--rounds", type=options.count, default=400, help="default 400")
+    made.add_argument("--threads", type=options.count, default=1, help="default 1: least noise")
+    options.add_output(made)
+    args = made.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    settings = {"rounds": args.rounds, "threads": args.threads, "tokens": TOKENS}
+    content = results.result("overhead", settings, {"name": ", ".join(args.model)})
+    try:
+        content["rows"] = [measure(name, args.rounds) for name in args.model]
+    except ValueError as error:
+        made.error(str(error))
+    path = results.folder(args.output, args.publish) / "overhead.json"
+    title = f"a patched sublayer beyond its op, 1 x {TOKENS} tokens, k={RATIO}"
+    table = tables.screen(title, COLUMNS, content["rows"], note=_note)
+    return options.finish(content, path, options.screen(), table)
+
+
+def _note(row: Row) -> str:
+    return f"{'met' if row['median'] <= row['limit'] else 'missed'}: at most {row['limit']:g} µs"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
