@@ -6,8 +6,6 @@ turns, and their outputs must be equal before and after; otherwise there is no n
 code is 1.
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 
