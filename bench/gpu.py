@@ -3,8 +3,6 @@
 ``python -m bench.tools.gpu_report`` runs all of it unattended.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from rich.table import Table

@@ -4,8 +4,6 @@ The tools for Triton's launch table (``bench/tools``) use ``variator_kernels.tri
 besides, and ``bench/quality`` the data helpers of ``variator_kernels.train``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -4,8 +4,6 @@ The arms of a kernel take turns. Each is checked against float64 before and afte
 without a green check it has no number, and the exit code is 1.
 """
 
-from __future__ import annotations
-
 import itertools
 import sys
 

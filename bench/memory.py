@@ -5,8 +5,6 @@ Each cell runs in a fresh process. ``temporary`` is what torch allocates at most
 whose outputs are not right has no number, and the exit code is 1.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

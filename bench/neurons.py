@@ -7,8 +7,6 @@ PyTorch's, and merged vectors must lie between intersection and union; a model t
 numbers, and the exit code is 1.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import sys
@@ -19,36 +17,61 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import nn
+from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 import variator_kernels as vk
 from variator_kernels.analysis import Activity, neurons
 
 from . import internals, plot
-from .cases import models, text
-from .cases.text import Batch
-from .harness import options, results, tables
+from .cases import models
+from .harness import machine, options, results, tables
 from .harness.results import Row
 
 RATIOS = (2, 4, 8, 16, 32)
+Batch = dict[str, Tensor]
 TOLERANCE = 1e-3
 """Of the counts: a neuron whose input is nearly at the threshold may fall on either side of it when
 products add up in another order."""
 
 
+def paragraphs(path: Path, count: int, least: int = 400) -> list[str]:
+    """The first paragraphs (lines that are no heading) of at least ``least`` characters.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it has fewer of them.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"data must be a text file, there is no {path}")
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    found = [line for line in lines if len(line) >= least and not line.startswith("=")][:count]
+    if len(found) < count:
+        raise ValueError(
+            f"data must hold {count} paragraphs of {least} characters, {path} has {len(found)}"
+        )
+    return found
+
+
+def tokenized(texts: list[str], tokenizer: Path, length: int, batch: int) -> list[Batch]:
+    """``input_ids`` and ``attention_mask``, rows of at most ``length`` tokens, right-padded."""
+    tokenize: Any = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    how: dict[str, Any] = {"truncation": True, "max_length": length, "padding": True}
+    how |= {"return_token_type_ids": False, "return_tensors": "pt"}
+    starts = range(0, len(texts), batch)
+    return [dict(tokenize(texts[start : start + batch], **how)) for start in starts]
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = options.parser("neurons", __doc__)
-    made.add_argument(
-        "--model",
-        type=options.words,
-        default=["minilm", "t5-small"],
-        help=f"some of {', '.join(models.NAMES)}, or folders with config.json and perhaps weights "
-        "and a tokenizer; default minilm,t5-small",
+    which = (
+        f"some of {', '.join(models.NAMES)}, or folders with config.json and perhaps weights and a "
+        "tokenizer; default minilm,t5-small"
     )
+    made.add_argument("--model", type=options.words, default=["minilm", "t5-small"], help=which)
     made.add_argument("--plugins", type=Path, help="folder of trained plugins, beside untrained")
     made.add_argument("--ratios", type=options.ratios, help="default 2,4,8,16,32, or the plugins'")
-    made.add_argument("--data", type=Path, default=text.DATA / "wikitext2" / "test.txt")
+    made.add_argument("--data", type=Path, default=machine.DATA / "wikitext2" / "test.txt")
     made.add_argument("--rows", type=options.count, default=64, help="paragraphs; default 64")
     made.add_argument("--least", type=options.count, default=400, help="characters of a paragraph")
     made.add_argument("--length", type=options.count, default=128, help="tokens a row; default 128")
@@ -116,9 +139,9 @@ def measure(name: str, args: argparse.Namespace, console: Console) -> list[Row]:
     architecture = models.architecture(name)
     base = {"model": architecture.name, "weights": architecture.weights}
     model = models.encoder(architecture, torch.float32)
-    texts = text.paragraphs(args.data, args.rows, args.least)
+    texts = paragraphs(args.data, args.rows, args.least)
     tokenizer = architecture.tokenizer or models.minilm()
-    batches = text.batches(texts, tokenizer, args.length, args.batch)
+    batches = tokenized(texts, tokenizer, args.length, args.batch)
     kinds = plugged(model, args)
     ratios = internals.ratios(kinds["untrained"])
     wrong = check(model, batches[0], ratios, args.threshold)

@@ -1,7 +1,5 @@
 """Every figure, from its result file: ``python -m bench.plot RESULT.json`` draws it again."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

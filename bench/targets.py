@@ -1,7 +1,5 @@
 """Targets beside what was measured: ``python -m bench.targets RESULT.json``."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable
@@ -103,32 +101,35 @@ def _training(dtype: str) -> Measure:
 
 def _targets() -> list[Target]:
     made = []
+
+    def add(text: str, limit: float, measure: Measure, at_most: bool = False) -> None:
+        made.append(Target(text, limit, measure, at_most))
+
     for dtype, limits in SUBLAYER.items():
         for k, limit in limits.items():
-            text = f"FFN sublayer, {dtype}, k={k}: speed-up over dense with packed weights"
             cell = {"case": "sublayer", "dtype": dtype, "k": k}
-            made.append(Target(text, limit, _speedup("dense-packed", **cell)))
+            add(f"FFN sublayer, {dtype}, k={k}: speed-up over dense with packed weights", limit,
+                _speedup("dense-packed", **cell))  # fmt: skip
     for dtype, limit in ENCODER.items():
-        text = f"whole encoder, {dtype}, k=4: speed-up over Hugging Face SDPA"
-        cell = {"case": "encoder", "dtype": dtype, "k": 4}
-        made.append(Target(text, limit, _speedup("hf-sdpa", **cell)))
+        add(f"whole encoder, {dtype}, k=4: speed-up over Hugging Face SDPA", limit,
+            _speedup("hf-sdpa", case="encoder", dtype=dtype, k=4))  # fmt: skip
     for dtype in ENCODER:
         cell = {"dtype": dtype, "k": 4}
-        text = f"1 x 128 and 1 x 512, {dtype}, any k: least speed-up over the eager reference"
-        made.append(Target(text, 1.0, _worst_small(dtype)))
         small = {"case": "small", "batch": 1, "length": 512, **cell}
-        text = f"1 x 512, {dtype}, k=4: speed-up over dense with packed weights"
-        made.append(Target(text, SMALL_DENSE, _speedup("dense-packed", **small)))
-        text = f"forward and backward, {dtype}, k=4: speed-up over the eager reference"
-        made.append(Target(text, BACKWARD, _speedup("reference", case="backward", **cell)))
-        text = f"ragged batch, {dtype}, k=4: time a real token, over the full batch's"
-        made.append(Target(text, RAGGED, _ragged(dtype), at_most=True))
-        text = f"temporary memory of a forward, {dtype}, k=4: share of the dense sublayer's"
-        made.append(Target(text, MEMORY, _memory(dtype), at_most=True))
-        text = f"largest array, {dtype}: share of n x 2d (must be smaller)"
-        made.append(Target(text, 0.999, _largest(dtype), at_most=True))
-        text = f"a step of plugin training, {dtype}, k=4: time over the eager reference's"
-        made.append(Target(text, TRAINING, _training(dtype), at_most=True))
+        add(f"1 x 128 and 1 x 512, {dtype}, any k: least speed-up over the eager reference", 1.0,
+            _worst_small(dtype))  # fmt: skip
+        add(f"1 x 512, {dtype}, k=4: speed-up over dense with packed weights", SMALL_DENSE,
+            _speedup("dense-packed", **small))  # fmt: skip
+        add(f"forward and backward, {dtype}, k=4: speed-up over the eager reference", BACKWARD,
+            _speedup("reference", case="backward", **cell))  # fmt: skip
+        add(f"ragged batch, {dtype}, k=4: time a real token, over the full batch's", RAGGED,
+            _ragged(dtype), True)  # fmt: skip
+        add(f"temporary memory of a forward, {dtype}, k=4: share of the dense sublayer's", MEMORY,
+            _memory(dtype), True)  # fmt: skip
+        add(f"largest array, {dtype}: share of n x 2d (must be smaller)", 0.999,
+            _largest(dtype), True)  # fmt: skip
+        add(f"a step of plugin training, {dtype}, k=4: time over the eager reference's", TRAINING,
+            _training(dtype), True)  # fmt: skip
     return made
 
 

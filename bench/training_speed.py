@@ -7,8 +7,6 @@ compared with float64 before and after; without a green check an arm has no numb
 code is 1.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import itertools
@@ -116,15 +114,11 @@ def measure(
         row |= {"dtype": dtype, "arm": name}
         row |= {"error": worst.error, "allowed": worst.allowed}
         if worst.ok:
-            row |= {
-                "status": "ok",
-                "samples": seconds[name],
-                "seconds": quartiles(seconds[name]),
-                "over_reference": ratio(seconds[name], seconds["reference"]),
-                "peak_bytes": peaks[name],
-                "packed_bytes": packed[name],
-                "memory_over_reference": (peaks[name] + packed[name]) / peaks["reference"],
-            }
+            taken, peak = seconds[name], peaks[name]
+            row |= {"status": "ok", "samples": taken, "seconds": quartiles(taken)}
+            row |= {"over_reference": ratio(taken, seconds["reference"])}
+            row |= {"peak_bytes": peak, "packed_bytes": packed[name]}
+            row["memory_over_reference"] = (peak + packed[name]) / peaks["reference"]
         else:
             row |= {"status": "failed", "reason": worst.reason}
         rows.append(row)

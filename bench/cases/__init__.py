@@ -4,8 +4,6 @@ A :class:`Case` is one input and the arms that run on it. Benchmarks on the CPU 
 tests, take the same cases.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple

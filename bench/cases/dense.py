@@ -3,8 +3,7 @@
 The latter has its weights packed once by oneDNN and everything fused.
 """
 
-from __future__ import annotations
-
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -113,12 +112,11 @@ def variants(layer: nn.Module, ffn: FeedForward) -> dict[str, Forward]:
         found["frozen inductor graph"] = compiled(layer)
     except Unavailable:
         pass
-    for name, norm in norms.items():
-        for rows in BLOCKS:
-            for fused in (False, True) if ffn.residual else (False,):
-                size = f"{rows} rows a block" if rows else "one block"
-                add = "fused add" if fused else "separate add"
-                found[f"{name}, {size}, {add}"] = DensePacked(ffn, norm, rows, fused)
+    adds = (False, True) if ffn.residual else (False,)
+    for (name, norm), rows, fused in itertools.product(norms.items(), BLOCKS, adds):
+        size = f"{rows} rows a block" if rows else "one block"
+        add = "fused add" if fused else "separate add"
+        found[f"{name}, {size}, {add}"] = DensePacked(ffn, norm, rows, fused)
     return found
 
 
@@ -126,11 +124,10 @@ def fastest(layer: nn.Module, ffn: FeedForward, x: Tensor) -> tuple[str, Forward
     """The fastest candidate on ``x``: one look at each, a longer one at the best."""
     total = x.numel() // x.shape[-1]
     try:
-        candidates = {
-            name: call
-            for name, call in variants(layer, ffn).items()
-            if not isinstance(call, DensePacked) or call.rows < total
-        }
+        candidates = variants(layer, ffn)
+        for name, call in list(candidates.items()):
+            if isinstance(call, DensePacked) and call.rows >= total:
+                del candidates[name]
         first = {name: median_of(partial(call, x), 2) for name, call in candidates.items()}
     except RuntimeError as error:
         raise Unavailable(f"oneDNN: {str(error).splitlines()[0]}") from error

@@ -1,7 +1,5 @@
 """Cases of the whole encoder: Hugging Face's, other runtimes, and the patched one."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field

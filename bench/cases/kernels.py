@@ -3,8 +3,6 @@
 They are those of a pre-norm sublayer without biases, as the whole sublayer calls them.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial

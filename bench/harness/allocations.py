@@ -1,7 +1,5 @@
 """How much memory a call takes: torch's allocations, and the growth of the process."""
 
-from __future__ import annotations
-
 import ctypes
 import re
 from collections.abc import Callable, Iterator
@@ -39,11 +37,13 @@ def profiled(call: Callable[[], Outputs]) -> Allocations:
         outputs = call()
     assert profiler.profiler is not None
     tree = profiler.profiler.kineto_results.experimental_event_tree()
-    found = [e for e in _walk(tree) if e.tag == torch._C._profiler._EventType.Allocation]
+    allocation = torch._C._profiler._EventType.Allocation
+    found = [event for event in _walk(tree) if event.tag == allocation]
+    found.sort(key=lambda event: event.start_time_ns)
     kept = {tensor.untyped_storage().data_ptr() for tensor in outputs}
     live: dict[int, int] = {}
     last: dict[int, int] = {}
-    events = [(e.extra_fields.ptr, e.extra_fields.alloc_size) for e in _by_time(found)]
+    events = [(e.extra_fields.ptr, e.extra_fields.alloc_size) for e in found]
     for index, (address, size) in enumerate(events):
         if size > 0 and address in kept:
             last[address] = index
@@ -61,10 +61,6 @@ def profiled(call: Callable[[], Outputs]) -> Allocations:
         temporary_total += 0 if lasting else size
         peak, temporary = max(peak, total), max(temporary, temporary_total)
     return Allocations(peak, temporary, largest, sum(live.get(p, 0) for p in kept))
-
-
-def _by_time(events: list[Any]) -> list[Any]:
-    return sorted(events, key=lambda event: event.start_time_ns)
 
 
 def _high_water() -> int:

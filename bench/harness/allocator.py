@@ -5,8 +5,6 @@ pays for page faults (6,144 for an array of 24 MiB) or not, depending on what ra
 avoid that with an allocator that keeps what is freed; so do the benchmarks.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 

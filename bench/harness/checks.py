@@ -5,8 +5,6 @@ much, plus 1e-6. Those we compare with may err eight times as much: compilers an
 in other orders. That can only make them faster.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 Without a GPU the last two do the same on the CPU, so that a dry run goes their way.
 """
 
-from __future__ import annotations
-
 import gc
 import random
 import statistics

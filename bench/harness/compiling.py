@@ -1,7 +1,5 @@
 """torch.compile for arms: one static graph an arm, weights frozen in where there is no backward."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import shutil

@@ -1,7 +1,5 @@
 """What a result must say of where it comes from: machine, versions, commit."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform
@@ -17,6 +15,8 @@ from variator_kernels import extension
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
+DATA = ROOT.parent / "shared" / "data"
+"""Where the measurements' data lie, beside the repository."""
 ISA_FLAG = re.compile(r"avx|amx|fma|f16c|sse4|asimd|sve|bf16")
 PACKAGES = ("variator-kernels", "torch", "triton", "transformers", "numpy", "openvino")
 

@@ -1,7 +1,5 @@
 """Command lines: the options that benchmarks share, their defaults, and what a run says first."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable
@@ -55,11 +53,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=count, help="rows; default 8")
     parser.add_argument("--length", type=count, help="tokens a row; default 512")
     parser.add_argument("--bottleneck", type=count, default=64, help="r; default 64")
-    parser.add_argument(
-        "--dtype",
-        type=words,
-        help=f"some of {', '.join(models.DTYPES)}; default fp32, and bf16 if the processor has it",
-    )
+    dtypes = f"some of {', '.join(models.DTYPES)}; default fp32, and bf16 if the processor has it"
+    parser.add_argument("--dtype", type=words, help=dtypes)
     parser.add_argument("--threads", type=count, help="default: as many as torch takes")
     parser.add_argument("--quick", action="store_true", help="little work: does everything run?")
     add_output(parser)
@@ -69,9 +64,8 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     """Where the result goes."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--output", help="folder; default bench/results/local/<this machine>")
-    where.add_argument(
-        "--publish", action="store_true", help="write to the committed bench/results/<this machine>"
-    )
+    committed = "write to the committed bench/results/<this machine>"
+    where.add_argument("--publish", action="store_true", help=committed)
 
 
 def settle_common(args: argparse.Namespace) -> models.Architecture:
@@ -98,12 +92,8 @@ def check_arms(arms: Any) -> list[str]:
 def describe(model: models.Architecture) -> Row:
     """The model, for the result file."""
     config = model.config
-    sizes = {
-        "d_model": config.hidden_size,
-        "d_ff": models.inner_size(config),
-        "num_heads": config.num_attention_heads,
-        "num_layers": config.num_hidden_layers,
-    }
+    sizes = {"d_model": config.hidden_size, "d_ff": models.inner_size(config)}
+    sizes |= {"num_heads": config.num_attention_heads, "num_layers": config.num_hidden_layers}
     own = {name: getattr(config, name) for name in T5_SIZES if hasattr(config, name)}
     family = {"name": model.name, "weights": model.weights, "family": config.model_type}
     return {**family, **sizes, **own}
@@ -137,12 +127,9 @@ def screen() -> Console:
 
 
 def finish(
-    content: Row,
-    path: Path,
-    console: Console,
-    *texts: Any,
+    content: Row, path: Path, console: Console, *texts: Any,
     draw: Callable[[Row, Path], Path] | None = None,
-) -> int:
+) -> int:  # fmt: skip
     """Write the result and its figure, print the texts; 1 if an arm failed."""
     results.write(path, content)
     written = [path, draw(content, path)] if draw else [path]

@@ -1,7 +1,5 @@
 """Result files: what a benchmark writes and the plots, targets and reports read."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable

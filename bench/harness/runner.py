@@ -1,7 +1,5 @@
 """Runs a case on any clock: arms are checked, warmed up, timed in turns, and checked again."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

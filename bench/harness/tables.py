@@ -1,7 +1,5 @@
 """The one table writer: columns once, for the screen and for Markdown; and the progress bar."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """How the plugins of this benchmark are trained: variants, and the settings of each stage."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,16 +94,10 @@ class Recipe:
         finish = step == "finish"
         weight = self.finish_layer_weight if finish else self.layer_weight
         return {
-            "max_steps": steps,
+            "max_steps": steps, "warmup_steps": min(30, steps // 5), "lr_scheduler_type": "linear",
             "learning_rate": self.finish_rate if finish else self.rate,
             "layer_weight": weight if variant.layers else 0.0,
-            "max_grad_norm": 10.0 if finish else 1.0,
-            "per_device_train_batch_size": self.batch,
-            "warmup_steps": min(30, steps // 5),
-            "lr_scheduler_type": "linear",
-            "sample_ratios": ratios > 1,
-            "ratios_per_step": ratios,
-            "save_steps": 100,
-            "logging_steps": 100,
-            "bf16": self.bf16,
-        }
+            "max_grad_norm": 10.0 if finish else 1.0, "per_device_train_batch_size": self.batch,
+            "sample_ratios": ratios > 1, "ratios_per_step": ratios, "save_steps": 100,
+            "logging_steps": 100, "bf16": self.bf16,
+        }  # fmt: skip

@@ -1,7 +1,5 @@
 """What plugins save on a dev set, in multiply-adds and measured time, and what they add."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,6 @@ import torch
 from torch import Tensor
 
 import variator_kernels as vk
-from variator_kernels.flops import Parts
 from variator_kernels.train import losses
 from variator_kernels.train.collate import batches, collator
 
@@ -114,10 +111,7 @@ def _cost(encoder: Any, inputs: list[dict[str, Tensor]], ratio: int) -> Row:
         found = vk.flops.count(encoder, length=lengths, ratio=ratio)
         used += found.multiply_adds.total
         dense += found.dense_multiply_adds.total
-        ffn += _around_ffn(found.multiply_adds)
+        parts = found.multiply_adds
+        ffn += parts.ffn + parts.merge + parts.decompress
         ffn_dense += found.dense_multiply_adds.ffn
     return {"multiply_adds_left": used / dense, "ffn_multiply_adds_left": ffn / ffn_dense}
-
-
-def _around_ffn(parts: Parts) -> int:
-    return parts.ffn + parts.merge + parts.decompress

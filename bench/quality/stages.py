@@ -3,8 +3,6 @@
 A stage that was killed goes on where it was; delete its folder to make it again.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -53,34 +51,24 @@ def answers(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> list
         _patched(model, variant, seed)
         if plugins is not None:
             vk.load_plugins(model, plugins)
+        several = len(variant.ratios) > 1
         config = DistillationConfig(
-            output_dir=str(folder),
-            sample_ratios=len(variant.ratios) > 1,
-            per_device_eval_batch_size=64,
-            use_cpu=True,
-            report_to="none",
-        )
+            output_dir=str(folder), sample_ratios=several, per_device_eval_batch_size=64,
+            use_cpu=True, report_to="none",
+        )  # fmt: skip
         collate = collator(tokenizer, model.config)
         trainer = DistillationTrainer(model, config, data_collator=collate)
         got: dict[str, float] = {}
         for split in splits:
             held_out, trainer.correct = tasks.load(setup.data, task, split, model, tokenizer)
             got |= trainer.evaluate(held_out, metric_key_prefix=split)
-        made = [
-            {
-                "task": task.name,
-                "variant": variant.name,
-                "bottleneck": variant.bottleneck,
-                "seed": seed,
-                "k": k,
-                "accuracy": got[f"dev_k{k}_accuracy"],
-                "loss": got[f"dev_k{k}_loss"],
-                "dense_accuracy": got["dev_dense_accuracy"],
-                "test_accuracy": got.get(f"test_k{k}_accuracy"),
-                "test_dense_accuracy": got.get("test_dense_accuracy"),
-            }
-            for k in variant.ratios
-        ]
+        made = []
+        for k in variant.ratios:
+            row = {"task": task.name, "variant": variant.name, "bottleneck": variant.bottleneck}
+            row |= {"seed": seed, "k": k, "accuracy": got[f"dev_k{k}_accuracy"]}
+            row |= {"loss": got[f"dev_k{k}_loss"], "dense_accuracy": got["dev_dense_accuracy"]}
+            row["test_accuracy"] = got.get(f"test_k{k}_accuracy")
+            made.append(row | {"test_dense_accuracy": got.get("test_dense_accuracy")})
         folder.mkdir(parents=True, exist_ok=True)
         results.write(result, made)
     found = json.loads(result.read_text())
@@ -113,11 +101,8 @@ def calibration(setup: Setup, task: tasks.Task, ratios: tuple[int, ...]) -> Row:
         vk.calibrate(model, inputs, (k,))
         seconds[str(k)] = time.perf_counter() - start
     masks = [batch["attention_mask"] for batch in inputs]
-    return {
-        "rows": sum(map(len, masks)),
-        "tokens": sum(int(mask.sum()) for mask in masks),
-        "seconds": seconds,
-    }
+    tokens = sum(int(mask.sum()) for mask in masks)
+    return {"rows": sum(map(len, masks)), "tokens": tokens, "seconds": seconds}
 
 
 def _plugins(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> Path | None:
@@ -168,12 +153,8 @@ def _pretrained(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> 
 def _calibrate(
     setup: Setup, variant: Variant, model: Any, tokenizer: Any, train: rows.Rows
 ) -> None:
-    vk.calibrate(
-        model,
-        _calibration_batches(setup, model, tokenizer, train),
-        merge=variant.frozen != "merge",
-        adapter=variant.frozen != "adapter",
-    )
+    inputs, frozen = _calibration_batches(setup, model, tokenizer, train), variant.frozen
+    vk.calibrate(model, inputs, merge=frozen != "merge", adapter=frozen != "adapter")
 
 
 def _calibration_batches(setup: Setup, model: Any, tokenizer: Any, train: rows.Rows) -> list[Any]:
@@ -184,21 +165,13 @@ def _calibration_batches(setup: Setup, model: Any, tokenizer: Any, train: rows.R
 
 
 def _train(
-    setup: Setup,
-    variant: Variant,
-    seed: int,
-    step: str,
-    model: Any,
-    tokenizer: Any,
-    train: rows.Rows,
-    folder: Path,
-) -> None:
+    setup: Setup, variant: Variant, seed: int, step: str, model: Any, tokenizer: Any,
+    train: rows.Rows, folder: Path,
+) -> None:  # fmt: skip
+    output = folder / ("finish" if step == "finish" else "run")
+    options = setup.recipe.stage(step, len(train), variant)
     config = DistillationConfig(
-        output_dir=str(folder / ("finish" if step == "finish" else "run")),
-        seed=seed,
-        use_cpu=True,
-        report_to="none",
-        **setup.recipe.stage(step, len(train), variant),
+        output_dir=str(output), seed=seed, use_cpu=True, report_to="none", **options
     )
     model.set_attn_implementation(setup.recipe.attention)
     trainer = DistillationTrainer(

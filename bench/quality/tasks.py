@@ -1,7 +1,5 @@
 """The tasks and the plain text: files under one folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,22 +20,11 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "sst2": Task(
-        "sst2",
-        "sst2/train.tsv",
-        "sst2/dev.tsv",
-        ("sentence",),
-        ("negative", "positive"),
-        "sst2/test.tsv",
-    ),
-    "rte": Task(
-        "rte",
-        "rte/train.tsv",
-        "rte/dev.tsv",
-        ("sentence1", "sentence2"),
-        ("not_entailment", "entailment"),
-    ),
-}
+    "sst2": Task("sst2", "sst2/train.tsv", "sst2/dev.tsv", ("sentence",), ("negative", "positive"),
+                 "sst2/test.tsv"),
+    "rte": Task("rte", "rte/train.tsv", "rte/dev.tsv", ("sentence1", "sentence2"),
+                ("not_entailment", "entailment")),
+}  # fmt: skip
 PLAIN_TEXT = ("wikitext2/valid.txt", "wikitext2/test.txt")
 
 

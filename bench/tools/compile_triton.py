@@ -5,8 +5,6 @@ asks for more shared memory than the chip has, or multiplies matrices without it
 instructions makes the command fail.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

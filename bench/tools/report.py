@@ -4,8 +4,6 @@
 ``<!-- /bench -->``; ``--check`` only says whether that would change anything.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

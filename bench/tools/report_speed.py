@@ -1,7 +1,5 @@
 """The blocks about speed and memory: one function each, from a machine's results."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -72,36 +70,25 @@ def _over(heading: str, arm: str, baseline: str) -> Column:
 
 DTYPE, K = key("dtype", "dtype"), key("k", "k")
 BOUND = number("cost bound", lambda row: row["bound"])
+_PACKED = "dense-packed"
 SUBLAYER = [
-    DTYPE,
-    K,
-    BOUND,
-    _over("eager PyTorch", "reference", "dense-packed"),
-    _over("compiled PyTorch", "reference-compiled", "dense-packed"),
-    _over("variator_kernels", "ours", "dense-packed"),
-    _over("the same, compiled", "ours-compiled", "dense-packed"),
-]
+    DTYPE, K, BOUND, _over("eager PyTorch", "reference", _PACKED),
+    _over("compiled PyTorch", "reference-compiled", _PACKED),
+    _over("variator_kernels", "ours", _PACKED),
+    _over("the same, compiled", "ours-compiled", _PACKED),
+]  # fmt: skip
 SMALL = [
-    Column("tokens", lambda cell: f"{cell['batch']} x {cell['length']}"),
-    DTYPE,
-    K,
-    _over("over dense, packed", "ours", "dense-packed"),
-    _over("over eager PyTorch", "ours", "reference"),
-]
+    Column("tokens", lambda cell: f"{cell['batch']} x {cell['length']}"), DTYPE, K,
+    _over("over dense, packed", "ours", _PACKED), _over("over eager PyTorch", "ours", "reference"),
+]  # fmt: skip
 BACKWARD = [
-    DTYPE,
-    K,
-    _over("compiled PyTorch", "reference-compiled", "reference"),
+    DTYPE, K, _over("compiled PyTorch", "reference-compiled", "reference"),
     _over("variator_kernels", "ours", "reference"),
-]
+]  # fmt: skip
 ENCODER = [
-    DTYPE,
-    key("arm", "arm"),
-    K,
-    number("seconds", lambda row: row["median"]),
-    number("over HF SDPA", lambda row: speedup(row, "hf-sdpa")),
-    BOUND,
-]
+    DTYPE, key("arm", "arm"), K, number("seconds", lambda row: row["median"]),
+    number("over HF SDPA", lambda row: speedup(row, "hf-sdpa")), BOUND,
+]  # fmt: skip
 
 
 def _nanoseconds(heading: str, padding: str) -> Column:
@@ -110,11 +97,9 @@ def _nanoseconds(heading: str, padding: str) -> Column:
 
 
 RAGGED = [
-    DTYPE,
-    K,
-    _nanoseconds("full batch, ns a token", "none"),
+    DTYPE, K, _nanoseconds("full batch, ns a token", "none"),
     _nanoseconds("ragged batch, ns a real token", "ragged"),
-]
+]  # fmt: skip
 
 
 def _of_cells(case: str, columns: list[Column]) -> Callable[[Machine, Path], str]:
@@ -139,13 +124,8 @@ def of_targets(found: Machine, folder: Path) -> str:
 
 
 TABLES: dict[str, Callable[[Machine, Path], str]] = {
-    "machine": caption,
-    "figure": figure,
-    "sublayer": _of_cells("sublayer", SUBLAYER),
-    "small": _of_cells("small", SMALL),
-    "encoder": encoder,
-    "backward": _of_cells("backward", BACKWARD),
-    "ragged": _of_cells("ragged", RAGGED),
-    "memory": of_memory,
-    "targets": of_targets,
-}
+    "machine": caption, "figure": figure, "sublayer": _of_cells("sublayer", SUBLAYER),
+    "small": _of_cells("small", SMALL), "encoder": encoder,
+    "backward": _of_cells("backward", BACKWARD), "ragged": _of_cells("ragged", RAGGED),
+    "memory": of_memory, "targets": of_targets,
+}  # fmt: skip

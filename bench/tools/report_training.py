@@ -1,7 +1,5 @@
 """The blocks about training: quality against k, ablations, calibration, time of a step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

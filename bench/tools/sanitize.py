@@ -4,8 +4,6 @@ Runs memcheck, racecheck, initcheck and synccheck over small forward and backwar
 kernel. Needs a GPU and compute-sanitizer; every tool must end without an error.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import itertools
@@ -45,8 +43,8 @@ def workload(backend: str, device: str = "cuda", tokens: int = 75) -> None:
 
     for (d, k, r), dtype in itertools.product(SIZES, (torch.bfloat16, torch.float16)):
         made = functools.partial(random, dtype=dtype)
-        plugin = PluginWeights(made(k, k * d), made(k), made(r, 2 * d), made(r), made(d, r),
-                               made(d))  # fmt: skip
+        shapes = ((k, k * d), (k,), (r, 2 * d), (r,), (d, r), (d,))
+        plugin = PluginWeights._make([*(made(*shape) for shape in shapes), "tanh"])
         ffn = FeedForward(made(136, d), made(d, 136), w_gate=made(136, d), norm="layer",
                           norm_weight=made(d), norm_bias=made(d))  # fmt: skip
         x = made(2, tokens, d)

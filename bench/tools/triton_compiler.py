@@ -4,8 +4,6 @@ The backend itself runs, on tensors without memory (``meta``): each launch is co
 started. So what is checked is what would run: same settings, same specialisations.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import subprocess
@@ -81,33 +79,26 @@ def resources(arch: str, kernel: Any) -> dict[str, int]:
 
 
 def _read(arch: str, kernel: Any) -> dict[str, int]:
-    shared = kernel.metadata.shared
-    if "cubin" not in kernel.asm:
-        text = kernel.asm["amdgcn"]
-
-        def field(name: str) -> int:
-            return int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))  # type: ignore[union-attr]
-
-        return {
-            "registers": field("vgpr_count"),
-            "stack": field("private_segment_fixed_size"),
-            "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
-            "shared": shared,
-            "matrix": len(re.findall(r"\bv_mfma_", text)),
-        }
-    usage = _tool("cuobjdump", "--dump-resource-usage", kernel.asm["cubin"])
-    sass = _tool("cuobjdump", "--dump-sass", kernel.asm["cubin"])
+    if "cubin" in kernel.asm:
+        usage = _tool("cuobjdump", "--dump-resource-usage", kernel.asm["cubin"])
+        code = _tool("cuobjdump", "--dump-sass", kernel.asm["cubin"])
+        matrix, pattern = r"\bHGMMA\b" if arch == "sm_90" else r"\bHMMA\b", r"\b{}:(\d+)"
+        names = ("REG", "STACK")
+    else:
+        usage = code = kernel.asm["amdgcn"]
+        matrix, pattern = r"\bv_mfma_", r"\.{}:\s*(\d+)"
+        names = ("vgpr_count", "private_segment_fixed_size")
 
     def number(name: str) -> int:
-        return int(re.search(rf"\b{name}:(\d+)", usage).group(1))  # type: ignore[union-attr]
+        return int(re.search(pattern.format(name), usage).group(1))  # type: ignore[union-attr]
 
-    return {
-        "registers": number("REG"),
-        "stack": number("STACK"),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "shared": shared,
-        "matrix": len(re.findall(r"\bHGMMA\b" if arch == "sm_90" else r"\bHMMA\b", sass)),
-    }
+    if "cubin" in kernel.asm:
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    else:
+        spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    registers, stack = map(number, names)
+    found = {"registers": registers, "stack": stack, "spills": spills}
+    return found | {"shared": kernel.metadata.shared, "matrix": len(re.findall(matrix, code))}
 
 
 def _tool(name: str, option: str, cubin: bytes) -> str:

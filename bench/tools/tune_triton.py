@@ -6,8 +6,6 @@ stays. Kernels are tuned one after the other, each with the best of those before
 of the time. Worker processes compile the candidates meanwhile. Needs a GPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import itertools
@@ -42,9 +40,8 @@ def _grid(**values: tuple) -> list[Settings]:
 
 def _products(tiles: list[tuple[int, int, int]]) -> list[Settings]:
     found: list[Settings] = [{"products": "torch"}]
-    for (bm, bn, warps), bk, stages, persistent in itertools.product(
-        tiles, (64, 128), (3, 4), (0, 1, 2)
-    ):
+    choices = itertools.product(tiles, (64, 128), (3, 4), (0, 1, 2))
+    for (bm, bn, warps), bk, stages, persistent in choices:
         found.append(
             {"products": "triton", "bm": bm, "bn": bn, "bk": bk, "group": 8, "tma": True,
              "persistent": persistent, "warps": warps, "stages": stages}
@@ -53,18 +50,16 @@ def _products(tiles: list[tuple[int, int, int]]) -> list[Settings]:
 
 
 CANDIDATES: dict[str, list[Settings]] = {
-    "group_merge": _grid(
-        bt=(32, 64, 128), bd=(64, 128), bs=(128, 256), warps=(4, 8), stages=(2, 3, 4)
-    ),
+    "group_merge": _grid(bt=(32, 64, 128), bd=(64, 128), bs=(128, 256), warps=(4, 8),
+                         stages=(2, 3, 4)),
     "weighted_sum": _grid(bg=(4, 8, 16), bs=(128, 256), warps=(4, 8), stages=(2,)),
     "linear_in": _products(TMA_TILES),
     "linear_gated": _products(TMA_TILES[2:]),
     "linear_out": _products(TMA_TILES),
-    "adapter_decompress": _grid(
-        bt=(32, 64, 128), bd=(64, 128, 256), warps=(4, 8), stages=(1, 2, 3, 4)
-    ),
+    "adapter_decompress": _grid(bt=(32, 64, 128), bd=(64, 128, 256), warps=(4, 8),
+                                stages=(1, 2, 3, 4)),
     "row_norm": _grid(bt=(1, 2, 4, 8), warps=(4, 8), stages=(1,)),
-}
+}  # fmt: skip
 
 
 def _row(kernel: str, case: dict[str, Any], settings: Settings) -> dict[str, Any]:
@@ -89,9 +84,8 @@ class Table:
         return [r for r in self.rows if (r["kernel"], r["case"]) != (kernel, case)]
 
     def write(self) -> None:
-        self.path.write_text(
-            "[\n" + ",\n".join("  " + json.dumps(row) for row in self.rows) + "\n]\n"
-        )
+        lines = ",\n".join("  " + json.dumps(row) for row in self.rows)
+        self.path.write_text(f"[\n{lines}\n]\n")
 
 
 def compile_ahead(model: str, k: int, row: dict[str, Any]) -> None:
@@ -135,12 +129,10 @@ def tune(
         of = _case(kernel, layer, k)
         # In any order, so that a share of the time tries a share of everything.
         candidates = random.Random(0).sample(CANDIDATES[kernel], len(CANDIDATES[kernel]))
-        compiled = [
-            workers.submit(compile_ahead, model, k, _row(kernel, of, candidate)).exception
-            if workers
-            else lambda: None
-            for candidate in candidates
-        ]
+        compiled: list[Any] = [lambda: None] * len(candidates)
+        if workers:
+            rows = (_row(kernel, of, candidate) for candidate in candidates)
+            compiled = [workers.submit(compile_ahead, model, k, row).exception for row in rows]
         plan.append((kernel, of, zip(candidates, compiled, strict=True)))
     for place, (kernel, of, candidates_of) in enumerate(plan):
         best, best_seconds = None, seconds()

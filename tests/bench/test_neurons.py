@@ -11,7 +11,7 @@ from transformers import BertTokenizerFast
 
 import variator_kernels as vk
 from bench import neurons
-from bench.cases import models, text
+from bench.cases import models
 from tests.sites import tiny as tiny_models
 
 WORDS = [f"word{i}" for i in range(30)]
@@ -116,5 +116,5 @@ def test_minilm_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_paragraphs_are_no_headings(data: Path) -> None:
-    found = text.paragraphs(data, 6)
+    found = neurons.paragraphs(data, 6)
     assert len(found) == 6 and all(line.startswith("word") for line in found)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from bench.tools import cuda_binary, cuda_resources
+from bench.tools import cuda_resources
 from variator_kernels import backends
 
 ROOT = Path(__file__).parents[2]
-MODULE = cuda_binary.module_path()
+MODULE = cuda_resources.module_path()
 WHY = backends.build_info().get("cuda", {}).get("reason", "the package was never built")
 pytestmark = pytest.mark.skipif(MODULE is None, reason=f"no CUDA kernels were compiled: {WHY}")
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(MODULE is None, reason=f"no CUDA kernels were co
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """What `make cuda-table` writes, by a process that knows nothing of the emulation."""
-    if cuda_binary.disassembler() is None:
+    if cuda_resources.disassembler() is None:
         pytest.skip("cuobjdump is neither on PATH nor in Triton's package")
     folder = tmp_path_factory.mktemp("resources")
     command = [sys.executable, "-m", "bench.tools.cuda_resources", "--output", str(folder)]
@@ -34,17 +34,17 @@ def rows(tmp_path_factory):
 
 
 def test_no_spills_no_stack_and_matrix_instructions(rows):
-    assert rows and cuda_binary.faults(rows) == []
+    assert rows and cuda_resources.faults(rows) == []
 
 
 def test_faults_are_seen(rows):
     """The check can fail."""
     bad = {**rows[0], "stack": 8}
-    assert len(cuda_binary.faults([bad])) == 1
+    assert len(cuda_resources.faults([bad])) == 1
 
 
 def test_every_kernel_is_there_for_every_architecture(rows):
-    names = {row["kernel"] for row in rows if not row["kernel"].startswith("gemm_")}
+    names = {row["kernel"] for row in rows if not row["kernel"].endswith(("sm80", "sm90"))}
     for arch in {row["arch"] for row in rows}:
         here = {row["kernel"] for row in rows if row["arch"] == arch}
         assert names <= here
@@ -63,12 +63,13 @@ def test_the_committed_table_has_every_kernel(rows):
     assert {n for n in names(rows) if n[2] in both} == {n for n in names(committed) if n[2] in both}
 
 
-def test_a_gemm_without_a_factor_loads_none():
+def test_a_product_without_a_factor_loads_none():
     """CUTLASS's VisitorAuxLoad by itself reads from address 0 where there is no factor."""
-    if cuda_binary.disassembler() is None:
+    if cuda_resources.disassembler() is None:
         pytest.skip("cuobjdump is neither on PATH nor in Triton's package")
-    rows = cuda_binary.resources(MODULE)
-    symbols = [row["symbol"] for row in rows if row["kernel"] == "gemm_sm80_128x128"]
+    symbols = [
+        r["symbol"] for r in cuda_resources.resources(MODULE) if r["kernel"] == "gemm_sm80_128x128"
+    ]
     assert all("FactorLoad" in s and "VisitorAuxLoad" not in s for s in symbols)
 
 
@@ -84,7 +85,7 @@ def test_it_loads_without_torch_and_without_a_driver():
         "import importlib.util as u, sys; "
         f"s = u.spec_from_file_location('variator_kernels._cuda', {str(MODULE)!r}); "
         "m = u.module_from_spec(s); s.loader.exec_module(m); "
-        "print(m.emulated, m.runtime_version >= 12000, 'torch' in sys.modules)"
+        "print(m.emulated, m.driver_version() >= 0, 'torch' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.tools import cuda_binary
+from bench.tools import cuda_resources
 
 ROOT = Path(__file__).parents[2]
 # The runtime finds the driver's functions by cuGetProcAddress, so that has to work too.
@@ -79,7 +79,7 @@ def test_the_drivers_version_needs_no_initialisation(calls):
     assert "cuDriverGetVersion" in called and "cuInit" not in called
 
 
-@pytest.mark.skipif(cuda_binary.module_path() is None, reason="no CUDA kernels were compiled")
+@pytest.mark.skipif(cuda_resources.module_path() is None, reason="no CUDA kernels were compiled")
 def test_importing_with_the_compiled_kernels(calls):
     called, architectures = calls(
         "from variator_kernels import extension; print(extension.load('cuda').architectures)",

@@ -6,8 +6,6 @@ Needs PyTorch for CUDA, Triton, transformers, pytest and matplotlib; no network.
 the same way at toy sizes without a GPU, on Triton's interpreter or else plain PyTorch.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -5,8 +5,6 @@ A kernel that crashes takes its process's GPU context along, and one that hangs 
 (``python -m bench.tools.gpu_report.session``) and starts a new one behind the job that was lost.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -17,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import gpu
+from bench.cases import Key, models
+from bench.cases.sublayer import Sublayer
 from bench.gpu import JOBS, Job
 from bench.harness.clock import Graph
 from bench.harness.runner import first_line
@@ -107,13 +107,30 @@ def followed(
             done += 1
 
 
+def warm(name: str) -> None:
+    """Compiles what ``max-autotune`` tries for a model's jobs.
+
+    Most of its time goes to compiling candidates; the report does that beside its tests. Which one
+    is the fastest is found out again when it is measured, alone on the GPU.
+    """
+    model = models.Architecture(name, models.SUBLAYERS[name](), None)
+    for job in (job for job in JOBS if job.model == name and job.compiles):
+        layer = Sublayer(model, "bf16", job.batch, job.length, device="cuda", kernels="triton")
+        for arm in (arm for arm in job.arms if arm.endswith("-compiled")):
+            for k in (None,) if arm.startswith("hf") else job.ratios:
+                layer.build(Key(arm, k))()
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--first", type=int, default=0, help="the first of the jobs (gpu.JOBS)")
     parser.add_argument("--seconds", type=float, default=1e9, help="no job that would take longer")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--output", type=Path, required=True, help="a JSON line a job")
+    parser.add_argument("--output", type=Path, help="a file, which gets a JSON line a job")
+    parser.add_argument("--warm", choices=models.SUBLAYERS, help="only compile this model's arms")
     chosen = parser.parse_args(arguments)
+    if chosen.warm:
+        return warm(chosen.warm)
     until = time.monotonic() + chosen.seconds
     with chosen.output.open("a") as file:
         for outcome in outcomes(JOBS[chosen.first :], "cuda", chosen.rounds, until):

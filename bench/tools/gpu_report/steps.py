@@ -1,7 +1,5 @@
 """What comes before measuring: install, tests and compilation, beside each other and in time."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -102,7 +100,8 @@ def prepare(until: float, arch: str) -> list[dict[str, Any]]:
         # is shared with the measurements.
         env = {"TORCHINDUCTOR_CACHE_DIR": str(CACHE / f"warm-{model}"),
                "TORCHINDUCTOR_COMPILE_THREADS": "4"}  # fmt: skip
-        warm = ["nice", "-n", "10", python, "-m", "bench.tools.gpu_report.warm", "--model", model]
+        warm = ["nice", "-n", "10", python, "-m", "bench.tools.gpu_report.session"]
+        warm += ["--warm", model]
         jobs.append((f"max-autotune {model}", warm, False, env))
     with ThreadPoolExecutor(len(jobs)) as pool:
         started = [

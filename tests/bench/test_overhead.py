@@ -1,0 +1,34 @@
+"""bench.overhead: a number with equal outputs, and none without."""
+
+import json
+
+import pytest
+
+from bench import internals, overhead
+from variator_kernels import extension
+
+KERNELS = pytest.mark.skipif(extension.load() is None, reason="the kernels are not built")
+
+
+def run(model, folder):
+    code = overhead.main(["--model", model, "--rounds", "5", "--output", str(folder)])
+    return code, json.loads((folder / "overhead.json").read_text())["rows"]
+
+
+@KERNELS
+def test_measures_a_sublayer(tiny, tmp_path):
+    code, (row,) = run(tiny, tmp_path)
+    assert code == 0 and row["status"] == "ok" and len(row["samples"]) == 5
+    assert row["q1"] <= row["median"] <= row["q3"]
+
+
+@KERNELS
+def test_measures_a_bert(tiny_bert, tmp_path):
+    assert run(tiny_bert, tmp_path)[0] == 0
+
+
+@KERNELS
+def test_other_outputs_have_no_number(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(internals, "ffn_sublayers", lambda model: [lambda x: x + 1])
+    code, (row,) = run(tiny, tmp_path)
+    assert code == 1 and row["status"] == "failed" and "median" not in row
