@@ -1,5 +1,7 @@
-# make bench    the speed-vs-k curve            make test      lint and the whole test suite
+# make bench    the speed-vs-k curve, in minutes (BENCH_BUDGET=100: seconds of measuring)
+# make bench-full  the same with every arm and enough rounds to quote      make test  lint and all tests
 # make lint     the checks alone                make format    reformat the sources
+# make test-weaker  a selection as on AVX2 (ISA=portable, avx512)   make test-lowest  on transformers 4.57
 # make sanitize tests/ops under the sanitizers  make kernels-bench   each kernel alone
 # make emulation      the CUDA kernels' logic as CPU code, for the tests
 # make cuda-table     registers, shared memory and occupancy of the built CUDA kernels
@@ -14,6 +16,7 @@ VENV ?= .venv
 # More arguments for installing torch, such as the package index of one build of it.
 TORCH_ARGS ?=
 BENCH_ARGS ?=
+BENCH_BUDGET ?= 100
 TEST_ARGS ?=
 # Processes that share the tests; 0: none but pytest's own.
 TEST_WORKERS ?= 2
@@ -28,7 +31,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help bench test lint format sanitize kernels-bench compile-table emulation \
+.PHONY: help bench bench-full test test-weaker test-lowest lint format sanitize kernels-bench compile-table emulation \
 	cuda-table gpu-report clean distclean
 
 BIN := $(abspath $(VENV))/bin
@@ -70,11 +73,18 @@ $(VENV)/.stamp-test: $(VENV)/.stamp-base $(BUILD_FILES)
 , := ,
 
 bench: $(VENV)/.stamp-bench
-	@touch $(VENV)/.bench-start
-	@$(PY) -m bench.speed_vs_k $(BENCH_ARGS)
-	@echo "== written:"
-	@find . -path ./$(VENV) -prune -o -path ./build -prune -o -newer $(VENV)/.bench-start \
-	    -type f \( -name '*.png' -o -name '*.json' \) -print
+	@$(call measure,--budget $(BENCH_BUDGET))
+
+bench-full: $(VENV)/.stamp-bench
+	@$(call measure,--small --ragged --backward)
+
+define measure
+touch $(VENV)/.bench-start
+$(PY) -m bench.speed_vs_k $(1) $(BENCH_ARGS)
+echo "== written:"
+find . -path ./$(VENV) -prune -o -path ./build -prune -o -newer $(VENV)/.bench-start \
+    -type f \( -name '*.png' -o -name '*.json' \) -print
+endef
 
 kernels-bench: $(VENV)/.stamp-test
 	@$(PY) -m bench.kernels $(BENCH_ARGS)
@@ -105,6 +115,7 @@ lint: $(VENV)/.stamp-test
 	@echo "== ruff format";   $(BIN)/ruff format --check .
 	@echo "== mypy";          $(BIN)/mypy
 	@echo "== clang-format";  $(BIN)/clang-format --dry-run --Werror $(CSRC)
+	@echo "== import-linter"; $(BIN)/lint-imports --no-cache >$(VENV)/layers || { cat $(VENV)/layers; exit 1; }
 
 format: $(VENV)/.stamp-test
 	@$(BIN)/ruff check --fix-only --quiet .
@@ -112,9 +123,35 @@ format: $(VENV)/.stamp-test
 	@$(BIN)/clang-format -i $(CSRC)
 
 # Threads sleep while they wait: there are more of them than cores.
+PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal
 test: lint $(EMULATION)/.stamp
 	@echo "== pytest"
-	@OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal $(TEST_ARGS)
+	@$(PYTEST) $(TEST_ARGS)
+
+# What a weaker processor runs, on this one: our kernels, oneDNN, PyTorch's and MKL's are told so.
+# Triton's and CUDA's kernels do not depend on it.
+ISA ?= avx2
+WEAKER_TESTS ?= tests/ops tests/sites tests/methods tests/runtime tests/train tests/test_checkpoint.py
+LIMITS_avx2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
+LIMITS_avx512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE
+LIMITS_portable := ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default
+test-weaker: $(VENV)/.stamp-test
+	@echo "== pytest as on a processor with $(ISA)"
+	@VARIATOR_CPU_ISA=$(ISA) $(LIMITS_$(ISA)) $(PYTEST) -m "not slow" -k "not triton and not cuda" \
+	    $(TEST_ARGS) $(WEAKER_TESTS)
+
+# The lowest transformers that is promised, beside everything else as it is.
+LOWEST := build/transformers-4.57
+LOWEST_TESTS ?= tests/sites tests/runtime tests/methods tests/test_checkpoint.py tests/test_flops.py
+$(LOWEST)/.stamp: $(VENV)/.stamp-test
+	@echo "== installing transformers 4.57.0 into $(LOWEST)"
+	@rm -rf $(LOWEST)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(LOWEST) \
+	    transformers==4.57.0 tokenizers==0.22.1 huggingface-hub==0.35.3
+	@touch $@
+test-lowest: $(LOWEST)/.stamp
+	@echo "== pytest with transformers 4.57.0"
+	@PYTHONPATH=$(LOWEST) $(PYTEST) -m "not slow" $(TEST_ARGS) $(LOWEST_TESTS)
 
 # A second build of the extension, with GCC's sanitizers. They, and libstdc++ for the exceptions they
 # intercept, must be in the process before Python is. Leaks are not looked for: Python keeps memory.

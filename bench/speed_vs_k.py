@@ -5,7 +5,9 @@ number, and the exit code is 1. Speed-ups are of the same round of the same proc
 """
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -32,6 +34,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--arms", type=options.words, help=f"some of {', '.join(options.ARMS)}")
     made.add_argument("--repeats", type=options.count, help="rounds of the sublayer; default 15")
     made.add_argument("--encoder-repeats", type=options.count, help="default 3")
+    made.add_argument(
+        "--budget",
+        type=options.count,
+        help="seconds to spend: as many rounds as fit, 2 rows unless asked, no compiled arms",
+    )
     made.add_argument("--small", action="store_true", help="also 1x128 and 1x512")
     made.add_argument("--backward", action="store_true", help="also forward with backward")
     made.add_argument("--ragged", action="store_true", help="also a right-padded ragged batch")
@@ -40,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
 
 def settle(args: argparse.Namespace) -> models.Architecture:
     """Fill in what was not asked for."""
+    if args.budget:
+        args.batch = args.batch or 2
     model = options.settle_common(args)
     args.ratios = args.ratios or ([4] if args.quick else [2, 4, 8, 16, 32])
     if args.encoder_ratios is None:
@@ -47,7 +56,8 @@ def settle(args: argparse.Namespace) -> models.Architecture:
     args.repeats = args.repeats or (3 if args.quick else 15)
     args.encoder_repeats = args.encoder_repeats or (2 if args.quick else 3)
     args.strict = args.arms is not None
-    args.arms = options.check_arms(args.arms or options.ARMS)
+    quick_arms = [arm for arm in options.ARMS if not arm.endswith("-compiled")]
+    args.arms = options.check_arms(args.arms or (quick_arms if args.budget else options.ARMS))
     return model
 
 
@@ -85,11 +95,18 @@ def main(arguments: list[str] | None = None) -> int:
         "speed_vs_k", settings | {"model": model.name, "allocator": memory}, model
     )
     path = results.folder(args.output, args.publish) / "speed_vs_k.json"
+    left = sum(1 for _ in args.dtype) * (2 if args.scope == "both" else 1)
+    end = time.perf_counter() + (args.budget or math.inf)
     for case, rounds, warmup in plan(args, model):
         if not case.arms:
             continue
+        now = time.perf_counter()
+        if now > end:
+            console.print(f"left out: {case.title} (the budget of {args.budget} s is spent)")
+            continue
+        until, left = now + (end - now) / max(left, 1), left - 1
         with tables.progress(console) as bar:
-            one = partial(run, case, [Wall()], rounds, warmup=warmup)
+            one = partial(run, case, [Wall()], rounds, warmup=warmup, until=until)
             rows = one(strict=args.strict, progress=bar)
         content["rows"] += rows
         results.write(path, content)

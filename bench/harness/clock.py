@@ -4,6 +4,7 @@ Without a GPU the last two do the same on the CPU, so that a dry run goes their 
 """
 
 import gc
+import math
 import random
 import statistics
 import time
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 FLUSH_BYTES = 256 * 2**20
+LEAST_ROUNDS = 3
 Key = TypeVar("Key", bound=Hashable)
 Call = Callable[[], Any]
 
@@ -48,8 +50,11 @@ class Wall:
         rounds: int,
         advance: Callable[[], None] = lambda: None,
         settle: bool = False,
+        until: float = math.inf,
     ) -> tuple[dict[Key, list[float]], dict[Key, Any]]:
         """Seconds of each call in each round, and each call's last output.
+
+        After three rounds none begins behind ``until``, a reading of ``time.perf_counter``.
 
         Every arm runs once a round, so that drift of the machine hits all alike. The order changes
         from round to round, from a fixed seed: no arm always follows the same one. ``settle``: an
@@ -62,6 +67,9 @@ class Wall:
         gc.disable()
         try:
             for turn in range(rounds):
+                if turn >= LEAST_ROUNDS and time.perf_counter() > until:
+                    break
+                last.clear()  # outputs of one round alone are kept
                 shuffle(order)
                 for key in order:
                     if settle and self.settles:
@@ -71,8 +79,7 @@ class Wall:
                     for _ in range(self.burst):
                         out = calls[key]()
                     marks[key].append((start, self.read()))
-                    if turn == rounds - 1:
-                        last[key] = out
+                    last[key] = out
                     del out
                     advance()
         finally:

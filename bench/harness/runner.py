@@ -1,5 +1,6 @@
 """Runs a case on any clock: arms are checked, warmed up, timed in turns, and checked again."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,12 +34,14 @@ def run(
     strict: bool = False,
     progress: Progress | None = None,
     ceilings: dict[str, float] | None = None,
+    until: float = math.inf,
 ) -> list[Row]:
     """Rows of the case, in the order of its arms. A failed arm's row holds no number.
 
     The first clock's times are the row's; those of others stand under their names. ``strict``: an
     arm that is not available counts as failed, not as skipped. ``ceilings``: of the device, for the
-    floor beside each time.
+    floor beside each time. ``until``: after three rounds none begins behind that reading of
+    ``time.perf_counter``.
     """
     progress = progress or Progress()
     progress.start(case.title, len(case.arms) * (1 + rounds))
@@ -73,7 +76,7 @@ def run(
             advance = (lambda: progress.step("timing")) if first else (lambda: None)
             settle = case.scope != "encoder"  # an encoder is far larger than any cache
             turns = max(1, rounds // clock.share)
-            samples, outputs = clock.interleave(timed, turns, advance, settle)
+            samples, outputs = clock.interleave(timed, turns, advance, settle, until)
             if first:
                 for key, out in outputs.items():
                     _judge(case, rows[key], out, truths[key.k, key.padding])
