@@ -28,9 +28,26 @@ def newest_first(paths: Iterable[Path]) -> list[Path]:
     return sorted(paths, key=lambda path: (not version(path), version(path)), reverse=True)
 
 
+def why_no_cuda() -> str | None:
+    """Why the CUDA kernels are not to be built, or None: their build takes many minutes, so it
+    needs a GPU on this machine, or ``VARIATOR_CUDA=1``."""
+    if not switched_on("VARIATOR_CUDA", "auto"):
+        return f"VARIATOR_CUDA={os.environ['VARIATOR_CUDA']}"
+    asked = os.environ.get("VARIATOR_CUDA", "auto").strip().lower() != "auto"
+    required = "cuda" in os.environ.get("VARIATOR_REQUIRE", "").lower()
+    if asked or required or os.environ.get("VARIATOR_CUDA_ARCHS") or has_gpu():
+        return None
+    return "no GPU is on this machine (VARIATOR_CUDA=1 builds them all the same)"
+
+
+def has_gpu() -> bool:
+    """Whether NVIDIA's driver shows a device."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+
+
 def find_nvcc() -> str | None:
     """nvcc by CUDACXX, CUDA_HOME, PATH or the usual folders; None if nowhere or not wanted."""
-    if not switched_on("VARIATOR_CUDA", "auto"):
+    if why_no_cuda() is not None:
         return None
     candidates = [shlex.split(os.environ.get("CUDACXX", "")) or [""]]
     for variable in ("CUDA_HOME", "CUDA_PATH"):

@@ -5,7 +5,9 @@ What was built, and why something was not, goes to stderr and to variator_kernel
 VARIATOR_REQUIRE=cpu[,cuda]   a part that could not be built is an error
 VARIATOR_CMAKE_ARGS="..."     more arguments for CMake
 VARIATOR_SANITIZE=1           build with the address and undefined-behaviour sanitizers
-VARIATOR_CUDA=0               leave the CUDA kernels out even where nvcc is
+VARIATOR_CUDA=1, 0            build the CUDA kernels, or not; default: where nvcc and a GPU are
+MAX_JOBS=4                    compile so many files at once; CMAKE_BUILD_PARALLEL_LEVEL does too.
+                              Default: the processors that this process may use
 VARIATOR_CUDA_ARCHS="80;90a"  GPU architectures; default: the local GPU's, else these with PTX
 CXX, CXXFLAGS                 the compiler and its flags, as usual
 CUDACXX, CUDA_HOME            where nvcc is, if not on PATH or below /usr/local
@@ -31,7 +33,7 @@ from setuptools.errors import CompileError, OptionError
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from build_backend import find_nvcc, switched_on  # noqa: E402
+from build_backend import find_nvcc, switched_on, why_no_cuda  # noqa: E402
 
 PARTS = ("cpu", "cuda")
 
@@ -113,6 +115,33 @@ def find_cutlass() -> str:
     return folder
 
 
+def parallel_jobs() -> int:
+    """How many files to compile at once: as asked for, else the processors usable here."""
+    for name in ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL"):
+        value = os.environ.get(name, "").strip()
+        if value:
+            if not value.isdigit() or int(value) < 1:
+                raise OptionError(f"{name} must be an integer >= 1, got {value!r}")
+            return int(value)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(usable or 1, container_cpus() or usable or 1))
+
+
+def container_cpus(root: str = "/sys/fs/cgroup") -> int | None:
+    """The processors that a container's quota amounts to, rounded up; None without a quota."""
+    try:
+        second = Path(root, "cpu.max")
+        if second.exists():
+            quota, period = second.read_text().split()
+        else:
+            folder = Path(root, "cpu")
+            quota = (folder / "cpu.cfs_quota_us").read_text().strip()
+            period = (folder / "cpu.cfs_period_us").read_text()
+        return None if quota in ("max", "-1") else max(1, -(-int(quota) // int(period)))
+    except (OSError, ValueError):
+        return None
+
+
 def build(part: str, source: Path, work: Path, options: list[str]) -> tuple[Path, dict]:
     """Builds the extension of ``source`` below ``work``; returns its path and CMake's report."""
     if os.name == "nt":
@@ -137,7 +166,7 @@ def build(part: str, source: Path, work: Path, options: list[str]) -> tuple[Path
     env = {**os.environ, "CXX": compiler}
     configure = [cmake, "-S", str(source), "-B", str(folder), *tools, *options]
     run_step("CMake's configuration", configure, env)
-    jobs = str(os.cpu_count() or 1)
+    jobs = str(parallel_jobs())
     run_step("the compilation", [cmake, "--build", str(folder), "--parallel", jobs], env)
 
     report = json.loads((folder / "build_report.json").read_text())
@@ -151,8 +180,8 @@ def build_cpu(work: Path) -> tuple[Path, dict]:
 
 
 def build_cuda(work: Path) -> tuple[Path, dict]:
-    if not switched_on("VARIATOR_CUDA", "auto"):
-        raise NotBuilt("VARIATOR_CUDA=0")
+    if (reason := why_no_cuda()) is not None:
+        raise NotBuilt(reason)
     nvcc = find_nvcc()
     if nvcc is None:
         raise NotBuilt("nvcc was not found (CUDACXX, CUDA_HOME, PATH, /usr/local/cuda*)")

@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 from variator_kernels import FeedForward, PluginWeights
 from variator_kernels.ops import prepack
+from variator_kernels.ops.adapter_decompress import op as decompress_op
+from variator_kernels.ops.arguments import Norm
+from variator_kernels.ops.group_merge import op as merge_op
+from variator_kernels.ops.groups import make_groups
 from variator_kernels.runtime.state import states
 from variator_kernels.sites.families import lookup
 from variator_kernels.sites.feed_forward import describe, family_of
@@ -68,20 +72,23 @@ def group_merge(
     x: Tensor, plugin: PluginWeights, ffn: FeedForward, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Norm, merge and W_1h h in one kernel: merged vectors, projected tokens, softmax weights."""
-    return torch.ops.variator.group_merge(
-        x, plugin.merge_weight, plugin.merge_bias, None, None, ffn.norm, ffn.norm_weight,
-        ffn.norm_bias, ffn.eps, plugin.w1.chunk(2, -1)[1], backend,
-    )  # fmt: skip
+    groups = make_groups(x, plugin.ratio, backend=backend)
+    return merge_op.group_merge(x, plugin.merge, groups, _norm(ffn), backend)
 
 
 def group_merge_backward(
-    d_merged: Tensor, d_projected: Tensor, x: Tensor, weights: Tensor, plugin: PluginWeights,
-    ffn: FeedForward, backend: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of x, W_c, b_c, W_1h and the norm's weight."""
+    gradients: tuple[Tensor, Tensor],
+    x: Tensor,
+    softmax: Tensor,
+    plugin: PluginWeights,
+    ffn: FeedForward,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, W_c, b_c, W_1h and the norm's weight, from those of the first two outputs."""
+    groups, norm = make_groups(x, plugin.ratio, backend=backend), _norm(ffn)
     return torch.ops.variator.group_merge_backward(
-        d_merged, d_projected, x, weights, plugin.merge_weight, None, None, ffn.norm,
-        ffn.norm_weight, ffn.norm_bias, ffn.eps, plugin.w1.chunk(2, -1)[1], backend,
+        *gradients, softmax, x, *plugin.merge, norm.weight, norm.bias, *groups, norm.name,
+        norm.eps, backend,
     )[:5]  # fmt: skip
 
 
@@ -89,21 +96,24 @@ def adapter_decompress(
     u: Tensor, projected: Tensor, plugin: PluginWeights, x: Tensor, backend: str
 ) -> Tensor:
     """Adapter, broadcast and residual in one kernel."""
-    return torch.ops.variator.adapter_decompress(
-        u, projected, plugin.w1.chunk(2, -1)[0], plugin.b1, plugin.w2, plugin.b2, x, None, None,
-        plugin.ratio, plugin.activation, backend,
-    )  # fmt: skip
+    groups = make_groups(projected, plugin.ratio, backend=backend)
+    return decompress_op.adapter_decompress(u, projected, plugin.adapter, x, groups, backend)
 
 
 def adapter_decompress_backward(
     dy: Tensor, u: Tensor, projected: Tensor, plugin: PluginWeights, backend: str
 ) -> tuple[Tensor, ...]:
     """Gradients of u, the projected tokens, W_1u, b_1, W_2 and b_2."""
+    groups = make_groups(projected, plugin.ratio, backend=backend)
     du, *others = torch.ops.variator.adapter_decompress_backward(
-        dy, u, projected, plugin.w1.chunk(2, -1)[0], plugin.b1, plugin.w2, None, None,
-        plugin.ratio, plugin.activation, backend,
-    )  # fmt: skip
+        dy, u, projected, *plugin.adapter[:4], None, *groups, plugin.activation, backend
+    )
     return du.view(u.shape), *others
+
+
+def _norm(ffn: FeedForward) -> Norm:
+    """Also the norm that a post-norm sublayer has behind: a kernel alone is measured with it."""
+    return Norm(ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)
 
 
 def cuda_product(a: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -130,20 +140,15 @@ def triton_launches(
     from variator_kernels.ops.compressed_ffn import triton as sublayer
     from variator_kernels.ops.group_merge import triton as merge
 
+    groups = make_groups(x, plugin.ratio, mask=mask, cu_seqlens=offsets, backend="triton")
+
     def forward() -> Tensor:
-        return sublayer.compressed_ffn(x, plugin, ffn, mask, offsets)
+        return sublayer.compressed_ffn(x, plugin, ffn, groups)
 
     def backward(dy: Tensor) -> None:
-        norm, weight = ("none", None) if ffn.post_norm else (ffn.norm, ffn.norm_weight)
-        (w1u, w1h), w_c = plugin.w1.chunk(2, -1), plugin.merge_weight
-        merged, projected, weights = merge.group_merge(
-            x, w_c, plugin.merge_bias, mask, offsets, norm, weight, None, 1e-6, w1h
-        )
-        merge.group_merge_backward(
-            merged, projected, x, weights, w_c, mask, offsets, norm, weight, None, 1e-6, w1h
-        )
-        decompress.adapter_decompress_backward(
-            dy, merged, projected, w1u, plugin.b1, plugin.w2, mask, offsets, plugin.ratio, "tanh"
-        )
+        norm, weights = ffn.pre_norm, plugin.merge
+        merged, projected, softmax = merge.group_merge(x, weights, groups, norm)
+        merge.group_merge_backward(merged, projected, softmax, x, weights, groups, norm)
+        decompress.adapter_decompress_backward(dy, merged, projected, plugin.adapter, groups)
 
     return forward, backward

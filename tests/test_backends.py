@@ -27,7 +27,7 @@ def on_a_gpu(monkeypatch, arch=(9, 0)):
 
 def test_auto_does_not_pick_what_never_ran(monkeypatch):
     x = on_a_gpu(monkeypatch)
-    monkeypatch.setattr(backends, "_PROVEN", {"triton": []})
+    monkeypatch.setattr(backends, "_PROVEN", [])
     assert backends.resolve("auto", x) == "reference"
     assert backends.resolve("triton", x) == "triton"
     assert status_of("triton").usable
@@ -36,12 +36,48 @@ def test_auto_does_not_pick_what_never_ran(monkeypatch):
 
 def test_auto_picks_what_ran_on_that_architecture(monkeypatch):
     x = on_a_gpu(monkeypatch)
-    monkeypatch.setattr(backends, "_PROVEN", {"triton": [{"arch": "sm_90"}]})
+    monkeypatch.setattr(backends, "_PROVEN", [{"backend": "triton", "arch": "sm_90"}])
     assert backends.resolve("auto", x) == "triton"
     assert "'auto' picks it there" in status_of("triton").detail
     x.dtype = torch.float64
     assert backends.resolve("auto", x) == "reference"
     assert backends.resolve("auto", on_a_gpu(monkeypatch, (8, 0))) == "reference"
+
+
+def cuda_kernels_for(monkeypatch, architectures):
+    """As where the CUDA kernels were compiled for these."""
+    monkeypatch.setattr(cuda_support, "_WHY_NO_LAUNCH", None)
+    monkeypatch.setattr(cuda_support, "EMULATED", False)
+    monkeypatch.setattr(cuda_support, "_ARCHITECTURES", architectures)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+
+
+@pytest.mark.parametrize(
+    ("proofs", "chosen"),
+    [
+        ([], "reference"),
+        (["cuda"], "cuda"),
+        (["triton"], "triton"),
+        (["cuda", "triton"], "cuda"),  # the faster stands first
+        (["triton", "cuda"], "triton"),
+    ],
+)
+def test_auto_asks_each_gpu_backend_for_its_own_proof(monkeypatch, proofs, chosen):
+    x = on_a_gpu(monkeypatch)
+    cuda_kernels_for(monkeypatch, "90a-real")
+    rows = [{"backend": backend, "arch": "sm_90"} for backend in proofs]
+    rows.append({"backend": "cuda", "arch": "sm_80"})
+    monkeypatch.setattr(backends, "_PROVEN", rows)
+    assert backends.resolve("auto", x) == chosen
+
+
+def test_auto_goes_on_where_a_proven_backend_cannot_run(monkeypatch):
+    x = on_a_gpu(monkeypatch)
+    cuda_kernels_for(monkeypatch, "80-real")
+    rows = [{"backend": backend, "arch": "sm_90"} for backend in ("cuda", "triton")]
+    monkeypatch.setattr(backends, "_PROVEN", rows)
+    assert backends.resolve("auto", x) == "triton"
+    assert "'auto' picks it there" in status_of("cuda").detail
 
 
 def test_an_explicit_choice_says_why_it_cannot_run(monkeypatch):
@@ -75,9 +111,9 @@ def test_importing_leaves_the_gpu_alone(monkeypatch, driver, why):
     def initialises(*_):
         raise AssertionError("CUDA was initialised")
 
-    versions = {"driver_version": lambda: driver, "runtime_version": lambda: 13000}
-    module = types.SimpleNamespace(emulated=False, architectures="90a-real", **versions)
+    module = types.SimpleNamespace(emulated=False, architectures="90a-real", runtime_version=13000)
     monkeypatch.setitem(extension._LOADED, "cuda", (module, ""))
+    monkeypatch.setattr(cuda_support, "_driver_version", lambda: driver)
     for name in ("is_available", "device_count", "get_device_capability"):
         monkeypatch.setattr(torch.cuda, name, initialises)
     assert why in (cuda_support._why_no_launch() or "")
@@ -85,9 +121,7 @@ def test_importing_leaves_the_gpu_alone(monkeypatch, driver, why):
 
 def test_the_cuda_kernels_say_why_not(monkeypatch):
     x = on_a_gpu(monkeypatch, (10, 0))
-    monkeypatch.setattr(cuda_support, "_WHY_NO_LAUNCH", None)
-    monkeypatch.setattr(cuda_support, "EMULATED", False)
-    monkeypatch.setattr(cuda_support, "_ARCHITECTURES", "90a-real")
+    cuda_kernels_for(monkeypatch, "90a-real")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
     with pytest.raises(ValueError, match=r"the GPU is sm_100, .* built for 90a-real"):
         backends.resolve("cuda", x)
@@ -99,7 +133,6 @@ def test_the_cuda_kernels_say_why_not(monkeypatch):
 
 
 def test_the_record_of_proofs_is_whole():
-    for backend, rows in backends._PROVEN.items():
-        assert backend in backends.BACKENDS
-        for row in rows:
-            assert {"arch", "gpu", "torch", "triton", "commit"} <= row.keys()
+    for row in backends._PROVEN:
+        assert row["backend"] in ("triton", "cuda")
+        assert {"arch", "gpu", "torch", "triton", "commit"} <= row.keys()

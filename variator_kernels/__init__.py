@@ -5,6 +5,7 @@ from .checkpoint import load_plugins, save_plugins
 from .methods.variator import AdapterDecompress, CompressedFFN, GroupMerge, Plugin
 from .methods.variator.calibration import calibrate
 from .methods.variator.method import plugin_parameters
+from .ops import flop_formulas
 from .ops.feed_forward import FeedForward, PluginWeights
 from .patching import patch, patch_bert, patch_t5, unpatch
 from .runtime.levels import set_ratio, use_ratio
@@ -33,4 +34,4 @@ __all__ = [
     "use_ratio",
 ]
 
-flops.register()
+flop_formulas.register()

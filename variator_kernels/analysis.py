@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .ops.feed_forward import FeedForward, normalize
-from .ops.groups import slots
+from .ops.groups import make_groups, slots
 from .runtime.context import observe
 from .runtime.levels import use_ratio
 from .runtime.state import STATE, states
@@ -133,7 +133,6 @@ def neurons(
         ffn = describe(layer)
         if ffn.module is not None:
             raise ValueError(f"model's FFN {i} is more than its weights: its neurons are not seen")
-        mask = None if mask is None else mask.to(x.device)
         new = _activity(layer, ffn, x, mask, k, threshold)
         before = counts[i]
         counts[i] = new if before is None else before + new
@@ -152,7 +151,7 @@ def _activity(
 ) -> Activity:
     if not ffn.post_norm:
         x = normalize(x, ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)
-    index, exists = slots(x, k, mask, None)
+    index, exists = slots(make_groups(x, k, mask=mask), x.shape[0] * x.shape[1])
     exists = exists.flatten(0, 1)
     active = _is_active(x.flatten(0, 1), ffn, threshold)
     whole = exists.all(-1)

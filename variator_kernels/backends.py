@@ -54,12 +54,14 @@ def _why_no_triton(version: str | None) -> str | None:
 _TRITON = _triton_version()
 _WHY_NO_TRITON = _why_no_triton(_TRITON)
 _INTERPRETER = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
-_PROVEN: dict[str, list[dict]] = json.loads(Path(__file__).with_name("proven.json").read_text())
+# A row is a backend on a GPU architecture: its tests and its report passed there. Of two that are
+# proven on one architecture, the faster stands first.
+_PROVEN: list[dict] = json.loads(Path(__file__).with_name("proven.json").read_text())
 
 
 def proven_on(backend: str) -> list[str]:
     """The GPU architectures on which a backend's tests and report passed, as committed."""
-    return [row["arch"] for row in _PROVEN.get(backend, [])]
+    return [row["arch"] for row in _PROVEN if row["backend"] == backend]
 
 
 def status() -> list[Status]:
@@ -78,13 +80,14 @@ def status() -> list[Status]:
     ]
 
 
+def _experience(backend: str) -> str:
+    if proven := proven_on(backend):
+        return f"ran on {', '.join(proven)}; 'auto' picks it there"
+    return "compiled ahead of time, never run on a GPU: 'auto' does not pick it"
+
+
 def _triton_status() -> Status:
-    proven = proven_on("triton")
-    experience = (
-        f"ran on {', '.join(proven)}; 'auto' picks it there"
-        if proven
-        else "compiled ahead of time, never run on a GPU: 'auto' does not pick it"
-    )
+    experience = _experience("triton")
     if _WHY_NO_TRITON is not None:
         return Status("triton", False, f"{_WHY_NO_TRITON} ({experience})")
     if _INTERPRETER:
@@ -98,9 +101,7 @@ def _triton_status() -> Status:
 
 def _cuda_status() -> Status:
     usable, detail = cuda_support.describe()
-    if not proven_on("cuda"):
-        detail += " (compiled, never run on a GPU: 'auto' does not pick it)"
-    return Status("cuda", usable, detail)
+    return Status("cuda", usable, f"{detail} ({_experience('cuda')})")
 
 
 def build_info() -> dict:
@@ -120,23 +121,25 @@ def resolve(backend: str, x: torch.Tensor) -> str:
     if backend == "auto":
         if _why_not_cpu(x) is None:
             return "cpu"
-        if _proven_for(x, "triton") and _why_not_triton(x) is None:
-            return "triton"
+        for proven in _proven_for(x):
+            if _WHY_NOT[proven](x) is None:
+                return proven
         return "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
-    why_not = {"cpu": _why_not_cpu, "triton": _why_not_triton, "cuda": cuda_support.why_not}
-    reason = why_not[backend](x)
+    reason = _WHY_NOT[backend](x)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run here: {reason}")
     return backend
 
 
-def _proven_for(x: torch.Tensor, backend: str) -> bool:
-    if x.device.type != "cuda" or not proven_on(backend):
-        return False
+def _proven_for(x: torch.Tensor) -> list[str]:
+    """The backends that are proven on the GPU of ``x``, the fastest first."""
+    if x.device.type != "cuda" or not _PROVEN:
+        return []
     properties = torch.cuda.get_device_properties(x.device)
-    return f"sm_{properties.major}{properties.minor}" in proven_on(backend)
+    arch = f"sm_{properties.major}{properties.minor}"
+    return [row["backend"] for row in _PROVEN if row["arch"] == arch]
 
 
 def _why_not_cpu(x: torch.Tensor) -> str | None:
@@ -155,3 +158,6 @@ def _why_not_triton(x: torch.Tensor) -> str | None:
     if x.dtype not in GPU_DTYPES:
         return f"the input's dtype is {x.dtype}, expected one of {GPU_DTYPES}"
     return _WHY_NO_TRITON
+
+
+_WHY_NOT = {"cpu": _why_not_cpu, "triton": _why_not_triton, "cuda": cuda_support.why_not}

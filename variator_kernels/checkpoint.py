@@ -56,7 +56,7 @@ def gather(model: nn.Module) -> tuple[Settings, dict[str, Tensor]]:
     )
     sharding.reshard(model)
     tensors = {}
-    for i, layer in enumerate(found.layers):
+    for i, layer in found.own_layers:
         for k in state.ratios:
             for field in FIELDS:
                 name = key(i, k, field)
@@ -119,7 +119,7 @@ def load_plugins(model: nn.Module, source: str | os.PathLike[str]) -> None:
         )
     sharding.reshard(model)
     with torch.no_grad():
-        for i, layer in enumerate(found.layers):
+        for i, layer in found.own_layers:
             for k in settings.ratios:
                 for field in FIELDS:
                     parameter = layer.plugins[str(k)].get_parameter(field)
@@ -183,7 +183,7 @@ def _check(found: Found, settings: Settings, tensors: dict[str, Tensor], path: P
             f"source {path} has ratios {settings.ratios}, the model has plugins for "
             f"{state.ratios}: patch it with ratios= that hold them"
         )
-    shapes = stored.shapes(settings)
+    shapes = stored.shapes(settings, [i for i, _ in found.own_layers])
     if tensors.keys() != shapes.keys():
         missing = sorted(shapes.keys() - tensors.keys())
         unexpected = sorted(tensors.keys() - shapes.keys())

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import operator
-from itertools import pairwise
 
 import torch
 from torch import Tensor
-
-from .ops.feed_forward import ACTIVATIONS, NORMS, FeedForward, PluginWeights
-
-ADAPTER_ACTIVATIONS = ("tanh", "identity")
 
 
 def ratio(value: object, name: str = "ratio", least: int = 1) -> int:
@@ -44,118 +39,20 @@ def same_device(tensor: Tensor, x: Tensor, name: str, x_name: str = "x") -> None
         raise ValueError(f"{name} must be on {x_name}'s device {x.device}, got {tensor.device}")
 
 
-def hidden(x: Tensor, cu_seqlens: Tensor | None, name: str = "x") -> None:
-    """A floating ``[B, n, d]``, or ``[T, d]`` with ``cu_seqlens``."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    dims = 3 if cu_seqlens is None else 2
-    if x.dim() != dims:
-        form = "[batch, length, hidden]" if dims == 3 else "[tokens, hidden] (cu_seqlens is given)"
-        raise ValueError(f"{name} must have shape {form}, got {list(x.shape)}")
-    floating(x, name)
-
-
-def token_mask(mask: Tensor | None, cu_seqlens: Tensor | None, x: Tensor) -> None:
-    """``mask [B, n]`` (nonzero: a real token) and ``cu_seqlens [sequences + 1]``, never both."""
-    if mask is not None and cu_seqlens is not None:
-        raise ValueError("mask and cu_seqlens exclude each other: packed input has no padding")
-    if mask is not None:
-        shape(mask, tuple(x.shape[:2]), "mask")
-        same_device(mask, x, "mask")
-        mask_values(mask, "mask")
-    if cu_seqlens is not None:
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-            got = list(cu_seqlens.shape) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens)
-            raise ValueError(f"cu_seqlens must be a 1-d tensor of at least one offset, got {got}")
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
-        same_device(cu_seqlens, x, "cu_seqlens")
-        if _readable(cu_seqlens):
-            offsets(cu_seqlens, x.shape[0])
-
-
-def _readable(tensor: Tensor) -> bool:
+def readable(tensor: Tensor) -> bool:
     """Whether looking at values costs no synchronisation and is no graph break."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def mask_values(mask: Tensor, name: str) -> None:
     """A floating mask holds 1 and 0; an additive one (0 and -inf) would mean the opposite."""
-    if mask.is_floating_point() and _readable(mask) and bool((mask < 0).any()):
+    if mask.is_floating_point() and readable(mask) and bool((mask < 0).any()):
         raise ValueError(
             f"{name} must be nonzero for a real token and 0 for padding, got negative values "
             "(an additive mask?)"
         )
 
 
-def offsets(cu_seqlens: Tensor, tokens: int) -> None:
-    """Offsets never fall and stay within the tokens."""
-    values = cu_seqlens.tolist()
-    if values[0] < 0 or values[-1] > tokens or any(a > b for a, b in pairwise(values)):
-        raise ValueError(
-            f"cu_seqlens must rise from >= 0 to at most the number of tokens, {tokens}, "
-            f"got {values}"
-        )
-
-
 def floating(tensor: Tensor, name: str) -> None:
     if not tensor.is_floating_point():
         raise ValueError(f"{name} must be a floating point tensor, got {tensor.dtype}")
-
-
-def merge_parameters(weight: Tensor, bias: Tensor, x: Tensor) -> int:
-    """W_c ``[k, k*d]`` and b_c ``[k]``; returns k."""
-    if not isinstance(bias, Tensor) or bias.dim() != 1 or bias.shape[0] < 2:
-        got = list(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
-        raise ValueError(f"merge bias must have shape [ratio] with ratio >= 2, got {got}")
-    k = bias.shape[0]
-    shape(weight, (k, k * x.shape[-1]), "merge weight")
-    for tensor, name in ((weight, "merge weight"), (bias, "merge bias")):
-        same_device(tensor, x, name)
-        floating(tensor, name)
-    return k
-
-
-def adapter_parameters(
-    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str, x: Tensor
-) -> int:
-    """W_1 ``[r, 2d]``, b_1 ``[r]``, W_2 ``[d, r]``, b_2 ``[d]``; returns r."""
-    d = x.shape[-1]
-    choice(activation, ADAPTER_ACTIVATIONS, "activation")
-    if not isinstance(b1, Tensor) or b1.dim() != 1 or b1.shape[0] < 1:
-        raise ValueError("b1 must have shape [bottleneck] with bottleneck >= 1")
-    r = b1.shape[0]
-    for tensor, expected, name in (
-        (w1, (r, 2 * d), "w1"),
-        (b1, (r,), "b1"),
-        (w2, (d, r), "w2"),
-        (b2, (d,), "b2"),
-    ):
-        shape(tensor, expected, name)
-        same_device(tensor, x, name)
-        floating(tensor, name)
-    return r
-
-
-def plugin(weights: PluginWeights, x: Tensor) -> None:
-    """All of a plugin's parameters."""
-    merge_parameters(weights.merge_weight, weights.merge_bias, x)
-    adapter_parameters(weights.w1, weights.b1, weights.w2, weights.b2, weights.activation, x)
-
-
-def feed_forward(ffn: FeedForward, x: Tensor) -> None:
-    """Every tensor of the sublayer: shape, device, a floating dtype."""
-    d = x.shape[-1]
-    choice(ffn.norm, NORMS, "norm")
-    expected: dict[str, tuple[int, ...]] = {"norm_weight": (d,), "norm_bias": (d,)}
-    if ffn.module is None:
-        choice(ffn.activation, ACTIVATIONS, "ffn activation")
-        f = ffn.w_in.shape[0]
-        expected |= {"w_in": (f, d), "w_out": (d, f), "w_gate": (f, d)}
-        expected |= {"b_in": (f,), "b_out": (d,), "b_gate": (f,)}
-    for name, size in expected.items():
-        tensor = getattr(ffn, name)
-        if tensor is not None:
-            shape(tensor, size, name)
-            same_device(tensor, x, name)
-            floating(tensor, name)

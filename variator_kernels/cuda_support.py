@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 
 import torch
@@ -15,6 +16,19 @@ def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
+def _driver_version() -> int:
+    """The newest CUDA that the driver supports, as 13000 for 13.0; 0: there is no driver.
+
+    From libcuda itself: the runtime's cudaDriverGetVersion initialises CUDA, this does not.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    version = ctypes.c_int(0)
+    return version.value if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else 0
+
+
 def _why_no_launch() -> str | None:
     """Why the kernels cannot run on any GPU here, or None.
 
@@ -26,7 +40,7 @@ def _why_no_launch() -> str | None:
         return extension.why_missing("cuda")
     if cuda.emulated:
         return None
-    driver, runtime = cuda.driver_version(), cuda.runtime_version()  # 0: there is no driver
+    driver, runtime = _driver_version(), cuda.runtime_version
     if 0 < driver // 1000 < runtime // 1000:
         return (
             f"the driver supports CUDA {_version(driver)}, the kernels were built with "

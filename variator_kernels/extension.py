@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -45,6 +46,19 @@ _LOADED = {"cpu": _load_cpu(), "cuda": _import("cuda")}
 def load(part: str = "cpu") -> Any:
     """The extension module of ``"cpu"`` or ``"cuda"``, or None; :func:`why_missing` says why."""
     return _LOADED[part][0]
+
+
+@functools.cache
+def enum_value(part: str, kind: str, name: str) -> int:
+    """The number that the kernels of ``part`` give a name of one of csrc/enums.h's enumerations.
+
+    Raises:
+        ValueError: they know no such name.
+    """
+    values = getattr(load(part), kind)
+    if name not in values:
+        raise ValueError(f"{kind} of the {part} kernels are {sorted(values)}, got {name!r}")
+    return values[name]
 
 
 def why_missing(part: str = "cpu") -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import checks
+from .ops.flop_formulas import decompress_macs, ffn_macs, merge_macs
 from .runtime.level import mentioned, resolve
 from .runtime.state import STATE
 from .sites.feed_forward import describe
@@ -74,7 +72,8 @@ def count(
     """
     found = find(model)
     sites = sites_of(found)
-    ratios = resolve(ratio, sites, tuple(map(checks.ratio, mentioned(ratio)))).ratios
+    available = tuple(map(checks.ratio, mentioned(ratio)))
+    ratios = resolve(ratio, sites, available, found.owners).ratios
     compressed = [k for k in ratios if k > 1]
     if isinstance(length, int):
         lengths = [checks.ratio(length, "length", least=0)] * checks.ratio(batch, "batch", least=0)
@@ -106,14 +105,15 @@ def count(
         decompress=sum(decompress_macs(tokens, vectors[k], d, r) for k in compressed),
     )
 
-    weights = ffn_macs(d, f, gated) * layers
+    own = [i for i, _ in found.own_layers]  # a shared module runs often and is there once
+    weights = ffn_macs(d, f, gated) * len(own)
     plugins = {id(p) for m in attached(found.encoder) for p in m.parameters()} if state else ()
     base = sum(p.numel() for p in found.encoder.parameters() if id(p) not in plugins)
-    projections = layers * 4 * d * inner
+    projections = len(set(map(id, found.blocks))) * 4 * d * inner
     plain = {"attention_projections": projections, "ffn": weights}
     rest = base - projections - weights
     dense_parameters = Parts(**plain, other=rest)
-    sizes = [plugin_parameters(d, k, r) for k in compressed]
+    sizes = [plugin_parameters(d, ratios[i], r) for i in own if ratios[i] > 1]
     parameters = Parts(
         **plain,
         merge=sum(merge for merge, _ in sizes),
@@ -129,21 +129,6 @@ def _outside_blocks(encoder: nn.Module, rows: int, length: int) -> int:
     pooler: Any = getattr(encoder, "pooler", None)
     macs = 0 if projection is None else rows * length * projection.weight.numel()
     return macs + (0 if pooler is None else rows * pooler.dense.weight.numel())
-
-
-def ffn_macs(hidden: int, inner: int, gated: bool) -> int:
-    """Of the FFN, a vector; also its number of weights."""
-    return (3 if gated else 2) * hidden * inner
-
-
-def merge_macs(tokens: int, hidden: int, ratio: int) -> int:
-    """Scores and weighted sum. A slot without a token is no work."""
-    return tokens * (ratio * hidden + hidden)
-
-
-def decompress_macs(tokens: int, groups: int, hidden: int, bottleneck: int) -> int:
-    """The split adapter: ``W_1h h`` and ``W_2`` a token, ``W_1u u`` a group."""
-    return (2 * tokens + groups) * bottleneck * hidden
 
 
 def plugin_parameters(hidden: int, ratio: int, bottleneck: int) -> tuple[int, int]:
@@ -164,69 +149,3 @@ def paper_check(
     adapter = 3 * bottleneck * hidden
     saved = 1 - (1 / ratio + (merge_macs(1, hidden, ratio) + adapter) / ffn)
     return saved, sum(plugin_parameters(hidden, ratio, bottleneck)) / ffn
-
-
-def register() -> None:
-    """Teach ``torch.utils.flop_counter`` our ops (a multiply-add is two of its flops)."""
-    for name, formula in _FORMULAS.items():
-        op = getattr(torch.ops.variator, name)
-        if op not in flop_registry:
-            decorate: Any = register_flop_formula(op)
-            decorate(formula)
-
-
-# Formulas get the ops' arguments with shapes in the place of tensors (schemas: ops/<op>/op.py).
-# A shape does not tell padding: every token counts as real. Backward passes count two products
-# for each of the forward's, and what they compute again.
-
-
-def _group_merge(
-    x: Any, weight: Any, bias: Any, mask: Any, cu: Any, norm: str, norm_weight: Any, norm_bias: Any,
-    eps: float, projection: Any, *_: Any, **__: Any,
-) -> int:  # fmt: skip
-    d, tokens = x[-1], math.prod(x[:-1])
-    r = 0 if projection is None else projection[0]
-    return 2 * (merge_macs(tokens, d, bias[0]) + tokens * r * d)
-
-
-def _group_merge_backward(
-    d_merged: Any, d_projected: Any, x: Any, weights: Any, weight: Any, *rest: Any, **_: Any
-) -> int:
-    return 2 * _group_merge(x, weight, weights[-1:], *rest)
-
-
-def _adapter_decompress(u: Any, projected: Any, w1u: Any, *_: Any, **__: Any) -> int:
-    r, d = w1u
-    return 2 * r * d * (math.prod(projected[:-1]) + math.prod(u[:-1]))
-
-
-def _adapter_decompress_backward(
-    dy: Any, u: Any, projected: Any, w1u: Any, *_: Any, **__: Any
-) -> int:
-    r, d = w1u
-    return 2 * _adapter_decompress(u, projected, w1u) + 2 * r * d * math.prod(u[:-1])
-
-
-def _compressed_ffn(*arguments: Any, **_: Any) -> int:
-    (x, _mask, cu, _wc, bc, _w1, b1, _w2, _b2, w_in, _w_out, w_gate) = arguments[:12]
-    d, k, tokens = x[-1], bc[0], math.prod(x[:-1])
-    if cu is None:
-        groups = x[0] * -(-x[1] // k)
-    else:
-        groups = (tokens + (cu[0] - 1) * (k - 1)) // k
-    macs = groups * ffn_macs(d, w_in[0], w_gate is not None)
-    return 2 * (macs + merge_macs(tokens, d, k) + decompress_macs(tokens, groups, d, b1[0]))
-
-
-def _compressed_ffn_backward(dy: Any, *arguments: Any, **_: Any) -> int:
-    return 3 * _compressed_ffn(*arguments)
-
-
-_FORMULAS = {
-    "group_merge": _group_merge,
-    "group_merge_backward": _group_merge_backward,
-    "adapter_decompress": _adapter_decompress,
-    "adapter_decompress_backward": _adapter_decompress_backward,
-    "compressed_ffn": _compressed_ffn,
-    "compressed_ffn_backward": _compressed_ffn_backward,
-}

@@ -10,11 +10,12 @@ from torch import nn
 from . import backends
 from .methods.variator.config import PLACEMENTS, configure
 from .methods.variator.method import Variator
-from .runtime import level
+from .ops import prepack
 from .runtime.state import State
 from .sites.families import BERT_FAMILIES, FAMILIES, T5_FAMILIES, Family
 from .sites.find import check_unchanged, find, is_patched
 from .sites.install import install, remove, sites_of
+from .sites.wrappers import check_unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -84,17 +85,14 @@ def patch(
     placements: Iterable[str] = ("ffn",),
     backend: str = "auto",
 ) -> Model:
-    """:func:`patch_t5` or its like, by ``model.config.model_type``.
+    """:func:`patch_t5` or its like, by the encoder that ``model`` holds at any depth.
+
+    A ``SentenceTransformer``, a DPR encoder and an ``EncoderDecoderModel`` are taken too.
 
     Raises:
         TypeError, ValueError: the family is not known; else as :func:`patch_t5`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in FAMILIES:
-        raise ValueError(f"model must be of a known family, {tuple(FAMILIES)}, got {kind!r}")
-    families = (FAMILIES[kind],)
+    families = tuple(FAMILIES.values())
     return apply(model, families, ratio, ratios, bottleneck, activation, placements, backend)
 
 
@@ -105,6 +103,7 @@ def unpatch(model: Model) -> Model:
         ValueError: the model is not patched, or somebody replaced a patched ``forward`` since.
     """
     remove(model)
+    prepack.cache.forget(model.parameters())
     return model
 
 
@@ -122,14 +121,16 @@ def apply(
     if isinstance(model, nn.Module) and is_patched(model):
         raise ValueError("model is already patched: use set_ratio(), or unpatch() it first")
     found = find(model, families)
+    check_unwrapped(model)
     check_unchanged(found)
     config, active = configure(ratio, ratios, bottleneck, activation, placements, backend)
     backends.resolve(config.backend, found.like(0))
     method, sites = Variator(config), sites_of(found)
-    state = State(found.family.name, method, sites, level.resolve(active, sites, config.ratios))
-    modules = [
-        method.parameters(found.hidden_size, found.like(site.layer), layer.training)
-        for site, layer in zip(sites, found.layers, strict=True)
-    ]
+    state = State(found.family.name, method, sites, found.owners)
+    state.level = state.check(active)
+    modules = {
+        i: method.parameters(found.hidden_size, found.like(i), layer.training)
+        for i, layer in found.own_layers
+    }
     install(model, found, state, modules)
     return model

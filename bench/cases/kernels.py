@@ -153,7 +153,7 @@ def kernels(layer: Sublayer, k: int) -> dict[str, Kernel]:
                lambda t: (x.to(t) + decompress_plain(g.to(t), projected, wide(t)[1]),),
                Work(plugin_bytes + tokens * d * item, 2 * (tokens + groups) * d * r)),
         Kernel(lambda b: internals.group_merge_backward(
-                   d_merged, d_projected, x, weights(b), p, ffn, b),
+                   (d_merged, d_projected), x, weights(b), p, ffn, b),
                merge_gradients_plain,
                Work(plugin_bytes + tokens * d * item, 4 * tokens * d * (k + 1 + r))),
         Kernel(lambda b: internals.adapter_decompress_backward(x, g, projected, p, b),

@@ -22,7 +22,7 @@ from bench.harness.results import Row
 from variator_kernels import backends, extension
 
 OUTPUT = ROOT / "csrc" / "cuda"
-THREADS = {"small_product_sm90": 384, "large_product_sm90": 384, "product_sm80": 128}
+THREADS = {"gemm_sm90_64x128": 384, "gemm_sm90_128x192": 384, "gemm_sm80_128x128": 128}
 OTHER_THREADS = 256
 BOTTLENECK = 64
 
@@ -70,8 +70,8 @@ def short_name(symbol: str) -> tuple[str, str]:
     dtype = "bf16" if "bfloat16" in symbol or "BF16" in symbol else "fp16"
     if "cutlass" in symbol:
         if "CollectiveMma" not in symbol:
-            return "product_sm80", dtype
-        return ("large" if "ILi192E" in symbol else "small") + "_product_sm90", dtype
+            return "gemm_sm80_128x128", dtype
+        return "gemm_sm90_" + ("128x192" if "ILi192E" in symbol else "64x128"), dtype
     name = re.search(r"\d+([a-z_]+_kernel)", symbol)
     if name is None:
         raise ValueError(f"not a kernel of this package: {symbol}")
@@ -159,11 +159,11 @@ def faults(rows: list[Row]) -> list[str]:
             found.append(f"{where}: {row['dynamic_shared']} bytes of shared memory")
         if chip and row["blocks_a_multiprocessor"] < 1:
             found.append(f"{where}: does not fit a multiprocessor")
-        if row["kernel"].endswith("product_sm90") and not row["hgmma"]:
+        if row["kernel"].startswith("gemm_sm90") and not row["hgmma"]:
             found.append(f"{where}: no HGMMA")
-        if row["kernel"].endswith("product_sm90") and row["calls"]:
+        if row["kernel"].startswith("gemm_sm90") and row["calls"]:
             found.append(f"{where}: calls a function, so every wgmma is waited for")
-        if row["kernel"] != "outer_sum_kernel" and not row["hgmma"] + row["hmma"]:
+        if row["kernel"] != "weight_gradient_kernel" and not row["hgmma"] + row["hmma"]:
             found.append(f"{where}: no matrix instructions")
     return found
 

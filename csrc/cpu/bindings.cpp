@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
+
 #include "dispatch.h"
 #include "fork.h"
-#include "layout.h"
+#include "group_lists.h"
 
 namespace py = pybind11;
 using namespace variator;
@@ -20,19 +22,27 @@ T* pointer(Address address) {
 
 const Kernels& kernels_for(DType dtype) {
     const Kernels& active = active_kernels();
-    return dtype == DType::f64 && !active.has_double ? double_kernels() : active;
-}
-
-Groups groups(Address start, Address length, Address mask, int64_t count, int64_t k) {
-    return {pointer<const int64_t>(start), pointer<const int64_t>(length),
-            pointer<const uint8_t>(mask), count, k};
-}
-
-Batch batch(int64_t rows, int64_t n, Address mask, Address offsets) {
-    return {rows, n, pointer<const uint8_t>(mask), pointer<const int64_t>(offsets)};
+    return dtype == DType::float64 && !active.has_double ? double_kernels() : active;
 }
 
 using Quiet = py::call_guard<py::gil_scoped_release>;
+
+// The norm in front of a merge, as Python hands it over.
+struct NormParams {
+    Norm kind;
+    const void* weight;
+    const void* bias;
+    double eps;
+    bool folded;
+};
+
+// Runs one of a params struct's kernels on the threads that may be used here.
+template <class P>
+void run(const P& params, void (*Kernels::*kernel)(const P&)) {
+    P p = params;
+    p.threads = usable_threads(p.threads);
+    (kernels_for(p.dtype).*kernel)(p);
+}
 
 }  // namespace
 
@@ -46,23 +56,51 @@ PYBIND11_MODULE(_cpu, m) {
 #else
     m.attr("openmp") = false;
 #endif
+    using Values = std::map<std::string, int>;
+    m.attr("dtypes") = Values{VARIATOR_DTYPES(VARIATOR_ENUM_ENTRY)};
+    m.attr("norms") = Values{VARIATOR_NORMS(VARIATOR_ENUM_ENTRY)};
+    m.attr("adapter_activations") = Values{VARIATOR_ADAPTER_ACTIVATIONS(VARIATOR_ENUM_ENTRY)};
 
-    m.def(
-        "list_groups",
-        [](int64_t rows, int64_t n, Address mask, Address offsets, int64_t k, int64_t per_row,
-           Address start, Address length) {
-            return list_groups(batch(rows, n, mask, offsets), k, per_row, pointer<int64_t>(start),
-                               pointer<int64_t>(length));
-        },
-        Quiet());
-    m.def(
-        "copy_padding",
-        [](int64_t rows, int64_t n, Address mask, Address x, int64_t x_stride, Address y, int64_t d,
-           int64_t element_size) {
-            copy_padding(batch(rows, n, mask, 0), pointer(x), x_stride, pointer(y), d,
-                         element_size);
-        },
-        Quiet());
+    // Every struct is built by keyword: of twenty addresses and sizes two that change places would
+    // be memory written at random.
+    py::class_<Groups>(m, "Groups")
+        .def(py::init([](Address start, Address span, Address mask, int64_t count, int64_t k) {
+                 return Groups{pointer<const int64_t>(start), pointer<const int64_t>(span),
+                               pointer<const uint8_t>(mask), count, k};
+             }),
+             py::kw_only(), py::arg("start"), py::arg("span"), py::arg("mask"), py::arg("count"),
+             py::arg("k"))
+        .def_readonly("count", &Groups::count)
+        .def_readonly("k", &Groups::k)
+        .def(
+            "part",
+            [](Groups g, int64_t first, int64_t count) {
+                g.start += first, g.span += first, g.count = count;
+                return g;
+            },
+            py::arg("first"), py::arg("count"))
+        .def("fits", &fits, py::arg("tokens"), Quiet())
+        .def(
+            "compact",
+            [](const Groups& g, Address start, Address span) {
+                return compact(g, pointer<int64_t>(start), pointer<int64_t>(span));
+            },
+            py::kw_only(), py::arg("start"), py::arg("span"), Quiet())
+        .def(
+            "copy_outside",
+            [](const Groups& g, int64_t tokens, Address x, int64_t x_stride, Address y, int64_t d,
+               int64_t element_size) {
+                copy_outside(g, tokens, pointer(x), x_stride, pointer(y), d, element_size);
+            },
+            py::kw_only(), py::arg("tokens"), py::arg("x"), py::arg("x_stride"), py::arg("y"),
+            py::arg("d"), py::arg("element_size"), Quiet());
+
+    py::class_<NormParams>(m, "Norm").def(
+        py::init([](int kind, Address weight, Address bias, double eps, bool folded) {
+            return NormParams{static_cast<Norm>(kind), pointer(weight), pointer(bias), eps, folded};
+        }),
+        py::kw_only(), py::arg("kind"), py::arg("weight"), py::arg("bias"), py::arg("eps"),
+        py::arg("folded"));
 
     py::class_<PackParams>(m, "Pack")
         .def(py::init([](bool is_double, bool bf16, int64_t matrices, int64_t matrix_stride,
@@ -73,113 +111,118 @@ PYBIND11_MODULE(_cpu, m) {
         }))
         .def("bytes",
              [](const PackParams& p) {
-                 return kernels_for(p.is_double ? DType::f64 : DType::f32).packed_bytes(p);
+                 return kernels_for(p.is_double ? DType::float64 : DType::float32).packed_bytes(p);
              })
         .def(
             "run",
             [](PackParams p, Address source, Address packed) {
                 p.source = pointer(source);
                 p.packed = pointer(packed);
-                kernels_for(p.is_double ? DType::f64 : DType::f32).pack(p);
+                kernels_for(p.is_double ? DType::float64 : DType::float32).pack(p);
             },
             Quiet());
 
     m.attr("direct_scores") = direct_scores;
-    m.def(
-        "merge",
-        [](int dtype, int threads, Address start, Address length, Address mask, int64_t count,
-           int64_t k, int64_t d, int64_t r, Address x, int64_t x_stride, int norm,
-           Address norm_weight, Address norm_bias, double eps, bool folded, Address merge_weight,
-           Address merge_bias, Address projection_packed, Address merged, Address projected,
-           Address weights, Address poison) {
-            MergeParams p{};
-            p.dtype = static_cast<DType>(dtype);
-            p.threads = usable_threads(threads);
-            p.groups = groups(start, length, mask, count, k);
-            p.d = d, p.r = r;
-            p.x = pointer(x), p.x_stride = x_stride;
-            p.norm = static_cast<Norm>(norm);
-            p.norm_weight = pointer(norm_weight), p.norm_bias = pointer(norm_bias), p.eps = eps;
-            p.folded = folded;
-            p.merge_weight = pointer(merge_weight), p.merge_bias = pointer(merge_bias);
-            p.projection_packed = pointer(projection_packed);
-            p.merged = pointer(merged), p.projected = pointer(projected);
-            p.weights = pointer(weights), p.poison = pointer(poison);
-            kernels_for(p.dtype).merge(p);
-        },
-        Quiet());
-    m.def(
-        "merge_backward",
-        [](int dtype, int threads, Address start, Address length, Address mask, int64_t count,
-           int64_t k, int64_t d, int64_t r, Address x, int64_t x_stride, int norm,
-           Address norm_weight, Address norm_bias, double eps, Address weights,
-           Address merge_packed_rows, Address projection_packed_rows, Address d_merged,
-           Address d_projected, Address dx, Address d_merge_weight, Address d_merge_bias,
-           Address d_projection, Address d_norm_weight, Address d_norm_bias) {
-            MergeBackwardParams p{};
-            p.dtype = static_cast<DType>(dtype);
-            p.threads = usable_threads(threads);
-            p.groups = groups(start, length, mask, count, k);
-            p.d = d, p.r = r;
-            p.x = pointer(x), p.x_stride = x_stride;
-            p.norm = static_cast<Norm>(norm);
-            p.norm_weight = pointer(norm_weight), p.norm_bias = pointer(norm_bias), p.eps = eps;
-            p.weights = pointer(weights);
-            p.merge_packed_rows = pointer(merge_packed_rows);
-            p.projection_packed_rows = pointer(projection_packed_rows);
-            p.d_merged = pointer(d_merged), p.d_projected = pointer(d_projected);
-            p.dx = pointer(dx);
-            p.d_merge_weight = pointer(d_merge_weight), p.d_merge_bias = pointer(d_merge_bias);
-            p.d_projection = pointer(d_projection);
-            p.d_norm_weight = pointer(d_norm_weight), p.d_norm_bias = pointer(d_norm_bias);
-            kernels_for(p.dtype).merge_backward(p);
-        },
-        Quiet());
-    m.def(
-        "decompress",
-        [](int dtype, int threads, Address start, Address length, Address mask, int64_t count,
-           int64_t k, int64_t d, int64_t r, int phi, Address u, Address projected,
-           Address w1u_packed, Address b1, Address w2_packed, Address b2, Address poison,
-           Address residual, int64_t residual_stride, Address y) {
-            DecompressParams p{};
-            p.dtype = static_cast<DType>(dtype);
-            p.threads = usable_threads(threads);
-            p.groups = groups(start, length, mask, count, k);
-            p.d = d, p.r = r;
-            p.phi = static_cast<Phi>(phi);
-            p.u = pointer(u), p.projected = pointer(projected);
-            p.w1u_packed = pointer(w1u_packed), p.b1 = pointer(b1);
-            p.w2_packed = pointer(w2_packed), p.b2 = pointer(b2);
-            p.poison = pointer(poison);
-            p.residual = pointer(residual), p.residual_stride = residual_stride;
-            p.y = pointer(y);
-            kernels_for(p.dtype).decompress(p);
-        },
-        Quiet());
-    m.def(
-        "decompress_backward",
-        [](int dtype, int threads, Address start, Address length, Address mask, int64_t count,
-           int64_t k, int64_t d, int64_t r, int phi, Address u, Address projected,
-           Address w1u_packed, Address b1, Address w2_packed_rows, Address w1u_packed_rows,
-           Address dy, int64_t dy_stride, Address du, Address d_projected, Address d_w1u,
-           Address d_b1, Address d_w2, Address d_b2) {
-            DecompressBackwardParams p{};
-            p.dtype = static_cast<DType>(dtype);
-            p.threads = usable_threads(threads);
-            p.groups = groups(start, length, mask, count, k);
-            p.d = d, p.r = r;
-            p.phi = static_cast<Phi>(phi);
-            p.u = pointer(u), p.projected = pointer(projected);
-            p.w1u_packed = pointer(w1u_packed), p.b1 = pointer(b1);
-            p.w2_packed_rows = pointer(w2_packed_rows);
-            p.w1u_packed_rows = pointer(w1u_packed_rows);
-            p.dy = pointer(dy), p.dy_stride = dy_stride;
-            p.du = pointer(du), p.d_projected = pointer(d_projected);
-            p.d_w1u = pointer(d_w1u), p.d_b1 = pointer(d_b1);
-            p.d_w2 = pointer(d_w2), p.d_b2 = pointer(d_b2);
-            kernels_for(p.dtype).decompress_backward(p);
-        },
-        Quiet());
+    py::class_<MergeParams>(m, "Merge")
+        .def(py::init([](int dtype, int threads, const Groups& groups, int64_t d, int64_t r,
+                         Address x, int64_t x_stride, const NormParams& norm, Address weight,
+                         Address bias, Address projection, Address merged, Address projected,
+                         Address softmax, Address poison) {
+                 MergeParams p{};
+                 p.dtype = static_cast<DType>(dtype), p.threads = threads, p.groups = groups;
+                 p.d = d, p.r = r;
+                 p.x = pointer(x), p.x_stride = x_stride;
+                 p.norm = norm.kind, p.eps = norm.eps, p.folded = norm.folded;
+                 p.norm_weight = norm.weight, p.norm_bias = norm.bias;
+                 p.merge_weight = pointer(weight), p.merge_bias = pointer(bias);
+                 p.projection_packed = pointer(projection);
+                 p.merged = pointer(merged), p.projected = pointer(projected);
+                 p.softmax = pointer(softmax), p.poison = pointer(poison);
+                 return p;
+             }),
+             py::kw_only(), py::arg("dtype"), py::arg("threads"), py::arg("groups"), py::arg("d"),
+             py::arg("r"), py::arg("x"), py::arg("x_stride"), py::arg("norm"), py::arg("weight"),
+             py::arg("bias"), py::arg("projection"), py::arg("merged"), py::arg("projected"),
+             py::arg("softmax"), py::arg("poison"))
+        .def("run", [](const MergeParams& p) { run(p, &Kernels::merge); }, Quiet());
+    py::class_<MergeBackwardParams>(m, "MergeBackward")
+        .def(py::init([](int dtype, int threads, const Groups& groups, int64_t d, int64_t r,
+                         Address x, int64_t x_stride, const NormParams& norm, Address softmax,
+                         Address weight_rows, Address projection_rows, Address d_merged,
+                         Address d_projected, Address dx, Address d_weight, Address d_bias,
+                         Address d_projection, Address d_norm_weight, Address d_norm_bias) {
+                 MergeBackwardParams p{};
+                 p.dtype = static_cast<DType>(dtype), p.threads = threads, p.groups = groups;
+                 p.d = d, p.r = r;
+                 p.x = pointer(x), p.x_stride = x_stride;
+                 p.norm = norm.kind, p.eps = norm.eps;
+                 p.norm_weight = norm.weight, p.norm_bias = norm.bias;
+                 p.softmax = pointer(softmax);
+                 p.merge_packed_rows = pointer(weight_rows);
+                 p.projection_packed_rows = pointer(projection_rows);
+                 p.d_merged = pointer(d_merged), p.d_projected = pointer(d_projected);
+                 p.dx = pointer(dx);
+                 p.d_merge_weight = pointer(d_weight), p.d_merge_bias = pointer(d_bias);
+                 p.d_projection = pointer(d_projection);
+                 p.d_norm_weight = pointer(d_norm_weight), p.d_norm_bias = pointer(d_norm_bias);
+                 return p;
+             }),
+             py::kw_only(), py::arg("dtype"), py::arg("threads"), py::arg("groups"), py::arg("d"),
+             py::arg("r"), py::arg("x"), py::arg("x_stride"), py::arg("norm"), py::arg("softmax"),
+             py::arg("weight_rows"), py::arg("projection_rows"), py::arg("d_merged"),
+             py::arg("d_projected"), py::arg("dx"), py::arg("d_weight"), py::arg("d_bias"),
+             py::arg("d_projection"), py::arg("d_norm_weight"), py::arg("d_norm_bias"))
+        .def(
+            "run", [](const MergeBackwardParams& p) { run(p, &Kernels::merge_backward); }, Quiet());
+    py::class_<DecompressParams>(m, "Decompress")
+        .def(py::init([](int dtype, int threads, const Groups& groups, int64_t d, int64_t r,
+                         int phi, Address u, Address projected, Address w1u, Address b1, Address w2,
+                         Address b2, Address poison, Address residual, int64_t residual_stride,
+                         Address y) {
+                 DecompressParams p{};
+                 p.dtype = static_cast<DType>(dtype), p.threads = threads, p.groups = groups;
+                 p.d = d, p.r = r;
+                 p.phi = static_cast<Phi>(phi);
+                 p.u = pointer(u), p.projected = pointer(projected);
+                 p.w1u_packed = pointer(w1u), p.b1 = pointer(b1);
+                 p.w2_packed = pointer(w2), p.b2 = pointer(b2);
+                 p.poison = pointer(poison);
+                 p.residual = pointer(residual), p.residual_stride = residual_stride;
+                 p.y = pointer(y);
+                 return p;
+             }),
+             py::kw_only(), py::arg("dtype"), py::arg("threads"), py::arg("groups"), py::arg("d"),
+             py::arg("r"), py::arg("phi"), py::arg("u"), py::arg("projected"), py::arg("w1u"),
+             py::arg("b1"), py::arg("w2"), py::arg("b2"), py::arg("poison"), py::arg("residual"),
+             py::arg("residual_stride"), py::arg("y"))
+        .def("run", [](const DecompressParams& p) { run(p, &Kernels::decompress); }, Quiet());
+    py::class_<DecompressBackwardParams>(m, "DecompressBackward")
+        .def(py::init([](int dtype, int threads, const Groups& groups, int64_t d, int64_t r,
+                         int phi, Address u, Address projected, Address w1u, Address b1,
+                         Address w2_rows, Address w1u_rows, Address dy, int64_t dy_stride,
+                         Address du, Address d_projected, Address d_w1u, Address d_b1, Address d_w2,
+                         Address d_b2) {
+                 DecompressBackwardParams p{};
+                 p.dtype = static_cast<DType>(dtype), p.threads = threads, p.groups = groups;
+                 p.d = d, p.r = r;
+                 p.phi = static_cast<Phi>(phi);
+                 p.u = pointer(u), p.projected = pointer(projected);
+                 p.w1u_packed = pointer(w1u), p.b1 = pointer(b1);
+                 p.w2_packed_rows = pointer(w2_rows), p.w1u_packed_rows = pointer(w1u_rows);
+                 p.dy = pointer(dy), p.dy_stride = dy_stride;
+                 p.du = pointer(du), p.d_projected = pointer(d_projected);
+                 p.d_w1u = pointer(d_w1u), p.d_b1 = pointer(d_b1);
+                 p.d_w2 = pointer(d_w2), p.d_b2 = pointer(d_b2);
+                 return p;
+             }),
+             py::kw_only(), py::arg("dtype"), py::arg("threads"), py::arg("groups"), py::arg("d"),
+             py::arg("r"), py::arg("phi"), py::arg("u"), py::arg("projected"), py::arg("w1u"),
+             py::arg("b1"), py::arg("w2_rows"), py::arg("w1u_rows"), py::arg("dy"),
+             py::arg("dy_stride"), py::arg("du"), py::arg("d_projected"), py::arg("d_w1u"),
+             py::arg("d_b1"), py::arg("d_w2"), py::arg("d_b2"))
+        .def(
+            "run", [](const DecompressBackwardParams& p) { run(p, &Kernels::decompress_backward); },
+            Quiet());
     // Small weights whole, of large ones a sample, so that a write that bypasses version counting
     // is noticed.
     m.def("fingerprint", [](const std::vector<std::pair<Address, int64_t>>& weights) {

@@ -1,10 +1,10 @@
 // adapter_decompress: y = residual + u + W_2 φ(W_1u u + W_1h h + b_1) + b_2, one write of y.
 #pragma once
 
-#include "chunks.h"
+#include "adapter_activation.h"
 #include "gemm.h"
-#include "phi.h"
-#include "rows.h"
+#include "group_chunks.h"
+#include "row_norm.h"
 #include "scratch.h"
 
 namespace variator {
@@ -25,7 +25,7 @@ template <class F>
 void for_token_blocks(const Groups& groups, int64_t first, int64_t last, F work) {
     TokenBlock block;
     for (int64_t g = first; g < last; ++g)
-        for (int64_t j = 0; j < smaller(groups.k, groups.length[g]); ++j) {
+        for (int64_t j = 0; j < smaller(groups.k, groups.span[g]); ++j) {
             if (!groups.has(g, j)) continue;
             block.token[block.count] = groups.start[g] + j;
             block.group[block.count] = g;
@@ -175,8 +175,8 @@ struct DecompressForward {
 template <class V, DType dtype>
 void decompress(const DecompressParams& p) {
 #ifdef VARIATOR_BF16_PRODUCTS
-    if constexpr (dtype == DType::bf16) {
-        DecompressForward<V, dtype, Pairs, Storage<V, DType::bf16>> forward{p};
+    if constexpr (dtype == DType::bfloat16) {
+        DecompressForward<V, dtype, Pairs, Storage<V, DType::bfloat16>> forward{p};
         return for_chunks<V>(p.groups.count, p.threads,
                              [&](int64_t first, int64_t last, int) { forward.chunk(first, last); });
     }

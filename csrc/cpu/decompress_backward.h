@@ -5,7 +5,7 @@
 #pragma once
 
 #include "decompress.h"
-#include "sums.h"
+#include "thread_sums.h"
 
 namespace variator {
 namespace VARIATOR_ISA {

@@ -9,25 +9,25 @@ namespace VARIATOR_ISA {
 
 #ifdef VARIATOR_HAS_DOUBLE
 #define VARIATOR_DOUBLE(kernel) \
-    case DType::f64:            \
-        return kernel<VecDouble, DType::f64>(p)
+    case DType::float64:        \
+        return kernel<VecDouble, DType::float64>(p)
 #else
 #define VARIATOR_DOUBLE(kernel) \
-    case DType::f64:            \
+    case DType::float64:        \
         return
 #endif
 
-#define VARIATOR_BY_DTYPE(kernel, Params)           \
-    inline void kernel##_any(const Params& p) {     \
-        switch (p.dtype) {                          \
-            case DType::f32:                        \
-                return kernel<Vec, DType::f32>(p);  \
-            case DType::bf16:                       \
-                return kernel<Vec, DType::bf16>(p); \
-            case DType::f16:                        \
-                return kernel<Vec, DType::f16>(p);  \
-                VARIATOR_DOUBLE(kernel);            \
-        }                                           \
+#define VARIATOR_BY_DTYPE(kernel, Params)               \
+    inline void kernel##_any(const Params& p) {         \
+        switch (p.dtype) {                              \
+            case DType::float32:                        \
+                return kernel<Vec, DType::float32>(p);  \
+            case DType::bfloat16:                       \
+                return kernel<Vec, DType::bfloat16>(p); \
+            case DType::float16:                        \
+                return kernel<Vec, DType::float16>(p);  \
+                VARIATOR_DOUBLE(kernel);                \
+        }                                               \
     }
 VARIATOR_BY_DTYPE(merge, MergeParams)
 VARIATOR_BY_DTYPE(merge_backward, MergeBackwardParams)

@@ -1,9 +1,9 @@
 // group_merge: norm, scores, softmax, weighted sum and W_1h h, with one trip of x into cache.
 #pragma once
 
-#include "chunks.h"
 #include "gemm.h"
-#include "rows.h"
+#include "group_chunks.h"
+#include "row_norm.h"
 #include "scratch.h"
 
 namespace variator {
@@ -55,7 +55,7 @@ void weighted_sum(const MergeParams& p, int64_t group, const typename V::Scalar*
     for (int64_t j = 0; j < p.groups.k; ++j) {
         if (!p.groups.has(group, j)) continue;  // never 0 · x: an absent row may hold NaN
         rows[count] = static_cast<const E*>(p.x) + (p.groups.start[group] + j) * p.x_stride;
-        factors[count] = a[j] * stats[j].scale;
+        factors[count] = a[j] * stats[j].rstd;
         means[count] = stats[j].mean;
         ++count;
     }
@@ -118,7 +118,7 @@ struct RowsAhead {
     void operator()() {
         constexpr int64_t line = 64 / sizeof(E);
         for (int64_t n = 0; n < lines && group < end; ++n) {
-            if (slot < p.groups.length[group])
+            if (slot < p.groups.span[group])
                 __builtin_prefetch(
                     static_cast<const E*>(p.x) + (p.groups.start[group] + slot) * p.x_stride + at,
                     0, 2);
@@ -182,7 +182,7 @@ struct MergeForward {
                 const E* x = row_of_x(first + m, j);
                 stats[m * k + j] = statistics<V, dtype>(x, p.d, p.norm, p.eps);
                 a[m] = operand(x, stats[m * k + j], h + m * padded);
-                scale[m] = p.folded ? stats[m * k + j].scale : S(1);
+                scale[m] = p.folded ? stats[m * k + j].rstd : S(1);
                 if (direct) score(a[m], j, scale[m], scores + m * scores_columns);
             }
             const RowList<Operated> list{a};
@@ -207,8 +207,8 @@ struct MergeForward {
         for (int64_t m = 0; m < rows; ++m) {
             S* weights = scores + m * scores_columns;
             masked_softmax(weights, static_cast<const S*>(p.merge_bias), p.groups, first + m);
-            if (p.weights)
-                __builtin_memcpy(static_cast<S*>(p.weights) + (first + m) * k, weights,
+            if (p.softmax)
+                __builtin_memcpy(static_cast<S*>(p.softmax) + (first + m) * k, weights,
                                  k * sizeof(S));
             if (p.poison) static_cast<S*>(p.poison)[first + m] = sum_of(weights, k) * S(0);
             weighted_sum<V, dtype>(p, first + m, weights, stats + m * k,
@@ -258,8 +258,8 @@ struct MergeForward {
 template <class V, DType dtype>
 void merge(const MergeParams& p) {
 #ifdef VARIATOR_BF16_PRODUCTS
-    if constexpr (dtype == DType::bf16) {
-        MergeForward<V, dtype, Pairs, Storage<V, DType::bf16>> forward{p};
+    if constexpr (dtype == DType::bfloat16) {
+        MergeForward<V, dtype, Pairs, Storage<V, DType::bfloat16>> forward{p};
         return for_chunks<V>(p.groups.count, p.threads,
                              [&](int64_t first, int64_t last, int) { forward.chunk(first, last); });
     }

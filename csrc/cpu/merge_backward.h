@@ -6,7 +6,7 @@
 #pragma once
 
 #include "merge.h"
-#include "sums.h"
+#include "thread_sums.h"
 
 namespace variator {
 namespace VARIATOR_ISA {
@@ -98,7 +98,7 @@ struct MergeBackward {
 
     // ds from da, in place; absent slots have a = 0 and so ds = 0.
     void through_softmax(int64_t group, S* ds, S* d_bias) const {
-        const S* a = static_cast<const S*>(p.weights) + group * k;
+        const S* a = static_cast<const S*>(p.softmax) + group * k;
         S mean = 0;
         for (int64_t j = 0; j < k; ++j) mean += a[j] * ds[j];
         for (int64_t j = 0; j < k; ++j) {
@@ -119,7 +119,7 @@ struct MergeBackward {
                 continue;
             }
             load_row(first + m, j, stats[m * k + j], h_row);
-            const V a = V::set(static_cast<const S*>(p.weights)[(first + m) * k + j]);
+            const V a = V::set(static_cast<const S*>(p.softmax)[(first + m) * k + j]);
             for (int64_t i = 0; i < padded; i += V::width)
                 (a * V::load(dg + m * padded + i)).store(dh_row + i);
             if (!p.d_projected) continue;
@@ -129,14 +129,14 @@ struct MergeBackward {
         }
     }
 
-    // dx from dh: with n = (x - mean) scale and e = weight·dh,
-    // dx = scale (e - n mean(e n)), for LayerNorm less scale mean(e) besides.
+    // dx from dh: with n = (x - mean) rstd and e = weight·dh,
+    // dx = rstd (e - n mean(e n)), for LayerNorm less rstd mean(e) besides.
     void through_norm(int64_t group, int64_t slot, Statistics<S> s, const S* dh, S* d_norm) const {
         const E* x = x_row(group, slot);
         E* dx = static_cast<E*>(p.dx) + (p.groups.start[group] + slot) * p.d;
         const S* weight = static_cast<const S*>(p.norm_weight);
-        const V mean = V::set(s.mean), scale = V::set(s.scale);
-        auto normalised = [&](Part<V> part) { return (part.template load<T>(x) - mean) * scale; };
+        const V mean = V::set(s.mean), rstd = V::set(s.rstd);
+        auto normalised = [&](Part<V> part) { return (part.template load<T>(x) - mean) * rstd; };
         auto scaled = [&](Part<V> part) {
             V e = part.template load<Acc<V>>(dh);
             return weight ? e * part.template load<Acc<V>>(weight) : e;
@@ -156,7 +156,7 @@ struct MergeBackward {
         const V shift = V::set(mean_e), slope = V::set(mean_en);
         for_parts<V>(p.d, [&](Part<V> part) {
             V e = scaled(part), n = normalised(part);
-            part.template store<T>(dx, p.norm == Norm::none ? e : (e - shift - n * slope) * scale);
+            part.template store<T>(dx, p.norm == Norm::none ? e : (e - shift - n * slope) * rstd);
             V direct = part.template load<Acc<V>>(dh);
             add(d_norm, part, direct * n, p.d_norm_weight);
             add(d_norm + padded, part, direct, p.d_norm_bias);

@@ -4,24 +4,22 @@
 
 #include <cstdint>
 
+#include "../enums.h"
+
 namespace variator {
 
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
-enum class Norm : int { none = 0, rms = 1, layer = 2 };
-enum class Phi : int { identity = 0, tanh = 1 };
-
-// Groups of up to k neighbouring tokens. Group i holds the tokens start[i] .. start[i]+length[i]-1
-// of the flat token list, less those whose mask byte is 0.
+// Groups of up to k neighbouring tokens. Group i holds the tokens start[i] .. start[i]+span[i]-1 of
+// the flat token list, less those whose mask byte is 0.
 struct Groups {
     const int64_t* start;
-    const int64_t* length;
+    const int64_t* span;
     const uint8_t* mask;  // a byte a token, or null: all real
     int64_t count;
     int64_t k;
 
     // Always inlined: a shared copy of it could hold instructions of one set alone.
     __attribute__((always_inline)) bool has(int64_t group, int64_t slot) const {
-        return slot < length[group] && (mask == nullptr || mask[start[group] + slot] != 0);
+        return slot < span[group] && (mask == nullptr || mask[start[group] + slot] != 0);
     }
 };
 
@@ -48,7 +46,7 @@ struct MergeParams {
     const void* projection_packed;  // pack of W_1h^T, or null
     void* merged;                   // out [groups, d]
     void* projected;                // out acc [tokens, r], or null
-    void* weights;                  // out acc [groups, k], the softmax, or null
+    void* softmax;                  // out acc [groups, k], the softmax, or null
     void* poison;                   // out acc [groups]: 0, or NaN where a token holds NaN; or null
 };
 
@@ -63,7 +61,7 @@ struct MergeBackwardParams {
     const void* norm_weight;
     const void* norm_bias;
     double eps;
-    const void* weights;                 // acc [groups, k], from the forward
+    const void* softmax;                 // acc [groups, k], from the forward
     const void* merge_packed_rows;       // pack of W_c by slot, inner dimension k
     const void* projection_packed_rows;  // pack of W_1h [r, d], inner dimension r
     const void* d_merged;                // [groups, d]

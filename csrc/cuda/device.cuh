@@ -1,5 +1,5 @@
-// The few instructions the kernels are written in. emulation/device.h has the same names for a
-// CPU, on which tests run the kernels' logic without a GPU.
+// The few primitives that the kernels are written in. emulation/device.h defines them for a CPU
+// too, so that tests can run the kernels' logic without a GPU.
 #pragma once
 
 #include "numerics.h"
@@ -43,12 +43,12 @@ VARIATOR_DEVICE float shuffle_xor(float value, int lanes) {
     return __shfl_xor_sync(0xffffffffu, value, lanes);
 }
 
-// Through L1: what is read again.
+// Cached in L1, for data that is read again.
 VARIATOR_DEVICE Vec16 load16(const void* p) {
     const uint4 v = *static_cast<const uint4*>(p);
     return {{v.x, v.y, v.z, v.w}};
 }
-// Past L1: what this block reads once, so that weights stay there.
+// Not cached in L1, for data that a block reads once: the weights stay in L1.
 VARIATOR_DEVICE Vec16 load16_once(const void* p) {
     Vec16 v;
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"

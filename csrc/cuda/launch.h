@@ -1,17 +1,17 @@
-// Launching: a stream in, the CUDA error out. The emulation has its own launch.
+// Launches a kernel on a stream and returns the CUDA error. The emulation has its own launch().
 #pragma once
 
 #include <cstddef>
 
 #include "device.cuh"
-#include "query.h"
+#include "device_properties.h"
 
 #if !defined(VARIATOR_EMULATION)
 #include <cuda_runtime.h>
 
 namespace variator::cuda {
 
-// How many blocks of a kernel run at once on the current device.
+// How many thread blocks of a kernel the current device runs at once.
 template <class Kernel>
 cudaError_t blocks_at_once(Kernel kernel, int threads, size_t shared, int& blocks) {
     int multiprocessors = 0;
@@ -26,8 +26,8 @@ struct Grid {
     int64_t x, y = 1, z = 1;
 };
 
-// Launches `threads` threads a block with `shared` bytes of dynamic shared memory. An empty grid is
-// no launch.
+// Launches blocks of `threads` threads with `shared` bytes of dynamic shared memory. An empty grid
+// launches nothing.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared,
                    cudaStream_t stream, bool cooperative, const Arguments&... arguments) {

@@ -1,4 +1,4 @@
-// Arithmetic that host and device share, so that tests on the CPU run what the kernels run.
+// Arithmetic shared by host and device, so that tests on the CPU run the kernels' own code.
 #pragma once
 
 #include <cmath>
@@ -43,14 +43,14 @@ VARIATOR_HD float inverse_root(float x) {
 #endif
 }
 
-// The factor of a norm over d numbers; 1 where there is none.
-VARIATOR_HD float norm_scale(const NormParams& norm, float squares, int64_t d) {
+// The reciprocal standard deviation of a row of d numbers; 1 without a norm.
+VARIATOR_HD float norm_rstd(const NormParams& norm, float squares, int64_t d) {
     return norm.kind == Norm::none ? 1.0f
                                    : inverse_root(squares / static_cast<float>(d) + norm.eps);
 }
 
-// Within 2 ulp. The exact division calls a function on rare operands, and a call in a kernel makes
-// the compiler wait for every wgmma.
+// Within 2 ulp. Exact division calls a function for rare operands, and a kernel with a call in it
+// waits for every wgmma.
 VARIATOR_HD float quotient(float a, float b) {
 #if defined(__CUDA_ARCH__)
     return __fdividef(a, b);
@@ -59,7 +59,7 @@ VARIATOR_HD float quotient(float a, float b) {
 #endif
 }
 
-// NaN stays NaN: a group that holds one must show it (fmaxf would give 0).
+// NaN stays NaN (fmaxf would return 0), so that it shows in the output of its group.
 VARIATOR_HD float relu(float x) { return x < 0.0f ? 0.0f : x; }
 
 VARIATOR_HD float activate(float x, Activation kind) {
@@ -78,7 +78,7 @@ VARIATOR_HD float activate(float x, Activation kind) {
 }
 
 VARIATOR_HD float phi(float z, Phi kind) { return kind == Phi::tanh ? tanhf(z) : z; }
-// φ' by φ's value.
+// φ' as a function of φ's value.
 VARIATOR_HD float phi_slope(float t, Phi kind) { return kind == Phi::tanh ? 1.0f - t * t : 1.0f; }
 
 }  // namespace variator::cuda

@@ -1,9 +1,11 @@
-// What a kernel is told: one plain struct each. Addresses are of device memory owned by the caller,
-// sizes and strides count elements. T below is the storage type, bf16 or fp16; rows of T start at
-// multiples of 16 bytes, so every hidden size and row stride is a multiple of 8.
+// The kernels' parameters, a plain struct per kernel. Pointers are to device memory that the caller
+// owns; sizes and strides count elements. T below is the storage type, bf16 or fp16; rows of T
+// start at multiples of 16 bytes, so every hidden size and row stride is a multiple of 8.
 #pragma once
 
 #include <cstdint>
+
+#include "../enums.h"
 
 #if defined(__CUDACC__)
 #define VARIATOR_HD __host__ __device__ __forceinline__
@@ -13,10 +15,10 @@
 
 namespace variator::cuda {
 
-enum class DType : int { bf16 = 1, f16 = 2 };
-enum class Norm : int { none = 0, rms = 1, layer = 2 };
-enum class Phi : int { identity = 0, tanh = 1 };
-enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
+using variator::Activation;
+using variator::DType;
+using variator::Norm;
+using variator::Phi;
 
 constexpr int64_t max_ratio = 32;        // a warp's lanes are a group's slots in the softmax
 constexpr int64_t max_bottleneck = 512;  // shared memory of the decompress
@@ -31,7 +33,7 @@ struct Groups {
     const int64_t* start;
     const int64_t* length;
     const int64_t* span;
-    const uint8_t* mask;  // masked: a byte a token
+    const uint8_t* mask;  // masked: one byte per token
     int64_t n, per_row;
     int64_t count;     // groups that have a merged vector
     int64_t launched;  // groups to walk over
@@ -69,7 +71,7 @@ struct Vector {
     bool wide;
 };
 
-// h = norm(x) of rows x [tokens, d]: (x - mean) * scale * weight + bias.
+// h = norm(x) of rows x [tokens, d]: (x - mean) * rstd * weight + bias.
 struct NormParams {
     Norm kind;
     Vector weight;  // [d] or null
@@ -128,7 +130,7 @@ struct MergeBackwardParams {
     const float* d_projected;  // [tokens, projected_columns] or null
     void* dx;                  // out T [tokens, d], 0 for padding
     float* d_scores;           // out [groups, k]
-    float* moments;            // out [groups, k, 2]: mean and scale of each slot's row
+    float* moments;            // out [groups, k, 2]: mean and rstd of each slot's row
     float* d_norm_weight;      // out [tiles, d], to be summed over the tiles, or null
     float* d_norm_bias;        // out [tiles, d], or null
 };
@@ -156,14 +158,14 @@ struct DecompressBackwardParams {
 
 // out[s] = Σ left[m]ᵀ right[m] over part s of the rows m: the slots of the groups, all of them or
 // slot `slot` of each. To be summed over the parts, which are ranges of groups.
-struct OuterSumParams {
+struct WeightGradientParams {
     DType dtype;
     Groups groups;
     int64_t slot;                        // -1: all slots
-    bool left_by_group, right_by_group;  // a row is the group's, else the token's
+    bool left_by_group, right_by_group;  // rows belong to groups, else to tokens
     const float* left;                   // [.., left_stride]
     int64_t left_stride;
-    int64_t left_columns;  // the column behind left's own, if there is one, is all ones
+    int64_t left_columns;  // left_stride, or one more for a column of ones
     const void* right;     // T [.., d], rows right_stride apart, under a norm
     int64_t right_stride, d;
     NormParams norm;
@@ -173,15 +175,15 @@ struct OuterSumParams {
     int64_t out_stride;
 };
 
-// out [rows, columns] = activation(a · weightᵀ + bias) [* out, where `multiply` is set].
-struct ProductParams {
+// out [rows, columns] = activation(a · weightᵀ + bias) [* factor].
+struct GemmParams {
     DType dtype;
     int64_t rows, columns, inner;
     const void* a;       // T [rows, inner]
     const void* weight;  // T [columns, inner]
     const void* bias;    // T [columns] or null
     Activation activation;
-    const void* factor;  // T [rows, columns], multiplied to the result, or null
+    const void* factor;  // T [rows, columns], multiplies the result, or null
     void* out;           // T [rows, columns]
 };
 
@@ -198,7 +200,7 @@ struct OneLaunchParams {
     Activation activation;
     void* inner;     // workspace T [groups, f]
     float* partial;  // workspace [splits, groups, d]
-    int64_t splits;  // parts of f in the second product
+    int64_t splits;  // parts that the down projection's sum over f is split into
     void* u;         // workspace T [groups, d]
     DecompressParams decompress;
     int64_t blocks_a_part;  // column blocks that a thread block decompresses at a time

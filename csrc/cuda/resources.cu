@@ -1,14 +1,14 @@
-// What each kernel is launched with: for the table of resources.
+// The dynamic shared memory of each kernel, for the table of resources.
 #include <string>
 
-#include "decompress.cuh"
-#include "decompress_backward.cuh"
-#include "kernels.h"
-#include "merge.cuh"
-#include "merge_backward.cuh"
-#include "one_launch.cuh"
-#include "outer_sum.cuh"
-#include "products.h"
+#include "gemm/gemm.h"
+#include "kernels/decompress.cuh"
+#include "kernels/decompress_backward.cuh"
+#include "kernels/merge.cuh"
+#include "kernels/merge_backward.cuh"
+#include "kernels/one_launch.cuh"
+#include "kernels/weight_gradient.cuh"
+#include "launchers.h"
 
 namespace variator::cuda {
 
@@ -17,14 +17,14 @@ int64_t shared_bytes(const std::string& kernel, int64_t r) {
     if (kernel == "decompress_kernel") return decompress_shared_bytes(r);
     if (kernel == "merge_backward_kernel") return merge_backward_shared_bytes(r);
     if (kernel == "decompress_backward_kernel") return decompress_backward_shared_bytes(r);
-    if (kernel == "outer_sum_kernel") return sizeof(OuterSumShared);
+    if (kernel == "weight_gradient_kernel") return sizeof(WeightGradientShared);
     if (kernel == "one_launch_kernel") return one_launch_shared_bytes(r);
 #if defined(VARIATOR_CUDA_SM90)
-    if (kernel == "large_product_sm90") return large_product_sm90_bf16.shared_bytes;
-    if (kernel == "small_product_sm90") return small_product_sm90_bf16.shared_bytes;
+    if (kernel == "gemm_sm90_128x192") return gemm_sm90<128, 192, DType::bfloat16>().shared_bytes;
+    if (kernel == "gemm_sm90_64x128") return gemm_sm90<64, 128, DType::bfloat16>().shared_bytes;
 #endif
 #if defined(VARIATOR_CUDA_SM80)
-    if (kernel == "product_sm80") return product_sm80_bf16.shared_bytes;
+    if (kernel == "gemm_sm80_128x128") return gemm_sm80<128, 128, DType::bfloat16>().shared_bytes;
 #endif
     return -1;
 }

@@ -34,6 +34,24 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     assert "proven.json" not in capsys.readouterr().out
 
 
+def test_a_proof_names_its_backend():
+    report = {
+        "rows": [{"arm": "hf"}, {"arm": "ours"}],
+        "machine": {"arch": "sm_90", "gpu": "some GPU", "cuda": "13.0"},
+        "versions": {"torch": "2.13.0"},
+        "commit": "0123abc",
+    }
+    proofs = [json.loads(proof) for proof in gpu_report._proofs(report)]
+    assert [(row["backend"], row["arch"], row["commit"]) for row in proofs] == [
+        ("triton", "sm_90", "0123abc")
+    ]
+    report["rows"].append({"arm": "cuda"})
+    assert [json.loads(proof)["backend"] for proof in gpu_report._proofs(report)] == [
+        "cuda",
+        "triton",
+    ]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path, capsys):
     assert gpu_report.main(["--output", str(tmp_path)]) == 2

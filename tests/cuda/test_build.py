@@ -1,7 +1,8 @@
-"""What the CUDA build decides before it compiles: architectures, and where nvcc is."""
+"""What the CUDA build knows before it compiles: architectures, and the GEMMs' files."""
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 from pathlib import Path
@@ -57,3 +58,12 @@ def test_architectures(tmp_path, wanted, gpus, chosen):
 )  # fmt: skip
 def test_architectures_that_are_refused(tmp_path, wanted, gpus, why):
     assert why in choose(tmp_path, wanted, gpus)
+
+
+def test_the_gemms_files_are_what_the_script_writes():
+    path = CSRC / "gemm" / "generate.py"
+    spec = importlib.util.spec_from_file_location("generate", path)
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    committed = {file.name: file.read_text() for file in generate.FOLDER.iterdir()}
+    assert committed == generate.files()

@@ -48,7 +48,7 @@ def test_every_kernel_is_there_for_every_architecture(rows):
     for arch in {row["arch"] for row in rows}:
         here = {row["kernel"] for row in rows if row["arch"] == arch}
         assert names <= here
-        assert ("large_product_sm90" if arch == "sm_90a" else "product_sm80") in here
+        assert ("gemm_sm90_128x192" if arch == "sm_90a" else "gemm_sm80_128x128") in here
 
 
 def test_the_committed_table_has_every_kernel(rows):
@@ -68,7 +68,7 @@ def test_a_product_without_a_factor_loads_none():
     if cuda_resources.disassembler() is None:
         pytest.skip("cuobjdump is neither on PATH nor in Triton's package")
     symbols = [
-        r["symbol"] for r in cuda_resources.resources(MODULE) if r["kernel"] == "product_sm80"
+        r["symbol"] for r in cuda_resources.resources(MODULE) if r["kernel"] == "gemm_sm80_128x128"
     ]
     assert all("FactorLoad" in s and "VisitorAuxLoad" not in s for s in symbols)
 

@@ -11,8 +11,9 @@ from tests.ops.cases import GPU, assert_close, cast, feed_forward, masked, moved
 from tests.ops.test_backward import gradients
 from variator_kernels import functional as vf
 from variator_kernels.ops.compressed_ffn import cuda as sublayer
-from variator_kernels.ops.cuda_arguments import spans_of
-from variator_kernels.ops.gpu_arguments import Groups
+from variator_kernels.ops.cuda_arguments import groups_kernel
+from variator_kernels.ops.gpu_arguments import GpuGroups
+from variator_kernels.ops.groups import make_groups
 
 BF16 = torch.bfloat16
 
@@ -179,11 +180,11 @@ def test_one_launch_is_one_launch(cuda):
     p, ffn = moved((plugin(72, 4, 64, BF16), feed_forward(72, 168, BF16, "t5")), "cuda")
     x = moved(torch.randn(3, 61, 72).to(BF16), "cuda")
     with Calls() as calls, torch.no_grad():
-        sublayer.compressed_ffn(x, p, ffn, None, None)
+        sublayer.compressed_ffn(x, p, ffn, make_groups(x, p.ratio, backend="cuda"))
     assert calls.names == []
 
 
 def test_more_tokens_than_32_bits_count(cuda):
-    spans = Groups("plain", None, None, None, None, 2**30, 2**28, 2**29, 2**29, 4)
+    groups = GpuGroups("plain", None, None, None, None, 2**30, 2**28, 2**29, 2**29, 4)
     with pytest.raises(ValueError, match="2147483648 tokens"):
-        spans_of(spans)
+        groups_kernel(groups)

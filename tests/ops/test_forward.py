@@ -28,7 +28,9 @@ from tests.ops.cases import (
     skip_unknown,
 )
 from variator_kernels import functional as vf
+from variator_kernels.ops.arguments import MergeWeights, Norm
 from variator_kernels.ops.group_merge import op as merge
+from variator_kernels.ops.groups import make_groups
 
 
 def compare(backend, op, x, arguments, what, **options):
@@ -185,7 +187,8 @@ def test_the_mean_of_large_numbers_itself(kernels):  # noqa: F811
     x, w, b = torch.randn(2, 16, d) + 3000, torch.zeros(4, 4 * d), torch.zeros(4)
     tensors = (x, w, b, torch.ones(d), torch.zeros(d), torch.eye(8, d))
     x, w, b, scale, shift, columns = moved(tensors, kernels)
-    out = merge.group_merge(x, w, b, norm="layer", norm_weight=scale, norm_bias=shift,
-                            projection=columns, backend=kernels)[1]  # fmt: skip
+    norm = Norm("layer", scale, shift, 1e-6)
+    groups = make_groups(x, 4, backend=kernels)
+    out = merge.group_merge(x, MergeWeights(w, b, columns), groups, norm, kernels)[1]
     norm = functools.partial(torch.nn.functional.layer_norm, normalized_shape=(d,), eps=1e-6)
     assert_close(out, norm(x)[..., :8], norm(x.double())[..., :8])

@@ -12,7 +12,10 @@ from torch import nn
 from tests.ops.cases import assert_close, cast, feed_forward, needs_cpu, plugin
 from variator_kernels import functional as vf
 from variator_kernels.ops import prepack
+from variator_kernels.ops.arguments import Norm
 from variator_kernels.ops.feed_forward import FeedForward
+from variator_kernels.ops.group_merge.op import group_merge
+from variator_kernels.ops.groups import make_groups
 
 pytestmark = needs_cpu
 D, F, K = 24, 40, 4
@@ -212,8 +215,6 @@ def test_a_changed_bias_leaves_the_weight_packed():
 
 def test_an_empty_projection():
     x, p = torch.randn(2, 9, D), plugin(D, K, 8, torch.float32)
-    _, projected, _ = torch.ops.variator.group_merge(
-        x, p.merge_weight, p.merge_bias, None, None, "rms", torch.randn(D), None, 1e-6,
-        torch.empty(0, D), "cpu",
-    )  # fmt: skip
+    merge, norm = p.merge._replace(projection=torch.empty(0, D)), Norm("rms", torch.randn(D))
+    _, projected, _ = group_merge(x, merge, make_groups(x, p.ratio), norm, "cpu")
     assert projected.shape == (2, 9, 0)

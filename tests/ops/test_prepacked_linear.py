@@ -151,12 +151,105 @@ def test_results_may_be_changed_in_place():
     torch.testing.assert_close((y, dx), expected)
 
 
-def test_second_derivatives_are_refused():
+def test_second_derivatives():
     linear, x = layer(), torch.randn(3, IN, requires_grad=True)
-    with prepacked_linear.FrozenProducts(linear):
+
+    def second():
         (g,) = torch.autograd.grad(linear(x).tanh().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            g.square().sum().backward()
+        return torch.autograd.grad(g.square().sum(), x)[0]
+
+    with prepacked_linear.FrozenProducts(linear):
+        ours = second()
+    torch.testing.assert_close(ours, second())
+
+
+@pytest.fixture
+def fp32_products(monkeypatch):
+    """A processor without products in 16 bits."""
+    monkeypatch.setattr(prepack, "EMULATED", frozenset({torch.bfloat16, torch.float16}))
+
+
+@pytest.fixture
+def multiplied(monkeypatch):
+    """The dtypes in which PyTorch multiplied."""
+    plain, dtypes = nn.functional.linear, []
+    monkeypatch.setattr(
+        prepacked_linear.F,
+        "linear",
+        lambda x, weight, bias=None: dtypes.append(x.dtype) or plain(x, weight, bias),
+    )
+    return dtypes
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "autocast"], ids=str)
+def test_without_16_bit_products(fp32_products, packed, multiplied, dtype, bias, trains):
+    """Outside FrozenProducts too: fp32 products, the dtypes of F.linear, frozen weights packed."""
+    autocast = dtype == "autocast"
+    linear = layer(bias, torch.float32 if autocast else dtype).requires_grad_(trains)
+    wide = layer(bias).double().requires_grad_(trains)
+    wide.load_state_dict({name: t.double() for name, t in linear.state_dict().items()})
+    stored = linear.weight.dtype
+    x, dy = torch.randn(2, 5, IN).to(stored), torch.randn(2, 5, OUT).to(stored)
+
+    def run(module, product, x, dy):
+        x = x.clone().requires_grad_()
+        y = product(x, module.weight, module.bias)
+        return y, *torch.autograd.grad(
+            y, [x, *(module.parameters() if trains else ())], dy.to(y.dtype)
+        )
+
+    exact = run(wide, torch.ops.aten.linear, x.double(), dy.double())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain = run(linear, torch.ops.aten.linear, x, dy)
+        ours = run(linear, prepacked_linear.linear, x, dy)
+    assert packed == ({"linear": 0, "transposed": 0} if trains else {"linear": 1, "transposed": 1})
+    assert multiplied == ([torch.float32] if trains else [])
+    for a, b, c in zip(ours, plain, exact, strict=True):
+        assert a.dtype == b.dtype
+        assert_close(a, b, c)
+
+
+def test_converted_weights_are_never_old(fp32_products):
+    """Not even when they are written through ``.data`` within a step."""
+    linear, x = layer(dtype=torch.bfloat16).requires_grad_(True), torch.randn(3, IN).bfloat16()
+    before = prepacked_linear.linear(x, linear.weight, linear.bias)
+    linear.weight.data.mul_(2)
+    linear.bias.data.mul_(2)
+    torch.testing.assert_close(prepacked_linear.linear(x, linear.weight, linear.bias), 2 * before)
+    linear.requires_grad_(False)
+    frozen = prepacked_linear.linear(x, linear.weight, linear.bias)
+    torch.testing.assert_close(frozen, 2 * before)
+    linear.weight.data.mul_(2)
+    linear.bias.data.mul_(2)
+    torch.testing.assert_close(prepacked_linear.linear(x, linear.weight, linear.bias), 4 * before)
+
+
+def test_compiled_without_16_bit_products(fp32_products):
+    linear, x = layer(dtype=torch.bfloat16), torch.randn(3, IN).bfloat16()
+    compiled = torch.compile(prepacked_linear.linear, backend="eager", fullgraph=True)
+    out = compiled(x, linear.weight, linear.bias)
+    assert torch.equal(out, linear.float()(x.float()).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("limit", "avx512", "bf16_instructions", "expected"),
+    [
+        ("", True, True, True),
+        ("", True, False, False),
+        ("avx512_core", True, True, False),
+        ("AVX512_CORE_VNNI", True, True, False),
+        ("AVX512_CORE_BF16", True, True, True),
+        ("", False, False, True),  # bf16 conversions beside AVX2
+    ],
+)
+def test_where_bf16_is_emulated(monkeypatch, limit, avx512, bf16_instructions, expected):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16_instructions)
+    assert (torch.bfloat16 not in prepack._emulated()) == expected
 
 
 def test_ignored_weights_are_left_alone(packed):

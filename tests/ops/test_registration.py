@@ -18,6 +18,7 @@ from tests.ops.cases import (
 )
 from variator_kernels import functional as vf
 from variator_kernels.ops.compressed_ffn import op as ffn_op
+from variator_kernels.ops.groups import make_groups
 
 needs_opcheck = pytest.mark.skipif(
     importlib.util.find_spec("expecttest") is None, reason="opcheck needs expecttest"
@@ -40,8 +41,8 @@ def test_opcheck_group_merge(mask, backend):
     p = plugin(D, K, R, torch.float32)
     tensors = (torch.randn(2, N, D), *p[:2], torch.ones(D), torch.randn(R, D))
     x, *weights, norm, projection = learnable(moved(tensors, backend))
-    mask = moved(mask, backend)
-    arguments = (x, *weights, mask, None, "rms", norm, None, 1e-6, projection, backend)
+    groups = make_groups(x, K, mask=moved(mask, backend), backend=backend)
+    arguments = (x, *weights, projection, norm, None, *groups, "rms", 1e-6, backend)
     torch.library.opcheck(torch.ops.variator.group_merge.default, arguments)
 
 
@@ -51,8 +52,9 @@ def test_opcheck_adapter_decompress(mask, backend):
     p = plugin(D, K, R, torch.float32)
     adapter = (p.w1[:, :D].clone(), p.b1, p.w2, p.b2)
     tensors = (torch.randn(2, -(-N // K), D), torch.randn(2, N, R), *adapter, torch.randn(2, N, D))
-    tensors, mask = learnable(moved(tensors, backend)), moved(mask, backend)
-    arguments = (*tensors, mask, None, K, "tanh", backend)
+    tensors = learnable(moved(tensors, backend))
+    groups = make_groups(tensors[1], K, mask=moved(mask, backend), backend=backend)
+    arguments = (*tensors, *groups, "tanh", backend)
     torch.library.opcheck(torch.ops.variator.adapter_decompress.default, arguments)
 
 
@@ -64,9 +66,8 @@ def test_opcheck_compressed_ffn(mask, kind):
     learnable(p[:6])
     x = torch.randn(2, N, D, requires_grad=True)
     arguments = (
-        x, mask, None, *p[:6], f.w_in, f.w_out, f.w_gate, f.b_in, f.b_out, f.b_gate,
-        f.norm_weight, f.norm_bias, f.activation, f.norm, f.eps, f.post_norm, f.residual,
-        "tanh", "cpu",
+        x, *p[:6], *f[:6], f.norm_weight, f.norm_bias, *make_groups(x, K, mask=mask),
+        f.activation, f.norm, f.eps, f.post_norm, f.residual, "tanh", "cpu",
     )  # fmt: skip
     torch.library.opcheck(torch.ops.variator.compressed_ffn.default, arguments)
 
@@ -76,7 +77,7 @@ def test_the_op_itself_has_the_layered_gradient(mask):
     p, f = plugin(D, K, R, torch.float32), feed_forward(D, 40, torch.float32, "t5")
     learnable(p[:6])
     x = torch.randn(2, N, D, requires_grad=True)
-    a = ffn_op.compressed_ffn(x, p, f, mask, None, "cpu")
+    a = ffn_op.compressed_ffn(x, p, f, make_groups(x, K, mask=mask), "cpu")
     b = vf.compressed_ffn(x, p, f, mask=mask, backend="cpu")
     torch.testing.assert_close(a, b)
     for got, expected in zip(

@@ -18,6 +18,7 @@ from tests.ops.test_backward import assert_gradient
 from variator_kernels import functional as vf
 from variator_kernels.ops.compressed_ffn import op
 from variator_kernels.ops.feed_forward import PluginWeights
+from variator_kernels.ops.groups import make_groups
 
 
 @every_kernel_backend
@@ -55,7 +56,8 @@ def test_gradients_without_a_residual(backend, fused):
         leaves = [t.clone().requires_grad_() for t in values]
         weights = PluginWeights(*leaves[1:], p.activation)
         if fused and kernels != "reference":
-            y = op.compressed_ffn(leaves[0], weights, ffn, None, cu_seqlens, kernels)
+            groups = make_groups(x, 4, cu_seqlens=cu_seqlens, backend=kernels)
+            y = op.compressed_ffn(leaves[0], weights, ffn, groups, kernels)
         else:
             y = vf.compressed_ffn(
                 leaves[0], weights, cast(ffn, values[0].dtype), cu_seqlens=cu_seqlens,

@@ -19,6 +19,8 @@ from tests.ops.cases import (
 )
 from variator_kernels import extension
 from variator_kernels import functional as vf
+from variator_kernels.ops import cpu_arguments
+from variator_kernels.ops.groups import make_groups
 
 D, K, N = 24, 4, 19
 P = plugin(D, K, 8, torch.float32)
@@ -256,7 +258,9 @@ def test_the_ops_themselves_refuse_what_does_not_fit(backend):
     """They read addresses: a wrong shape must not become a wrong address."""
     op = torch.ops.variator.adapter_decompress
     tensors = (U, torch.randn(2, N, 8), P.w1[:, :D], P.b1, P.w2, P.b2, X)
-    good = (*moved(tensors, backend), None, None, K, "tanh", backend)
+    tensors = moved(tensors, backend)
+    groups = make_groups(tensors[1], K, backend=backend)
+    good = (*tensors, *groups, "tanh", backend)
     assert op(*good).shape == X.shape
     for place, wrong in {0: U[:, 1:], 2: P.w1, 4: P.w2.t(), 5: P.b1, 6: X[:, 1:]}.items():
         wrong = moved(wrong, backend)
@@ -268,6 +272,7 @@ def test_the_ops_themselves_refuse_what_does_not_fit(backend):
 
 @needs_cpu
 def test_sizes_are_64_bit():
-    from variator_kernels import extension
-
-    assert extension.load().list_groups(1, 2**33, 0, 0, 4, 0, 0, 0) == 2**31
+    """Of tokens and groups, up to the addresses that are made of them."""
+    start, span = torch.tensor([0, 2**33]), torch.tensor([4, 3])
+    groups = cpu_arguments._kernel(start, span, None, 2, 4)
+    assert groups.fits(2**33 + 3) and not groups.fits(2**33 + 2)

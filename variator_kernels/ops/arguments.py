@@ -1,4 +1,4 @@
-"""What every kernel backend checks the same way before it reads addresses."""
+"""Weights that belong together below the registered ops, and checks of their sizes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .groups import Groups
+
 
 class Norm(NamedTuple):
-    """The norm in front of the merge: its name, weight and bias (or None), eps."""
+    """The norm in front of a merge: its name, weight ``[d]`` and bias ``[d]`` (or None), eps."""
 
     name: str = "none"
     weight: Tensor | None = None
@@ -19,10 +21,40 @@ class Norm(NamedTuple):
 NO_NORM = Norm()
 
 
+class MergeWeights(NamedTuple):
+    """W_c ``[k, k*d]`` and b_c ``[k]``; ``projection [r, d]`` is what h is multiplied with on the
+    way (W_1h), if anything."""
+
+    weight: Tensor
+    bias: Tensor
+    projection: Tensor | None = None
+
+    @property
+    def bottleneck(self) -> int:
+        """r; 0 without a projection."""
+        return 0 if self.projection is None else self.projection.shape[0]
+
+
+class AdapterWeights(NamedTuple):
+    """What decompresses: W_1u ``[r, d]`` (W_1's first half), b_1 ``[r]``, W_2 ``[d, r]``, b_2
+    ``[d]``, and φ."""
+
+    w1u: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    activation: str
+
+
 def require(holds: bool, what: str) -> None:
     """The kernels read addresses: an op called with arguments that do not fit must not run."""
     if not holds:
         raise ValueError(f"argument does not fit: {what}")
+
+
+def require_merged(groups: Groups) -> None:
+    """For kernels that know no kept groups."""
+    require(groups.kept is None, "these kernels keep no token whole; backend='reference' does")
 
 
 def flat(x: Tensor) -> Tensor:
@@ -31,38 +63,38 @@ def flat(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
 
-def check_merge(
-    x: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    projection: Tensor | None,
-    k: int,
-) -> None:
-    """W_c ``[k, k*d]``, norm vectors ``[d]``, projection ``[r, d]``."""
-    d = x.shape[-1]
-    require(weight.shape == (k, k * d), f"weight is {list(weight.shape)}")
-    require(projection is None or projection.shape[1] == d, "projection's columns")
-    for vector in (norm_weight, norm_bias):
+def check_merge(x: Tensor, merge: MergeWeights, groups: Groups, norm: Norm) -> None:
+    """Every vector and matrix is of the sizes that ``x`` and the groups ask for."""
+    k, d = groups.ratio, x.shape[-1]
+    require_merged(groups)
+    require(merge.weight.shape == (k, k * d), f"weight is {list(merge.weight.shape)}")
+    require(merge.bias.shape == (k,), f"bias is {list(merge.bias.shape)}")
+    require(merge.projection is None or merge.projection.shape[1] == d, "projection's columns")
+    for vector in (norm.weight, norm.bias):
         require(vector is None or vector.shape == (d,), "norm weight or bias")
 
 
-def check_merge_backward(
-    d_merged: Tensor, x: Tensor, weights: Tensor, weight: Tensor, groups: int
-) -> None:
-    """What the forward of ``groups`` groups made, and gradients of its shapes."""
-    k, d = weights.shape[-1], x.shape[-1]
-    require(weights.numel() == groups * k, f"weights are {list(weights.shape)}")
-    require(d_merged.numel() == groups * d, f"d_merged is {list(d_merged.shape)}")
-    require(weight.shape == (k, k * d), f"weight is {list(weight.shape)}")
+def check_merge_backward(d_merged: Tensor, softmax: Tensor, x: Tensor, groups: Groups) -> None:
+    """What the forward made, and gradients of its shapes."""
+    shape = groups.shape(x)
+    require(softmax.shape == (*shape, groups.ratio), f"softmax is {list(softmax.shape)}")
+    require(d_merged.shape == (*shape, x.shape[-1]), f"d_merged is {list(d_merged.shape)}")
 
 
-def check_decompress(
-    u: Tensor, projected: Tensor, w1u: Tensor, b1: Tensor, w2: Tensor, groups: int
-) -> None:
-    """u ``[groups, d]``, W_1u ``[r, d]``, b_1 ``[r]``, W_2 ``[d, r]`` for ``projected [.., r]``."""
+def check_decompress(u: Tensor, projected: Tensor, adapter: AdapterWeights, groups: Groups) -> None:
+    """u ``[.., G, d]`` and the adapter's matrices for ``projected [.., r]``."""
     d, r = u.shape[-1], projected.shape[-1]
-    require(u.numel() == groups * d, f"u is {list(u.shape)}")
-    require(w1u.shape == (r, d), f"w1u is {list(w1u.shape)}")
-    require(b1.shape == (r,), f"b1 is {list(b1.shape)}")
-    require(w2.shape == (d, r), f"w2 is {list(w2.shape)}")
+    require_merged(groups)
+    count = 1
+    for size in groups.shape(projected):
+        count *= size
+    require(u.numel() == count * d, f"u is {list(u.shape)}")
+    check_adapter(adapter, d, r)
+
+
+def check_adapter(adapter: AdapterWeights, d: int, r: int) -> None:
+    """For hidden size ``d`` and bottleneck ``r``."""
+    require(adapter.w1u.shape == (r, d), f"w1u is {list(adapter.w1u.shape)}")
+    require(adapter.b1.shape == (r,), f"b1 is {list(adapter.b1.shape)}")
+    require(adapter.w2.shape == (d, r), f"w2 is {list(adapter.w2.shape)}")
+    require(adapter.b2.shape == (d,), f"b2 is {list(adapter.b2.shape)}")

@@ -1,28 +1,25 @@
-"""What every CPU kernel is told the same way: dtypes, groups, packed plugin weights."""
+"""What every CPU kernel is told the same way: dtypes, groups, norms, prepacked plugin weights."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import checks, extension
-from .arguments import Norm, require
-from .groups import max_groups
+from .. import extension
+from .arguments import AdapterWeights, MergeWeights, Norm, require
+from .groups import Groups
+from .library import accumulator
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-NORMS = {"none": 0, "rms": 1, "layer": 2}
-ACTIVATIONS = {"identity": 0, "tanh": 1}
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """The kernels' number for a storage type."""
+    return extension.enum_value("cpu", "dtypes", str(dtype).removeprefix("torch."))
 
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums, norms and softmax: fp32, or fp64 for fp64 storage."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def as_accumulator(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -50,87 +47,76 @@ def folded(weight: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
     return (wide.view(wide.shape[0], wide.shape[1] // d, d) * norm.weight).view(wide.shape)
 
 
-class Groups(NamedTuple):
-    """The list of groups as the kernels read it; the tensors keep its memory alive."""
+class Listed(NamedTuple):
+    """Groups as the kernels read them; the tensors keep their memory alive."""
 
-    start: Tensor
-    length: Tensor
-    mask: Tensor | None
-    groups: int
-    ratio: int
-
-    def arguments(self, first: int = 0, count: int | None = None) -> tuple[int, int, int, int, int]:
-        """Addresses and sizes of ``count`` groups from ``first`` on."""
-        skip = first * 8
-        count = self.groups if count is None else count
-        return (
-            self.start.data_ptr() + skip,
-            self.length.data_ptr() + skip,
-            address(self.mask),
-            count,
-            self.ratio,
-        )
+    kernel: Any
+    """The extension's own ``Groups``."""
+    tensors: tuple[Tensor | None, ...]
+    covers_all: bool
+    """Whether every token lies in a group."""
 
 
-class Layout:
-    """Rows, mask and offsets of one input, in the form the kernels take."""
+def listed(groups: Groups, tokens: int, varlen: bool, *, compact: bool = False) -> Listed:
+    """Groups of a flat list of ``tokens``; ``compact`` leaves out those without a slot.
 
-    def __init__(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
-        self.x = x
-        self.cu_seqlens = cu_seqlens
-        self.mask = None
-        self.offsets = None
-        if cu_seqlens is not None:
-            self.rows, self.n = cu_seqlens.shape[0] - 1, 0
-            self.offsets = cu_seqlens.to(torch.int64).contiguous()
-            checks.offsets(self.offsets, x.shape[0])
-        else:
-            self.rows, self.n = x.shape[:2]
-            if mask is not None:
-                checks.shape(mask, (self.rows, self.n), "mask")
-                mask = mask if mask.dtype == torch.bool else mask != 0
-                self.mask = mask.contiguous()
+    Raises:
+        ValueError: a group lies outside of the list: the kernels would read memory of others.
+    """
+    start, span, mask = groups.start, groups.span, groups.mask
+    require(groups.form == "listed", f"the CPU kernels read listed groups, got {groups.form!r}")
+    assert start is not None and span is not None
+    require(mask is None or mask.numel() == tokens, "the mask's size")
+    start, span = start.contiguous(), span.contiguous()
+    require(start.dtype == span.dtype == torch.int64, "start and span must be int64")
+    require(start.numel() == span.numel(), "start and span are of one size")
+    kernel = _kernel(start, span, mask, start.numel(), groups.ratio)
+    covers_all = mask is None and not varlen
+    if compact and not covers_all:
+        used = torch.empty(2, start.numel(), dtype=torch.int64)
+        count = kernel.compact(start=used[0].data_ptr(), span=used[1].data_ptr())
+        start, span = used[0], used[1]
+        kernel = _kernel(start, span, mask, count, groups.ratio)
+    require(kernel.fits(tokens), "groups must lie within the tokens")
+    return Listed(kernel, (start, span, mask), covers_all)
 
-    def _batch(self) -> tuple[int, int, int, int]:
-        return self.rows, self.n, address(self.mask), address(self.offsets)
 
-    def groups(self, ratio: int, compact: bool) -> Groups:
-        """All groups; ``compact`` leaves out those behind a row's last token."""
-        per_row = 0 if compact or self.offsets is not None else max_groups(self.x, ratio)
-        lister = extension.load().list_groups
-        count = lister(*self._batch(), ratio, per_row, 0, 0)
-        total = count
-        if not compact and self.offsets is not None:
-            total = max_groups(self.x, ratio, self.cu_seqlens)
-        start = torch.zeros(total, dtype=torch.int64)
-        length = torch.zeros(total, dtype=torch.int64)
-        if count:
-            lister(*self._batch(), ratio, per_row, start.data_ptr(), length.data_ptr())
-        return Groups(start, length, self.mask, total, ratio)
+def _kernel(start: Tensor, span: Tensor, mask: Tensor | None, count: int, k: int) -> Any:
+    return extension.load().Groups(
+        start=start.data_ptr(), span=span.data_ptr(), mask=address(mask), count=count, k=k
+    )
 
-    @property
-    def covers_all(self) -> bool:
-        """Whether every token lies in a group."""
-        return self.mask is None and self.offsets is None
 
-    def copy_padding(self, x: Tensor, y: Tensor) -> None:
-        """Copies to ``y [tokens, d]`` the rows of ``x`` that no group holds; same dtype."""
-        require(x.dtype == y.dtype, f"x is {x.dtype}, y is {y.dtype}")
-        if self.offsets is not None:
-            first, last = int(self.offsets[0]), int(self.offsets[-1])
-            y[:first].copy_(x[:first])
-            y[last:].copy_(x[last:])
-        elif self.mask is not None:
-            extension.load().copy_padding(
-                self.rows,
-                self.n,
-                address(self.mask),
-                x.data_ptr(),
-                x.stride(0),
-                y.data_ptr(),
-                x.shape[1],
-                x.element_size(),
-            )
+def copy_outside(groups: Listed, x: Tensor, y: Tensor) -> None:
+    """Copies to flat ``y [tokens, d]`` the rows of ``x`` that no group holds; same dtype."""
+    require(x.dtype == y.dtype, f"x is {x.dtype}, y is {y.dtype}")
+    if groups.covers_all:
+        return
+    groups.kernel.copy_outside(
+        tokens=x.shape[0],
+        x=x.data_ptr(),
+        x_stride=x.stride(0),
+        y=y.data_ptr(),
+        d=x.shape[1],
+        element_size=x.element_size(),
+    )
+
+
+def wide_norm(norm: Norm, dtype: torch.dtype) -> Norm:
+    """A norm whose vectors are in the accumulator dtype."""
+    weight, bias = (optional_accumulator(v, dtype) for v in (norm.weight, norm.bias))
+    return norm._replace(weight=weight, bias=bias)
+
+
+def norm_kernel(norm: Norm) -> Any:
+    """The result of :func:`wide_norm` as the kernels read it."""
+    return extension.load().Norm(
+        kind=extension.enum_value("cpu", "norms", norm.name),
+        weight=address(norm.weight),
+        bias=address(norm.bias),
+        eps=norm.eps,
+        folded=folds(norm),
+    )
 
 
 def pack(
@@ -183,3 +169,50 @@ def pack_merge_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
     k = wide.shape[0]
     d = wide.shape[1] // k
     return pack(wide, inner=(k, k * d), columns=(d, 1), matrices=(k, d))
+
+
+class PrepackedMerge(NamedTuple):
+    """W_c, b_c and W_1h as the merge reads them, the norm folded in if it folds."""
+
+    weight: Tensor
+    bias: Tensor
+    projection: Tensor | None
+    bottleneck: int
+    norm: Norm
+    norm_kernel: Any
+
+
+def prepack_merge(merge: MergeWeights, norm: Norm, dtype: torch.dtype) -> PrepackedMerge:
+    """For inputs of storage ``dtype``."""
+    wide, projection = wide_norm(norm, dtype), None
+    if merge.projection is not None:
+        projection = pack_columns(folded(merge.projection, wide, dtype), dtype, bf16=True)
+    return PrepackedMerge(
+        pack_merge(folded(merge.weight, wide, dtype), dtype),
+        as_accumulator(merge.bias, dtype),
+        projection,
+        merge.bottleneck,
+        wide,
+        norm_kernel(wide),
+    )
+
+
+class PrepackedAdapter(NamedTuple):
+    """The adapter's weights as the decompress reads them."""
+
+    w1u: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    phi: int
+
+
+def prepack_adapter(adapter: AdapterWeights, dtype: torch.dtype) -> PrepackedAdapter:
+    """For outputs of storage ``dtype``."""
+    return PrepackedAdapter(
+        pack_columns(adapter.w1u, dtype, bf16=True),
+        as_accumulator(adapter.b1, dtype),
+        pack_columns(adapter.w2, dtype, bf16=True),
+        as_accumulator(adapter.b2, dtype),
+        extension.enum_value("cpu", "adapter_activations", adapter.activation),
+    )

@@ -10,19 +10,22 @@ from torch import Tensor
 
 from .. import extension
 from .arguments import Norm, require
-from .gpu_arguments import Groups
+from .gpu_arguments import GpuGroups
 
-DTYPES = {torch.bfloat16: 1, torch.float16: 2}
-NORMS = {"none": 0, "rms": 1, "layer": 2}
-PHIS = {"identity": 0, "tanh": 1}
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+DTYPES = (torch.bfloat16, torch.float16)
 # The adapter's rows are multiplied in chunks of as many: W_1 and W_2 are padded with zeros.
 BOTTLENECK_CHUNK = 64
 
 
 def dtype_code(dtype: torch.dtype) -> int:
+    """The kernels' number for a storage type."""
     require(dtype in DTYPES, f"the CUDA kernels take {[*DTYPES]}, got {dtype}")
-    return DTYPES[dtype]
+    return code("dtypes", str(dtype).removeprefix("torch."))
+
+
+def code(kind: str, name: str) -> int:
+    """The kernels' number for a name of an enumeration."""
+    return extension.enum_value("cuda", kind, name)
 
 
 def check_sizes(d: int, ratio: int, bottleneck: int = 0) -> None:
@@ -51,20 +54,20 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def spans_of(spans: Groups) -> Any:
-    """``gpu_arguments.Groups`` as the kernels read it; they count tokens in 32 bits."""
-    tokens = spans.n * (spans.total // max(spans.per_row, 1))
+def groups_kernel(groups: GpuGroups) -> Any:
+    """Groups as the kernels read them; they count tokens in 32 bits."""
+    tokens = groups.n * (groups.total // max(groups.per_row, 1))
     require(tokens < 2**31, f"the input has {tokens} tokens, the CUDA kernels take less than 2^31")
     return extension.load("cuda").Groups(
-        start=address(spans.start),
-        length=address(spans.length),
-        span=address(spans.span),
-        mask=address(spans.mask),
-        n=spans.n,
-        per_row=spans.per_row,
-        count=spans.total,
-        launched=spans.launched,
-        k=spans.ratio,
+        start=address(groups.start),
+        length=address(groups.span),
+        span=address(groups.owned),
+        mask=address(groups.mask),
+        n=groups.n,
+        per_row=groups.per_row,
+        count=groups.total,
+        launched=groups.launched,
+        k=groups.ratio,
     )
 
 
@@ -74,7 +77,7 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def rows_of(matrix: Tensor) -> Tensor:
+def aligned_rows(matrix: Tensor) -> Tensor:
     """A matrix whose rows have unit stride and start at multiples of 16 bytes."""
     fits = matrix.stride(-1) == 1 and matrix.stride(0) % 8 == 0 and matrix.data_ptr() % 16 == 0
     return matrix if fits else aligned(matrix)
@@ -99,18 +102,17 @@ def vector(tensor: Tensor | None) -> Any:
     return extension.load("cuda").Vector(address(tensor), wide)
 
 
-def norm_as_read(norm: Norm) -> Any:
-    """A norm whose vectors :func:`as_vector` made, as the kernels read it."""
+def norm_kernel(norm: Norm) -> Any:
+    """The result of :func:`cuda_norm` as the kernels read it."""
     return extension.load("cuda").Norm(
-        NORMS[norm.name], vector(norm.weight), vector(norm.bias), norm.eps
+        code("norms", norm.name), vector(norm.weight), vector(norm.bias), norm.eps
     )
 
 
-def norm_of(
-    name: str, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
-) -> Norm:
-    weight, bias = (None if v is None else as_vector(v, dtype) for v in (weight, bias))
-    return Norm(name, weight, bias, eps)
+def cuda_norm(norm: Norm, dtype: torch.dtype) -> Norm:
+    """A norm with vectors that :func:`as_vector` made for storage ``dtype``."""
+    weight, bias = (None if v is None else as_vector(v, dtype) for v in (norm.weight, norm.bias))
+    return norm._replace(weight=weight, bias=bias)
 
 
 def chunks(bottleneck: int) -> int:
@@ -121,7 +123,7 @@ def chunks(bottleneck: int) -> int:
 def pad_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``weight [r, d]`` with rows of zeros up to :func:`chunks`."""
     missing = chunks(weight.shape[0]) - weight.shape[0]
-    return rows_of(_padded(weight.detach().to(dtype), (0, 0, 0, missing)))
+    return aligned_rows(_padded(weight.detach().to(dtype), (0, 0, 0, missing)))
 
 
 def pad_columns(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import prepacked_linear
+from .arguments import NO_NORM, AdapterWeights, MergeWeights, Norm
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+FFN_ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+ADAPTER_ACTIVATIONS = ("tanh", "identity")
+"""φ of the adapter."""
 NORMS = ("none", "rms", "layer")
 
 
@@ -48,6 +50,13 @@ class FeedForward(NamedTuple):
     """Runs ``FFN`` in place of the products, where the weights alone do not tell what it does
     (replaced linear layers, hooks)."""
 
+    @property
+    def pre_norm(self) -> Norm:
+        """The norm in front of the merge, if there is one."""
+        if self.post_norm or self.norm == "none":
+            return NO_NORM
+        return Norm(self.norm, self.norm_weight, self.norm_bias, self.eps)
+
 
 class PluginWeights(NamedTuple):
     """The parameters of one plugin: ratio k, bottleneck r, hidden size d.
@@ -67,6 +76,18 @@ class PluginWeights(NamedTuple):
     @property
     def ratio(self) -> int:
         return self.merge_bias.shape[0]
+
+    @property
+    def merge(self) -> MergeWeights:
+        """W_c, b_c, and W_1h to be multiplied with on the way."""
+        w1h = self.w1[:, self.w1.shape[1] // 2 :]
+        return MergeWeights(self.merge_weight, self.merge_bias, w1h)
+
+    @property
+    def adapter(self) -> AdapterWeights:
+        """W_1u and the rest of the adapter."""
+        w1u = self.w1[:, : self.w1.shape[1] // 2]
+        return AdapterWeights(w1u, self.b1, self.w2, self.b2, self.activation)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -97,8 +118,8 @@ def normalize(
     return out if bias is None else out + bias
 
 
-def products(g: Tensor, ffn: FeedForward) -> Tensor:
-    """``Dropout(FFN(g))`` in plain PyTorch: ``g [..., d]`` to ``[..., d]``.
+def products(g: Tensor, ffn: FeedForward, linear: Callable[..., Tensor] = F.linear) -> Tensor:
+    """``Dropout(FFN(g))`` in PyTorch: ``g [..., d]`` to ``[..., d]``; ``linear`` multiplies.
 
     As in ``transformers``, inner activations take ``w_out``'s dtype: T5 in fp16 keeps it fp32.
     """
@@ -107,10 +128,10 @@ def products(g: Tensor, ffn: FeedForward) -> Tensor:
         return F.dropout(u, ffn.dropout_outer) if ffn.dropout_outer > 0 else u
     autocast = torch.is_autocast_enabled(g.device.type)
     g = g if autocast else g.to(ffn.w_in.dtype)
-    inner = activate(prepacked_linear.linear(g, ffn.w_in, ffn.b_in), ffn.activation)
+    inner = activate(linear(g, ffn.w_in, ffn.b_in), ffn.activation)
     if ffn.w_gate is not None:
-        inner = inner * prepacked_linear.linear(g, ffn.w_gate, ffn.b_gate)
+        inner = inner * linear(g, ffn.w_gate, ffn.b_gate)
     inner = F.dropout(inner, ffn.dropout_inner) if ffn.dropout_inner > 0 else inner
     inner = inner if autocast else inner.to(ffn.w_out.dtype)
-    u = prepacked_linear.linear(inner, ffn.w_out, ffn.b_out)
+    u = linear(inner, ffn.w_out, ffn.b_out)
     return F.dropout(u, ffn.dropout_outer) if ffn.dropout_outer > 0 else u

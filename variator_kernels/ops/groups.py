@@ -1,7 +1,13 @@
-"""Which tokens form a group: spans of real tokens, cut into k slots."""
+"""Which tokens form which group: made once for an input and a ratio, read by every op.
+
+Groups are data: a start, a span of up to k slots and perhaps a kept flag each, so groups of unequal
+size need nothing new. A row's groups start at its first real token and run to its last; slots of
+padding inside a span stay empty.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -9,11 +15,53 @@ from torch import Tensor
 
 
 class Groups(NamedTuple):
-    """Which tokens form which group, of one input at one ratio: made once a forward."""
+    """The groups of one input; token indices are int64, into the flat ``[tokens, d]`` list.
 
+    Three forms. ``"listed"`` names every group, ``[B, G]`` or, for varlen input, ``[G]``. The GPU
+    kernels compute the others: ``"plain"`` (no padding, no tensor) and ``"masked"`` (``start [B]``
+    is the position of a row's first real token). There every token belongs to exactly one slot,
+    also padding, so a kernel that walks over all slots writes every row of an output.
+    """
+
+    start: Tensor | None
+    """A group's first token."""
+    span: Tensor | None
+    """How many slots it has, 0 to k; of these the ones that ``mask`` leaves out are empty."""
+    owned: Tensor | None
+    """Varlen input on a GPU: how many tokens its slots pass on. There is one group more, which
+    merges nothing and may own tokens outside the sequences."""
+    kept: Tensor | None
+    """bool: this group is one token that stays whole, without merge and adapter."""
+    mask: Tensor | None
+    """bool ``[B, n]``; None if there is no padding."""
     ratio: int
-    mask: Tensor | None = None
-    cu_seqlens: Tensor | None = None
+    """k, the most slots a group has."""
+    form: str
+
+    def shape(self, x: Tensor) -> tuple[int, ...]:
+        """``(B, G)``, or ``(G,)`` for varlen input: the groups of ``x [B, n, ...]``, ``[T, ...]``
+        that have a merged vector."""
+        if self.form != "listed":
+            return x.shape[0], max_groups(x, self.ratio)
+        assert self.start is not None
+        if self.owned is not None:
+            return (self.start.shape[0] - 1,)
+        return tuple(self.start.shape)
+
+
+SCHEMA = (
+    "Tensor? start, Tensor? span, Tensor? owned, Tensor? kept, Tensor? mask, int ratio, str form"
+)
+"""The fields of :class:`Groups` as arguments of a registered op."""
+FIELDS = len(Groups._fields)
+
+
+def max_groups(x: Tensor, ratio: int, cu_seqlens: Tensor | None = None) -> int:
+    """The most groups ``x`` can have: in a row of ``[B, n, d]``, in all of varlen ``[T, d]``."""
+    if cu_seqlens is None:
+        return (x.shape[1] + ratio - 1) // ratio  # not -(-n // k): exporters truncate
+    sequences = cu_seqlens.shape[0] - 1
+    return (x.shape[0] + sequences * (ratio - 1)) // ratio
 
 
 def make_groups(
@@ -24,83 +72,138 @@ def make_groups(
     cu_seqlens: Tensor | None = None,
     backend: str = "reference",
 ) -> Groups:
-    """The groups of ``x [B, n, d]`` or varlen ``[T, d]``, as ``backend`` (resolved) reads them."""
-    return Groups(ratio, mask, cu_seqlens)
+    """The groups of ``x [B, n, ...]`` or varlen ``[T, ...]``, as ``backend`` (resolved) reads them.
+
+    No host synchronisation on a GPU. ``mask`` and ``cu_seqlens`` are as in the public ops, checked.
+    """
+    on_gpu = backend in ("triton", "cuda")
+    if cu_seqlens is not None:
+        start, span, owned = _varlen(x.shape[0], cu_seqlens.long(), ratio)
+        if on_gpu:
+            return Groups(start, span, owned, None, None, ratio, "listed")
+        return Groups(start[:-1], span[:-1], None, None, None, ratio, "listed")
+    if mask is None:
+        if on_gpu:
+            return Groups(None, None, None, None, None, ratio, "plain")
+        start, span = _plain(x, ratio)
+        return Groups(start, span, None, None, None, ratio, "listed")
+    mask = (mask if mask.dtype == torch.bool else mask != 0).contiguous()
+    if on_gpu:
+        return Groups(_first(mask), None, None, None, mask, ratio, "masked")
+    start, span = _masked(mask, ratio)
+    return Groups(start, span, None, None, mask, ratio, "listed")
 
 
-def max_groups(x: Tensor, ratio: int, cu_seqlens: Tensor | None = None) -> int:
-    """The most groups ``x`` can have: in a row of ``[B, n, d]``, in all of packed ``[T, d]``."""
-    if cu_seqlens is None:
-        return -(-x.shape[1] // ratio)
+def _first(mask: Tensor) -> Tensor:
+    """``[B]``: the position of each row's first real token; 0 where there is none."""
+    return mask.int().argmax(-1) if mask.shape[1] else mask.new_zeros(len(mask), dtype=torch.long)
+
+
+def _cut(first: Tensor, length: Tensor, groups: int, ratio: int) -> tuple[Tensor, Tensor]:
+    """Rows of ``length [B, 1]`` tokens from ``first [B, 1]`` on, cut into ``groups`` each."""
+    position = torch.arange(0, groups * ratio, ratio, device=first.device)
+    left = length - position
+    return first + torch.where(left > 0, position, 0), left.clamp(0, ratio)
+
+
+def _plain(x: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
+    if x.is_cpu and not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter):
+        return _plain_on_cpu(x.shape[0], x.shape[1], ratio)
+    return _plain_lists(x.shape[0], x.shape[1], ratio, x.device)
+
+
+def _plain_lists(
+    rows: int, n: int, ratio: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    first = torch.arange(rows, device=device)[:, None] * n
+    return _cut(first, torch.full_like(first, n), (n + ratio - 1) // ratio, ratio)
+
+
+@functools.lru_cache(maxsize=64)
+def _plain_on_cpu(rows: int, n: int, ratio: int) -> tuple[Tensor, Tensor]:
+    """Nothing but sizes decides, and nobody writes to them: most calls find theirs here."""
+    with torch.inference_mode(False):
+        return _plain_lists(rows, n, ratio, "cpu")
+
+
+def _masked(mask: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
+    rows, n = mask.shape
+    first = _first(mask)
+    last = n - _first(mask.flip(-1))
+    length = torch.where(mask.any(-1), last - first, 0)
+    start = torch.arange(rows, device=mask.device) * n + first
+    return _cut(start[:, None], length[:, None], (n + ratio - 1) // ratio, ratio)
+
+
+def _varlen(tokens: int, cu_seqlens: Tensor, ratio: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Start, span and owned tokens of as many groups as there can be, and one more.
+
+    Groups behind the last real one own the tokens outside ``cu_seqlens[0] .. cu_seqlens[-1]`` (they
+    wrap around at the end of the list).
+    """
     sequences = cu_seqlens.shape[0] - 1
-    return (x.shape[0] + sequences * (ratio - 1)) // ratio
-
-
-def slots(
-    x: Tensor, ratio: int, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Where each group's slots lie, without host synchronisation.
-
-    Returns ``index`` (int64, token index into the flat ``[tokens, d]`` view of ``x``) and
-    ``exists`` (bool), both ``[B, G, k]``, or ``[G, k]`` for packed input. A slot that holds no
-    token has an arbitrary but valid index.
-    """
-    groups = max_groups(x, ratio, cu_seqlens)
-    slot = torch.arange(ratio, device=x.device)
-    if cu_seqlens is not None:
-        cu = cu_seqlens.long()
-        lengths = cu.diff()
-        ends = ((lengths + ratio - 1) // ratio).cumsum(0)
-        group = torch.arange(groups, device=x.device)
-        row = torch.searchsorted(ends, group, right=True).clamp_max(max(len(lengths) - 1, 0))
-        if len(lengths) == 0:
-            return slot.new_zeros(groups, ratio), slot.new_zeros(groups, ratio, dtype=torch.bool)
-        first = ends - (lengths + ratio - 1) // ratio
-        position = (group - first[row])[:, None] * ratio + slot
-        exists = (position < lengths[row][:, None]) & (group < ends[-1])[:, None]
-        index = (cu[row][:, None] + position).clamp(0, max(x.shape[0] - 1, 0))
-        return index, exists
-    batch, n = x.shape[:2]
-    position = torch.arange(groups, device=x.device)[:, None] * ratio + slot
-    row = torch.arange(batch, device=x.device)[:, None, None]
-    if mask is None:
-        position = position.expand(batch, groups, ratio)
-        exists = position < n
+    groups = (tokens + sequences * (ratio - 1)) // ratio + 1
+    group = torch.arange(groups, device=cu_seqlens.device)
+    first, last = cu_seqlens[0], cu_seqlens[-1]
+    lengths = cu_seqlens.diff()
+    if sequences == 0:
+        used = torch.zeros_like(last)
+        start = span = torch.zeros_like(group)
     else:
-        real = mask != 0
-        start = real.int().argmax(-1) if n else real.new_zeros(batch, dtype=torch.long)
-        position = position + start[:, None, None]
-        inside = position < n
-        exists = inside & (real[row, position.clamp(0, max(n - 1, 0))] if n else inside)
-    return row * n + position.clamp(0, max(n - 1, 0)), exists
+        counts = (lengths + ratio - 1) // ratio
+        ends = counts.cumsum(0)
+        used = ends[-1]
+        row = torch.searchsorted(ends, group, right=True).clamp_max(sequences - 1)
+        position = (group - (ends - counts)[row]) * ratio
+        start = cu_seqlens[row] + position
+        span = (lengths[row] - position).clamp(0, ratio)
+    real = group < used
+    behind = (group - used) * ratio
+    outside = tokens - (last - first)
+    start = torch.where(real, start, last + behind)
+    span = torch.where(real, span, 0)
+    return start, span, torch.where(real, span, (outside - behind).clamp(0, ratio))
 
 
-def token_slots(
-    x: Tensor, ratio: int, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The inverse of :func:`slots`: each token's slot in the flattened ``[.., G, k]`` arrays.
+def slots(groups: Groups, tokens: int) -> tuple[Tensor, Tensor]:
+    """Where each slot of listed ``groups`` lies in a flat list of ``tokens``.
 
-    Returns ``slot`` (int64) and ``real`` (bool), both ``[B, n]`` or ``[T]``; a token that is
-    not real has an arbitrary but valid slot.
+    Returns ``index`` (int64) and ``exists`` (bool), both ``[B, G, k]``, or ``[G, k]`` for varlen
+    input. A slot that holds no token has an arbitrary but valid index.
     """
-    groups = max_groups(x, ratio, cu_seqlens)
-    if cu_seqlens is not None:
-        cu = cu_seqlens.long()
-        token = torch.arange(x.shape[0], device=x.device)
-        if cu.shape[0] < 2:
-            return token.new_zeros(x.shape[0]), torch.zeros_like(token, dtype=torch.bool)
-        counts = (cu.diff() + ratio - 1) // ratio
-        row = (torch.searchsorted(cu, token, right=True) - 1).clamp(0, counts.shape[0] - 1)
-        slot = (counts.cumsum(0) - counts)[row] * ratio + token - cu[row]
-        real = (token >= cu[0]) & (token < cu[-1])
-        return torch.where(real, slot, 0), real
-    batch, n = x.shape[:2]
-    position = torch.arange(n, device=x.device).expand(batch, n)
-    if mask is None:
-        real = torch.ones_like(position, dtype=torch.bool)
-    else:
-        real = mask != 0
-        start = real.int().argmax(-1) if n else real.new_zeros(batch, dtype=torch.long)
-        position = (position - start[:, None]).clamp_min(0)
-    row = torch.arange(batch, device=x.device)[:, None]
-    return row * (groups * ratio) + position, real
+    start, span = groups.start, groups.span
+    assert start is not None and span is not None
+    slot = torch.arange(groups.ratio, device=start.device)
+    index = (start[..., None] + slot).clamp(0, max(tokens - 1, 0))
+    exists = slot < span[..., None]
+    if groups.mask is not None and tokens:
+        exists = exists & groups.mask.reshape(-1)[index]
+    return index, exists
+
+
+def token_slots(groups: Groups, tokens: int) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`slots`: the slot of each token in the flattened ``[.., G, k]`` arrays.
+
+    Returns ``slot`` (int64) and ``real`` (bool), both ``[tokens]``; a token that is not real has an
+    arbitrary but valid slot.
+    """
+    index, exists = slots(groups, tokens)
+    # Slots without a token write to a place of their own.
+    place = torch.where(exists, index, tokens).reshape(-1)
+    number = torch.arange(place.shape[0], device=place.device)
+    slot = number.new_zeros(tokens + 1).scatter(0, place, number)[:tokens]
+    real = torch.zeros(tokens + 1, dtype=torch.bool, device=place.device)
+    return slot, real.scatter(0, place, torch.ones_like(place, dtype=torch.bool))[:tokens]
+
+
+def real_tokens(groups: Groups, x: Tensor) -> Tensor | None:
+    """bool, as ``x [B, n, ...]`` or varlen ``[T, ...]`` without its last dimension: which tokens
+    are real; None if all are."""
+    if groups.mask is not None:
+        return groups.mask
+    if x.dim() == 3:
+        return None
+    listed = groups
+    if groups.owned is not None:
+        listed = groups._replace(owned=None)
+    return token_slots(listed, x.shape[0])[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -14,6 +15,12 @@ def define(schema: str) -> None:
     LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, norms and softmax: fp32, or fp64 for fp64 storage."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@functools.cache
 def backend_module(package: str | None, backend: str) -> ModuleType:
     """The file of an op's folder that implements ``backend``."""
     return importlib.import_module(f".{backend}", package)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
@@ -77,19 +78,34 @@ def _state(sources: tuple[Tensor, ...]) -> tuple:
 cache = PackCache()
 
 
-@functools.cache
-def half_products(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies ``dtype`` natively on this processor."""
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if dtype == torch.float16:
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return dtype == torch.float32
+def _emulated() -> frozenset[torch.dtype]:
+    """The 16-bit dtypes in which oneDNN has no product of its own on this processor.
+
+    PyTorch's check follows ``ONEDNN_MAX_CPU_ISA``, but is content with AVX-512. Without the bf16
+    instructions oneDNN widens there on the way, and takes four times as long as in fp32.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return frozenset()
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if torch.cpu._is_avx512_supported():
+        limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")
+        allowed = limit.strip().upper() not in ("AVX512_CORE", "AVX512_CORE_VNNI")
+        bf16 = bf16 and allowed and torch.cpu._is_avx512_bf16_supported()
+    fp16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    native = {torch.bfloat16: bf16, torch.float16: fp16}
+    return frozenset(dtype for dtype, has in native.items() if not has)
+
+
+EMULATED = _emulated()
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which products with a weight of ``dtype`` run: its own, or fp32."""
-    return dtype if half_products(dtype) or dtype == torch.float64 else torch.float32
+    """The dtype in which the CPU multiplies what is stored in ``dtype``: its own, or fp32.
+
+    The one rule for inference, training and autocast: fp32 where the processor has no product in
+    ``dtype``. What is stored, and the result, keep their dtype.
+    """
+    return torch.float32 if dtype in EMULATED else dtype
 
 
 class PackedLinear(NamedTuple):
@@ -103,7 +119,7 @@ class PackedLinear(NamedTuple):
 
     def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
         """``activation(x · weightᵀ + bias)`` for ``x [rows, in]``; ``"none"`` or one of
-        :data:`~variator_kernels.ops.feed_forward.ACTIVATIONS`."""
+        :data:`~variator_kernels.ops.feed_forward.FFN_ACTIVATIONS`."""
         op, algorithm = _POST_OPS[activation]
         linear = torch.ops.mkldnn._linear_pointwise
         return linear(x, self.weight, self.bias, op, [], algorithm)

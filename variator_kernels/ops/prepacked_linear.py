@@ -1,8 +1,9 @@
-"""Products with frozen weights while plugins are made on the CPU: packed once, both directions.
+"""``F.linear`` on the CPU in the dtype of :func:`prepack.product_dtype`, with packed weights.
 
 PyTorch packs a weight anew in each call of ``F.linear``, and under autocast converts it too. The
 base model's weights do not change while plugins train or are calibrated, so their packed forms
 serve every step: in the teacher, in the student and, transposed, in the student's backward pass.
+Where the processor lacks a dtype's product, frozen weights are packed in fp32 outside of that too.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from .. import extension
 from . import prepack
 
 LEAST = 1 << 14
@@ -46,9 +47,9 @@ class FrozenProducts:
     That holds for the ``nn.Linear`` layers of ``model``, whose ``forward`` is replaced meanwhile (a
     mode of PyTorch's would cost every function of a step some Python), and for :func:`linear`, in
     this thread. Weights that get gradients in a pass, those in ``ignored``, compiled code, a
-    ``forward`` that somebody else replaced, and what PyTorch has an error for are left alone. There
-    are no second derivatives. Packed weights stay until they are forgotten, see
-    :class:`packing.PackCache`. A copy of the model made meanwhile keeps the replacements.
+    ``forward`` that somebody else replaced, and what PyTorch has an error for are left alone.
+    Packed weights stay until they are forgotten, see :class:`prepack.PackCache`. A copy of the
+    model made meanwhile keeps the replacements.
     """
 
     def __init__(self, model: nn.Module, ignored: Iterable[Tensor] = ()) -> None:
@@ -75,53 +76,85 @@ class FrozenProducts:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``, with a packed weight inside :class:`FrozenProducts`."""
-    if torch.compiler.is_compiling() or not _local.packed:
+    """``F.linear``, shapes, dtypes and errors alike, with a fast product.
+
+    Frozen weights are packed inside :class:`FrozenProducts`, and wherever the product runs in
+    another dtype than ``F.linear``'s. Weights that get gradients are converted in each call.
+    """
+    compiling = torch.compiler.is_compiling()
+    packs = not compiling and _local.packed
+    if not (packs or prepack.EMULATED):
         return F.linear(x, weight, bias)
-    dtype = _product_dtype(x, weight, bias)
-    packed = None if dtype is None else prepack.linear(weight, bias, dtype)
-    if dtype is None or packed is None:
+    stored = _result_dtype(x, weight, bias)
+    if stored is None:
         return F.linear(x, weight, bias)
-    rows = x.to(dtype).reshape(-1, weight.shape[1])
-    if rows.requires_grad and torch.is_grad_enabled():
-        y = _Product.apply(rows, weight, packed)
-    else:
-        y = packed(rows)
-    # A view made in the Function itself would refuse in-place operations on it.
-    return y.view(*x.shape[:-1], weight.shape[0])
+    dtype = prepack.product_dtype(stored)
+    packs = packs or (not compiling and dtype != stored and extension.load() is not None)
+    if packs and _stays(weight, bias):
+        packed = prepack.linear(weight, bias, dtype)
+        if packed is not None:
+            rows = x.reshape(-1, weight.shape[1])
+            if rows.requires_grad and torch.is_grad_enabled():
+                y = _Product.apply(rows, weight, packed, stored, dtype, False)
+            else:
+                y = packed(rows.to(dtype)).to(stored)
+            # A view made in the Function itself would refuse in-place operations on it.
+            return y.view(*x.shape[:-1], weight.shape[0])
+    if dtype == stored:
+        return F.linear(x, weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        wide_bias = None if bias is None else bias.to(dtype)
+        return F.linear(x.to(dtype), weight.to(dtype), wide_bias).to(stored)
 
 
-def _product_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
-    """What the product runs in; None: it is PyTorch's."""
-    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if trains and torch.is_grad_enabled():
-        return None
-    if type(weight) is not nn.Parameter or weight.numel() < LEAST:
-        return None
+def _result_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+    """The dtype of ``F.linear``'s result; None: PyTorch has the product to itself, or an error."""
     if not (x.is_cpu and weight.is_cpu and x.is_floating_point() and x.numel() > 0):
         return None
     fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
         return None
     if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype("cpu")
-    elif x.dtype == weight.dtype:
-        dtype = x.dtype
-    else:
-        return None
-    return dtype if prepack.half_products(dtype) else None
+        return torch.get_autocast_dtype("cpu")
+    same = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
+    return x.dtype if same else None
+
+
+def _stays(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a packed form would serve more calls than this one."""
+    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trains and torch.is_grad_enabled():
+        return False
+    return type(weight) is nn.Parameter and weight.numel() >= LEAST
 
 
 class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, packed: prepack.PackedLinear) -> Tensor:
-        ctx.save_for_backward(weight)  # notices writes in between
-        return packed(rows)
+    """A product with a frozen ``weight``, packed in ``dtype``; its gradient is the other one."""
 
     @staticmethod
-    @once_differentiable
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        packed: prepack.PackedLinear | None,
+        stored: torch.dtype,
+        dtype: torch.dtype,
+        transposed: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(weight)  # notices writes in between
+        ctx.settings = rows.dtype, dtype, not transposed
+        rows = rows.to(dtype)
+        if packed is None:  # NaN or infinity came into the weight
+            wide = weight.to(dtype)
+            return (rows @ (wide if transposed else wide.t())).to(stored)
+        return packed(rows).to(stored)
+
+    @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        transposed = prepack.transposed(weight, dy.dtype)
-        dx = dy @ weight.to(dy.dtype) if transposed is None else transposed(dy)
-        return dx, None, None
+        stored, dtype, transposed = ctx.settings
+        packed = (
+            prepack.transposed(weight, dtype) if transposed else prepack.linear(weight, None, dtype)
+        )
+        dx = _Product.apply(dy, weight, packed, stored, dtype, transposed)
+        return dx, None, None, None, None, None

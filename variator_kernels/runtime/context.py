@@ -33,15 +33,32 @@ class Context:
         self.phase = phase
         self._groups: dict[tuple[Any, ...], Groups] = {}
 
+    def mask_of(self, x: Tensor) -> Tensor | None:
+        """The mask of ``x [B, n, d]``, on its device.
+
+        A mask longer than the hidden states speaks of keys from elsewhere too (a prefix): its last
+        n columns are the tokens'.
+
+        Raises:
+            ValueError: it is shorter, or of another batch.
+        """
+        if self.mask is None:
+            return None
+        batch, n = x.shape[:2]
+        rows, columns = self.mask.shape
+        if rows != batch or columns < n:
+            raise ValueError(
+                f"attention_mask must have shape [{batch}, {n}] (or more columns, of which the "
+                f"last {n} are the tokens'), got {[rows, columns]}"
+            )
+        return self.mask[:, columns - n :].to(x.device)
+
     def groups(self, x: Tensor, ratio: int, backend: str) -> Groups:
         """Those of ``x [B, n, d]``, the hidden states of this forward."""
         key = (ratio, x.device, backend)
         found = self._groups.get(key)
         if found is None:
-            mask = self.mask if self.mask is None else self.mask.to(x.device)
-            if mask is not None:
-                checks.shape(mask, tuple(x.shape[:2]), "attention_mask")
-            found = make_groups(x, ratio, mask=mask, backend=backend)
+            found = make_groups(x, ratio, mask=self.mask_of(x), backend=backend)
             self._groups[key] = found
         return found
 

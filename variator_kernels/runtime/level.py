@@ -32,7 +32,9 @@ class Level(NamedTuple):
         return self.ratios[0] if len(set(self.ratios)) == 1 else None
 
 
-def resolve(value: Any, sites: tuple[Site, ...], available: tuple[int, ...]) -> Level:
+def resolve(
+    value: Any, sites: tuple[Site, ...], available: tuple[int, ...], owners: tuple[int, ...] = ()
+) -> Level:
     """The level that ``value`` asks for.
 
     Args:
@@ -41,10 +43,23 @@ def resolve(value: Any, sites: tuple[Site, ...], available: tuple[int, ...]) -> 
             are dense, negative layers count from the end. Or a :class:`Level`.
         sites: those of the model.
         available: the ratios that have plugins.
+        owners: for each site the first that is the same module; by default all differ.
 
     Raises:
-        ValueError: an entry is none of these; the message names it.
+        ValueError: an entry is none of these, or sites that are one module would differ.
     """
+    level = _resolve(value, sites, available)
+    for site, owner in enumerate(owners):
+        ratio, other = level.ratios[site], level.ratios[owner]
+        if ratio != other:
+            raise ValueError(
+                f"ratio must be the same in layers {sites[owner].layer} and {sites[site].layer}, "
+                f"which are one module, got {other} and {ratio}"
+            )
+    return level
+
+
+def _resolve(value: Any, sites: tuple[Site, ...], available: tuple[int, ...]) -> Level:
     if isinstance(value, Level):
         if len(value.ratios) != len(sites):
             raise ValueError(

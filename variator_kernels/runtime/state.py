@@ -57,11 +57,15 @@ class State:
     which cannot read a ``ContextVar``.
     """
 
-    def __init__(self, family: str, method: Method, sites: tuple[Site, ...], level: Level) -> None:
+    def __init__(
+        self, family: str, method: Method, sites: tuple[Site, ...], owners: tuple[int, ...]
+    ) -> None:
+        """``owners``: for each site the first that is the same module."""
         self.family = family
         self.method = method
         self.sites = sites
-        self.level = level
+        self.owners = owners
+        self.level = Level((1,) * len(sites))
         self.trained: set[int] = set()
         self.warned = False
         self.local = _Local()
@@ -85,7 +89,7 @@ class State:
 
     def check(self, ratio: object) -> Level:
         """The level that ``ratio`` asks for, if this model has its plugins."""
-        return levels.resolve(ratio, self.sites, self.ratios)
+        return levels.resolve(ratio, self.sites, self.ratios, self.owners)
 
     def current(self) -> Level:
         """The level that holds here: :func:`~.levels.use_ratio`'s, else ``set_ratio``'s."""

@@ -120,7 +120,7 @@ class _Sublayer(nn.Module):
             context = Context(None, state.current())
         ratio = context.level.ratios[self.variator_site.number]
         if state.local.observer is not None:
-            state.local.observer(self, x, context.mask, ratio)
+            state.local.observer(self, x, context.mask_of(x), ratio)
         if ratio == 1:
             return dense(x)
         whole_rows(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..ops.feed_forward import FeedForward
 from ..ops.prepacked_linear import Forward
 from .families import FAMILIES, ROW, Family, follow, is_a, lookup
+from .watch import Watch
 
 _ACTIVATIONS = {
     "ReLU": "relu",
@@ -30,12 +31,11 @@ class Described:
     Copies and pickles of it start empty.
     """
 
-    __slots__ = ("_edges", "_found", "_modules")
+    __slots__ = ("_found", "_watch")
 
     def __init__(self) -> None:
         self._found: FeedForward | None = None
-        self._edges: list[tuple[dict[str, Any], str, Any]] = []
-        self._modules: list[tuple[nn.Module, tuple[Any, ...]]] = []
+        self._watch = Watch()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
@@ -44,67 +44,26 @@ class Described:
         """What ``layer``, always the same one, consists of now."""
         if torch.compiler.is_compiling():
             return describe(layer)
-        if self._found is None or not self._holds():
+        if self._found is None or not self._watch.holds():
             self._found = None  # describe() may raise
-            found, family = describe(layer), family_of(layer)
-            self._edges = [edge for path in _paths(family) for edge in _edges(layer, path)]
-            seen = {id(child): child for *_, child in self._edges if isinstance(child, nn.Module)}
-            self._modules = [(module, _looked_at(module)) for module in seen.values()]
+            found = describe(layer)
+            self._watch = _watched(layer, family_of(layer))
             self._found = found
         return self._found
 
-    def _holds(self) -> bool:
-        for table, name, child in self._edges:
-            if table.get(name) is not child:
-                return False
-        for module, before in self._modules:
-            for old, new in zip(before, _looked_at(module), strict=True):
-                if old is not new:
-                    return False
-        return True
 
-
-def _paths(family: Family) -> tuple[str, ...]:
-    """Everything that :func:`describe` follows."""
+def _watched(layer: nn.Module, family: Family) -> Watch:
+    """Everything that :func:`describe` looks at."""
+    watch = Watch()
     single = (family.container, family.w_gate, family.w_out, family.act, family.norm)
     dropouts = (family.outer_dropout, family.inner_dropout)
-    paths = (*family.steps, *family.bypassed, *family.w_in, *single, *dropouts)
-    return tuple(dict.fromkeys(path for path in paths if path))
-
-
-def _edges(layer: nn.Module, path: str) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """Where each step of ``path`` is kept, under which name, and what is there."""
-    owner: Any = layer
-    for name in path.split("."):
-        if not isinstance(owner, nn.Module):
-            return
-        table = owner._modules if name in owner._modules else vars(owner)
-        yield table, name, table.get(name)
-        owner = table.get(name)
-
-
-def _looked_at(module: nn.Module) -> tuple[Any, ...]:
-    """What :func:`describe` depends on, by identity."""
-    own, kind = vars(module), type(module)
-    parameters = own["_parameters"]
-    weight = parameters.get("weight")
-    return (
-        kind,
-        kind.forward,
-        own.get("forward"),
-        own["training"],
-        weight,
-        type(weight),
-        parameters.get("bias"),
-        own.get("weight"),
-        own.get("bias"),
-        own.get("p"),
-        own.get("eps"),
-        own.get("variance_epsilon"),
-        own.get("approximate"),
-        bool(own["_forward_hooks"] or own["_forward_pre_hooks"]),
-        bool(own["_backward_hooks"] or own["_backward_pre_hooks"]),
-    )
+    paths = {*family.steps, *family.bypassed, *family.w_in, *single, *dropouts} - {""}
+    ends = [watch.path(layer, path) for path in sorted(paths)]
+    for module in {id(end): end for end in ends if isinstance(end, nn.Module)}.values():
+        mode = ("training", "p") if hasattr(module, "p") else ()
+        watch.module(module, (*mode, "approximate", "weight", "bias", *family.eps))
+    watch.start()
+    return watch
 
 
 def describe(layer: nn.Module) -> FeedForward:

@@ -21,6 +21,17 @@ class Found(NamedTuple):
     layers: list[Any]
 
     @property
+    def owners(self) -> tuple[int, ...]:
+        """For each layer the first that is the same module: itself, unless modules are shared."""
+        first: dict[int, int] = {}
+        return tuple(first.setdefault(id(layer), i) for i, layer in enumerate(self.layers))
+
+    @property
+    def own_layers(self) -> list[tuple[int, Any]]:
+        """Every sublayer once, with its number."""
+        return [(i, self.layers[i]) for i, owner in enumerate(self.owners) if i == owner]
+
+    @property
     def hidden_size(self) -> int:
         return self.encoder.config.hidden_size
 
@@ -66,14 +77,12 @@ def find(model: nn.Module, families: tuple[Family, ...] = tuple(FAMILIES.values(
     known = tuple(family.name for family in families)
     if len(encoders) != 1:
         decoders = len(stacks) - len(encoders)
+        kind = getattr(getattr(model, "config", None), "model_type", None)
         raise ValueError(
             f"model must hold exactly one encoder of a known family, {known}, got "
             f"{len(encoders)} in a {type(model).__name__}"
-            + (
-                f", and {decoders} with config.is_decoder=True, which stay dense"
-                if decoders
-                else ""
-            )
+            + (f" of model_type {kind!r}" if kind and not stacks else "")
+            + (f", and {decoders} with config.is_decoder=True, which stay dense" * (decoders > 0))
         )
     family, encoder = encoders[0]
     try:
@@ -124,7 +133,7 @@ def whole_rows(layer: Any) -> None:
     Raises:
         ValueError: ``layer.chunk_size_feed_forward`` is not 0.
     """
-    size = getattr(layer, "chunk_size_feed_forward", 0)
+    size = vars(layer).get("chunk_size_feed_forward")
     if size:
         raise ValueError(
             f"chunk_size_feed_forward must be 0, got {size}: chunks would cut groups of tokens"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -25,19 +26,29 @@ def sites_of(found: Found) -> tuple[Site, ...]:
 
 def attached(model: nn.Module) -> list[Any]:
     """What a method put at each site of every patched model inside ``model``."""
-    return [
-        module._modules[ATTACHED]
-        for module in model.modules()
-        if STATE in vars(module) and ATTACHED in module._modules
-    ]
+    return [module._modules[ATTACHED] for module in model.modules() if SITE in vars(module)]
 
 
-def install(model: nn.Module, found: Found, state: State, modules: Sequence[nn.Module]) -> None:
-    """Put one of ``modules`` at each of ``state.sites``, in ``model`` that holds ``found``."""
-    for index, (site, module) in enumerate(zip(state.sites, modules, strict=True)):
+def install(model: nn.Module, found: Found, state: State, modules: Mapping[int, nn.Module]) -> None:
+    """Put ``modules``, by number of the site, into ``model`` that holds ``found``.
+
+    Whatever goes wrong on the way is undone.
+    """
+    try:
+        _install(model, found, state, modules)
+    except BaseException:
+        _remove(model)
+        raise
+
+
+def _install(
+    model: nn.Module, found: Found, state: State, modules: Mapping[int, nn.Module]
+) -> None:
+    for number, module in modules.items():
+        site = state.sites[number]
         layer = found.layers[site.layer]
+        vars(layer)[SITE] = SitePosition(site, number)
         layer.add_module(ATTACHED, module)
-        vars(layer)[SITE] = SitePosition(site, index)
         vars(layer)[DESCRIBED] = Described()
     for part, name in found.parts():
         part.__class__ = patched_class(found.family, name)
@@ -60,24 +71,36 @@ def remove(model: nn.Module) -> None:
                 f"the forward of {type(module).__name__} was replaced after patching; undo that "
                 "before unpatch()"
             )
+    _remove(model)
+
+
+def _remove(model: nn.Module) -> None:
+    """Take off what there is, also of an installation that did not end."""
     _ignore_on_save(model, False)
-    for module in patched:
+    for module in list(model.modules()):
+        own = vars(module)
+        if STATE not in own and SITE not in own:
+            continue
+        if SITE in own:
+            module._modules.pop(ATTACHED, None)
         for name in ("forward", "_original_forward", STATE, SITE, DESCRIBED):
-            vars(module).pop(name, None)
-        module._modules.pop(ATTACHED, None)
-        module.__class__ = getattr(type(module), ORIGINAL)
+            own.pop(name, None)
+        if ORIGINAL in vars(type(module)):
+            module.__class__ = getattr(type(module), ORIGINAL)
 
 
 def _ignore_on_save(model: nn.Module, ignore: bool) -> None:
     """Tell every ``PreTrainedModel`` in ``model`` which keys ``save_pretrained`` leaves out."""
-    for module in model.modules():
-        if not hasattr(module, "_keys_to_ignore_on_save"):
+    library: Any = sys.modules.get("transformers.modeling_utils")
+    for module in model.modules() if library else ():
+        # Others (a SentenceTransformer) may show the list of a model inside as their own.
+        if not isinstance(module, library.PreTrainedModel):
             continue
         owner: Any = module
         keys = {
             f"{name}.{ATTACHED}.{key}".lstrip(".")
             for name, layer in module.named_modules(remove_duplicate=False)
-            if STATE in vars(layer) and ATTACHED in layer._modules
+            if SITE in vars(layer)
             for key in layer._modules[ATTACHED].state_dict()  # type: ignore[union-attr]
         }
         if not keys:

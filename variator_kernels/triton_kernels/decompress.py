@@ -42,7 +42,7 @@ def adapter_inner(
 @triton.jit
 def adapter_decompress_kernel(
     p_u, p_projected, p_w1u, p_b1, p_w2, p_b2, p_residual, p_poison,
-    p_start, p_length, p_span, p_mask, p_y,
+    p_start, p_span, p_owned, p_mask, p_y,
     count, launched, n, per_row, d, w1u_stride, w2_stride, residual_stride,
     K: tl.constexpr, BT: tl.constexpr, BU: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
     R2: tl.constexpr, TANH: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
@@ -58,7 +58,7 @@ def adapter_decompress_kernel(
     o_g, o_j = (o_slot // K).to(tl.int32), (o_slot % K).to(tl.int32)
     first_group = (tl.program_id(0).to(tl.int64) * BT // K).to(tl.int32)
     token, owned, real = locate(
-        o_g, o_j, p_start, p_length, p_span, p_mask, launched, n, per_row, K, FORM
+        o_g, o_j, p_start, p_span, p_owned, p_mask, launched, n, per_row, K, FORM
     )
     b_t = adapter_inner(
         p_u, p_projected, p_w1u, p_b1, token, real, o_g, first_group, count, d, w1u_stride,

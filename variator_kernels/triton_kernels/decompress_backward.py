@@ -12,7 +12,7 @@ from .slots import locate
 
 @triton.jit
 def inner_gradient_kernel(
-    p_dy, p_u, p_projected, p_w1u, p_b1, p_w2, p_start, p_length, p_span, p_mask,
+    p_dy, p_u, p_projected, p_w1u, p_b1, p_w2, p_start, p_span, p_owned, p_mask,
     p_t, p_dz, count, launched, n, per_row, d, dy_stride, w1u_stride, w2_stride,
     K: tl.constexpr, BT: tl.constexpr, BU: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
     R2: tl.constexpr, TANH: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
@@ -23,7 +23,7 @@ def inner_gradient_kernel(
     o_g, o_j = (o_slot // K).to(tl.int32), (o_slot % K).to(tl.int32)
     first_group = (tl.program_id(0).to(tl.int64) * BT // K).to(tl.int32)
     token, owned, real = locate(
-        o_g, o_j, p_start, p_length, p_span, p_mask, launched, n, per_row, K, FORM
+        o_g, o_j, p_start, p_span, p_owned, p_mask, launched, n, per_row, K, FORM
     )
     b_t = adapter_inner(
         p_u, p_projected, p_w1u, p_b1, token, real, o_g, first_group, count, d, w1u_stride,
@@ -50,7 +50,7 @@ def inner_gradient_kernel(
 
 @triton.jit
 def group_gradient_kernel(
-    p_dy, p_dz, p_w1u, p_start, p_length, p_span, p_mask, p_du, p_d_group,
+    p_dy, p_dz, p_w1u, p_start, p_span, p_owned, p_mask, p_du, p_d_group,
     count, launched, n, per_row, d, dy_stride, w1u_stride,
     K: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, R2: tl.constexpr,
     FORM: tl.constexpr, PRECISION: tl.constexpr,
@@ -65,7 +65,7 @@ def group_gradient_kernel(
     b_dz = tl.zeros([BG, R2], tl.float32)
     for j in range(K):
         token, _, real = locate(
-            o_g, j, p_start, p_length, p_span, p_mask, launched, n, per_row, K, FORM
+            o_g, j, p_start, p_span, p_owned, p_mask, launched, n, per_row, K, FORM
         )
         p = p_dy + (token * dy_stride)[:, None] + o_d[None, :]
         b_du += tl.load(p, mask=real[:, None] & m_d[None, :], other=0.0).to(tl.float32)

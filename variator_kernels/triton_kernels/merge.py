@@ -15,7 +15,7 @@ from .slots import column, locate, norm_vectors, row_statistics, slot_softmax
 
 @triton.jit
 def write_merged(
-    p_x, p_norm_weight, p_norm_bias, p_start, p_length, p_span, p_mask, p_merged,
+    p_x, p_norm_weight, p_norm_bias, p_start, p_span, p_owned, p_mask, p_merged,
     b_coefficient, b_mean, total, o_g, o, count, launched, n, per_row, d, x_stride,
     K: tl.constexpr, K2: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
     NORM: tl.constexpr, FORM: tl.constexpr,
@@ -26,7 +26,7 @@ def write_merged(
     b_sum = tl.zeros([BG, BD], tl.float32)
     for j in tl.static_range(K):
         token, _, real = locate(
-            o_g, j, p_start, p_length, p_span, p_mask, launched, n, per_row, K, FORM
+            o_g, j, p_start, p_span, p_owned, p_mask, launched, n, per_row, K, FORM
         )
         m = real[:, None] & (o_d < d)[None, :]
         p = p_x + (token * x_stride)[:, None] + o_d[None, :]
@@ -44,7 +44,7 @@ def write_merged(
 @triton.jit
 def group_merge_kernel(
     p_x, p_weight, p_bias, p_projection, p_norm_weight, p_norm_bias,
-    p_start, p_length, p_span, p_mask,
+    p_start, p_span, p_owned, p_mask,
     p_merged, p_projected, p_weights, p_scores, p_mean, p_rstd,
     count, launched, n, per_row, d, x_stride, weight_stride, projection_stride, eps,
     K: tl.constexpr, K2: tl.constexpr, SC: tl.constexpr, C: tl.constexpr, BG: tl.constexpr,
@@ -57,7 +57,7 @@ def group_merge_kernel(
     o_t = tl.arange(0, BT)
     o_g, o_j = pid * BG + o_t // SC, first_slot + o_t % SC
     token, owned, real = locate(
-        o_g, o_j, p_start, p_length, p_span, p_mask, launched, n, per_row, K, FORM
+        o_g, o_j, p_start, p_span, p_owned, p_mask, launched, n, per_row, K, FORM
     )
     p_row = p_x + token * x_stride
     mean = tl.zeros([BT], tl.float32)
@@ -128,7 +128,7 @@ def group_merge_kernel(
         # From the last columns to the first: the last ones are still in cache.
         for o in range(0, d, BS):
             write_merged(
-                p_x, p_norm_weight, p_norm_bias, p_start, p_length, p_span, p_mask, p_merged,
+                p_x, p_norm_weight, p_norm_bias, p_start, p_span, p_owned, p_mask, p_merged,
                 b_coefficient, b_mean, total, o_b, (tl.cdiv(d, BS) - 1) * BS - o,
                 count, launched, n, per_row, d, x_stride, K, K2, BG, BS, NORM, FORM,
             )  # fmt: skip
@@ -144,7 +144,7 @@ def group_merge_kernel(
 
 @triton.jit
 def weighted_sum_kernel(
-    p_x, p_bias, p_norm_weight, p_norm_bias, p_start, p_length, p_span, p_mask,
+    p_x, p_bias, p_norm_weight, p_norm_bias, p_start, p_span, p_owned, p_mask,
     p_merged, p_weights, p_scores, p_mean, p_rstd,
     count, launched, n, per_row, d, x_stride,
     K: tl.constexpr, K2: tl.constexpr, PARTS: tl.constexpr, BG: tl.constexpr, BS: tl.constexpr,
@@ -161,7 +161,7 @@ def weighted_sum_kernel(
         b_score += tl.load(p, mask=m_g[:, None], other=0.0)
     b_score += tl.load(p_bias + o_k, mask=o_k < K, other=0.0).to(tl.float32)[None, :]
     _, _, real = locate(
-        o_g[:, None], o_k[None, :], p_start, p_length, p_span, p_mask, launched, n, per_row, K, FORM
+        o_g[:, None], o_k[None, :], p_start, p_span, p_owned, p_mask, launched, n, per_row, K, FORM
     )
     b_a = slot_softmax(b_score, real)
     if tl.program_id(1) == 0:
@@ -174,7 +174,7 @@ def weighted_sum_kernel(
         if NORM == "layer":
             b_mean = tl.load(p_mean + o_gk, mask=m_g[:, None], other=0.0)
     write_merged(
-        p_x, p_norm_weight, p_norm_bias, p_start, p_length, p_span, p_mask, p_merged,
+        p_x, p_norm_weight, p_norm_bias, p_start, p_span, p_owned, p_mask, p_merged,
         b_coefficient, b_mean, tl.sum(b_a, 1), o_g, tl.program_id(1) * BS,
         count, launched, n, per_row, d, x_stride, K, K2, BG, BS, NORM, FORM,
     )  # fmt: skip

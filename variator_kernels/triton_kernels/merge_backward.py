@@ -11,7 +11,7 @@ from .slots import locate, norm_vectors, row_statistics
 
 @triton.jit
 def score_gradient_kernel(
-    p_x, p_norm_weight, p_norm_bias, p_start, p_length, p_span, p_mask,
+    p_x, p_norm_weight, p_norm_bias, p_start, p_span, p_owned, p_mask,
     p_weights, p_d_merged, p_d_scores, p_mean, p_rstd,
     count, launched, n, per_row, d, x_stride, eps,
     K: tl.constexpr, K2: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
@@ -23,7 +23,7 @@ def score_gradient_kernel(
     o_g, o_j = tl.program_id(0) * BG + o_t // K2, o_t % K2
     m_g = o_g < count
     token, _, real = locate(
-        o_g, o_j, p_start, p_length, p_span, p_mask, launched, n, per_row, K, FORM
+        o_g, o_j, p_start, p_span, p_owned, p_mask, launched, n, per_row, K, FORM
     )
     real = real & m_g
     p_row = p_x + token * x_stride
@@ -72,7 +72,7 @@ def hidden_gradient(
 
 @triton.jit
 def merge_backward_kernel(
-    p_x, p_weight, p_projection, p_norm_weight, p_norm_bias, p_start, p_length, p_span, p_mask,
+    p_x, p_weight, p_projection, p_norm_weight, p_norm_bias, p_start, p_span, p_owned, p_mask,
     p_weights, p_d_merged, p_d_projected, p_d_scores, p_mean, p_rstd,
     p_dx, p_d_norm_weight, p_d_norm_bias,
     count, launched, n, per_row, d, x_stride, weight_stride, projection_stride,
@@ -87,7 +87,7 @@ def merge_backward_kernel(
     o_t = tl.arange(0, BT)
     o_g, o_j = tl.program_id(0) * BG + o_t // SC, first_slot + o_t % SC
     token, owned, real = locate(
-        o_g, o_j, p_start, p_length, p_span, p_mask, launched, n, per_row, K, FORM
+        o_g, o_j, p_start, p_span, p_owned, p_mask, launched, n, per_row, K, FORM
     )
     real = real & (o_g < count)
     o_c, o_r = tl.arange(0, C), tl.arange(0, R2)

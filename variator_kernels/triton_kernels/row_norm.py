@@ -8,7 +8,7 @@ from .slots import locate, norm_vectors
 
 @triton.jit
 def row_norm_kernel(
-    p_y, p_norm_weight, p_norm_bias, p_start, p_length, p_span, p_mask,
+    p_y, p_norm_weight, p_norm_bias, p_start, p_span, p_owned, p_mask,
     launched, n, per_row, d, eps,
     K: tl.constexpr, BT: tl.constexpr, D2: tl.constexpr, NORM: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
@@ -16,7 +16,7 @@ def row_norm_kernel(
     o_slot = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     o_g, o_j = (o_slot // K).to(tl.int32), (o_slot % K).to(tl.int32)
     token, _, real = locate(
-        o_g, o_j, p_start, p_length, p_span, p_mask, launched, n, per_row, K, FORM
+        o_g, o_j, p_start, p_span, p_owned, p_mask, launched, n, per_row, K, FORM
     )
     o_d = tl.arange(0, D2)
     m = real[:, None] & (o_d < d)[None, :]

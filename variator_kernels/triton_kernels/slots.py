@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def locate(
-    o_g, o_j, p_start, p_length, p_span, p_mask, launched, n, per_row,
+    o_g, o_j, p_start, p_span, p_owned, p_mask, launched, n, per_row,
     K: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """Slot ``o_j`` of group ``o_g``: its token (int64), whether it owns one, whether that is real.
@@ -14,10 +14,10 @@ def locate(
     See ``ops/gpu_arguments.py``. A token that a slot owns but that is not real is passed through.
     """
     owned = (o_g < launched) & (o_j < K)
-    if FORM == "packed":
+    if FORM == "listed":
         token = tl.load(p_start + o_g, mask=owned, other=0) + o_j
-        real = owned & (o_j < tl.load(p_length + o_g, mask=owned, other=0))
-        owned = owned & (o_j < tl.load(p_span + o_g, mask=owned, other=0))
+        real = owned & (o_j < tl.load(p_span + o_g, mask=owned, other=0))
+        owned = owned & (o_j < tl.load(p_owned + o_g, mask=owned, other=0))
         token = tl.where(token >= n, token - n, token)
         inside = (token >= 0) & (token < n)  # offsets on a device are not checked
         owned = owned & inside

@@ -9,7 +9,7 @@ from .slots import locate, norm_vectors
 @triton.jit
 def weight_sums_kernel(
     p_a, p_norm_weight, p_norm_bias, p_mean, p_rstd, p_b, p_scores,
-    p_start, p_length, p_span, p_mask, p_sum_b, p_sum_scores, p_sum_a,
+    p_start, p_span, p_owned, p_mask, p_sum_b, p_sum_scores, p_sum_a,
     count, launched, n, per_row, d, a_stride, tiles,
     K: tl.constexpr, K2: tl.constexpr, C: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
     R: tl.constexpr, R2: tl.constexpr, NORM: tl.constexpr, FORM: tl.constexpr,
@@ -35,7 +35,7 @@ def weight_sums_kernel(
     for tile in range(first, first + tiles):
         o_g = tile * BG + tl.arange(0, BG)
         token, _, real = locate(
-            o_g, o_j, p_start, p_length, p_span, p_mask, launched, n, per_row, K, FORM
+            o_g, o_j, p_start, p_span, p_owned, p_mask, launched, n, per_row, K, FORM
         )
         real = real & (o_g < count)
         o_slot = o_g.to(tl.int64) * K2

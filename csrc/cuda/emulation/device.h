@@ -1,4 +1,4 @@
-// device.cuh for a CPU: the same names, on threads that emulation/fibers.cpp switches between.
+// device.cuh for a CPU: the same names, for threads that fibers.cpp switches between.
 #pragma once
 
 #include <cstring>
@@ -20,7 +20,7 @@ void block_sync();
 void grid_sync();
 char* shared_memory();
 
-// Each lane of a warp gives `bytes` bytes and gets those of all 32 lanes, one after the other.
+// Each lane of a warp passes `bytes` bytes and gets those of all 32 lanes, in lane order.
 const char* exchange(const void* mine, size_t bytes);
 
 inline float shuffle_xor(float value, int lanes) {

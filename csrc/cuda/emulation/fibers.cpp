@@ -1,7 +1,7 @@
-// The threads of a grid as fibers of one CPU thread: each runs until it waits for others. A barrier
-// that is missing shows as a wrong result, because the order in which threads run is not the order
-// of their numbers: VARIATOR_EMULATION_ORDER=reverse turns it around.
-#undef _FORTIFY_SOURCE  // its longjmp refuses to change stacks
+// The threads of a grid as fibers of one CPU thread, each of which runs until it waits for others.
+// They run in the order of their numbers, or backwards with VARIATOR_EMULATION_ORDER=reverse: a
+// missing barrier gives a wrong result in one of the two.
+#undef _FORTIFY_SOURCE  // its longjmp refuses to switch stacks
 #include <ucontext.h>
 
 #include <csetjmp>
@@ -12,14 +12,14 @@
 #include <string>
 #include <vector>
 
-#include "../device.cuh"
+#include "device.cuh"
 
 namespace variator::cuda {
 namespace {
 
 constexpr size_t stack_bytes = 64 * 1024;
 
-// Threads that wait for each other: a warp, a block, a grid.
+// A barrier of threads that wait for each other: a warp, a block or a grid.
 struct Meeting {
     int members = 0, arrived = 0;
     uint64_t round = 0;
@@ -125,7 +125,8 @@ cudaError_t run_grid(Grid grid, int threads, size_t shared, bool cooperative,
         block->meeting.members = threads;
         block->warps.resize(threads / 32);
         for (Warp& warp : block->warps) warp.meeting.members = 32;
-        block->shared.assign(shared, static_cast<char>(0xff));  // NaN, as is all fresh memory
+        block->shared.assign(shared,
+                             static_cast<char>(0xff));  // NaN, like torch.empty in the tests
         blocks.push_back(std::move(block));
         if (cooperative) continue;
         run_blocks(blocks, threads);
@@ -150,7 +151,7 @@ const char* exchange(const void* mine, size_t bytes) {
     if (warp.given.size() < 32 * bytes) warp.given.resize(32 * bytes);
     std::memcpy(warp.given.data() + current->thread % 32 * bytes, mine, bytes);
     const bool last = warp.meeting.arrived == warp.meeting.members - 1;
-    if (last) warp.seen = warp.given;  // lanes that go on may give anew before others look
+    if (last) warp.seen = warp.given;  // a lane may give its next value before others have read
     meet(warp.meeting);
     return warp.seen.data();
 }

@@ -1,5 +1,5 @@
-// The part of CUDA's runtime that the launchers name, for a CPU. No GPU is involved: the emulation
-// tests what the kernels compute, never how they would run.
+// The part of the CUDA runtime that the launchers use, for a CPU. The emulation shows what the
+// kernels compute, not how they would run on a GPU.
 #pragma once
 
 #include <cstddef>
@@ -23,7 +23,7 @@ inline cudaError_t count_multiprocessors(int& count) {
     return cudaSuccess;
 }
 
-// Runs body() as every thread of the grid; in a cooperative launch the blocks run side by side.
+// Runs body() as every thread of the grid. The blocks of a cooperative launch run side by side.
 cudaError_t run_grid(Grid grid, int threads, size_t shared, bool cooperative,
                      const std::function<void()>& body);
 

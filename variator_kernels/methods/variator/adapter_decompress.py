@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ... import checks, functional
 from ...backends import BACKENDS
+from ...ops.feed_forward import ADAPTER_ACTIVATIONS
 
 
 class AdapterDecompress(nn.Module):
@@ -43,7 +44,7 @@ class AdapterDecompress(nn.Module):
         self.hidden_size = checks.ratio(hidden_size, "hidden_size")
         self.ratio = checks.ratio(ratio, least=2)
         self.bottleneck = checks.ratio(bottleneck, "bottleneck")
-        self.activation = checks.choice(activation, checks.ADAPTER_ACTIVATIONS, "activation")
+        self.activation = checks.choice(activation, ADAPTER_ACTIVATIONS, "activation")
         self.backend = checks.choice(backend, ("auto", *BACKENDS), "backend")
         d, r = self.hidden_size, self.bottleneck
         self.w1 = nn.Parameter(torch.empty(r, 2 * d, device=device, dtype=dtype))

@@ -32,8 +32,8 @@ from ... import backends, checks
 from ...ops import prepack
 from ...ops.feed_forward import FeedForward, normalize, products
 from ...ops.group_merge.reference import group_merge
-from ...ops.groups import token_slots
-from ...ops.prepacked_linear import FrozenProducts
+from ...ops.groups import make_groups, token_slots
+from ...ops.prepacked_linear import FrozenProducts, linear
 from ...runtime.context import observe
 from ...runtime.levels import use_ratio
 from ...runtime.state import STATE, State, states
@@ -123,7 +123,7 @@ def calibrate(
 
     def keep(real: Tensor, layer: nn.Module, x: Tensor, mask: Tensor | None, k: int) -> None:
         ffn = describe(layer)
-        dense[-1].append(x[real] + products(_hidden(x[real], ffn), ffn))
+        dense[-1].append(x[real] + products(_hidden(x[real], ffn), ffn, linear))
         if not dense[-1][-1].isfinite().all():
             raise FloatingPointError(
                 f"the dense model's hidden states behind FFN {len(dense[-1]) - 1} are not finite: "
@@ -252,11 +252,12 @@ def _set_merge(merge: Any, scores: Tensor) -> None:
 
 def _merged(merge: Any, ffn: FeedForward, sample: _Sample) -> Tensor:
     """u of each real token's group, ``[T, d]``."""
-    g = group_merge(sample.h, merge.weight, merge.bias, mask=sample.mask).flatten(0, 1)
-    slot, _ = token_slots(sample.h, merge.ratio, sample.mask, None)
+    groups = make_groups(sample.h, merge.ratio, mask=sample.mask)
+    g = group_merge(sample.h, merge.weight, merge.bias, groups).flatten(0, 1)
+    slot, real = token_slots(groups, sample.mask.numel())
     # Most groups of rows much shorter than the longest hold padding alone.
-    used, place = (slot // merge.ratio)[sample.mask].unique(return_inverse=True)
-    return products(g[used], ffn)[place].float()
+    used, place = (slot // merge.ratio)[real].unique(return_inverse=True)
+    return products(g[used], ffn, linear)[place].float()
 
 
 def _set_adapter(adapter: Any, found: Fit, z: Tensor, t: Tensor, sample: _Sample) -> None:

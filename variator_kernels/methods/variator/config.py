@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ... import backends, checks
+from ...ops.feed_forward import ADAPTER_ACTIVATIONS
 from ...runtime.level import mentioned
 
 PLACEMENTS = ("ffn",)
@@ -40,7 +41,7 @@ def configure(
     config = VariatorConfig(
         every,
         checks.ratio(bottleneck, "bottleneck"),
-        checks.choice(activation, checks.ADAPTER_ACTIVATIONS, "activation"),
+        checks.choice(activation, ADAPTER_ACTIVATIONS, "activation"),
         _placements(placements),
         checks.choice(backend, ("auto", *backends.BACKENDS), "backend"),
     )

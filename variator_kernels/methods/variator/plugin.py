@@ -8,6 +8,7 @@ from torch import nn
 from ...ops.feed_forward import PluginWeights
 from .adapter_decompress import AdapterDecompress
 from .group_merge import GroupMerge
+from .prepared import Prepared
 
 
 class Plugin(nn.Module):
@@ -35,6 +36,7 @@ class Plugin(nn.Module):
         self.adapter = AdapterDecompress(
             hidden_size, ratio, bottleneck, activation, device=device, dtype=dtype
         )
+        self.prepared = Prepared()
 
     def weights(self) -> PluginWeights:
         """The parameters as the ops take them."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ... import checks
+from ...ops.feed_forward import ADAPTER_ACTIVATIONS
 from ...runtime.level import Level, Site
 from .config import PLACEMENTS
 
@@ -130,7 +131,7 @@ def _checked(settings: Settings) -> Settings:
             raise ValueError(f"{name} must hold a list of ratios, got {value['ffn']!r}")
     for name in ("hidden_size", "layers", "bottleneck"):
         checks.ratio(getattr(settings, name), name)
-    checks.choice(settings.activation, checks.ADAPTER_ACTIVATIONS, "activation")
+    checks.choice(settings.activation, ADAPTER_ACTIVATIONS, "activation")
     ratios = [checks.ratio(k, "ratios", least=2) for k in settings.ratios]
     if len(settings.level["ffn"]) != settings.layers:
         raise ValueError(f"level must have {settings.layers} layers, got {settings.level['ffn']}")
@@ -161,11 +162,11 @@ def renamed(settings: Settings, tensors: dict[str, Tensor]) -> dict[str, Tensor]
     return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
-def shapes(settings: Settings) -> dict[str, tuple[int, ...]]:
-    """Every tensor that plugins of these settings have."""
+def shapes(settings: Settings, layers: Iterable[int]) -> dict[str, tuple[int, ...]]:
+    """Every tensor that plugins of these settings have in ``layers`` (a shared module is one)."""
     d, r = settings.hidden_size, settings.bottleneck
     found: dict[str, tuple[int, ...]] = {}
-    for i in range(settings.layers):
+    for i in layers:
         for k in settings.ratios:
             sizes = ((k, k * d), (k,), (r, 2 * d), (r,), (d, r), (d,))
             found |= {key(i, k, field): size for field, size in zip(FIELDS, sizes, strict=True)}

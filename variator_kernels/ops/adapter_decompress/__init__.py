@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import backends, checks
-from ..groups import max_groups, token_slots
+from ... import backends
+from ...checks import ratio as check_ratio
+from .. import checks
+from ..arguments import AdapterWeights
+from ..groups import make_groups, max_groups, real_tokens
 from . import op, reference
 
 
@@ -28,8 +31,8 @@ def adapter_decompress(
     """Restore token vectors: ``o_ij = u_i + W_2 φ(W_1·concat(u_i, h_ij) + b_1) + b_2``.
 
     Args:
-        u: ``[B, ceil(n/k), d]``, or packed ``[(T + sequences*(k-1)) // k, d]``.
-        h: ``[B, n, d]`` or packed ``[T, d]``, what the merge saw.
+        u: ``[B, ceil(n/k), d]``, or varlen ``[(T + sequences*(k-1)) // k, d]``.
+        h: ``[B, n, d]`` or varlen ``[T, d]``, what the merge saw.
         w1, b1, w2, b2: ``[r, 2d]`` (u's half first), ``[r]``, ``[d, r]``, ``[d]``.
         ratio: k, at least 2.
         mask, cu_seqlens, backend: as in :func:`group_merge`.
@@ -41,33 +44,22 @@ def adapter_decompress(
     Raises:
         ValueError: a shape, dtype, device or backend does not fit; the message names it.
     """
-    checks.ratio(ratio, least=2)
+    check_ratio(ratio, least=2)
     checks.hidden(h, cu_seqlens, "h")
     checks.token_mask(mask, cu_seqlens, h)
     checks.adapter_parameters(w1, b1, w2, b2, activation, h)
-    groups = max_groups(h, ratio, cu_seqlens)
-    checks.shape(u, (*h.shape[:-2], groups, h.shape[-1]), "u")
+    most = max_groups(h, ratio, cu_seqlens)
+    checks.shape(u, (*h.shape[:-2], most, h.shape[-1]), "u")
     checks.same_device(u, h, "u", "h")
     chosen = backends.resolve(backend, h)
+    groups = make_groups(h, ratio, mask=mask, cu_seqlens=cu_seqlens, backend=chosen)
     if chosen == "reference":
-        return reference.adapter_decompress(
-            u,
-            h,
-            w1,
-            b1,
-            w2,
-            b2,
-            ratio=ratio,
-            mask=mask,
-            cu_seqlens=cu_seqlens,
-            activation=activation,
-        )
-    if mask is not None or cu_seqlens is not None:
+        return reference.adapter_decompress(u, h, w1, b1, w2, b2, groups, activation)
+    real = real_tokens(groups, h)
+    if real is not None:
         # What padding holds must not reach W_1's gradient.
-        _, real = token_slots(h, ratio, mask, cu_seqlens)
         h = torch.where(real[..., None], h, 0)
     w1u, w1h = w1.chunk(2, -1)
     projected = F.linear(h, w1h.to(h.dtype))
-    return op.adapter_decompress(
-        u.to(h.dtype), projected, w1u, b1, w2, b2, None, mask, cu_seqlens, ratio, activation, chosen
-    )
+    adapter = AdapterWeights(w1u, b1, w2, b2, activation)
+    return op.adapter_decompress(u.to(h.dtype), projected, adapter, None, groups, chosen)

@@ -2,153 +2,125 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ... import extension
-from ..arguments import check_decompress, flat, require
+from ..arguments import AdapterWeights, check_decompress, flat, require
 from ..cpu_arguments import (
-    ACTIVATIONS,
-    DTYPES,
-    Groups,
-    Layout,
-    accumulator,
+    Listed,
+    PrepackedAdapter,
     address,
     as_accumulator,
+    copy_outside,
+    dtype_code,
+    listed,
     pack_columns,
     pack_rows,
+    prepack_adapter,
 )
+from ..groups import Groups
+from ..library import accumulator
 
 
-def run(
-    u: Tensor,
-    groups: Groups,
-    span: tuple[int, int],
-    activation: str,
-    projected: Tensor,
-    w1u_packed: Tensor,
-    b1: Tensor,
-    w2_packed: Tensor,
-    b2: Tensor,
-    residual: Tensor | None,
-    y: Tensor,
-    poison: Tensor | None = None,
-) -> None:
-    """Writes the tokens of groups ``first .. first+count-1`` to flat ``y [tokens, d]``.
+class Inputs(NamedTuple):
+    """What a decompress reads: contiguous ``u [groups, d]`` and ``projected [tokens, r]`` (in the
+    accumulator dtype); ``residual [tokens, d]``; ``poison [groups]``, added to u: NaN where the
+    merge saw NaN."""
 
-    ``poison [groups]`` is added to u: NaN where the merge saw NaN.
-    """
-    extension.load().decompress(
-        DTYPES[y.dtype],
-        torch.get_num_threads(),
-        *groups.arguments(*span),
-        y.shape[-1],
-        b1.shape[0],
-        ACTIVATIONS[activation],
-        u.data_ptr(),
-        projected.data_ptr(),
-        w1u_packed.data_ptr(),
-        b1.data_ptr(),
-        w2_packed.data_ptr(),
-        b2.data_ptr(),
-        address(poison),
-        address(residual),
-        0 if residual is None else residual.stride(0),
-        y.data_ptr(),
-    )
+    u: Tensor
+    projected: Tensor
+    residual: Tensor | None = None
+    poison: Tensor | None = None
+
+
+def run(inputs: Inputs, groups: Listed, adapter: PrepackedAdapter, y: Tensor) -> None:
+    """Writes the tokens of the groups to flat ``y [tokens, d]``."""
+    residual = inputs.residual
+    extension.load().Decompress(
+        dtype=dtype_code(y.dtype),
+        threads=torch.get_num_threads(),
+        groups=groups.kernel,
+        d=y.shape[-1],
+        r=adapter.b1.shape[0],
+        phi=adapter.phi,
+        u=inputs.u.data_ptr(),
+        projected=inputs.projected.data_ptr(),
+        w1u=adapter.w1u.data_ptr(),
+        b1=adapter.b1.data_ptr(),
+        w2=adapter.w2.data_ptr(),
+        b2=adapter.b2.data_ptr(),
+        poison=address(inputs.poison),
+        residual=address(residual),
+        residual_stride=0 if residual is None else residual.stride(0),
+        y=y.data_ptr(),
+    ).run()
 
 
 def adapter_decompress(
     u: Tensor,
     projected: Tensor,
-    w1u: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
+    adapter: AdapterWeights,
     residual: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    ratio: int,
-    activation: str,
+    groups: Groups,
 ) -> Tensor:
     dtype = u.dtype
-    layout = Layout(projected, mask, cu_seqlens)
-    groups = layout.groups(ratio, compact=False)
-    check_decompress(u, projected, w1u, b1, w2, groups.groups)
-    require(b2.shape == u.shape[-1:], f"b2 is {list(b2.shape)}")
+    check_decompress(u, projected, adapter, groups)
     shape = (*projected.shape[:-1], u.shape[-1])
+    lists = listed(groups, projected.shape[:-1].numel(), projected.dim() == 2)
     if residual is None:
-        y = (torch.empty if layout.covers_all else torch.zeros)(shape, dtype=dtype)
+        y = (torch.empty if lists.covers_all else torch.zeros)(shape, dtype=dtype)
         rows = None
     else:
         y = torch.empty(shape, dtype=dtype)
         require(residual.shape == shape, f"residual is {list(residual.shape)}")
         rows = flat(residual.to(dtype))
-        layout.copy_padding(rows, y.view(-1, shape[-1]))
-    run(
-        flat(u).contiguous(),
-        groups,
-        (0, groups.groups),
-        activation,
-        flat(projected.to(accumulator(dtype))).contiguous(),
-        pack_columns(w1u, dtype, bf16=True),
-        as_accumulator(b1, dtype),
-        pack_columns(w2, dtype, bf16=True),
-        as_accumulator(b2, dtype),
-        rows,
-        y,
-    )
+        copy_outside(lists, rows, y.view(-1, shape[-1]))
+    wide = flat(projected.to(accumulator(dtype))).contiguous()
+    inputs = Inputs(flat(u).contiguous(), wide, rows)
+    run(inputs, lists, prepack_adapter(adapter, dtype), y)
     return y
 
 
 def adapter_decompress_backward(
-    dy: Tensor,
-    u: Tensor,
-    projected: Tensor,
-    w1u: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    ratio: int,
-    activation: str,
+    dy: Tensor, u: Tensor, projected: Tensor, adapter: AdapterWeights, groups: Groups
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = u.dtype
-    wide = accumulator(dtype)
-    layout = Layout(projected, mask, cu_seqlens)
-    groups = layout.groups(ratio, compact=False)
-    r, d = w1u.shape
-    check_decompress(u, projected, w1u, b1, w2, groups.groups)
+    dtype, wide = u.dtype, accumulator(u.dtype)
+    check_decompress(u, projected, adapter, groups)
+    r, d = adapter.w1u.shape
     require(dy.shape == (*projected.shape[:-1], d), f"dy is {list(dy.shape)}")
+    lists = listed(groups, projected.shape[:-1].numel(), projected.dim() == 2)
     u = flat(u).contiguous()
     du = torch.empty(u.shape, dtype=dtype)
-    d_projected = (torch.empty if layout.covers_all else torch.zeros)(projected.shape, dtype=wide)
+    d_projected = (torch.empty if lists.covers_all else torch.zeros)(projected.shape, dtype=wide)
     d_w1u, d_b1 = torch.empty(r, d, dtype=wide), torch.empty(r, dtype=wide)
     d_w2, d_b2 = torch.empty(r, d, dtype=wide), torch.empty(d, dtype=wide)
     projected_rows = flat(projected.to(wide)).contiguous()
-    w1u_packed, wide_b1 = pack_columns(w1u, dtype, bf16=False), as_accumulator(b1, dtype)
-    w2_rows, w1u_rows = pack_rows(w2, dtype), pack_rows(w1u, dtype)
+    w1u, b1 = pack_columns(adapter.w1u, dtype, bf16=False), as_accumulator(adapter.b1, dtype)
+    w2_rows, w1u_rows = pack_rows(adapter.w2, dtype), pack_rows(adapter.w1u, dtype)
     dy_rows = flat(dy.to(dtype))
-    extension.load().decompress_backward(
-        DTYPES[dtype],
-        torch.get_num_threads(),
-        *groups.arguments(),
-        d,
-        r,
-        ACTIVATIONS[activation],
-        u.data_ptr(),
-        projected_rows.data_ptr(),
-        w1u_packed.data_ptr(),
-        wide_b1.data_ptr(),
-        w2_rows.data_ptr(),
-        w1u_rows.data_ptr(),
-        dy_rows.data_ptr(),
-        dy_rows.stride(0),
-        du.data_ptr(),
-        d_projected.data_ptr(),
-        d_w1u.data_ptr(),
-        d_b1.data_ptr(),
-        d_w2.data_ptr(),
-        d_b2.data_ptr(),
-    )
+    extension.load().DecompressBackward(
+        dtype=dtype_code(dtype),
+        threads=torch.get_num_threads(),
+        groups=lists.kernel,
+        d=d,
+        r=r,
+        phi=extension.enum_value("cpu", "adapter_activations", adapter.activation),
+        u=u.data_ptr(),
+        projected=projected_rows.data_ptr(),
+        w1u=w1u.data_ptr(),
+        b1=b1.data_ptr(),
+        w2_rows=w2_rows.data_ptr(),
+        w1u_rows=w1u_rows.data_ptr(),
+        dy=dy_rows.data_ptr(),
+        dy_stride=dy_rows.stride(0),
+        du=du.data_ptr(),
+        d_projected=d_projected.data_ptr(),
+        d_w1u=d_w1u.data_ptr(),
+        d_b1=d_b1.data_ptr(),
+        d_w2=d_w2.data_ptr(),
+        d_b2=d_b2.data_ptr(),
+    ).run()
     return du, d_projected, d_w1u, d_b1, d_w2.t().contiguous(), d_b2

@@ -1,4 +1,4 @@
-"""adapter_decompress on the CUDA kernels (csrc/cuda/decompress.cuh, decompress_backward.cuh)."""
+"""adapter_decompress on the CUDA kernels (csrc/cuda/kernels/decompress*.cuh)."""
 
 from __future__ import annotations
 
@@ -8,55 +8,53 @@ import torch
 from torch import Tensor
 
 from ... import extension
-from ..arguments import check_decompress, flat, require
+from ..arguments import AdapterWeights, check_decompress, flat, require
 from ..cuda_arguments import (
-    PHIS,
     address,
     aligned,
+    aligned_rows,
     as_vector,
     check_sizes,
     chunks,
+    code,
     dtype_code,
+    groups_kernel,
     pad_columns,
     pad_rows,
-    rows_of,
-    spans_of,
     target,
     vector,
 )
-from ..cuda_sums import outer_sum
-from ..gpu_arguments import Groups, decompress_output, groups
+from ..cuda_weight_gradient import Side, weight_gradient
+from ..gpu_arguments import (
+    DecompressInputs,
+    GpuGroups,
+    decompress_output,
+    flat_or_none,
+    gpu_groups,
+)
+from ..groups import Groups
 
 
 class Decompress:
     """One launch of the decompress kernel; keeps alive what it reads."""
 
     def __init__(
-        self,
-        u: Tensor,
-        spans: Groups,
-        activation: str,
-        projected: Tensor,
-        w1u: Tensor,
-        b1: Tensor,
-        w2: Tensor,
-        b2: Tensor,
-        residual: Tensor | None,
-        y: Tensor,
+        self, inputs: DecompressInputs, groups: GpuGroups, adapter: AdapterWeights, y: Tensor
     ) -> None:
-        """``u [groups, d]``, ``projected [tokens, r]`` fp32; writes flat ``y [tokens, d]``."""
+        """Writes flat ``y [tokens, d]``."""
+        u, projected, residual, _ = inputs
         dtype, d, r = y.dtype, y.shape[1], projected.shape[1]
-        check_sizes(d, spans.ratio, r)
-        w1u, w2 = pad_rows(w1u, dtype), pad_columns(w2, dtype)
-        b1, b2 = as_vector(b1, dtype, chunks(r)), as_vector(b2, dtype)
-        residual = None if residual is None else rows_of(residual)
-        self.kept = (u, spans, projected, w1u, b1, w2, b2, residual)
+        check_sizes(d, groups.ratio, r)
+        w1u, w2 = pad_rows(adapter.w1u, dtype), pad_columns(adapter.w2, dtype)
+        b1, b2 = as_vector(adapter.b1, dtype, chunks(r)), as_vector(adapter.b2, dtype)
+        residual = None if residual is None else aligned_rows(residual)
+        self.kept = (u, groups, projected, w1u, b1, w2, b2, residual)
         self.params: Any = extension.load("cuda").Decompress(
             dtype=dtype_code(dtype),
-            groups=spans_of(spans),
+            groups=groups_kernel(groups),
             d=d,
             r=chunks(r),
-            phi=PHIS[activation],
+            phi=code("adapter_activations", adapter.activation),
             u=u.data_ptr(),
             projected=projected.data_ptr(),
             projected_columns=r,
@@ -78,65 +76,43 @@ class Decompress:
 def adapter_decompress(
     u: Tensor,
     projected: Tensor,
-    w1u: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
+    adapter: AdapterWeights,
     residual: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    ratio: int,
-    activation: str,
+    groups: Groups,
 ) -> Tensor:
-    spans, y = decompress_output(u, projected, w1u, b1, w2, b2, residual, mask, cu_seqlens, ratio)
-    Decompress(
-        aligned(flat(u)),
-        spans,
-        activation,
-        aligned(flat(projected.float())),
-        w1u,
-        b1,
-        w2,
-        b2,
-        None if residual is None else flat(residual.to(u.dtype)),
-        flat(y),
-    ).run(u)
+    launched, y = decompress_output(u, projected, adapter, residual, groups)
+    residual = None if residual is None else residual.to(u.dtype)
+    rows = aligned(flat(projected.float()))
+    inputs = DecompressInputs(aligned(flat(u)), rows, flat_or_none(residual))
+    Decompress(inputs, launched, adapter, flat(y)).run(u)
     return y
 
 
 def adapter_decompress_backward(
-    dy: Tensor,
-    u: Tensor,
-    projected: Tensor,
-    w1u: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    ratio: int,
-    activation: str,
+    dy: Tensor, u: Tensor, projected: Tensor, adapter: AdapterWeights, groups: Groups
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     cuda, dtype = extension.load("cuda"), u.dtype
-    r, d = w1u.shape
-    spans = groups(projected, mask, cu_seqlens, ratio)
-    check_decompress(u, projected, w1u, b1, w2, spans.total)
-    check_sizes(d, ratio, r)
+    r, d = adapter.w1u.shape
+    check_decompress(u, projected, adapter, groups)
+    launched = gpu_groups(groups, projected)
+    check_sizes(d, groups.ratio, r)
     require(dy.shape == (*projected.shape[:-1], d), f"dy is {list(dy.shape)}")
-    u, dy = aligned(flat(u)), rows_of(flat(dy.to(dtype)))
+    u, dy = aligned(flat(u)), aligned_rows(flat(dy.to(dtype)))
     projected_rows = aligned(flat(projected.float()))
-    rows, padded_b1 = pad_rows(w1u, dtype), as_vector(b1, dtype, chunks(r))
-    w1u_transpose, w2_transpose = pad_columns(w1u.t(), dtype), aligned(pad_rows(w2.t(), dtype))
+    rows, padded_b1 = pad_rows(adapter.w1u, dtype), as_vector(adapter.b1, dtype, chunks(r))
+    w1u_transpose = pad_columns(adapter.w1u.t(), dtype)
+    w2_transpose = aligned(pad_rows(adapter.w2.t(), dtype))
     du = torch.empty_like(u)
     d_projected = projected.new_empty(projected.shape, dtype=torch.float32)
     t = torch.empty_like(projected_rows)
-    d_q = u.new_empty(spans.total, r, dtype=torch.float32)
+    d_q = u.new_empty(launched.total, r, dtype=torch.float32)
     cuda.decompress_backward(
         target(u),
         dtype=dtype_code(dtype),
-        groups=spans_of(spans),
+        groups=groups_kernel(launched),
         d=d,
         r=chunks(r),
-        phi=PHIS[activation],
+        phi=code("adapter_activations", adapter.activation),
         u=u.data_ptr(),
         projected=projected_rows.data_ptr(),
         projected_columns=r,
@@ -152,6 +128,7 @@ def adapter_decompress_backward(
         bottleneck=t.data_ptr(),
         d_q=d_q.data_ptr(),
     )
-    d_w1u = outer_sum(d_q, u, spans, slot=0, left_by_group=True, right_by_group=True)
-    d_w2, d_b2 = outer_sum(t, dy, spans, ones=True).split([r, 1])
+    by_group = Side(d_q, by_group=True), Side(u, by_group=True)
+    d_w1u = weight_gradient(*by_group, launched, slot=0)
+    d_w2, d_b2 = weight_gradient(Side(t), Side(dy), launched, ones=True).split([r, 1])
     return du, d_projected, d_w1u, d_q.sum(0), d_w2.t().contiguous(), d_b2.view(d)

@@ -6,8 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..group_merge.reference import gather
-from ..groups import slots, token_slots
+from ..groups import Groups, slots, token_slots
+
+
+def _gather(h: Tensor, index: Tensor, exists: Tensor) -> Tensor:
+    rows = h.reshape(-1, h.shape[-1])
+    return torch.where(exists[..., None], rows[index], rows.new_zeros(()))
 
 
 def adapter_decompress(
@@ -17,24 +21,26 @@ def adapter_decompress(
     b1: Tensor,
     w2: Tensor,
     b2: Tensor,
-    *,
-    ratio: int,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    activation: str = "tanh",
+    groups: Groups,
+    activation: str,
 ) -> Tensor:
     """``o_ij = u_i + W_2 φ(W_1 · concat(u_i, h_ij) + b_1) + b_2``; 0 where there is no token.
 
-    ``u [B, ceil(n/k), d]`` and ``h [B, n, d]`` give ``[B, n, d]``; packed ``u [G, d]`` and
-    ``h [T, d]`` give ``[T, d]``.
+    ``u [B, ceil(n/k), d]`` and ``h [B, n, d]`` give ``[B, n, d]``; varlen ``u [G, d]`` and
+    ``h [T, d]`` give ``[T, d]``. In a kept group ``o`` is ``u``.
     """
-    index, exists = slots(h, ratio, mask, cu_seqlens)
+    tokens = h.shape[:-1].numel()
+    if tokens == 0:
+        return torch.zeros_like(h)
     dtype = h.dtype
+    index, exists = slots(groups, tokens)
     us = u.to(dtype)[..., None, :].expand(*index.shape, u.shape[-1])
-    t = F.linear(torch.cat([us, gather(h, index, exists)], -1), w1.to(dtype), b1.to(dtype))
+    both = torch.cat([us, _gather(h, index, exists)], -1)
+    t = F.linear(both, w1.to(dtype), b1.to(dtype))
     t = torch.tanh(t) if activation == "tanh" else t
     o = us + F.linear(t, w2.to(dtype), b2.to(dtype))
-    slot, real = token_slots(h, ratio, mask, cu_seqlens)
-    if slot.numel() == 0:
-        return torch.zeros_like(h)
-    return torch.where(real[..., None], o.reshape(-1, o.shape[-1])[slot], o.new_zeros(()))
+    if groups.kept is not None:
+        o = torch.where(groups.kept[..., None, None], us, o)
+    slot, real = token_slots(groups, tokens)
+    out = torch.where(real[:, None], o.reshape(-1, o.shape[-1])[slot], o.new_zeros(()))
+    return out.view(h.shape)

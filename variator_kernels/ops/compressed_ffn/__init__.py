@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import backends, checks
+from ... import backends
+from .. import checks
 from ..feed_forward import FeedForward, PluginWeights
 from ..groups import Groups, make_groups
 from . import layered, op, reference
@@ -25,12 +26,12 @@ def compressed_ffn(
     """Norm, merge, FFN on the merged vectors, decompress, residual (paper section 3.2).
 
     Args:
-        x: ``[B, n, d]``, or packed ``[T, d]`` together with ``cu_seqlens``.
+        x: ``[B, n, d]``, or varlen ``[T, d]`` together with ``cu_seqlens``.
         plugin: a :class:`PluginWeights`, or anything with a ``weights()`` that returns one.
         ffn: a :class:`FeedForward`, or anything with a ``feed_forward()`` that returns one.
         mask: ``[B, n]``, nonzero for a real token. Padding passes through unchanged, or is 0 for
             an ``ffn`` without a residual.
-        cu_seqlens: int32 or int64 offsets ``[sequences + 1]`` of packed input.
+        cu_seqlens: int32 or int64 offsets ``[sequences + 1]`` of varlen input.
         backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
@@ -54,19 +55,18 @@ def compressed_ffn(
 
 def run(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups, backend: str) -> Tensor:
     """:func:`compressed_ffn` for arguments that were checked, on a backend that was resolved."""
-    mask, cu_seqlens = groups.mask, groups.cu_seqlens
     if backend == "reference":
-        return reference.compressed_ffn(x, plugin, ffn, mask=mask, cu_seqlens=cu_seqlens)
+        return reference.compressed_ffn(x, plugin, ffn, groups)
     if _fits_one_op(x, plugin, ffn):
-        return op.compressed_ffn(x, plugin, ffn, mask, cu_seqlens, backend)
-    return layered.compressed_ffn(x, plugin, ffn, mask, cu_seqlens, backend)
+        return op.compressed_ffn(x, plugin, ffn, groups, backend)
+    return layered.compressed_ffn(x, plugin, ffn, groups, backend)
 
 
 def _fits_one_op(x: Tensor, plugin: PluginWeights, ffn: FeedForward) -> bool:
     """The single fused op is for inference with plain products; all else goes layer by layer."""
     if ffn.module is not None or ffn.dropout_inner > 0 or ffn.dropout_outer > 0:
         return False
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
         return False
     if not torch.is_grad_enabled():
         return True

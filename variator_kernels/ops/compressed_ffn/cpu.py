@@ -1,4 +1,4 @@
-"""compressed_ffn on the CPU: merge, packed products, decompress, block by cache-sized block."""
+"""compressed_ffn on the CPU: merge, prepacked GEMMs, decompress, block by cache-sized block."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ import torch
 from torch import Tensor
 
 from .. import prepack
-from ..adapter_decompress.cpu import run as run_decompress
-from ..arguments import Norm, flat
+from ..adapter_decompress import cpu as decompress
+from ..arguments import check_adapter, check_merge, flat, require_merged
 from ..cpu_arguments import (
-    Layout,
-    accumulator,
-    as_accumulator,
-    folded,
-    optional_accumulator,
-    pack_columns,
-    pack_merge,
+    Listed,
+    PrepackedAdapter,
+    PrepackedMerge,
+    copy_outside,
+    listed,
+    prepack_adapter,
+    prepack_merge,
 )
 from ..feed_forward import FeedForward, PluginWeights, products
-from ..group_merge.cpu import run as run_merge
+from ..group_merge import cpu as merge
+from ..groups import Groups
+from ..library import accumulator
 from .layered import normalize_real
 
 # Groups that go through the whole layer together: their inner activations (f numbers each) stay in
-# the last-level cache, and the products still have rows enough to run at full rate.
+# the last-level cache, and the GEMMs still have rows enough to run at full rate.
 BLOCK_GROUPS = 2048
 
 
-def packed_products(g: Tensor, ffn: FeedForward) -> Tensor:
-    """``FFN(g)`` for ``g [rows, d]`` with packed weights, in g's dtype."""
+def prepacked_products(g: Tensor, ffn: FeedForward) -> Tensor:
+    """``FFN(g)`` for ``g [rows, d]`` with prepacked weights, in g's dtype."""
     w_in, w_out = prepack.linear(ffn.w_in, ffn.b_in), prepack.linear(ffn.w_out, ffn.b_out)
     w_gate = None if ffn.w_gate is None else prepack.linear(ffn.w_gate, ffn.b_gate)
     if w_in is None or w_out is None or (w_gate is None) != (ffn.w_gate is None):
@@ -42,102 +44,69 @@ def packed_products(g: Tensor, ffn: FeedForward) -> Tensor:
     return w_out(inner.to(prepack.product_dtype(ffn.w_out.dtype))).to(dtype)
 
 
-def compressed_ffn(
-    x: Tensor,
-    plugin: PluginWeights,
-    ffn: FeedForward,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
+def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups) -> Tensor:
     dtype = torch.promote_types(x.dtype, ffn.w_out.dtype)
     x = x.to(dtype)
-    d, k = x.shape[-1], plugin.ratio
-    layout = Layout(x, mask, cu_seqlens)
-    groups = layout.groups(k, compact=True)
-    rows = flat(x)
-    fresh = torch.empty if ffn.residual or layout.covers_all else torch.zeros
+    require_merged(groups)
+    rows, d = flat(x), x.shape[-1]
+    lists = listed(groups, rows.shape[0], x.dim() == 2, compact=True)
+    fresh = torch.empty if ffn.residual or lists.covers_all else torch.zeros
     y = fresh(x.shape, dtype=dtype)
     y_rows = y.view(-1, d)
-    if ffn.residual:
-        layout.copy_padding(rows, y_rows)
-    if groups.groups == 0:
+    residual = rows if ffn.residual else None
+    if residual is not None:
+        copy_outside(lists, rows, y_rows)
+    total = lists.kernel.count
+    if total == 0:
         return y
-    packed = _packed_plugin(plugin, ffn, dtype)
-    r = plugin.b1.shape[0]
-    wide = accumulator(dtype)
-    projected = torch.empty(rows.shape[0], r, dtype=wide)
-    for first in range(0, groups.groups, BLOCK_GROUPS):
-        span = (first, min(BLOCK_GROUPS, groups.groups - first))
-        merged = torch.empty(span[1], d, dtype=dtype)
+    packed, wide = _prepacked_plugin(x, plugin, ffn, groups), accumulator(dtype)
+    projected = torch.empty(rows.shape[0], packed.merge.bottleneck, dtype=wide)
+    for first in range(0, total, BLOCK_GROUPS):
+        count = min(BLOCK_GROUPS, total - first)
+        block = Listed(lists.kernel.part(first, count), lists.tensors, lists.covers_all)
+        merged = torch.empty(count, d, dtype=dtype)
         # oneDNN's activations turn NaN into 0; what the merge saw is carried past them.
-        poison = torch.empty(span[1], dtype=wide)
-        run_merge(
-            rows,
-            groups,
-            span,
-            packed.merge_weight,
-            packed.merge_bias,
-            packed.w1h,
-            r,
-            packed.norm,
-            merged,
-            projected,
-            None,
-            poison,
-        )
-        u = packed_products(merged, ffn)
-        run_decompress(
-            u,
-            groups,
-            span,
-            plugin.activation,
-            projected,
-            packed.w1u,
-            packed.b1,
-            packed.w2,
-            packed.b2,
-            rows if ffn.residual else None,
-            y_rows,
-            poison,
-        )
-    if not ffn.post_norm:
-        return y
-    return normalize_real(y, ffn, k, mask, cu_seqlens)
+        poison = torch.empty(count, dtype=wide)
+        merge.run(rows, block, packed.merge, merge.Outputs(merged, projected, None, poison))
+        u = prepacked_products(merged, ffn)
+        inputs = decompress.Inputs(u, projected, residual, poison)
+        decompress.run(inputs, block, packed.adapter, y_rows)
+    return normalize_real(y, ffn, groups) if ffn.post_norm else y
 
 
-class PackedPlugin(NamedTuple):
-    """A plugin's weights as the kernels read them, the norm before them folded in if it folds."""
+class PrepackedPlugin(NamedTuple):
+    """A plugin's weights as the kernels read them."""
 
-    merge_weight: Tensor
-    merge_bias: Tensor
-    w1u: Tensor
-    w1h: Tensor
-    b1: Tensor
-    w2: Tensor
-    b2: Tensor
-    norm: Norm
+    merge: PrepackedMerge
+    adapter: PrepackedAdapter
 
 
-def _packed_plugin(plugin: PluginWeights, ffn: FeedForward, dtype: torch.dtype) -> PackedPlugin:
-    """Packed again only when a weight changed."""
-    kind = "none" if ffn.post_norm else ffn.norm
-    used = () if kind == "none" else (ffn.norm_weight, ffn.norm_bias)
-    sources = (*plugin[:6], *(t for t in used if t is not None))
+def _prepacked_plugin(
+    x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups
+) -> PrepackedPlugin:
+    """For ``x``'s dtype; packed, and checked, again only when a weight changed."""
+    norm, dtype = ffn.pre_norm, x.dtype
+    sources = (*plugin[:6], *(t for t in (norm.weight, norm.bias) if t is not None))
 
-    def make() -> PackedPlugin:
-        weight, bias = (optional_accumulator(t, dtype) for t in used or (None, None))
-        norm = Norm(kind, weight, bias, ffn.eps)
-        w1u, w1h = plugin.w1.detach().chunk(2, -1)
-        return PackedPlugin(
-            pack_merge(folded(plugin.merge_weight, norm, dtype), dtype),
-            as_accumulator(plugin.merge_bias, dtype),
-            pack_columns(w1u, dtype, bf16=True),
-            pack_columns(folded(w1h, norm, dtype), dtype, bf16=True),
-            as_accumulator(plugin.b1, dtype),
-            pack_columns(plugin.w2, dtype, bf16=True),
-            as_accumulator(plugin.b2, dtype),
-            norm,
+    def make() -> PrepackedPlugin:
+        # Nothing that is read by address is of another size: shapes are part of the cache's key.
+        detached = plugin._replace(w1=plugin.w1.detach())
+        check_merge(x, detached.merge, groups, norm)
+        check_adapter(detached.adapter, x.shape[-1], plugin.b1.shape[0])
+        return PrepackedPlugin(
+            prepack_merge(detached.merge, norm, dtype), prepack_adapter(detached.adapter, dtype)
         )
 
-    form = ("plugin", dtype, kind, ffn.norm_bias is None, ffn.eps, prepack.instruction_set())
+    activation, kernels = plugin.activation, prepack.instruction_set()
+    form = (
+        "plugin",
+        dtype,
+        x.shape[-1],
+        groups.ratio,
+        norm.name,
+        norm.bias is None,
+        norm.eps,
+        activation,
+        kernels,
+    )
     return prepack.cache.get(sources, form, make)

@@ -9,21 +9,22 @@ from torch import Tensor
 
 from ... import extension
 from ..adapter_decompress.cuda import Decompress
-from ..arguments import NO_NORM, flat, require
+from ..arguments import check_merge, flat, require
 from ..cuda_arguments import (
-    ACTIVATIONS,
     BOTTLENECK_CHUNK,
     DTYPES,
     address,
     aligned,
+    code,
+    cuda_norm,
     dtype_code,
     multiprocessors,
-    norm_of,
     target,
 )
 from ..feed_forward import FeedForward, PluginWeights
-from ..gpu_arguments import groups
+from ..gpu_arguments import DecompressInputs, MergeOutputs, gpu_groups
 from ..group_merge.cuda import Merge
+from ..groups import Groups
 from .layered import normalize_real
 
 # Up to as many groups the layer is one launch: there the gaps between launches and the small
@@ -36,7 +37,7 @@ def linear(
 ) -> Tensor:
     """``act(a · weightᵀ + bias) [* factor]``: ``a [rows, in]``, ``weight [out, in]``; one dtype."""
     out = a.new_empty(a.shape[0], weight.shape[0])
-    extension.load("cuda").product(
+    extension.load("cuda").gemm(
         target(a),
         dtype=dtype_code(a.dtype),
         rows=a.shape[0],
@@ -45,7 +46,7 @@ def linear(
         a=a.data_ptr(),
         weight=weight.data_ptr(),
         bias=address(bias),
-        activation=ACTIVATIONS[activation],
+        activation=code("ffn_activations", activation),
         factor=address(factor),
         out=out.data_ptr(),
     )
@@ -62,34 +63,22 @@ def _cast(ffn: FeedForward, dtype: torch.dtype) -> FeedForward:
     return ffn._replace(**cast)
 
 
-def compressed_ffn(
-    x: Tensor,
-    plugin: PluginWeights,
-    ffn: FeedForward,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
+def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups) -> Tensor:
     dtype = torch.promote_types(x.dtype, ffn.w_out.dtype)
     both = f"x is {x.dtype} and w_out {ffn.w_out.dtype}"
     require(dtype in DTYPES, f"{both}, the CUDA kernels compute in one of {[*DTYPES]}")
     f = ffn.w_in.shape[0]
     require(f % 8 == 0, f"inner size is {f}, the CUDA kernels take multiples of 8")
     x = x.to(dtype)
-    d, k, r = x.shape[-1], plugin.ratio, plugin.b1.shape[0]
-    spans = groups(x, mask, cu_seqlens, k)
-    rows = flat(x)
-    y = x.new_empty(x.shape)
-    w1u, w1h = plugin.w1.chunk(2, -1)
-    merged = x.new_empty(spans.total, d)
+    check_merge(x, plugin.merge, groups, ffn.pre_norm)
+    launched, d, r = gpu_groups(groups, x), x.shape[-1], plugin.b1.shape[0]
+    rows, y = flat(x), x.new_empty(x.shape)
+    merged = x.new_empty(launched.total, d)
     projected = x.new_empty(rows.shape[0], r, dtype=torch.float32)
-    norm = NO_NORM
-    if not ffn.post_norm and ffn.norm != "none":
-        norm = norm_of(ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps, dtype)
     cast = _cast(ffn, dtype)
-    merge = Merge(
-        rows, spans, plugin.merge_weight, plugin.merge_bias, norm, w1h, merged, projected, None
-    )
-    one_launch = 0 < spans.total <= ONE_LAUNCH_GROUPS and r <= BOTTLENECK_CHUNK
+    out = MergeOutputs(merged, projected, None)
+    merge = Merge(rows, launched, plugin.merge, cuda_norm(ffn.pre_norm, dtype), out)
+    one_launch = 0 < launched.total <= ONE_LAUNCH_GROUPS and r <= BOTTLENECK_CHUNK
     if one_launch:
         u = torch.empty_like(merged)
     else:
@@ -98,15 +87,13 @@ def compressed_ffn(
         if cast.w_gate is not None:
             inner = linear(merged, cast.w_gate, cast.b_gate, "none", inner)
         u = linear(inner, cast.w_out, cast.b_out, "none")
-    decompress = Decompress(
-        u, spans, plugin.activation, projected, w1u, plugin.b1, plugin.w2, plugin.b2,
-        rows if ffn.residual else None, y.view(-1, d),
-    )  # fmt: skip
+    inputs = DecompressInputs(u, projected, rows if ffn.residual else None)
+    decompress = Decompress(inputs, launched, plugin.adapter, y.view(-1, d))
     if one_launch:
         _run_at_once(x, merge, decompress, u, cast)
     else:
         decompress.run(x)
-    return normalize_real(y, ffn, k, mask, cu_seqlens) if ffn.post_norm else y
+    return normalize_real(y, ffn, groups) if ffn.post_norm else y
 
 
 def _run_at_once(
@@ -128,7 +115,7 @@ def _run_at_once(
         b_in=address(ffn.b_in),
         b_gate=address(ffn.b_gate),
         b_out=address(ffn.b_out),
-        activation=ACTIVATIONS[ffn.activation],
+        activation=code("ffn_activations", ffn.activation),
         inner=inner.data_ptr(),
         partial=partial.data_ptr(),
         splits=splits,

@@ -6,50 +6,43 @@ goes through :mod:`layered` instead, which keeps what is small and so runs the F
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..feed_forward import FeedForward, PluginWeights
+from ..groups import FIELDS, SCHEMA, Groups
 from ..library import LIBRARY, backend_module, define, refuse_second_derivatives
 from . import layered
 
 _ARGUMENTS = (
-    "Tensor x, Tensor? mask, Tensor? cu_seqlens, Tensor merge_weight, Tensor merge_bias, Tensor w1,"
-    " Tensor b1, Tensor w2, Tensor b2, Tensor w_in, Tensor w_out, Tensor? w_gate, Tensor? b_in,"
-    " Tensor? b_out, Tensor? b_gate, Tensor? norm_weight, Tensor? norm_bias, str activation,"
-    " str norm, float eps, bool post_norm, bool residual, str adapter_activation, str backend"
+    "Tensor x, Tensor merge_weight, Tensor merge_bias, Tensor w1, Tensor b1, Tensor w2, Tensor b2,"
+    " Tensor w_in, Tensor w_out, Tensor? w_gate, Tensor? b_in, Tensor? b_out, Tensor? b_gate,"
+    f" Tensor? norm_weight, Tensor? norm_bias, {SCHEMA}, str activation, str norm, float eps,"
+    " bool post_norm, bool residual, str adapter_activation, str backend"
 )
-_TENSORS = 17  # the leading arguments that are tensors
-_DIFFERENTIABLE = (0, *range(3, _TENSORS))
+_WEIGHTS = 15  # the leading arguments that have gradients; the groups' tensors follow
+_TENSORS = _WEIGHTS + 5
 
 define(f"compressed_ffn({_ARGUMENTS}) -> Tensor")
 define(f"compressed_ffn_backward(Tensor dy, {_ARGUMENTS}) -> Tensor[]")
 
 
-def compressed_ffn(
-    x: Tensor,
-    plugin: PluginWeights,
-    ffn: FeedForward,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    backend: str,
-) -> Tensor:
-    """The sublayer without dropout, in one op."""
-    return torch.ops.variator.compressed_ffn(
-        x, mask, cu_seqlens, *plugin[:6], ffn.w_in, ffn.w_out, ffn.w_gate, ffn.b_in, ffn.b_out,
-        ffn.b_gate, ffn.norm_weight, ffn.norm_bias, ffn.activation, ffn.norm, ffn.eps,
-        ffn.post_norm, ffn.residual, plugin.activation, backend,
-    )  # fmt: skip
+class _Call(NamedTuple):
+    """The arguments of the op, bundled."""
+
+    x: Tensor
+    plugin: PluginWeights
+    ffn: FeedForward
+    groups: Groups
+    backend: str
 
 
-def _unflatten(
-    arguments: tuple,
-) -> tuple[Tensor, PluginWeights, FeedForward, Tensor | None, Tensor | None, str]:
-    x, mask, cu_seqlens = arguments[:3]
-    w_in, w_out, w_gate, b_in, b_out, b_gate, norm_weight, norm_bias = arguments[9:_TENSORS]
-    activation, norm, eps, post_norm, residual, phi, backend = arguments[_TENSORS:]
-    merge_weight, merge_bias, w1, b1, w2, b2 = arguments[3:9]
-    plugin = PluginWeights(merge_weight, merge_bias, w1, b1, w2, b2, phi)
+def _bundle(arguments: tuple) -> _Call:
+    w_in, w_out, w_gate, b_in, b_out, b_gate, norm_weight, norm_bias = arguments[7:_WEIGHTS]
+    rest = arguments[_WEIGHTS + FIELDS :]
+    activation, norm, eps, post_norm, residual, phi, backend = rest
     ffn = FeedForward(
         w_in,
         w_out,
@@ -65,38 +58,50 @@ def _unflatten(
         post_norm,
         residual,
     )
-    return x, plugin, ffn, mask, cu_seqlens, backend
+    merge_weight, merge_bias, w1, b1, w2, b2 = arguments[1:7]
+    plugin = PluginWeights(merge_weight, merge_bias, w1, b1, w2, b2, phi)
+    groups = Groups(*arguments[_WEIGHTS : _WEIGHTS + FIELDS])
+    return _Call(arguments[0], plugin, ffn, groups, backend)
+
+
+def compressed_ffn(
+    x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups, backend: str
+) -> Tensor:
+    """The sublayer without dropout, in one op."""
+    return torch.ops.variator.compressed_ffn.default(
+        x, *plugin[:6], *ffn[:6], ffn.norm_weight, ffn.norm_bias, *groups, ffn.activation,
+        ffn.norm, ffn.eps, ffn.post_norm, ffn.residual, plugin.activation, backend,
+    )  # fmt: skip
 
 
 @torch.library.impl(LIBRARY, "compressed_ffn", "CompositeExplicitAutograd")
 def _forward(*arguments):
-    x, plugin, ffn, mask, cu_seqlens, backend = _unflatten(arguments)
-    module = backend_module(__package__, backend)
-    return module.compressed_ffn(x, plugin, ffn, mask, cu_seqlens)
+    call = _bundle(arguments)
+    return backend_module(__package__, call.backend).compressed_ffn(*call[:4])
 
 
 @torch.library.impl(LIBRARY, "compressed_ffn_backward", "CompositeExplicitAutograd")
 def _backward(dy, *arguments):
     leaves = list(arguments)
-    for i in _DIFFERENTIABLE:
+    for i in range(_WEIGHTS):
         if leaves[i] is not None:
             leaves[i] = leaves[i].detach().requires_grad_()
     with torch.enable_grad():
-        y = layered.compressed_ffn(*_unflatten(tuple(leaves)))
-        wanted = [leaves[i] for i in _DIFFERENTIABLE if leaves[i] is not None]
+        y = layered.compressed_ffn(*_bundle(tuple(leaves)))
+        wanted = [leaf for leaf in leaves[:_WEIGHTS] if leaf is not None]
         # A norm that is "none" uses no weight.
         return list(torch.autograd.grad(y, wanted, dy, allow_unused=True, materialize_grads=True))
 
 
 @torch.library.register_fake("variator::compressed_ffn")
 def _fake(*arguments):
-    x, w_out = arguments[0], arguments[10]
+    x, w_out = arguments[0], arguments[8]
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, w_out.dtype))
 
 
 @torch.library.register_fake("variator::compressed_ffn_backward")
 def _fake_backward(dy, *arguments):
-    return [torch.empty_like(arguments[i]) for i in _DIFFERENTIABLE if arguments[i] is not None]
+    return [torch.empty_like(tensor) for tensor in arguments[:_WEIGHTS] if tensor is not None]
 
 
 def _setup(ctx, inputs, output):
@@ -107,12 +112,10 @@ def _setup(ctx, inputs, output):
 def _gradients(ctx, dy):
     refuse_second_derivatives()
     tensors = ctx.saved_tensors
-    found = iter(torch.ops.variator.compressed_ffn_backward(dy, *tensors, *ctx.rest))
-    gradients = [None] * (_TENSORS + len(ctx.rest))
-    for i in _DIFFERENTIABLE:
-        if tensors[i] is not None:
-            gradients[i] = next(found)
-    return tuple(gradients)
+    backward = torch.ops.variator.compressed_ffn_backward.default
+    found = iter(backward(dy, *tensors, *ctx.rest))
+    gradients = [None if t is None else next(found) for t in tensors[:_WEIGHTS]]
+    return (*gradients, *(None,) * (_TENSORS - _WEIGHTS + len(ctx.rest)))
 
 
 torch.library.register_autograd("variator::compressed_ffn", _gradients, setup_context=_setup)

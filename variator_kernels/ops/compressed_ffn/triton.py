@@ -17,10 +17,19 @@ from ...triton_kernels import launch
 from ...triton_kernels.linear import linear_kernel
 from ...triton_kernels.row_norm import row_norm_kernel
 from ..adapter_decompress.triton import run as run_decompress
-from ..arguments import NO_NORM, Norm, flat
+from ..arguments import check_merge, flat
 from ..feed_forward import FeedForward, PluginWeights, activate, products
-from ..gpu_arguments import Groups, dense, groups, rows_of
+from ..gpu_arguments import (
+    DecompressInputs,
+    GpuGroups,
+    MergeOutputs,
+    contiguous,
+    contiguous_norm,
+    gpu_groups,
+    unit_rows,
+)
 from ..group_merge.triton import run as run_merge
+from ..groups import Groups
 
 
 def linear(
@@ -43,7 +52,7 @@ def linear(
     out = a.new_empty(a.shape[0], w.shape[0])
     if out.numel() == 0:
         return out
-    w, w_gate = rows_of(w), None if w_gate is None else rows_of(w_gate)
+    w, w_gate = unit_rows(w), None if w_gate is None else unit_rows(w_gate)
     operands = [a, w, w_gate, out]
     bm, bn, bk = row["bm"], row["bn"], row["bk"]
     tma = row["tma"] and all(_describable(t) for t in operands if t is not None)
@@ -56,7 +65,7 @@ def linear(
     tiles = triton.cdiv(a.shape[0], bm) * triton.cdiv(w.shape[0], bn)
     programs = min(tiles, launch.processors(a) * row["persistent"] or tiles)
     linear_kernel[(programs,)](
-        *operands[:3], dense(bias), dense(gate_bias), operands[3],
+        *operands[:3], contiguous(bias), contiguous(gate_bias), operands[3],
         a.shape[0], w.shape[0], a.shape[1],
         a.stride(0), w.stride(0), 0 if w_gate is None else w_gate.stride(0),
         BM=bm, BN=bn, BK=bk, GROUP=row["group"], ACTIVATION=activation, GATED=w_gate is not None,
@@ -90,52 +99,39 @@ def fused_products(g: Tensor, ffn: FeedForward, k: int) -> Tensor:
     return linear("linear_out", inner, ffn.w_out, ffn.b_out, "none", case=case)
 
 
-def _normalize(y: Tensor, spans: Groups, ffn: FeedForward) -> None:
+def _normalize(y: Tensor, groups: GpuGroups, ffn: FeedForward) -> None:
     """The norm after the residual: real rows of ``y [tokens, d]``, in place."""
-    k, d = spans.ratio, y.shape[1]
+    k, d = groups.ratio, y.shape[1]
     case = {"arch": launch.arch(y), "d": d, "k": k, "dtype": launch.name(y.dtype)}
     row = launch.settings("row_norm", **case)
-    if spans.launched == 0:
+    if groups.launched == 0:
         return
-    row_norm_kernel[(triton.cdiv(spans.launched * k, row["bt"]),)](
-        y, dense(ffn.norm_weight), dense(ffn.norm_bias),
-        spans.start, spans.length, spans.span, spans.mask,
-        spans.launched, spans.n, spans.per_row, d, ffn.eps,
-        K=k, BT=row["bt"], D2=launch.power_of_2(d), NORM=ffn.norm, FORM=spans.form,
+    row_norm_kernel[(triton.cdiv(groups.launched * k, row["bt"]),)](
+        y, contiguous(ffn.norm_weight), contiguous(ffn.norm_bias),
+        *groups.pointers,
+        *groups.sizes[1:], d, ffn.eps,
+        K=k, BT=row["bt"], D2=launch.power_of_2(d), NORM=ffn.norm, FORM=groups.form,
         **launch.options(row),
     )  # fmt: skip
 
 
-def compressed_ffn(
-    x: Tensor,
-    plugin: PluginWeights,
-    ffn: FeedForward,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
+def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups) -> Tensor:
     dtype = torch.promote_types(x.dtype, ffn.w_out.dtype)
     x = x.to(dtype)
-    d, k, r = x.shape[-1], plugin.ratio, plugin.b1.shape[0]
-    spans = groups(x, mask, cu_seqlens, k)
-    rows = flat(x)
-    y = x.new_empty(x.shape)
-    w1u, w1h = plugin.w1.chunk(2, -1)
-    merged = x.new_empty(spans.total, d)
-    weights = x.new_empty(spans.total, k, dtype=torch.float32)
-    projected = x.new_empty(rows.shape[0], r, dtype=torch.float32)
-    norm = NO_NORM
-    if not ffn.post_norm and ffn.norm != "none":
-        norm = Norm(ffn.norm, dense(ffn.norm_weight), dense(ffn.norm_bias), ffn.eps)
+    merge, norm = plugin.merge, ffn.pre_norm
+    check_merge(x, merge, groups, norm)
+    launched, d = gpu_groups(groups, x), x.shape[-1]
+    rows, y = flat(x), x.new_empty(x.shape)
+    merged = x.new_empty(launched.total, d)
+    softmax = x.new_empty(launched.total, plugin.ratio, dtype=torch.float32)
+    projected = x.new_empty(rows.shape[0], merge.bottleneck, dtype=torch.float32)
+    merge = merge._replace(bias=merge.bias.contiguous())
     with launch.device_of(x):
-        run_merge(
-            rows, spans, plugin.merge_weight, plugin.merge_bias.contiguous(), norm, w1h,
-            merged, projected, weights,
-        )  # fmt: skip
-        u = fused_products(merged, ffn, k)
-        run_decompress(
-            u, spans, plugin.activation, projected, w1u, plugin.b1, plugin.w2, plugin.b2,
-            rows if ffn.residual else None, y.view(-1, d), poison=weights,
-        )  # fmt: skip
+        out = MergeOutputs(merged, projected, softmax)
+        run_merge(rows, launched, merge, contiguous_norm(norm), out)
+        u = fused_products(merged, ffn, plugin.ratio)
+        inputs = DecompressInputs(u, projected, rows if ffn.residual else None, softmax)
+        run_decompress(inputs, launched, plugin.adapter, y.view(-1, d))
         if ffn.post_norm and ffn.norm != "none":
-            _normalize(y.view(-1, d), spans, ffn)
+            _normalize(y.view(-1, d), launched, ffn)
     return y

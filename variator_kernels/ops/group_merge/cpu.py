@@ -2,181 +2,121 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ... import extension
-from ..arguments import Norm, check_merge, check_merge_backward, flat
+from ..arguments import MergeWeights, Norm, check_merge, check_merge_backward, flat
 from ..cpu_arguments import (
-    DTYPES,
-    NORMS,
-    Groups,
-    Layout,
-    accumulator,
+    Listed,
+    PrepackedMerge,
     address,
-    as_accumulator,
-    folded,
-    folds,
-    optional_accumulator,
-    pack_columns,
-    pack_merge,
+    dtype_code,
+    listed,
+    norm_kernel,
     pack_merge_rows,
     pack_rows,
+    prepack_merge,
+    wide_norm,
 )
-from ..groups import max_groups
+from ..groups import Groups
+from ..library import accumulator
 
 
-def run(
-    x: Tensor,
-    groups: Groups,
-    span: tuple[int, int],
-    merge_weight: Tensor,
-    merge_bias: Tensor,
-    projection_packed: Tensor | None,
-    r: int,
-    norm: Norm,
-    merged: Tensor,
-    projected: Tensor | None,
-    weights: Tensor | None,
-    poison: Tensor | None = None,
-) -> None:
-    """Merges the groups ``first .. first+count-1`` of flat ``x [tokens, d]`` into ``merged``.
+class Outputs(NamedTuple):
+    """What a merge writes, contiguous: ``merged [groups, d]``; in the accumulator dtype
+    ``projected [tokens, r]``, ``softmax [groups, k]``, and ``poison [groups]``: 0, or NaN for a
+    group that holds NaN."""
 
-    ``merge_weight`` and ``projection_packed`` are packed from ``folded(...)``.
-    ``poison [groups]`` gets 0, or NaN for a group that holds NaN.
-    """
-    extension.load().merge(
-        DTYPES[x.dtype],
-        torch.get_num_threads(),
-        *groups.arguments(*span),
-        x.shape[1],
-        r,
-        x.data_ptr(),
-        x.stride(0),
-        NORMS[norm.name],
-        address(norm.weight),
-        address(norm.bias),
-        norm.eps,
-        folds(norm),
-        merge_weight.data_ptr(),
-        merge_bias.data_ptr(),
-        address(projection_packed),
-        merged.data_ptr(),
-        address(projected),
-        address(weights),
-        address(poison),
-    )
+    merged: Tensor
+    projected: Tensor | None = None
+    softmax: Tensor | None = None
+    poison: Tensor | None = None
+
+
+def run(x: Tensor, groups: Listed, merge: PrepackedMerge, out: Outputs) -> None:
+    """Merges flat ``x [tokens, d]``."""
+    extension.load().Merge(
+        dtype=dtype_code(x.dtype),
+        threads=torch.get_num_threads(),
+        groups=groups.kernel,
+        d=x.shape[1],
+        r=merge.bottleneck,
+        x=x.data_ptr(),
+        x_stride=x.stride(0),
+        norm=merge.norm_kernel,
+        weight=merge.weight.data_ptr(),
+        bias=merge.bias.data_ptr(),
+        projection=address(merge.projection),
+        merged=out.merged.data_ptr(),
+        projected=address(out.projected),
+        softmax=address(out.softmax),
+        poison=address(out.poison),
+    ).run()
 
 
 def group_merge(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    norm: str,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    projection: Tensor | None,
+    x: Tensor, merge: MergeWeights, groups: Groups, norm: Norm
 ) -> tuple[Tensor, Tensor, Tensor]:
-    k, d = bias.shape[0], x.shape[-1]
-    check_merge(x, weight, norm_weight, norm_bias, projection, k)
-    layout = Layout(x, mask, cu_seqlens)
-    groups = layout.groups(k, compact=False)
-    wide = accumulator(x.dtype)
-    lead = x.shape[:-2] if cu_seqlens is None else ()
-    per_row = max_groups(x, k, cu_seqlens)
-    merged = x.new_empty(*lead, per_row, d)
-    weights = x.new_empty(*lead, per_row, k, dtype=wide)
-    r = 0 if projection is None else projection.shape[0]
-    fresh = torch.empty if layout.covers_all else torch.zeros
-    projected = fresh(*x.shape[:-1], r, dtype=wide)
-    rows = flat(x)
-    wide_norm = Norm(
-        norm,
-        optional_accumulator(norm_weight, x.dtype),
-        optional_accumulator(norm_bias, x.dtype),
-        eps,
-    )
-    packed = None
-    if projection is not None:
-        packed = pack_columns(folded(projection, wide_norm, x.dtype), x.dtype, bf16=True)
-    bias = as_accumulator(bias, x.dtype)
-    run(
-        rows,
-        groups,
-        (0, groups.groups),
-        pack_merge(folded(weight, wide_norm, x.dtype), x.dtype),
-        bias,
-        packed,
-        r,
-        wide_norm,
-        merged,
-        projected if r else None,
-        weights,
-    )
-    return merged, projected, weights
+    check_merge(x, merge, groups, norm)
+    rows, shape, wide = flat(x), groups.shape(x), accumulator(x.dtype)
+    lists = listed(groups, rows.shape[0], x.dim() == 2)
+    merged = x.new_empty(*shape, x.shape[-1])
+    softmax = x.new_empty(*shape, groups.ratio, dtype=wide)
+    fresh = torch.empty if lists.covers_all else torch.zeros
+    projected = fresh(*x.shape[:-1], merge.bottleneck, dtype=wide)
+    out = Outputs(merged, projected if merge.bottleneck else None, softmax)
+    run(rows, lists, prepack_merge(merge, norm, x.dtype), out)
+    return merged, projected, softmax
 
 
 def group_merge_backward(
     d_merged: Tensor,
     d_projected: Tensor,
+    softmax: Tensor,
     x: Tensor,
-    weights: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    norm: str,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    projection: Tensor | None,
+    merge: MergeWeights,
+    groups: Groups,
+    norm: Norm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    layout = Layout(x, mask, cu_seqlens)
-    k, d = weights.shape[-1], x.shape[-1]
-    groups = layout.groups(k, compact=False)
-    check_merge_backward(d_merged, x, weights, weight, groups.groups)
-    wide = accumulator(x.dtype)
-    rows = flat(x)
-    dx = (torch.empty if layout.covers_all else torch.zeros)(x.shape, dtype=x.dtype)
+    check_merge(x, merge, groups, norm)
+    check_merge_backward(d_merged, softmax, x, groups)
+    rows, k, d, r = flat(x), groups.ratio, x.shape[-1], merge.bottleneck
+    lists = listed(groups, rows.shape[0], x.dim() == 2)
+    wide, vectors = accumulator(x.dtype), wide_norm(norm, x.dtype)
+    dx = (torch.empty if lists.covers_all else torch.zeros)(x.shape, dtype=x.dtype)
     d_weight = torch.empty(k, k, d, dtype=wide)  # [slot, score, d]
     d_bias = torch.empty(k, dtype=wide)
-    r = 0 if projection is None else projection.shape[0]
     d_projection = torch.empty(r, d, dtype=wide)
-    d_norm_weight = torch.empty(0 if norm_weight is None else d, dtype=wide)
-    d_norm_bias = torch.empty(0 if norm_bias is None else d, dtype=wide)
-    merge_rows = pack_merge_rows(weight, x.dtype)
-    projection_rows = None if projection is None else pack_rows(projection, x.dtype)
-    wide_norm_weight, wide_norm_bias = (
-        optional_accumulator(t, x.dtype) for t in (norm_weight, norm_bias)
-    )
+    d_norm_weight = torch.empty(0 if norm.weight is None else d, dtype=wide)
+    d_norm_bias = torch.empty(0 if norm.bias is None else d, dtype=wide)
+    weight_rows = pack_merge_rows(merge.weight, x.dtype)
+    projection_rows = None if merge.projection is None else pack_rows(merge.projection, x.dtype)
     d_merged = d_merged.to(x.dtype).contiguous()
     d_projected = d_projected.to(wide).contiguous()
-    weights = weights.contiguous()
-    extension.load().merge_backward(
-        DTYPES[x.dtype],
-        torch.get_num_threads(),
-        *groups.arguments(),
-        d,
-        r,
-        rows.data_ptr(),
-        rows.stride(0),
-        NORMS[norm],
-        address(wide_norm_weight),
-        address(wide_norm_bias),
-        eps,
-        weights.data_ptr(),
-        merge_rows.data_ptr(),
-        address(projection_rows),
-        d_merged.data_ptr(),
-        d_projected.data_ptr() if r else 0,
-        dx.data_ptr(),
-        d_weight.data_ptr(),
-        d_bias.data_ptr(),
-        d_projection.data_ptr() if r else 0,
-        d_norm_weight.data_ptr() if norm_weight is not None else 0,
-        d_norm_bias.data_ptr() if norm_bias is not None else 0,
-    )
+    softmax = softmax.contiguous()
+    extension.load().MergeBackward(
+        dtype=dtype_code(x.dtype),
+        threads=torch.get_num_threads(),
+        groups=lists.kernel,
+        d=d,
+        r=r,
+        x=rows.data_ptr(),
+        x_stride=rows.stride(0),
+        norm=norm_kernel(vectors),
+        softmax=softmax.data_ptr(),
+        weight_rows=weight_rows.data_ptr(),
+        projection_rows=address(projection_rows),
+        d_merged=d_merged.data_ptr(),
+        d_projected=d_projected.data_ptr() if r else 0,
+        dx=dx.data_ptr(),
+        d_weight=d_weight.data_ptr(),
+        d_bias=d_bias.data_ptr(),
+        d_projection=d_projection.data_ptr() if r else 0,
+        d_norm_weight=d_norm_weight.data_ptr() if norm.weight is not None else 0,
+        d_norm_bias=d_norm_bias.data_ptr() if norm.bias is not None else 0,
+    ).run()
     d_weight = d_weight.transpose(0, 1).reshape(k, k * d)
     return dx, d_weight, d_bias, d_projection, d_norm_weight, d_norm_bias

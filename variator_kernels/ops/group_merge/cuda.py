@@ -1,4 +1,4 @@
-"""group_merge on the CUDA kernels (csrc/cuda/merge.cuh, merge_backward.cuh)."""
+"""group_merge on the CUDA kernels (csrc/cuda/kernels/merge*.cuh)."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ import torch
 from torch import Tensor
 
 from ... import extension
-from ..arguments import Norm, check_merge_backward, flat
+from ..arguments import MergeWeights, Norm, check_merge, check_merge_backward, flat
 from ..cuda_arguments import (
     address,
     aligned,
+    aligned_rows,
     as_vector,
     check_sizes,
+    cuda_norm,
     dtype_code,
-    norm_as_read,
-    norm_of,
+    groups_kernel,
+    norm_kernel,
     pad_columns,
     pad_rows,
-    rows_of,
-    spans_of,
     target,
     vector,
 )
-from ..cuda_sums import outer_sum
-from ..gpu_arguments import Groups, groups, merge_outputs
+from ..cuda_weight_gradient import NormedRows, Side, weight_gradient
+from ..gpu_arguments import GpuGroups, MergeOutputs, gpu_groups, merge_outputs
+from ..groups import Groups
 
 
 class Merge:
@@ -34,39 +35,35 @@ class Merge:
     def __init__(
         self,
         x: Tensor,
-        spans: Groups,
-        weight: Tensor,
-        bias: Tensor,
+        groups: GpuGroups,
+        merge: MergeWeights,
         norm: Norm,
-        projection: Tensor | None,
-        merged: Tensor,
-        projected: Tensor | None,
-        weights: Tensor | None,
+        out: MergeOutputs,
     ) -> None:
-        """Flat ``x [tokens, d]``; the outputs are ``merged``, ``projected`` and ``weights``."""
-        d, r = x.shape[1], 0 if projection is None else projection.shape[0]
-        check_sizes(d, spans.ratio, r)
-        x = rows_of(x)
-        weight = aligned(weight.detach().to(x.dtype))
-        bias = as_vector(bias, x.dtype)
-        projection = None if projection is None else pad_rows(projection, x.dtype)
-        self.kept = (x, spans, weight, bias, norm, projection)
+        """Of flat ``x [tokens, d]``; ``norm`` is of :func:`cuda_norm`."""
+        d, r = x.shape[1], merge.bottleneck
+        check_sizes(d, groups.ratio, r)
+        x = aligned_rows(x)
+        weight = aligned(merge.weight.detach().to(x.dtype))
+        bias = as_vector(merge.bias, x.dtype)
+        projection = None if merge.projection is None else pad_rows(merge.projection, x.dtype)
+        self.kept = (x, groups, weight, bias, norm, projection)
         self.params: Any = extension.load("cuda").Merge(
             dtype=dtype_code(x.dtype),
-            groups=spans_of(spans),
+            groups=groups_kernel(groups),
             d=d,
             r=0 if projection is None else projection.shape[0],
             x=x.data_ptr(),
             x_stride=x.stride(0),
-            norm=norm_as_read(norm),
+            norm=norm_kernel(norm),
             merge_weight=weight.data_ptr(),
             merge_bias=vector(bias),
             projection=address(projection),
             projection_stride=0 if projection is None else projection.stride(0),
             projected_columns=r,
-            merged=merged.data_ptr(),
-            projected=address(projected),
-            weights=address(weights),
+            merged=out.merged.data_ptr(),
+            projected=address(out.projected),
+            weights=address(out.softmax),
         )
 
     def run(self, x: Tensor) -> None:
@@ -75,78 +72,53 @@ class Merge:
 
 
 def group_merge(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    norm: str,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    projection: Tensor | None,
+    x: Tensor, merge: MergeWeights, groups: Groups, norm: Norm
 ) -> tuple[Tensor, Tensor, Tensor]:
-    spans, merged, projected, weights = merge_outputs(
-        x, weight, bias, mask, cu_seqlens, norm_weight, norm_bias, projection
-    )
-    vectors = norm_of(norm, norm_weight, norm_bias, eps, x.dtype)
-    Merge(
-        flat(x),
-        spans,
-        weight,
-        bias,
-        vectors,
-        projection,
-        merged,
-        projected if projected.shape[-1] else None,
-        weights,
-    ).run(x)
-    return merged, projected, weights
+    launched, merged, projected, softmax = merge_outputs(x, merge, groups, norm)
+    out = MergeOutputs(merged, projected if merge.bottleneck else None, softmax)
+    Merge(flat(x), launched, merge, cuda_norm(norm, x.dtype), out).run(x)
+    return merged, projected, softmax
 
 
 def group_merge_backward(
     d_merged: Tensor,
     d_projected: Tensor,
+    softmax: Tensor,
     x: Tensor,
-    weights: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    norm: str,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    projection: Tensor | None,
+    merge: MergeWeights,
+    groups: Groups,
+    norm: Norm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     cuda = extension.load("cuda")
-    k, d = weights.shape[-1], x.shape[-1]
-    r = 0 if projection is None else projection.shape[0]
-    spans = groups(x, mask, cu_seqlens, k)
-    check_merge_backward(d_merged, x, weights, weight, spans.total)
+    check_merge(x, merge, groups, norm)
+    check_merge_backward(d_merged, softmax, x, groups)
+    k, d, r = groups.ratio, x.shape[-1], merge.bottleneck
     check_sizes(d, k, r)
-    vectors = norm_of(norm, norm_weight, norm_bias, eps, x.dtype)
-    rows, weights = rows_of(flat(x)), aligned(weights)
+    launched, vectors = gpu_groups(groups, x), cuda_norm(norm, x.dtype)
+    rows, softmax = aligned_rows(flat(x)), aligned(softmax)
     d_merged = aligned(d_merged.to(x.dtype))
     d_projected = aligned(d_projected.float())
-    merge_weight = aligned(weight.detach().to(x.dtype))
-    transpose = None if projection is None else pad_columns(projection.t(), x.dtype)
+    merge_weight = aligned(merge.weight.detach().to(x.dtype))
+    transpose = None
+    if merge.projection is not None:
+        transpose = pad_columns(merge.projection.t(), x.dtype)
     dx = x.new_empty(x.shape)
-    d_scores = x.new_empty(spans.total, k, dtype=torch.float32)
-    moments = x.new_empty(spans.total, k, 2, dtype=torch.float32)
+    d_scores = x.new_empty(launched.total, k, dtype=torch.float32)
+    moments = x.new_empty(launched.total, k, 2, dtype=torch.float32)
     d_norm_weight, d_norm_bias = (
-        x.new_empty(cuda.tiles(spans.launched), 0 if v is None else d, dtype=torch.float32)
-        for v in (norm_weight, norm_bias)
+        x.new_empty(cuda.tiles(launched.launched), 0 if v is None else d, dtype=torch.float32)
+        for v in (norm.weight, norm.bias)
     )
     cuda.merge_backward(
         target(x),
         dtype=dtype_code(x.dtype),
-        groups=spans_of(spans),
+        groups=groups_kernel(launched),
         d=d,
         r=0 if transpose is None else transpose.shape[1],
         x=rows.data_ptr(),
         x_stride=rows.stride(0),
-        norm=norm_as_read(vectors),
-        weights=weights.data_ptr(),
+        norm=norm_kernel(vectors),
+        weights=softmax.data_ptr(),
         merge_weight=merge_weight.data_ptr(),
         projection_transpose=address(transpose),
         projected_columns=r,
@@ -155,17 +127,16 @@ def group_merge_backward(
         dx=dx.data_ptr(),
         d_scores=d_scores.data_ptr(),
         moments=moments.data_ptr(),
-        d_norm_weight=0 if norm_weight is None else d_norm_weight.data_ptr(),
-        d_norm_bias=0 if norm_bias is None else d_norm_bias.data_ptr(),
+        d_norm_weight=0 if norm.weight is None else d_norm_weight.data_ptr(),
+        d_norm_bias=0 if norm.bias is None else d_norm_bias.data_ptr(),
     )
-    hidden: dict[str, Any] = {"norm": vectors, "moments": moments}
-    slots = [
-        outer_sum(d_scores, rows, spans, slot=j, left_by_group=True, **hidden) for j in range(k)
-    ]
+    hidden, scores = NormedRows(vectors, moments), Side(d_scores, by_group=True)
+    slots = [weight_gradient(scores, Side(rows), launched, slot=j, normed=hidden) for j in range(k)]
     d_weight = torch.stack(slots, 1).reshape(k, k * d)
     d_projection = x.new_zeros(0, d, dtype=torch.float32)
     if r:
-        d_projection = outer_sum(d_projected.view(-1, r), rows, spans, **hidden)
+        tokens = Side(d_projected.view(-1, r))
+        d_projection = weight_gradient(tokens, Side(rows), launched, normed=hidden)
     return (
         dx,
         d_weight,

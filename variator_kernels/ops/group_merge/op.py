@@ -2,165 +2,119 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..groups import max_groups
-from ..library import LIBRARY, backend_module, define, refuse_second_derivatives
+from ..arguments import MergeWeights, Norm
+from ..groups import FIELDS, SCHEMA, Groups
+from ..library import LIBRARY, accumulator, backend_module, define, refuse_second_derivatives
 
-define(
-    "group_merge(Tensor x, Tensor weight, Tensor bias, Tensor? mask, Tensor? cu_seqlens, str norm,"
-    " Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor? projection, str backend)"
-    " -> (Tensor, Tensor, Tensor)"
+_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor bias, Tensor? projection, Tensor? norm_weight,"
+    f" Tensor? norm_bias, {SCHEMA}, str norm, float eps, str backend"
 )
+_TENSORS = 6 + 5  # the leading arguments that are tensors: weights, and the groups'
+_DIFFERENTIABLE = range(6)
+
+define(f"group_merge({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 define(
-    "group_merge_backward(Tensor d_merged, Tensor d_projected, Tensor x, Tensor weights,"
-    " Tensor weight, Tensor? mask, Tensor? cu_seqlens, str norm, Tensor? norm_weight,"
-    " Tensor? norm_bias, float eps, Tensor? projection, str backend)"
+    f"group_merge_backward(Tensor d_merged, Tensor d_projected, Tensor softmax, {_ARGUMENTS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
+class _Call(NamedTuple):
+    """The arguments of the op, bundled."""
+
+    x: Tensor
+    merge: MergeWeights
+    groups: Groups
+    norm: Norm
+    backend: str
+
+
+def _bundle(arguments: tuple) -> _Call:
+    x, weight, bias, projection, norm_weight, norm_bias = arguments[:6]
+    norm, eps, backend = arguments[6 + FIELDS :]
+    return _Call(
+        x,
+        MergeWeights(weight, bias, projection),
+        Groups(*arguments[6 : 6 + FIELDS]),
+        Norm(norm, norm_weight, norm_bias, eps),
+        backend,
+    )
+
+
 def group_merge(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    *,
-    norm: str = "none",
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-6,
-    projection: Tensor | None = None,
-    backend: str,
+    x: Tensor, merge: MergeWeights, groups: Groups, norm: Norm, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merges ``h = norm(x)`` and, on the way, projects it.
 
     Returns ``merged`` (as :func:`variator_kernels.functional.group_merge`), ``projected``
-    ``[..., n, r]`` = ``projection · h`` (accumulator dtype; r = 0 without ``projection [r, d]``;
-    0 where there is no token) and the softmax ``weights`` ``[..., G, k]``.
+    ``[..., n, r]`` = ``projection · h`` (accumulator dtype; r = 0 without a projection; 0 where
+    there is no token) and the ``softmax`` weights ``[..., G, k]``.
     """
-    return torch.ops.variator.group_merge(
-        x, weight, bias, mask, cu_seqlens, norm, norm_weight, norm_bias, eps, projection, backend
+    return torch.ops.variator.group_merge.default(
+        x, *merge, norm.weight, norm.bias, *groups, norm.name, norm.eps, backend
     )
 
 
 @torch.library.impl(LIBRARY, "group_merge", "CompositeExplicitAutograd")
-def _forward(x, weight, bias, mask, cu, norm, norm_weight, norm_bias, eps, projection, backend):
-    module = backend_module(__package__, backend)
-    return module.group_merge(
-        x, weight, bias, mask, cu, norm, norm_weight, norm_bias, eps, projection
-    )
+def _forward(*arguments):
+    call = _bundle(arguments)
+    return backend_module(__package__, call.backend).group_merge(*call[:4])
 
 
 @torch.library.impl(LIBRARY, "group_merge_backward", "CompositeExplicitAutograd")
-def _backward(
-    d_merged,
-    d_projected,
-    x,
-    weights,
-    weight,
-    mask,
-    cu,
-    norm,
-    norm_weight,
-    norm_bias,
-    eps,
-    projection,
-    backend,
-):
-    module = backend_module(__package__, backend)
-    return module.group_merge_backward(
-        d_merged,
-        d_projected,
-        x,
-        weights,
-        weight,
-        mask,
-        cu,
-        norm,
-        norm_weight,
-        norm_bias,
-        eps,
-        projection,
-    )
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _backward(d_merged, d_projected, softmax, *arguments):
+    call = _bundle(arguments)
+    module = backend_module(__package__, call.backend)
+    return module.group_merge_backward(d_merged, d_projected, softmax, *call[:4])
 
 
 @torch.library.register_fake("variator::group_merge")
-def _fake(x, weight, bias, mask, cu, norm, norm_weight, norm_bias, eps, projection, backend):
-    k, d = bias.shape[0], x.shape[-1]
-    lead = x.shape[:-2] if cu is None else ()
-    groups = max_groups(x, k, cu)
-    r = 0 if projection is None else projection.shape[0]
+def _fake(*arguments):
+    x, merge, groups, _, _ = _bundle(arguments)
+    shape, wide = groups.shape(x), accumulator(x.dtype)
     return (
-        x.new_empty(*lead, groups, d),
-        x.new_empty(*x.shape[:-1], r, dtype=_wide(x)),
-        x.new_empty(*lead, groups, k, dtype=_wide(x)),
+        x.new_empty(*shape, x.shape[-1]),
+        x.new_empty(*x.shape[:-1], merge.bottleneck, dtype=wide),
+        x.new_empty(*shape, groups.ratio, dtype=wide),
     )
 
 
 @torch.library.register_fake("variator::group_merge_backward")
-def _fake_backward(
-    d_merged,
-    d_projected,
-    x,
-    weights,
-    weight,
-    mask,
-    cu,
-    norm,
-    norm_weight,
-    norm_bias,
-    eps,
-    projection,
-    backend,
-):
-    k, d = weights.shape[-1], x.shape[-1]
-    r = 0 if projection is None else projection.shape[0]
-    wide = _wide(x)
+def _fake_backward(d_merged, d_projected, softmax, *arguments):
+    x, merge, groups, norm, _ = _bundle(arguments)
+    k, d, wide = groups.ratio, x.shape[-1], accumulator(x.dtype)
     return (
         x.new_empty(x.shape),
         x.new_empty(k, k * d, dtype=wide),
         x.new_empty(k, dtype=wide),
-        x.new_empty(r, d, dtype=wide),
-        x.new_empty(0 if norm_weight is None else d, dtype=wide),
-        x.new_empty(0 if norm_bias is None else d, dtype=wide),
+        x.new_empty(merge.bottleneck, d, dtype=wide),
+        x.new_empty(0 if norm.weight is None else d, dtype=wide),
+        x.new_empty(0 if norm.bias is None else d, dtype=wide),
     )
 
 
 def _setup(ctx, inputs, output):
-    x, weight, bias, mask, cu, norm, norm_weight, norm_bias, eps, projection, backend = inputs
-    ctx.save_for_backward(x, weight, bias, mask, cu, norm_weight, norm_bias, projection, output[2])
-    ctx.norm, ctx.eps, ctx.backend = norm, eps, backend
+    ctx.save_for_backward(*inputs[:_TENSORS], output[2])
+    ctx.rest = inputs[_TENSORS:]
     ctx.mark_non_differentiable(output[2])
 
 
 def _gradients(ctx, d_merged, d_projected, _):
     refuse_second_derivatives()
-    x, weight, bias, mask, cu, norm_weight, norm_bias, projection, weights = ctx.saved_tensors
-    backward = torch.ops.variator.group_merge_backward
-    dx, d_weight, d_bias, d_projection, d_norm_weight, d_norm_bias = backward(
-        d_merged, d_projected, x, weights, weight, mask, cu, ctx.norm, norm_weight, norm_bias,
-        ctx.eps, projection, ctx.backend,
-    )  # fmt: skip
-    return (
-        dx,
-        d_weight.to(weight.dtype),
-        d_bias.to(bias.dtype),
-        None,
-        None,
-        None,
-        None if norm_weight is None else d_norm_weight.to(norm_weight.dtype),
-        None if norm_bias is None else d_norm_bias.to(norm_bias.dtype),
-        None,
-        None if projection is None else d_projection.to(projection.dtype),
-        None,
-    )
+    *tensors, softmax = ctx.saved_tensors
+    backward = torch.ops.variator.group_merge_backward.default
+    found = backward(d_merged, d_projected, softmax, *tensors, *ctx.rest)
+    gradients = [None] * (_TENSORS + len(ctx.rest))
+    for i in _DIFFERENTIABLE:
+        if tensors[i] is not None:
+            gradients[i] = found[i].to(tensors[i].dtype)
+    return tuple(gradients)
 
 
 torch.library.register_autograd("variator::group_merge", _gradients, setup_context=_setup)

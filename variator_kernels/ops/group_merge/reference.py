@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..groups import slots
+from ..groups import Groups, slots
 
 
 def gather(h: Tensor, index: Tensor, exists: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def gather(h: Tensor, index: Tensor, exists: Tensor) -> Tensor:
     return torch.where(exists[..., None], rows[index], rows.new_zeros(()))
 
 
-def merge_weights(hs: Tensor, exists: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def merge_softmax(hs: Tensor, exists: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``a = softmax(W_c · concat(h) + b_c)`` over the slots that hold a token, at least fp32."""
     scores = torch.nn.functional.linear(hs.flatten(-2), weight.to(hs.dtype), bias.to(hs.dtype))
     scores = scores if scores.dtype == torch.float64 else scores.float()
@@ -25,16 +25,12 @@ def merge_weights(hs: Tensor, exists: Tensor, weight: Tensor, bias: Tensor) -> T
     return scores.masked_fill(empty, 0.0).softmax(-1) * exists
 
 
-def group_merge(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """``g_i = Σ_j a_ij h_ij``: ``[B, n, d]`` to ``[B, ceil(n/k), d]``, ``[T, d]`` to ``[G, d]``."""
-    index, exists = slots(h, bias.shape[0], mask, cu_seqlens)
+def group_merge(h: Tensor, weight: Tensor, bias: Tensor, groups: Groups) -> Tensor:
+    """``g_i = Σ_j a_ij h_ij``: ``[B, n, d]`` to ``[B, ceil(n/k), d]``, ``[T, d]`` to ``[G, d]``.
+
+    The one token of a kept group has weight 1, so it is itself.
+    """
+    index, exists = slots(groups, h.shape[:-1].numel())
     hs = gather(h, index, exists)
-    a = merge_weights(hs, exists, weight, bias)
+    a = merge_softmax(hs, exists, weight, bias)
     return (a[..., None, :].to(hs.dtype) @ hs).squeeze(-2)

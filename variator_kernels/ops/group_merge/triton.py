@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -9,9 +11,17 @@ from torch import Tensor
 from ...triton_kernels import launch
 from ...triton_kernels.merge import group_merge_kernel, weighted_sum_kernel
 from ...triton_kernels.merge_backward import merge_backward_kernel, score_gradient_kernel
-from ..arguments import Norm, check_merge_backward, flat
-from ..gpu_arguments import Groups, dense, groups, merge_outputs, rows_of
-from ..triton_sums import NO_STATISTICS, Statistics, weight_sums
+from ..arguments import MergeWeights, Norm, check_merge, check_merge_backward, flat
+from ..gpu_arguments import (
+    GpuGroups,
+    MergeOutputs,
+    contiguous_norm,
+    gpu_groups,
+    merge_outputs,
+    unit_rows,
+)
+from ..groups import Groups
+from ..triton_weight_gradient import NO_STATISTICS, Statistics, weight_sums
 
 # Columns of the score product: a tile holds as many slots as fit.
 SCORE_COLUMNS = 64
@@ -23,21 +33,13 @@ def _slots(k: int) -> tuple[int, int]:
     return k2, max(1, min(k2, SCORE_COLUMNS // k2))
 
 
-def run(
-    x: Tensor,
-    spans: Groups,
-    weight: Tensor,
-    bias: Tensor,
-    norm: Norm,
-    projection: Tensor | None,
-    merged: Tensor,
-    projected: Tensor | None,
-    weights: Tensor,
-) -> None:
-    """Merges flat ``x [tokens, d]`` to ``merged``, ``projected`` and the softmax ``weights``."""
-    if spans.launched == 0:
+def run(x: Tensor, groups: GpuGroups, merge: MergeWeights, norm: Norm, out: MergeOutputs) -> None:
+    """Merges flat ``x [tokens, d]``; the softmax is always written."""
+    merged, projected, softmax = out
+    weight, bias, projection = merge
+    if groups.launched == 0:
         return
-    k, d = spans.ratio, x.shape[1]
+    k, d = groups.ratio, x.shape[1]
     k2, slots = _slots(k)
     parts = k2 // slots
     case = {"arch": launch.arch(x), "d": d, "k": k, "dtype": launch.name(x.dtype)}
@@ -45,22 +47,22 @@ def run(
     groups_a_tile = max(1, row["bt"] // slots)
     scores = mean = rstd = None
     if parts > 1:
-        scores = x.new_empty(parts, spans.total, k2, dtype=torch.float32)
+        scores = x.new_empty(parts, groups.total, k2, dtype=torch.float32)
         if norm.name != "none":
-            rstd = x.new_empty(spans.total, k2, dtype=torch.float32)
+            rstd = x.new_empty(groups.total, k2, dtype=torch.float32)
             mean = torch.empty_like(rstd) if norm.name == "layer" else None
-    weight, r = rows_of(weight), 0 if projection is None else projection.shape[0]
+    weight, r = unit_rows(weight), merge.bottleneck
     if projection is not None:
-        projection = rows_of(projection)
-    group_merge_kernel[(triton.cdiv(spans.launched, groups_a_tile), parts)](
+        projection = unit_rows(projection)
+    group_merge_kernel[(triton.cdiv(groups.launched, groups_a_tile), parts)](
         x, weight, bias, projection, norm.weight, norm.bias,
-        spans.start, spans.length, spans.span, spans.mask,
-        merged, projected, weights, scores, mean, rstd,
-        spans.total, spans.launched, spans.n, spans.per_row, d,
+        *groups.pointers,
+        merged, projected, softmax, scores, mean, rstd,
+        *groups.sizes, d,
         x.stride(0), weight.stride(0), 0 if projection is None else projection.stride(0), norm.eps,
         K=k, K2=k2, SC=slots, C=max(16, slots * k2), BG=groups_a_tile,
         BD=row["bd"], BS=row["bs"], R=r, R2=launch.power_of_2(r, 16),
-        NORM=norm.name, FORM=spans.form,
+        NORM=norm.name, FORM=groups.form,
         # In fp16 the norm's weight times x, not yet normalised, could overflow.
         STATISTICS_FIRST=norm.name == "layer"
         or (norm.name == "rms" and x.dtype == torch.float16),
@@ -68,62 +70,42 @@ def run(
     )  # fmt: skip
     if parts > 1:
         row = launch.settings("weighted_sum", **case)
-        grid = (triton.cdiv(spans.launched, row["bg"]), triton.cdiv(d, row["bs"]))
+        grid = (triton.cdiv(groups.launched, row["bg"]), triton.cdiv(d, row["bs"]))
         weighted_sum_kernel[grid](
-            x, bias, norm.weight, norm.bias, spans.start, spans.length, spans.span, spans.mask,
-            merged, weights, scores, mean, rstd,
-            spans.total, spans.launched, spans.n, spans.per_row, d, x.stride(0),
-            K=k, K2=k2, PARTS=parts, BG=row["bg"], BS=row["bs"], NORM=norm.name, FORM=spans.form,
+            x, bias, norm.weight, norm.bias, *groups.pointers,
+            merged, softmax, scores, mean, rstd,
+            *groups.sizes, d, x.stride(0),
+            K=k, K2=k2, PARTS=parts, BG=row["bg"], BS=row["bs"], NORM=norm.name, FORM=groups.form,
             **launch.options(row),
         )  # fmt: skip
 
 
 def group_merge(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    norm: str,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    projection: Tensor | None,
+    x: Tensor, merge: MergeWeights, groups: Groups, norm: Norm
 ) -> tuple[Tensor, Tensor, Tensor]:
-    spans, merged, projected, weights = merge_outputs(
-        x, weight, bias, mask, cu_seqlens, norm_weight, norm_bias, projection
-    )
+    launched, merged, projected, softmax = merge_outputs(x, merge, groups, norm)
+    merge = merge._replace(bias=merge.bias.contiguous())
+    out = MergeOutputs(merged, projected if merge.bottleneck else None, softmax)
     with launch.device_of(x):
-        run(
-            flat(x), spans, weight, bias.contiguous(),
-            Norm(norm, dense(norm_weight), dense(norm_bias), eps),
-            projection, merged,
-            projected if projected.shape[-1] else None, weights,
-        )  # fmt: skip
-    return merged, projected, weights
+        run(flat(x), launched, merge, contiguous_norm(norm), out)
+    return merged, projected, softmax
 
 
 def group_merge_backward(
     d_merged: Tensor,
     d_projected: Tensor,
+    softmax: Tensor,
     x: Tensor,
-    weights: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    norm: str,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    projection: Tensor | None,
+    merge: MergeWeights,
+    groups: Groups,
+    norm: Norm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    k, d = weights.shape[-1], x.shape[-1]
-    r = 0 if projection is None else projection.shape[0]
-    spans = groups(x, mask, cu_seqlens, k)
-    check_merge_backward(d_merged, x, weights, weight, spans.total)
-    vectors = Norm(norm, dense(norm_weight), dense(norm_bias), eps)
+    check_merge(x, merge, groups, norm)
+    check_merge_backward(d_merged, softmax, x, groups)
+    k, d, r = groups.ratio, x.shape[-1], merge.bottleneck
+    launched, vectors = gpu_groups(groups, x), contiguous_norm(norm)
     dx = x.new_empty(x.shape)
-    if spans.launched == 0:
+    if launched.launched == 0:
         wide = x.new_zeros(k * k * d + k + r * d, dtype=torch.float32)
         d_weight, d_bias, d_projection = wide.split([k * k * d, k, r * d])
         d_norm_weight, d_norm_bias = (
@@ -132,39 +114,48 @@ def group_merge_backward(
         d_weight, d_projection = d_weight.view(k, k * d), d_projection.view(r, d)
         return dx, d_weight, d_bias, d_projection, d_norm_weight, d_norm_bias
     with launch.device_of(x):
-        rows, d_merged = flat(x), d_merged.to(x.dtype).contiguous()
+        rows, softmax = flat(x), softmax.contiguous()
+        d_merged = d_merged.to(x.dtype).contiguous()
         d_rows = d_projected.to(torch.float32).contiguous().view(-1, r) if r else None
-        d_scores, statistics = _score_gradient(rows, spans, vectors, weights, d_merged)
-        parts = _hidden_gradient(
-            rows, spans, vectors, weights, weight, projection,
-            d_merged, d_rows, d_scores, statistics, dx,
-        )  # fmt: skip
+        d_scores, statistics = _score_gradient(rows, launched, vectors, softmax, d_merged)
+        gradients = _Gradients(softmax, d_merged, d_rows, d_scores, statistics)
+        parts = _hidden_gradient(rows, launched, merge, vectors, gradients, dx)
         sums = weight_sums(
-            rows, spans, d_rows, norm=vectors, statistics=statistics, scores=d_scores
+            rows, launched, d_rows, norm=vectors, statistics=statistics, scores=d_scores
         )
     d_weight = sums.scores.transpose(0, 1).reshape(k, k * d)
     d_norm_weight, d_norm_bias = (part.sum(0) for part in parts)
     return dx, d_weight, d_scores.sum(0)[:k], sums.b, d_norm_weight, d_norm_bias
 
 
+class _Gradients(NamedTuple):
+    """What the gradient of h is made of."""
+
+    softmax: Tensor
+    d_merged: Tensor
+    d_projected: Tensor | None
+    d_scores: Tensor
+    statistics: Statistics
+
+
 def _score_gradient(
-    x: Tensor, spans: Groups, norm: Norm, weights: Tensor, d_merged: Tensor
+    x: Tensor, groups: GpuGroups, norm: Norm, softmax: Tensor, d_merged: Tensor
 ) -> tuple[Tensor, Statistics]:
     """The scores' gradient ``[groups, K2]`` and the rows' statistics by slot."""
-    k, d = spans.ratio, x.shape[1]
+    k, d = groups.ratio, x.shape[1]
     k2 = launch.power_of_2(k)
     case = {"arch": launch.arch(x), "d": d, "k": k, "dtype": launch.name(x.dtype)}
     row = launch.settings("score_gradient", **case)
-    d_scores = x.new_empty(spans.total, k2, dtype=torch.float32)
+    d_scores = x.new_empty(groups.total, k2, dtype=torch.float32)
     statistics = NO_STATISTICS
     if norm.name != "none":
         statistics = Statistics(torch.empty_like(d_scores), torch.empty_like(d_scores))
     groups_a_tile = max(1, row["bt"] // k2)
-    score_gradient_kernel[(triton.cdiv(spans.total, groups_a_tile),)](
-        x, norm.weight, norm.bias, spans.start, spans.length, spans.span, spans.mask,
-        weights.contiguous(), d_merged, d_scores, *statistics,
-        spans.total, spans.launched, spans.n, spans.per_row, d, x.stride(0), norm.eps,
-        K=k, K2=k2, BG=groups_a_tile, BD=row["bd"], NORM=norm.name, FORM=spans.form,
+    score_gradient_kernel[(triton.cdiv(groups.total, groups_a_tile),)](
+        x, norm.weight, norm.bias, *groups.pointers,
+        softmax, d_merged, d_scores, *statistics,
+        *groups.sizes, d, x.stride(0), norm.eps,
+        K=k, K2=k2, BG=groups_a_tile, BD=row["bd"], NORM=norm.name, FORM=groups.form,
         **launch.options(row),
     )  # fmt: skip
     return d_scores, statistics
@@ -172,40 +163,36 @@ def _score_gradient(
 
 def _hidden_gradient(
     x: Tensor,
-    spans: Groups,
+    groups: GpuGroups,
+    merge: MergeWeights,
     norm: Norm,
-    weights: Tensor,
-    weight: Tensor,
-    projection: Tensor | None,
-    d_merged: Tensor,
-    d_projected: Tensor | None,
-    d_scores: Tensor,
-    statistics: Statistics,
+    gradients: _Gradients,
     dx: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Writes dx; returns the programs' parts of the norm's gradients, ``[programs, 0 or d]``."""
-    k, d = spans.ratio, x.shape[1]
+    k, d = groups.ratio, x.shape[1]
     k2, slots = _slots(k)
     case = {"arch": launch.arch(x), "d": d, "k": k, "dtype": launch.name(x.dtype)}
     row = launch.settings("merge_backward", **case)
     groups_a_tile = max(1, row["bt"] // slots)
-    grid = (triton.cdiv(spans.launched, groups_a_tile), k2 // slots)
+    grid = (triton.cdiv(groups.launched, groups_a_tile), k2 // slots)
     d_norm_weight, d_norm_bias = (
         x.new_empty(grid[0] * grid[1], 0 if vector is None else d, dtype=torch.float32)
         for vector in norm[1:3]
     )
-    weight, r = rows_of(weight), 0 if projection is None else projection.shape[0]
+    softmax, d_merged, d_projected, d_scores, statistics = gradients
+    weight, projection, r = unit_rows(merge.weight), merge.projection, merge.bottleneck
     if projection is not None:
-        projection = rows_of(projection)
+        projection = unit_rows(projection)
     merge_backward_kernel[grid](
         x, weight, projection, norm.weight, norm.bias,
-        spans.start, spans.length, spans.span, spans.mask,
-        weights.contiguous(), d_merged, d_projected, d_scores, *statistics,
+        *groups.pointers,
+        softmax, d_merged, d_projected, d_scores, *statistics,
         dx, d_norm_weight, d_norm_bias,
-        spans.total, spans.launched, spans.n, spans.per_row, d,
+        *groups.sizes, d,
         x.stride(0), weight.stride(0), 0 if projection is None else projection.stride(0),
         K=k, K2=k2, SC=slots, C=max(16, slots * k2), BG=groups_a_tile, BD=row["bd"],
-        R=r, R2=launch.power_of_2(r, 16), NORM=norm.name, FORM=spans.form,
+        R=r, R2=launch.power_of_2(r, 16), NORM=norm.name, FORM=groups.form,
         PRECISION=launch.precision(x), **launch.options(row),
     )  # fmt: skip
     return d_norm_weight, d_norm_bias

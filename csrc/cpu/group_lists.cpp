@@ -1,0 +1,54 @@
+#include "group_lists.h"
+
+#include <cstring>
+
+namespace variator {
+
+bool fits(const Groups& groups, int64_t tokens) {
+    for (int64_t i = 0; i < groups.count; ++i) {
+        const int64_t start = groups.start[i], span = groups.span[i];
+        if (span == 0) continue;
+        if (start < 0 || span < 0 || span > groups.k || start > tokens - span) return false;
+    }
+    return true;
+}
+
+int64_t compact(const Groups& groups, int64_t* start, int64_t* span) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < groups.count; ++i) {
+        if (groups.span[i] == 0) continue;
+        start[count] = groups.start[i];
+        span[count++] = groups.span[i];
+    }
+    return count;
+}
+
+void copy_outside(const Groups& groups, int64_t tokens, const void* x, int64_t x_stride, void* y,
+                  int64_t d, int64_t element_size) {
+    const char* source = static_cast<const char*>(x);
+    char* target = static_cast<char*>(y);
+    auto copy = [&](int64_t from, int64_t to) {
+        if (to <= from) return;
+        if (x_stride == d) {
+            std::memcpy(target + from * d * element_size, source + from * d * element_size,
+                        static_cast<size_t>((to - from) * d * element_size));
+            return;
+        }
+        for (int64_t i = from; i < to; ++i)
+            std::memcpy(target + i * d * element_size, source + i * x_stride * element_size,
+                        static_cast<size_t>(d * element_size));
+    };
+    int64_t done = 0;
+    for (int64_t i = 0; i < groups.count; ++i) {
+        if (groups.span[i] == 0) continue;
+        const int64_t first = groups.start[i], last = first + groups.span[i];
+        copy(done, first);
+        if (groups.mask)
+            for (int64_t token = first; token < last; ++token)
+                if (!groups.mask[token]) copy(token, token + 1);
+        done = last;
+    }
+    copy(done, tokens);
+}
+
+}  // namespace variator

@@ -1,0 +1,19 @@
+// What is done with a list of groups beside the kernels. Groups come in the order of their tokens;
+// one with a span of 0 holds none and may stand anywhere.
+#pragma once
+
+#include "params.h"
+
+namespace variator {
+
+// Whether every slot lies in a list of as many tokens.
+bool fits(const Groups& groups, int64_t tokens);
+
+// Writes the groups that hold a slot to start and span, in order; returns how many.
+int64_t compact(const Groups& groups, int64_t* start, int64_t* span);
+
+// Copies the rows of x [tokens, d] that no group holds to y; element_size bytes an element.
+void copy_outside(const Groups& groups, int64_t tokens, const void* x, int64_t x_stride, void* y,
+                  int64_t d, int64_t element_size);
+
+}  // namespace variator

@@ -1,8 +1,0 @@
-#include "product_sm90.cuh"
-
-namespace variator::cuda {
-
-using Product = SmallProductSm90<cutlass::bfloat16_t>;
-const ProductKernel small_product_sm90_bf16{Product::run, Product::Kernel::SharedStorageSize};
-
-}  // namespace variator::cuda

@@ -1,0 +1,92 @@
+"""Decisions that the C++ code makes on the host, from sizes alone (csrc/cuda/heuristics.h)."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.tools import sanitize
+from tests.ops.cases import CUDA
+from variator_kernels import cuda_support, extension
+
+H200 = 132
+
+
+@pytest.fixture
+def heuristics():
+    if extension.load("cuda") is None:
+        pytest.skip(f"no CUDA kernels: {CUDA.detail}")
+    return extension.load("cuda")
+
+
+@pytest.mark.parametrize(
+    ("k", "d", "blocks"),
+    [(2, 8, 1), (4, 256, 1), (4, 512, 2), (4, 768, 3), (4, 1024, 4), (4, 1032, 0), (5, 256, 0)],
+)
+def test_rows_in_registers(heuristics, k, d, blocks):
+    assert heuristics.resident_blocks(k, d) == blocks
+
+
+def test_tiles(heuristics):
+    assert [heuristics.tiles(groups) for groups in (0, 1, 8, 9)] == [0, 1, 1, 2]
+
+
+def test_columns_of_few_groups_are_split(heuristics):
+    assert heuristics.blocks_a_part(4096, 768, H200) == 24
+    assert heuristics.blocks_a_part(128, 768, H200) == 4
+    assert heuristics.blocks_a_part(8, 768, H200) == 4  # no part below 4 blocks
+    assert heuristics.blocks_a_part(8, 24, H200) == 1
+    assert heuristics.blocks_a_part(0, 768, H200) == 4
+
+
+def test_the_down_projection_is_split(heuristics):
+    assert heuristics.splits(128, 768, 3072, H200) == 5
+    assert heuristics.splits(1024, 768, 3072, H200) == 1
+    assert heuristics.splits(1, 768, 256, H200) == 1  # every part has 256 columns of f
+    assert heuristics.splits(0, 768, 8, H200) == 1
+
+
+def test_blocks_of_one_launch(heuristics):
+    assert heuristics.one_launch_blocks(128, 768, 3072, 5, H200) == 120
+    assert heuristics.one_launch_blocks(1024, 768, 3072, 1, H200) == H200
+    assert heuristics.one_launch_blocks(1, 8, 8, 1, H200) == 1
+
+
+def test_parts_of_a_weights_gradient(heuristics):
+    assert heuristics.weight_gradient_parts(4096, 64, 768, H200) == 44
+    assert heuristics.weight_gradient_parts(64, 64, 768, H200) == 1
+    assert heuristics.weight_gradient_parts(0, 1, 8, H200) == 1
+
+
+def test_the_large_tile_needs_enough_rows(heuristics):
+    # T5-base, 32 x 512 tokens, k = 4: 512 and 128 large tiles fill 132 multiprocessors.
+    assert heuristics.large_gemm_tile(4096, 3072, H200)
+    assert heuristics.large_gemm_tile(4096, 768, H200)
+    assert not heuristics.large_gemm_tile(1024, 768, H200)
+    assert not heuristics.large_gemm_tile(64, 768, H200)
+
+
+def test_the_sanitizer_meets_every_kernel(heuristics):
+    kernels = {heuristics.resident_blocks(k, d) for d, k, _ in sanitize.SIZES}
+    assert kernels == {0, 1, 2, 3, 4}
+    assert heuristics.large_gemm_tile(*sanitize.LARGE_PRODUCT[:2], H200)
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        ((9, 0), "80;90a-real", True),
+        ((9, 0), "90a-real", True),
+        ((10, 0), "90a-real", False),
+        ((10, 0), "80;90a-real", True),  # by PTX
+        ((8, 6), "80-real", True),
+        ((8, 0), "86-real", False),
+        ((9, 0), "80-real", False),
+        ((7, 5), "80;90a-real", False),
+        ((12, 0), "120-virtual", True),
+        ((10, 3), "100f-real", True),
+        ((10, 3), "100a-real", False),
+        ((12, 0), "100f-virtual", False),
+    ],
+)
+def test_which_gpus_an_architecture_fits(capability, architectures, runs):
+    assert cuda_support.runs_on(capability, architectures) is runs

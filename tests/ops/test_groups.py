@@ -1,0 +1,134 @@
+"""Groups are data: what is made of masks and offsets, and what ops make of any."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.cases import (
+    cast,
+    feed_forward,
+    masked,
+    moved,
+    needs_cpu,
+    on_cuda,
+    on_triton,
+    plugin,
+)
+from variator_kernels import functional as vf
+from variator_kernels.ops.arguments import NO_NORM
+from variator_kernels.ops.compressed_ffn import op as ffn_op
+from variator_kernels.ops.compressed_ffn import reference as ffn_reference
+from variator_kernels.ops.feed_forward import normalize, products
+from variator_kernels.ops.group_merge import op as merge_op
+from variator_kernels.ops.groups import Groups, make_groups, real_tokens, slots, token_slots
+
+D = 24
+FFN = feed_forward(D, 40, torch.float32, "t5")
+
+
+def by_hand(mask, k):
+    """Lists of the tokens of each slot (None: empty), row by row."""
+    found = []
+    for i, row in enumerate(mask.tolist()):
+        real = [j for j, is_real in enumerate(row) if is_real]
+        spans = range(real[0], real[-1] + 1, k) if real else ()
+        for at in spans:
+            inside = range(at, min(at + k, real[-1] + 1))
+            tokens = [i * len(row) + j if row[j] else None for j in inside]
+            found.append(tokens + [None] * (k - len(tokens)))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["none", "right", "left", "holes", "empty row"])
+@pytest.mark.parametrize("k", [2, 3, 8])
+@pytest.mark.parametrize("n", [1, 2, 19, 24])
+def test_slots_are_those_of_the_specification(kind, k, n):
+    x = torch.randn(3, n, D)
+    mask = masked(kind, 3, n)
+    groups = make_groups(x, k, mask=mask)
+    assert groups.shape(x) == (3, -(-n // k)) == tuple(groups.start.shape)
+    index, exists = slots(groups, 3 * n)
+    got = [
+        [token if there else None for token, there in zip(*group, strict=True)]
+        for group in zip(index.flatten(0, 1).tolist(), exists.flatten(0, 1).tolist(), strict=True)
+    ]
+    whole = torch.ones(3, n, dtype=torch.bool) if mask is None else mask
+    empty = [None] * k
+    assert [g for g in got if g != empty] == [g for g in by_hand(whole, k) if g != empty]
+    slot, real = token_slots(groups, 3 * n)
+    assert torch.equal(real.view(3, n), whole)
+    assert torch.equal(index.flatten()[slot][real], torch.arange(3 * n)[real])
+    assert (real_tokens(groups, x) is None) == (mask is None)
+
+
+def test_varlen_means_the_same_as_a_batch():
+    lengths = [5, 0, 9, 1]
+    offsets = torch.tensor([2, 7, 7, 16, 17])
+    x = torch.randn(20, D)
+    groups = make_groups(x, 4, cu_seqlens=offsets)
+    index, exists = slots(groups, 20)
+    got = [i[e].tolist() for i, e in zip(index, exists, strict=True) if e.any()]
+    wanted = [
+        list(range(at, min(at + 4, first + length)))
+        for first, length in zip(offsets.tolist(), lengths, strict=False)
+        for at in range(first, first + length, 4)
+    ]
+    assert got == wanted
+    real = real_tokens(groups, x)
+    assert real.tolist() == [2 <= i < 17 for i in range(20)]
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("start", "span"), [([-1, 4], [4, 4]), ([0, 8], [4, 4]), ([0, 4], [4, 5]), ([0, 4], [4, -1])]
+)
+def test_groups_outside_of_the_tokens_are_refused(start, span):
+    """The kernels would read and write the memory of others."""
+    x = torch.randn(1, 11, D)
+    groups = make_groups(x, 4)._replace(start=torch.tensor([start]), span=torch.tensor([span]))
+    with pytest.raises(ValueError, match="groups must lie within the tokens"):
+        ffn_op.compressed_ffn(x, plugin(D, 4, 8, torch.float32), FFN, groups, "cpu")
+
+
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_cpu), on_triton, on_cuda])
+def test_kernels_refuse_kept_groups(backend):
+    """They would run merge and adapter on tokens that are to stay whole."""
+    x = moved(torch.randn(1, 8, D, dtype=torch.bfloat16), backend)
+    p = moved(plugin(D, 4, 8, torch.bfloat16), backend)
+    groups = make_groups(x, 4, backend=backend)
+    groups = groups._replace(kept=torch.zeros(1, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="keep no token whole"):
+        merge_op.group_merge(x, p.merge, groups, NO_NORM, backend)
+
+
+UNEQUAL = Groups(
+    torch.tensor([[0, 1, 5, 7]]),
+    torch.tensor([[1, 4, 2, 2]]),
+    None,
+    torch.tensor([[True, False, False, False]]),
+    None,
+    4,
+    "listed",
+)
+
+
+def test_kept_tokens_and_groups_of_unequal_size():
+    """In the reference a kept token is the dense sublayer's, every other group stands alone."""
+    x, p = torch.randn(1, 9, D, dtype=torch.double), plugin(D, 4, 8, torch.double)
+    ffn = cast(FFN, torch.double)
+    y = ffn_reference.compressed_ffn(x, p, ffn, UNEQUAL)
+    dense = x + products(normalize(x, ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps), ffn)
+    torch.testing.assert_close(y[:, :1], dense[:, :1], rtol=0, atol=1e-12)
+    for first, size in zip(UNEQUAL.start[0, 1:], UNEQUAL.span[0, 1:], strict=True):
+        part = x[:, first : first + size]
+        alone = vf.compressed_ffn(part, p, ffn, backend="reference")
+        torch.testing.assert_close(y[:, first : first + size], alone, rtol=0, atol=1e-12)
+
+
+@needs_cpu
+def test_the_cpu_kernels_take_groups_of_unequal_size():
+    x, p = torch.randn(1, 9, D), plugin(D, 4, 8, torch.float32)
+    groups = UNEQUAL._replace(kept=None)
+    expected = ffn_reference.compressed_ffn(x, p, FFN, groups)
+    torch.testing.assert_close(ffn_op.compressed_ffn(x, p, FFN, groups, "cpu"), expected)

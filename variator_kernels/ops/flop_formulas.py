@@ -1,0 +1,88 @@
+"""Multiply-adds of the ops, and what ``torch.utils.flop_counter`` needs to count them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+
+def ffn_macs(hidden: int, inner: int, gated: bool) -> int:
+    """Of the FFN, a vector; also its number of weights."""
+    return (3 if gated else 2) * hidden * inner
+
+
+def merge_macs(tokens: int, hidden: int, ratio: int) -> int:
+    """Scores and weighted sum. A slot without a token is no work."""
+    return tokens * (ratio * hidden + hidden)
+
+
+def decompress_macs(tokens: int, groups: int, hidden: int, bottleneck: int) -> int:
+    """The split adapter: ``W_1h h`` and ``W_2`` a token, ``W_1u u`` a group."""
+    return (2 * tokens + groups) * bottleneck * hidden
+
+
+def register() -> None:
+    """Teach ``torch.utils.flop_counter`` our ops (a multiply-add is two of its flops)."""
+    for name, formula in _FORMULAS.items():
+        op = getattr(torch.ops.variator, name)
+        if op not in flop_registry:
+            decorate: Any = register_flop_formula(op)
+            decorate(formula)
+
+
+# Formulas get the ops' arguments with shapes in the place of tensors (schemas: ops/<op>/op.py).
+# A shape does not tell padding: every token counts as real. Backward passes count two products
+# for each of the forward's, and what they compute again.
+
+
+def _group_merge(x: Any, weight: Any, bias: Any, projection: Any, *_: Any, **__: Any) -> int:
+    d, tokens = x[-1], math.prod(x[:-1])
+    r = 0 if projection is None else projection[0]
+    return 2 * (merge_macs(tokens, d, bias[0]) + tokens * r * d)
+
+
+def _group_merge_backward(
+    d_merged: Any, d_projected: Any, softmax: Any, *arguments: Any, **_: Any
+) -> int:
+    return 2 * _group_merge(*arguments)
+
+
+def _adapter_decompress(u: Any, projected: Any, w1u: Any, *_: Any, **__: Any) -> int:
+    r, d = w1u
+    return 2 * r * d * (math.prod(projected[:-1]) + math.prod(u[:-1]))
+
+
+def _adapter_decompress_backward(
+    dy: Any, u: Any, projected: Any, w1u: Any, *_: Any, **__: Any
+) -> int:
+    r, d = w1u
+    return 2 * _adapter_decompress(u, projected, w1u) + 2 * r * d * math.prod(u[:-1])
+
+
+def _compressed_ffn(*arguments: Any, **_: Any) -> int:
+    x, _wc, bc, _w1, b1, _w2, _b2, w_in, _w_out, w_gate = arguments[:10]
+    start = arguments[15]
+    d, k, tokens = x[-1], bc[0], math.prod(x[:-1])
+    if len(x) == 3:
+        groups = x[0] * ((x[1] + k - 1) // k)
+    else:
+        groups = start[0] - (arguments[17] is not None)  # on a GPU there is one more
+    macs = groups * ffn_macs(d, w_in[0], w_gate is not None)
+    return 2 * (macs + merge_macs(tokens, d, k) + decompress_macs(tokens, groups, d, b1[0]))
+
+
+def _compressed_ffn_backward(dy: Any, *arguments: Any, **_: Any) -> int:
+    return 3 * _compressed_ffn(*arguments)
+
+
+_FORMULAS = {
+    "group_merge": _group_merge,
+    "group_merge_backward": _group_merge_backward,
+    "adapter_decompress": _adapter_decompress,
+    "adapter_decompress_backward": _adapter_decompress_backward,
+    "compressed_ffn": _compressed_ffn,
+    "compressed_ffn_backward": _compressed_ffn_backward,
+}
