@@ -41,8 +41,10 @@ def test_memory_layouts(backend):
     expected = run(x, backend=backend)
 
     def same(y):
-        # A GPU's threads add up rows in another order where they load other widths.
-        return torch.allclose(y, expected, 1e-5, 1e-5) if x.is_cuda else torch.equal(y, expected)
+        # Elsewhere a row's sums may depend on where it lies: a GPU's threads load other widths, and
+        # the interpreter's GEMM is NumPy's, which adds up in another order at a tile's edge.
+        exact = backend == "cpu"
+        return torch.equal(y, expected) if exact else torch.allclose(y, expected, 1e-5, 1e-5)
 
     wide = x.new_zeros(3, N, 2 * D)
     wide[..., ::2] = x

@@ -1,0 +1,44 @@
+"""The command that measures 16-bit dtypes against fp32."""
+
+import json
+
+import pytest
+import torch
+
+from bench import dtypes
+from bench.cases import models
+
+
+def test_every_case_is_measured_and_checked(tmp_path):
+    assert dtypes.main(["--quick", "--rounds", "3", "--output", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "dtypes.json").read_text())["rows"]
+    assert [(row["case"], row["arm"]) for row in rows] == [
+        (case, arm) for case in dtypes.CASES for arm in dtypes.ARMS
+    ]
+    for row in rows:
+        assert row["status"] == "ok" and row["error"] <= row["allowed"]
+        assert row["over_fp32"]["median"] > 0
+        assert row["arm"] != "fp32" or row["over_fp32"]["median"] == 1
+
+
+def test_a_wrong_output_has_no_number(tmp_path, monkeypatch):
+    real = dtypes.Work.call
+
+    def wrong(self, case, arm, module, x):
+        out = real(self, case, arm, module, x)
+        broken = arm == "bf16" and module.backend == "auto" and case == "inference"
+        return (out[0] + 1, *out[1:]) if broken else out
+
+    monkeypatch.setattr(dtypes.Work, "call", wrong)
+    assert dtypes.main(["--quick", "--rounds", "3", "--output", str(tmp_path)]) == 1
+    rows = json.loads((tmp_path / "dtypes.json").read_text())["rows"]
+    (bad,) = [row for row in rows if row["status"] != "ok"]
+    assert (bad["case"], bad["arm"]) == ("inference", "bf16") and "samples" not in bad
+
+
+@pytest.mark.parametrize("arm", dtypes.ARMS)
+def test_outputs_have_the_dtype_of_the_arm(arm):
+    work = dtypes.Work(models.architecture("t5-base"), 1, 8)
+    (y,) = work.build("inference", arm)()
+    wanted = torch.float32 if arm == "autocast" else dtypes.DTYPES[arm]
+    assert y.dtype == wanted
