@@ -53,6 +53,7 @@ def tree(tmp_path: Path) -> Path:
     (tmp_path / "README.md").write_text("")
     (tmp_path / "variator_kernels").mkdir()
     (tmp_path / "variator_kernels" / "__init__.py").write_text("")
+    shutil.copy(ROOT / "variator_kernels" / "version.py", tmp_path / "variator_kernels")
     (tmp_path / "csrc" / "cpu").mkdir(parents=True)
     for name, text in TINY_SOURCES.items():
         (tmp_path / "csrc" / "cpu" / name).write_text(text)
@@ -128,14 +129,81 @@ def test_cutlass_is_required_only_where_nvcc_is(
     nvcc.chmod(0o755)
     monkeypatch.delenv("CUDACXX", raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.delenv("VARIATOR_CUDA", raising=False)
-    monkeypatch.delenv("CUTLASS_PATH", raising=False)
+    for name in ("VARIATOR_CUDA_ARCHS", "VARIATOR_REQUIRE", "CUTLASS_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("VARIATOR_CUDA", "1")
     assert build_backend.find_nvcc() == str(nvcc) and needs_cutlass()
     monkeypatch.setenv("CUTLASS_PATH", str(tmp_path))
     assert not needs_cutlass()
     monkeypatch.delenv("CUTLASS_PATH")
     monkeypatch.setenv("VARIATOR_CUDA", "0")
     assert build_backend.find_nvcc() is None and not needs_cutlass()
+    assert build_backend.why_no_cuda() == "VARIATOR_CUDA=0"
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpu", "built"),
+    [
+        ({}, False, False),
+        ({}, True, True),
+        ({"VARIATOR_CUDA": "0"}, True, False),
+        ({"VARIATOR_CUDA": "1"}, False, True),
+        ({"VARIATOR_CUDA_ARCHS": "90a"}, False, True),
+        ({"VARIATOR_REQUIRE": "cpu,cuda"}, False, True),
+        ({"VARIATOR_REQUIRE": "cpu"}, False, False),
+    ],
+)
+def test_cuda_is_built_where_a_gpu_is_or_it_is_asked_for(
+    settings: dict[str, str], gpu: bool, built: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import build_backend
+
+    for name in ("VARIATOR_CUDA", "VARIATOR_CUDA_ARCHS", "VARIATOR_REQUIRE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(build_backend, "has_gpu", lambda: gpu)
+    assert (build_backend.why_no_cuda() is None) == built
+
+
+def test_compiles_as_many_files_at_once_as_it_may(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(setup_py, "container_cpus", lambda: None)
+    assert setup_py.parallel_jobs() == 6
+    monkeypatch.setattr(setup_py, "container_cpus", lambda: 2)
+    assert setup_py.parallel_jobs() == 2
+    for name, jobs in zip(reversed(names), (5, 3), strict=True):  # the second is stronger
+        monkeypatch.setenv(name, str(jobs))
+        assert setup_py.parallel_jobs() == jobs
+    for wrong in ("0", "-1", "many"):
+        monkeypatch.setenv("MAX_JOBS", wrong)
+        with pytest.raises(OptionError, match=f"MAX_JOBS must be an integer >= 1, got '{wrong}'"):
+            setup_py.parallel_jobs()
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        ({"cpu.max": "nonsense"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_quota(
+    setup_py: ModuleType, tmp_path: Path, files: dict[str, str], cpus: int | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert setup_py.container_cpus(str(tmp_path)) == cpus
 
 
 def test_the_newest_toolkit_is_taken(setup_py: ModuleType) -> None:
