@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from . import functional
 from .ops.feed_forward import FeedForward, normalize
 from .ops.groups import make_groups, slots
-from .runtime.context import observe
 from .runtime.levels import use_ratio
-from .runtime.state import STATE, states
+from .runtime.state import STATE, observe, states
 from .sites.feed_forward import describe
 from .sites.find import find
 

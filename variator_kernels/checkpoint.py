@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import checks, sharding
+from . import sharding
 from .methods.variator import released, stored
 from .methods.variator.stored import FIELDS, Settings, key
+from .ops import checks
 from .patching import apply
 from .runtime.state import STATE, State, states
 from .sites.find import Found, find, is_patched

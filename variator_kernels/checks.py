@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import Tensor
 
 
@@ -25,34 +24,3 @@ def choice(value: str, allowed: tuple[str, ...], name: str) -> str:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
     return value
-
-
-def shape(tensor: Tensor, expected: tuple[int, ...], name: str) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tuple(tensor.shape) != expected:
-        raise ValueError(f"{name} must have shape {list(expected)}, got {list(tensor.shape)}")
-
-
-def same_device(tensor: Tensor, x: Tensor, name: str, x_name: str = "x") -> None:
-    if tensor.device != x.device:
-        raise ValueError(f"{name} must be on {x_name}'s device {x.device}, got {tensor.device}")
-
-
-def readable(tensor: Tensor) -> bool:
-    """Whether looking at values costs no synchronisation and is no graph break."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def mask_values(mask: Tensor, name: str) -> None:
-    """A floating mask holds 1 and 0; an additive one (0 and -inf) would mean the opposite."""
-    if mask.is_floating_point() and readable(mask) and bool((mask < 0).any()):
-        raise ValueError(
-            f"{name} must be nonzero for a real token and 0 for padding, got negative values "
-            "(an additive mask?)"
-        )
-
-
-def floating(tensor: Tensor, name: str) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} must be a floating point tensor, got {tensor.dtype}")

@@ -7,8 +7,39 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..checks import choice, floating, mask_values, readable, same_device, shape
+from ..checks import choice
 from .feed_forward import ADAPTER_ACTIVATIONS, FFN_ACTIVATIONS, NORMS, FeedForward, PluginWeights
+
+
+def shape(tensor: Tensor, expected: tuple[int, ...], name: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} must have shape {list(expected)}, got {list(tensor.shape)}")
+
+
+def same_device(tensor: Tensor, x: Tensor, name: str, x_name: str = "x") -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on {x_name}'s device {x.device}, got {tensor.device}")
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether looking at values costs no synchronisation and is no graph break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def mask_values(mask: Tensor, name: str) -> None:
+    """A floating mask holds 1 and 0; an additive one (0 and -inf) would mean the opposite."""
+    if mask.is_floating_point() and readable(mask) and bool((mask < 0).any()):
+        raise ValueError(
+            f"{name} must be nonzero for a real token and 0 for padding, got negative values "
+            "(an additive mask?)"
+        )
+
+
+def floating(tensor: Tensor, name: str) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be a floating point tensor, got {tensor.dtype}")
 
 
 def hidden(x: Tensor, cu_seqlens: Tensor | None, name: str = "x") -> None:
@@ -107,3 +138,17 @@ def feed_forward(ffn: FeedForward, x: Tensor) -> None:
             shape(tensor, size, name)
             same_device(tensor, x, name)
             floating(tensor, name)
+
+
+def compressed_ffn(
+    x: Tensor,
+    plugin_weights: PluginWeights,
+    ffn: FeedForward,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> None:
+    """Everything that the sublayer is given."""
+    hidden(x, cu_seqlens)
+    token_mask(mask, cu_seqlens, x)
+    plugin(plugin_weights, x)
+    feed_forward(ffn, x)

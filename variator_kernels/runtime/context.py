@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import checks
+from ..ops import checks
 from ..ops.groups import Groups, make_groups
 from .level import Level
 
-if TYPE_CHECKING:
-    from .state import State
-
 Phase = Literal["prefill", "decoding"]
-Observer = Callable[[nn.Module, Tensor, "Tensor | None", int], None]
 
 
 class Context:
@@ -79,18 +73,3 @@ def token_mask(mask: Any) -> Tensor | None:
         )
     checks.mask_values(mask, "attention_mask")
     return mask != 0
-
-
-@contextmanager
-def observe(state: State, observer: Observer) -> Iterator[None]:
-    """Show ``observer`` what each patched sublayer of the model takes, in this thread.
-
-    It gets the sublayer, its input ``[B, n, d]``, the token mask and the ratio, before the
-    sublayer runs.
-    """
-    outer = state.local.observer
-    state.local.observer = observer
-    try:
-        yield
-    finally:
-        state.local.observer = outer

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from . import level as levels
-from .context import Context, Observer
+from .context import Context
 from .level import Level, Site
 
 STATE = "variator_state"
 """The attribute under which every patched module refers to its model's :class:`State`."""
+Observer = Callable[[nn.Module, Tensor, "Tensor | None", int], None]
 
 
 class Method(Protocol):
@@ -118,3 +120,18 @@ def states(model: nn.Module) -> list[State]:
     if not found:
         raise ValueError("model is not patched: call variator_kernels.patch(model) first")
     return list(found)
+
+
+@contextmanager
+def observe(state: State, observer: Observer) -> Iterator[None]:
+    """Show ``observer`` what each patched sublayer of the model takes, in this thread.
+
+    It gets the sublayer, its input ``[B, n, d]``, the token mask and the ratio, before the
+    sublayer runs.
+    """
+    outer = state.local.observer
+    state.local.observer = observer
+    try:
+        yield
+    finally:
+        state.local.observer = outer

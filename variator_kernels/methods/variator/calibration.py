@@ -34,9 +34,8 @@ from ...ops.feed_forward import FeedForward, normalize, products
 from ...ops.group_merge.reference import group_merge
 from ...ops.groups import make_groups, token_slots
 from ...ops.prepacked_linear import FrozenProducts, linear
-from ...runtime.context import observe
 from ...runtime.levels import use_ratio
-from ...runtime.state import STATE, State, states
+from ...runtime.state import STATE, State, observe, states
 from ...sites.feed_forward import describe
 from ...sites.find import find
 from .method import plugin_parameters

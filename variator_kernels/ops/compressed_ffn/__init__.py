@@ -44,10 +44,7 @@ def compressed_ffn(
     plugin = plugin if isinstance(plugin, PluginWeights) else plugin.weights()
     if not isinstance(ffn, FeedForward):
         ffn = _described(ffn)
-    checks.hidden(x, cu_seqlens)
-    checks.token_mask(mask, cu_seqlens, x)
-    checks.plugin(plugin, x)
-    checks.feed_forward(ffn, x)
+    checks.compressed_ffn(x, plugin, ffn, mask, cu_seqlens)
     chosen = backends.resolve(backend, x)
     groups = make_groups(x, plugin.ratio, mask=mask, cu_seqlens=cu_seqlens, backend=chosen)
     return run(x, plugin, ffn, groups, chosen)
