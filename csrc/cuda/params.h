@@ -27,12 +27,12 @@ constexpr int64_t max_bottleneck = 512;  // shared memory of the decompress
 // slot, padding too, so a kernel that walks over all slots writes every row. Sizes fit 32 bits.
 //   plain:  rows of n tokens, each cut into per_row groups; no array.
 //   masked: the same from start[row] on, a row's first real token, wrapping around at its end.
-//   packed: group i merges the tokens start[i] .. + length[i]-1 of one list of n and owns span[i],
+//   listed: group i merges the tokens start[i] .. + span[i]-1 of one list of n and owns owned[i],
 //           wrapping around at its end; groups from `count` on merge nothing.
 struct Groups {
     const int64_t* start;
-    const int64_t* length;
     const int64_t* span;
+    const int64_t* owned;
     const uint8_t* mask;  // masked: one byte per token
     int64_t n, per_row;
     int64_t count;     // groups that have a merged vector
@@ -45,10 +45,10 @@ struct Groups {
     };
     VARIATOR_HD Slot slot(int64_t group, int64_t j) const {
         if (group >= launched || j >= k) return {-1, false};
-        if (span != nullptr) {
-            if (j >= span[group]) return {-1, false};
+        if (owned != nullptr) {
+            if (j >= owned[group]) return {-1, false};
             const int64_t token = start[group] + j;
-            return {token < n ? token : token - n, j < length[group]};
+            return {token < n ? token : token - n, j < span[group]};
         }
         const uint32_t row = static_cast<uint32_t>(group) / static_cast<uint32_t>(per_row);
         int64_t at = (group - row * per_row) * k + j;

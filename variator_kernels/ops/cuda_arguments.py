@@ -60,8 +60,8 @@ def groups_kernel(groups: GpuGroups) -> Any:
     require(tokens < 2**31, f"the input has {tokens} tokens, the CUDA kernels take less than 2^31")
     return extension.load("cuda").Groups(
         start=address(groups.start),
-        length=address(groups.span),
-        span=address(groups.owned),
+        span=address(groups.span),
+        owned=address(groups.owned),
         mask=address(groups.mask),
         n=groups.n,
         per_row=groups.per_row,

@@ -25,10 +25,11 @@ VARIATOR_DEVICE void group_half(const Lane& at, const Groups& groups, int64_t fi
                                 int64_t r, const void* u, const void* w1u, int64_t w1u_stride,
                                 const Vector& b1, GroupHalfShared& shared, float* q) {
     const int64_t group = first + at.row;
-    const Span span = Span::of_warp(at.warp, 0, static_cast<int>(ceil_div(d, block_columns)));
+    const BlockRange range =
+        BlockRange::of_warp(at.warp, 0, static_cast<int>(ceil_div(d, block_columns)));
     for (int64_t n = 0; n < r; n += bottleneck_chunk) {
         float acc[4][4] = {};
-        for (int block = span.first; block < span.last; ++block) {
+        for (int block = range.first; block < range.last; ++block) {
             const int64_t column = static_cast<int64_t>(block) * block_columns + 8 * at.part;
             const bool inside = column < d;
             const Vec16 right =

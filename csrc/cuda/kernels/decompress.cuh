@@ -54,8 +54,8 @@ struct DecompressTile {
 
     VARIATOR_DEVICE void expand(int slot) {
         Expansion<T, one_chunk> expansion{p.w2, p.d, p.r, at, {}};
-        const Span span = Span::of_warp(at.warp, begin, end);
-        for (int block = span.first; block < span.last; ++block) {
+        const BlockRange range = BlockRange::of_warp(at.warp, begin, end);
+        for (int block = range.first; block < range.last; ++block) {
             const int column = block * block_columns + 8 * at.part;
             const bool inside = column < p.d;
             expansion.start(block);

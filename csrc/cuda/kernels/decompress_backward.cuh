@@ -34,7 +34,8 @@ struct DecompressBackwardTile {
     const Lane at = Lane::here();
     const int64_t group = first + at.row;
     const int k = static_cast<int>(p.groups.k);
-    const Span span = Span::of_warp(at.warp, 0, static_cast<int>(ceil_div(p.d, block_columns)));
+    const BlockRange range =
+        BlockRange::of_warp(at.warp, 0, static_cast<int>(ceil_div(p.d, block_columns)));
     DecompressBackwardShared& shared = *reinterpret_cast<DecompressBackwardShared*>(memory);
     float* const q = reinterpret_cast<float*>(memory + sizeof(DecompressBackwardShared));
     float* const dq = q + p.r * tile_groups;
@@ -58,13 +59,13 @@ struct DecompressBackwardTile {
                 p.d_q[(first + g) * p.projected_columns + c] = dq[i];
         }
         block_sync();
-        for (int block = span.first; block < span.last; ++block) group_gradient(block);
+        for (int block = range.first; block < range.last; ++block) group_gradient(block);
     }
 
     // dt, then dz, in columns n .. n+31 of the bottleneck for a quad's rows.
     VARIATOR_DEVICE void through_adapter(const QuadRows& rows, int slot, int n) {
         float acc[2][4][4] = {};
-        for (int block = span.first; block < span.last; ++block) {
+        for (int block = range.first; block < range.last; ++block) {
             const bool inside = column(block) < p.d;
             Vec16 dy[quad];
             rows.load(p.dy, p.dy_stride, column(block), inside, dy);

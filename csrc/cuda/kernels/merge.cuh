@@ -31,7 +31,8 @@ struct MergeTile {
     const Lane at = Lane::here();
     const int group = first + at.row;
     const int k = static_cast<int>(p.groups.k);
-    const Span span = Span::of_warp(at.warp, 0, static_cast<int>(ceil_div(p.d, block_columns)));
+    const BlockRange range =
+        BlockRange::of_warp(at.warp, 0, static_cast<int>(ceil_div(p.d, block_columns)));
 
     VARIATOR_DEVICE int column(int block) const { return at.column(block); }
     VARIATOR_DEVICE bool inside(int block) const { return column(block) < p.d; }
@@ -50,13 +51,13 @@ struct MergeTile {
             if constexpr (resident > 0) {
                 VARIATOR_UNROLL
                 for (int i = 0; i < kept; ++i)
-                    if (span.first + i < span.last) load(rows, span.first + i, kept_rows[i]);
+                    if (range.first + i < range.last) load(rows, range.first + i, kept_rows[i]);
             }
             if (p.norm.kind != Norm::none) statistics(rows, kept_rows);
             if constexpr (resident > 0) {
                 VARIATOR_UNROLL
                 for (int i = 0; i < kept; ++i)
-                    if (span.first + i < span.last) norm(rows, span.first + i, kept_rows[i]);
+                    if (range.first + i < range.last) norm(rows, range.first + i, kept_rows[i]);
             } else if (at.warp == 0 && at.part == 0) {
                 for (int i = 0; i < quad; ++i) {
                     shared.mean[slot + i][at.row] = rows.mean[i];
@@ -80,9 +81,9 @@ struct MergeTile {
         if constexpr (resident > 0) {
             VARIATOR_UNROLL
             for (int i = 0; i < kept; ++i)
-                if (span.first + i < span.last) f(span.first + i, kept_rows[i]);
+                if (range.first + i < range.last) f(range.first + i, kept_rows[i]);
         } else {
-            for (int block = span.first; block < span.last; ++block) {
+            for (int block = range.first; block < range.last; ++block) {
                 Vec16 x[quad];
                 load(rows, block, x);
                 if constexpr (with_norm) norm(rows, block, x);
@@ -181,10 +182,10 @@ struct MergeTile {
             for (int i = 0; i < kept; ++i) {
                 float sum[8] = {};
                 add_quad(kept_rows[i], 0, sum);
-                store_merged(span.first + i, sum);
+                store_merged(range.first + i, sum);
             }
         } else {
-            for (int block = span.first; block < span.last; ++block) {
+            for (int block = range.first; block < range.last; ++block) {
                 float sum[8] = {};
                 for (int slot = 0; slot < k; slot += quad) {
                     QuadRows rows = QuadRows::find(p.groups, group, slot);
@@ -215,7 +216,7 @@ struct MergeTile {
     }
 
     VARIATOR_DEVICE void store_merged(int block, const float (&sum)[8]) {
-        if (block < span.last && group < p.groups.count && inside(block))
+        if (block < range.last && group < p.groups.count && inside(block))
             store16(element(p.merged, group * p.d + column(block)), narrow<T>(sum));
     }
 };

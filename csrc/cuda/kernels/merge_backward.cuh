@@ -22,7 +22,8 @@ struct MergeBackwardTile {
     const Lane at = Lane::here();
     const int64_t group = first + at.row;
     const int k = static_cast<int>(p.groups.k);
-    const Span span = Span::of_warp(at.warp, 0, static_cast<int>(ceil_div(p.d, block_columns)));
+    const BlockRange range =
+        BlockRange::of_warp(at.warp, 0, static_cast<int>(ceil_div(p.d, block_columns)));
     MergeBackwardShared& shared = *reinterpret_cast<MergeBackwardShared*>(memory);
     const HiddenGradient<T, one_chunk> hidden{
         p, shared, reinterpret_cast<typename T::Element*>(memory + sizeof(MergeBackwardShared)),
@@ -57,7 +58,7 @@ struct MergeBackwardTile {
         QuadRows rows = QuadRows::find(p.groups, group, slot);
         if (p.norm.kind != Norm::none) {
             Moments mine[quad] = {};
-            for (int block = span.first; block < span.last; ++block) {
+            for (int block = range.first; block < range.last; ++block) {
                 Vec16 x[quad];
                 rows.load(p.x, p.x_stride, column(block), inside(block), x);
                 join_moments<T>(p.norm, x, inside(block), mine);
@@ -79,7 +80,7 @@ struct MergeBackwardTile {
     VARIATOR_DEVICE void dots(int slot) {
         const QuadRows rows = rows_of(slot);
         float dot[quad] = {};
-        for (int block = span.first; block < span.last; ++block) {
+        for (int block = range.first; block < range.last; ++block) {
             Vec16 h[quad];
             rows.load(p.x, p.x_stride, column(block), inside(block), h);
             norm_quad<T>(p.norm, rows, column(block), inside(block), h);
@@ -142,7 +143,7 @@ struct MergeBackwardTile {
         const QuadRows rows = rows_of(slot);
         float mean_e[quad] = {}, mean_en[quad] = {};
         if (p.norm.kind != Norm::none) {
-            for (int block = span.first; block < span.last; ++block) {
+            for (int block = range.first; block < range.last; ++block) {
                 float dh[quad][8], n[quad][8], weight[8];
                 hidden.gradient(slot, block, dh);
                 normalised(rows, block, n, weight);
@@ -156,7 +157,7 @@ struct MergeBackwardTile {
             }
             join_means(mean_e, mean_en);
         }
-        for (int block = span.first; block < span.last; ++block)
+        for (int block = range.first; block < range.last; ++block)
             write(rows, slot, block, mean_e, mean_en);
     }
 

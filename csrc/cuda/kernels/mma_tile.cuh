@@ -40,9 +40,9 @@ VARIATOR_DEVICE void* element(void* base, int64_t index) {
 VARIATOR_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The column blocks first .. last-1 that belong to one warp.
-struct Span {
+struct BlockRange {
     int first, last;
-    static VARIATOR_DEVICE Span of_warp(int warp, int begin, int end) {
+    static VARIATOR_DEVICE BlockRange of_warp(int warp, int begin, int end) {
         const int each = (end - begin + warps - 1) / warps;
         const int first = begin + warp * each;
         return {first, first + each < end ? first + each : end};
