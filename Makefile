@@ -32,7 +32,7 @@ MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help bench bench-full test test-weaker test-lowest lint format sanitize kernels-bench compile-table emulation \
-	cuda-table gpu-report clean distclean
+	cuda-table gpu-report clean distclean FORCE
 
 BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
@@ -53,7 +53,12 @@ endef
 help:
 	@sed -n '/^# make /s/^# //p' Makefile
 
-$(VENV)/.stamp-base: constraints.txt
+# Changes when another set of parts is asked for: `make bench` may have left CUDA out.
+ASKED = VARIATOR_CUDA=$(VARIATOR_CUDA) ARCHS=$(VARIATOR_CUDA_ARCHS) REQUIRE=$(VARIATOR_REQUIRE)
+$(VENV)/.stamp-asked: FORCE
+	@mkdir -p $(VENV); echo '$(ASKED)' | cmp -s - $@ || echo '$(ASKED)' >$@
+
+$(VENV)/.stamp-base: constraints.txt $(VENV)/.stamp-asked
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt is for Python 3.11 or newer: set PYTHON=<path>")'
 	@test -x $(PY) || { echo "== creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "== installing torch and the build tools (the first time, this takes minutes)"
