@@ -79,7 +79,7 @@ PYBIND11_MODULE(_cpu, m) {
                 return g;
             },
             py::arg("first"), py::arg("count"))
-        .def("fits", &fits, py::arg("tokens"), Quiet())
+        .def("held", &held, py::arg("tokens"), Quiet())
         .def(
             "compact",
             [](const Groups& g, Address start, Address span) {

@@ -4,13 +4,15 @@
 
 namespace variator {
 
-bool fits(const Groups& groups, int64_t tokens) {
+int64_t held(const Groups& groups, int64_t tokens) {
+    int64_t sum = 0, last = 0;
     for (int64_t i = 0; i < groups.count; ++i) {
         const int64_t start = groups.start[i], span = groups.span[i];
         if (span == 0) continue;
-        if (start < 0 || span < 0 || span > groups.k || start > tokens - span) return false;
+        if (start < last || span < 0 || span > groups.k || start > tokens - span) return -1;
+        sum += span, last = start + span;
     }
-    return true;
+    return sum;
 }
 
 int64_t compact(const Groups& groups, int64_t* start, int64_t* span) {

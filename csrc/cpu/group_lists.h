@@ -6,8 +6,9 @@
 
 namespace variator {
 
-// Whether every slot lies in a list of as many tokens.
-bool fits(const Groups& groups, int64_t tokens);
+// How many tokens lie in spans, real or not; -1 if a slot lies outside of the list of as many
+// tokens, or a token in two spans.
+int64_t held(const Groups& groups, int64_t tokens);
 
 // Writes the groups that hold a slot to start and span, in order; returns how many.
 int64_t compact(const Groups& groups, int64_t* start, int64_t* span);

@@ -16,6 +16,7 @@ from tests.ops.cases import (
     plugin,
 )
 from variator_kernels import functional as vf
+from variator_kernels.ops import groups as groups_module
 from variator_kernels.ops.arguments import NO_NORM
 from variator_kernels.ops.compressed_ffn import op as ffn_op
 from variator_kernels.ops.compressed_ffn import reference as ffn_reference
@@ -81,7 +82,15 @@ def test_varlen_means_the_same_as_a_batch():
 
 @needs_cpu
 @pytest.mark.parametrize(
-    ("start", "span"), [([-1, 4], [4, 4]), ([0, 8], [4, 4]), ([0, 4], [4, 5]), ([0, 4], [4, -1])]
+    ("start", "span"),
+    [
+        ([-1, 4], [4, 4]),
+        ([0, 8], [4, 4]),
+        ([0, 4], [4, 5]),
+        ([0, 4], [4, -1]),
+        ([0, 3], [4, 4]),
+        ([4, 0], [4, 4]),
+    ],
 )
 def test_groups_outside_of_the_tokens_are_refused(start, span):
     """The kernels would read and write the memory of others."""
@@ -89,6 +98,33 @@ def test_groups_outside_of_the_tokens_are_refused(start, span):
     groups = make_groups(x, 4)._replace(start=torch.tensor([start]), span=torch.tensor([span]))
     with pytest.raises(ValueError, match="groups must lie within the tokens"):
         ffn_op.compressed_ffn(x, plugin(D, 4, 8, torch.float32), FFN, groups, "cpu")
+
+
+@needs_cpu
+def test_tokens_of_no_group_pass_through():
+    """Nothing of an output is left unwritten, whatever the groups say."""
+    x, p = torch.randn(1, 11, D), plugin(D, 4, 8, torch.float32)
+    groups = make_groups(x[:, :7], 4)
+    y = ffn_op.compressed_ffn(x, p, FFN, groups, "cpu")
+    assert torch.equal(y[:, 7:], x[:, 7:])
+    torch.testing.assert_close(y[:, :7], vf.compressed_ffn(x[:, :7], p, FFN, backend="reference"))
+
+
+def test_lists_of_full_batches_are_made_once_and_never_by_a_mode():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x = torch.randn(2, 77, 3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        make_groups(x, 5)
+    groups = make_groups(x, 5)
+    assert type(groups.start) is torch.Tensor and not groups.start.is_inference()
+    with torch.inference_mode():
+        assert make_groups(x, 5).start is groups.start
+        other = make_groups(torch.randn(2, 78, 3), 5)
+    assert not other.start.is_inference()
+    for n in range(200):
+        make_groups(torch.empty(1, n, 1), 2)
+    assert len(groups_module._PLAIN) <= groups_module._MOST_PLAIN
 
 
 @pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_cpu), on_triton, on_cuda])

@@ -90,7 +90,7 @@ def test_copies_start_empty(counted):
     kept = Described()
     kept.of(tiny.layers(tiny.model())[0])
     for twin in (copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
-        assert twin._found is None and not twin._watch._entries
+        assert twin._kept is None
 
 
 def test_a_layer_is_described_once_a_change_not_once_a_call(counted):

@@ -57,11 +57,12 @@ class Listed(NamedTuple):
     """Whether every token lies in a group."""
 
 
-def listed(groups: Groups, tokens: int, varlen: bool, *, compact: bool = False) -> Listed:
+def listed(groups: Groups, tokens: int, *, compact: bool = False) -> Listed:
     """Groups of a flat list of ``tokens``; ``compact`` leaves out those without a slot.
 
     Raises:
-        ValueError: a group lies outside of the list: the kernels would read memory of others.
+        ValueError: a group lies outside of the list, or on another: the kernels would read memory
+            of others, or write a token twice.
     """
     start, span, mask = groups.start, groups.span, groups.mask
     require(groups.form == "listed", f"the CPU kernels read listed groups, got {groups.form!r}")
@@ -71,13 +72,14 @@ def listed(groups: Groups, tokens: int, varlen: bool, *, compact: bool = False) 
     require(start.dtype == span.dtype == torch.int64, "start and span must be int64")
     require(start.numel() == span.numel(), "start and span are of one size")
     kernel = _kernel(start, span, mask, start.numel(), groups.ratio)
-    covers_all = mask is None and not varlen
+    held = kernel.held(tokens)
+    require(held >= 0, "groups must lie within the tokens, one after another")
+    covers_all = mask is None and held == tokens
     if compact and not covers_all:
         used = torch.empty(2, start.numel(), dtype=torch.int64)
         count = kernel.compact(start=used[0].data_ptr(), span=used[1].data_ptr())
         start, span = used[0], used[1]
         kernel = _kernel(start, span, mask, count, groups.ratio)
-    require(kernel.fits(tokens), "groups must lie within the tokens")
     return Listed(kernel, (start, span, mask), covers_all)
 
 

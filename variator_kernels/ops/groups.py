@@ -7,7 +7,6 @@ padding inside a span stay empty.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -107,9 +106,24 @@ def _cut(first: Tensor, length: Tensor, groups: int, ratio: int) -> tuple[Tensor
 
 
 def _plain(x: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
-    if x.is_cpu and not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter):
-        return _plain_on_cpu(x.shape[0], x.shape[1], ratio)
-    return _plain_lists(x.shape[0], x.shape[1], ratio, x.device)
+    rows, n = x.shape[:2]
+    plain = type(x) in (Tensor, torch.nn.Parameter) and torch._C._get_tracing_state() is None
+    if torch.compiler.is_compiling() or not (x.is_cpu and plain):
+        return _plain_lists(rows, n, ratio, x.device)
+    known = _PLAIN.get((rows, n, ratio))
+    if known is None:
+        with torch.inference_mode(False):
+            known = _plain_lists(rows, n, ratio, "cpu")
+        if type(known[0]) is Tensor:  # a mode may have made something else of them
+            while len(_PLAIN) >= _MOST_PLAIN:
+                _PLAIN.pop(next(iter(_PLAIN)), None)
+            _PLAIN[rows, n, ratio] = known
+    return known
+
+
+_PLAIN: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+"""Lists of full batches: nothing but sizes decides, and nobody writes to them."""
+_MOST_PLAIN = 64
 
 
 def _plain_lists(
@@ -117,13 +131,6 @@ def _plain_lists(
 ) -> tuple[Tensor, Tensor]:
     first = torch.arange(rows, device=device)[:, None] * n
     return _cut(first, torch.full_like(first, n), (n + ratio - 1) // ratio, ratio)
-
-
-@functools.lru_cache(maxsize=64)
-def _plain_on_cpu(rows: int, n: int, ratio: int) -> tuple[Tensor, Tensor]:
-    """Nothing but sizes decides, and nobody writes to them: most calls find theirs here."""
-    with torch.inference_mode(False):
-        return _plain_lists(rows, n, ratio, "cpu")
 
 
 def _masked(mask: Tensor, ratio: int) -> tuple[Tensor, Tensor]:

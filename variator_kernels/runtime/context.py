@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ..ops import checks
@@ -25,7 +26,7 @@ class Context:
         self.mask = mask
         self.level = level
         self.phase = phase
-        self._groups: dict[tuple[Any, ...], Groups] = {}
+        self._groups: dict[tuple[Any, ...], tuple[torch.Size, Groups]] = {}
 
     def mask_of(self, x: Tensor) -> Tensor | None:
         """The mask of ``x [B, n, d]``, on its device.
@@ -50,11 +51,12 @@ class Context:
     def groups(self, x: Tensor, ratio: int, backend: str) -> Groups:
         """Those of ``x [B, n, d]``, the hidden states of this forward."""
         key = (ratio, x.device, backend)
-        found = self._groups.get(key)
-        if found is None:
-            found = make_groups(x, ratio, mask=self.mask_of(x), backend=backend)
-            self._groups[key] = found
-        return found
+        kept = self._groups.get(key)
+        size = x.shape[:2]
+        if kept is None or kept[0] != size:
+            kept = size, make_groups(x, ratio, mask=self.mask_of(x), backend=backend)
+            self._groups[key] = kept
+        return kept[1]
 
 
 def token_mask(mask: Any) -> Tensor | None:

@@ -28,14 +28,13 @@ _ACTIVATIONS = {
 class Described:
     """A sublayer's :func:`describe`, kept while nothing that it looked at has changed.
 
-    Copies and pickles of it start empty.
+    Threads may call it at once: what is kept is replaced whole. Copies and pickles start empty.
     """
 
-    __slots__ = ("_found", "_watch")
+    __slots__ = ("_kept",)
 
     def __init__(self) -> None:
-        self._found: FeedForward | None = None
-        self._watch = Watch()
+        self._kept: tuple[FeedForward, Watch] | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
@@ -44,12 +43,12 @@ class Described:
         """What ``layer``, always the same one, consists of now."""
         if torch.compiler.is_compiling():
             return describe(layer)
-        if self._found is None or not self._watch.holds():
-            self._found = None  # describe() may raise
-            found = describe(layer)
-            self._watch = _watched(layer, family_of(layer))
-            self._found = found
-        return self._found
+        kept = self._kept
+        if kept is None or not kept[1].holds():
+            # Watched first: what changes in between is looked at again in the next call.
+            watch = _watched(layer, family_of(layer))
+            kept = self._kept = describe(layer), watch
+        return kept[0]
 
 
 def _watched(layer: nn.Module, family: Family) -> Watch:

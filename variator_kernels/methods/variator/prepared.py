@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,21 +13,34 @@ from ...ops.feed_forward import FeedForward, PluginWeights
 from ...sites.watch import Watch
 
 
+class _Kept(NamedTuple):
+    """What was found, and what it was found for."""
+
+    weights: PluginWeights
+    backend: str
+    ffn: FeedForward
+    asked: tuple[Any, ...]
+    parameters: Watch
+    tensors: list[Tensor]
+
+    def holds(self, ffn: FeedForward, asked: tuple[Any, ...]) -> bool:
+        if ffn is not self.ffn or asked != self.asked or not self.parameters.holds():
+            return False
+        # Modules move their parameters in place; shapes and dtypes are the op's to look at.
+        device = asked[2]
+        return all([tensor.device == device for tensor in self.tensors])
+
+
 class Prepared:
     """What every call of one plugin needs, kept from call to call.
 
-    Copies and pickles of it start empty.
+    Threads may call it at once: what is kept is replaced whole. Copies and pickles start empty.
     """
 
-    __slots__ = ("_asked", "_backend", "_ffn", "_parameters", "_tensors", "_weights")
+    __slots__ = ("_kept",)
 
     def __init__(self) -> None:
-        self._weights: PluginWeights | None = None
-        self._parameters = Watch()
-        self._ffn: FeedForward | None = None
-        self._asked: tuple[Any, ...] = ()
-        self._tensors: list[Tensor] = []
-        self._backend = ""
+        self._kept: _Kept | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
@@ -43,25 +56,17 @@ class Prepared:
         if torch.compiler.is_compiling():
             return plugin.weights(), _checked(plugin.weights(), ffn, x, backend)
         asked = (x.shape[2:], x.dtype, x.device, backend)
-        weights = self._weights
-        if weights is None or ffn is not self._ffn or asked != self._asked or not self._holds():
-            self._weights = None  # the checks may raise
+        kept = self._kept
+        if kept is None or not kept.holds(ffn, asked):
             weights = plugin.weights()
-            self._backend = _checked(weights, ffn, x, backend)
-            self._parameters = Watch()
+            chosen = _checked(weights, ffn, x, backend)
+            watch = Watch()
             for part in plugin.children():
-                self._parameters.entries(part._parameters, tuple(part._parameters))
-            self._parameters.start()
-            self._tensors = [t for t in (*weights, *ffn) if isinstance(t, Tensor)]
-            self._ffn, self._asked, self._weights = ffn, asked, weights
-        return weights, self._backend
-
-    def _holds(self) -> bool:
-        if not self._parameters.holds():
-            return False
-        # Modules move their parameters in place; shapes and dtypes are the op's to look at.
-        device = self._asked[2]
-        return all([tensor.device == device for tensor in self._tensors])
+                watch.entries(part._parameters, tuple(part._parameters))
+            watch.start()
+            tensors = [t for t in (*weights, *ffn) if isinstance(t, Tensor)]
+            self._kept = kept = _Kept(weights, chosen, ffn, asked, watch, tensors)
+        return kept[:2]
 
 
 def _checked(weights: PluginWeights, ffn: FeedForward, x: Tensor, backend: str) -> str:

@@ -69,7 +69,7 @@ def adapter_decompress(
     dtype = u.dtype
     check_decompress(u, projected, adapter, groups)
     shape = (*projected.shape[:-1], u.shape[-1])
-    lists = listed(groups, projected.shape[:-1].numel(), projected.dim() == 2)
+    lists = listed(groups, projected.shape[:-1].numel())
     if residual is None:
         y = (torch.empty if lists.covers_all else torch.zeros)(shape, dtype=dtype)
         rows = None
@@ -91,7 +91,7 @@ def adapter_decompress_backward(
     check_decompress(u, projected, adapter, groups)
     r, d = adapter.w1u.shape
     require(dy.shape == (*projected.shape[:-1], d), f"dy is {list(dy.shape)}")
-    lists = listed(groups, projected.shape[:-1].numel(), projected.dim() == 2)
+    lists = listed(groups, projected.shape[:-1].numel())
     u = flat(u).contiguous()
     du = torch.empty(u.shape, dtype=dtype)
     d_projected = (torch.empty if lists.covers_all else torch.zeros)(projected.shape, dtype=wide)

@@ -49,7 +49,7 @@ def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: G
     x = x.to(dtype)
     require_merged(groups)
     rows, d = flat(x), x.shape[-1]
-    lists = listed(groups, rows.shape[0], x.dim() == 2, compact=True)
+    lists = listed(groups, rows.shape[0], compact=True)
     fresh = torch.empty if ffn.residual or lists.covers_all else torch.zeros
     y = fresh(x.shape, dtype=dtype)
     y_rows = y.view(-1, d)

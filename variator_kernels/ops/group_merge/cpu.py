@@ -62,7 +62,7 @@ def group_merge(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_merge(x, merge, groups, norm)
     rows, shape, wide = flat(x), groups.shape(x), accumulator(x.dtype)
-    lists = listed(groups, rows.shape[0], x.dim() == 2)
+    lists = listed(groups, rows.shape[0])
     merged = x.new_empty(*shape, x.shape[-1])
     softmax = x.new_empty(*shape, groups.ratio, dtype=wide)
     fresh = torch.empty if lists.covers_all else torch.zeros
@@ -84,7 +84,7 @@ def group_merge_backward(
     check_merge(x, merge, groups, norm)
     check_merge_backward(d_merged, softmax, x, groups)
     rows, k, d, r = flat(x), groups.ratio, x.shape[-1], merge.bottleneck
-    lists = listed(groups, rows.shape[0], x.dim() == 2)
+    lists = listed(groups, rows.shape[0])
     wide, vectors = accumulator(x.dtype), wide_norm(norm, x.dtype)
     dx = (torch.empty if lists.covers_all else torch.zeros)(x.shape, dtype=x.dtype)
     d_weight = torch.empty(k, k, d, dtype=wide)  # [slot, score, d]
