@@ -6,7 +6,7 @@ from pathlib import Path
 
 import variator_kernels as vk
 from variator_kernels import __main__ as main
-from variator_kernels import backends
+from variator_kernels import backends, version
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,4 +50,5 @@ def test_import_is_light():
 def test_public_names():
     assert all(hasattr(vk, name) for name in vk.__all__)
     project = (ROOT / "pyproject.toml").read_text()
-    assert f'version = "{vk.__version__}"' in project
+    assert 'attr = "variator_kernels.version.__version__"' in project
+    assert vk.__version__ == version.__version__
