@@ -17,7 +17,7 @@ from variator_kernels.ops import prepack
 from variator_kernels.ops.adapter_decompress import op as decompress_op
 from variator_kernels.ops.arguments import Norm
 from variator_kernels.ops.group_merge import op as merge_op
-from variator_kernels.ops.groups import make_groups
+from variator_kernels.ops.make_groups import make_groups
 from variator_kernels.runtime.state import states
 from variator_kernels.sites.families import lookup
 from variator_kernels.sites.feed_forward import describe, family_of

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from . import functional
 from .ops.feed_forward import FeedForward, normalize
-from .ops.groups import make_groups, slots
+from .ops.groups import slots
+from .ops.make_groups import make_groups
 from .runtime.levels import use_ratio
 from .runtime.state import STATE, observe, states
 from .sites.feed_forward import describe

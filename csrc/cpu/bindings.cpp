@@ -61,6 +61,15 @@ PYBIND11_MODULE(_cpu, m) {
     m.attr("norms") = Values{VARIATOR_NORMS(VARIATOR_ENUM_ENTRY)};
     m.attr("adapter_activations") = Values{VARIATOR_ADAPTER_ACTIVATIONS(VARIATOR_ENUM_ENTRY)};
 
+    m.def(
+        "list_groups",
+        [](Address mask, int64_t rows, int64_t n, int64_t k, Address start, Address span) {
+            list_groups(pointer<const uint8_t>(mask), rows, n, k, pointer<int64_t>(start),
+                        pointer<int64_t>(span));
+        },
+        py::kw_only(), py::arg("mask"), py::arg("rows"), py::arg("n"), py::arg("k"),
+        py::arg("start"), py::arg("span"), Quiet());
+
     // Every struct is built by keyword: of twenty addresses and sizes two that change places would
     // be memory written at random.
     py::class_<Groups>(m, "Groups")

@@ -4,6 +4,22 @@
 
 namespace variator {
 
+void list_groups(const uint8_t* mask, int64_t rows, int64_t n, int64_t k, int64_t* start,
+                 int64_t* span) {
+    const int64_t groups = (n + k - 1) / k;
+    for (int64_t row = 0; row < rows; ++row) {
+        int64_t first = row * n, last = first + n;
+        while (first < last && !mask[first]) ++first;
+        while (last > first && !mask[last - 1]) --last;
+        if (first == last) first = last = row * n;
+        for (int64_t i = 0; i < groups; ++i) {
+            const int64_t left = last - first - i * k;
+            *span++ = left < 0 ? 0 : left < k ? left : k;
+            *start++ = first + (left > 0 ? i * k : 0);
+        }
+    }
+}
+
 int64_t held(const Groups& groups, int64_t tokens) {
     int64_t sum = 0, last = 0;
     for (int64_t i = 0; i < groups.count; ++i) {

@@ -6,6 +6,11 @@
 
 namespace variator {
 
+// Start and span of ceil(n / k) groups for each of `rows` rows of n tokens, from a row's first real
+// token to its last; `mask` has a byte a token. Groups behind the last token have a span of 0.
+void list_groups(const uint8_t* mask, int64_t rows, int64_t n, int64_t k, int64_t* start,
+                 int64_t* span);
+
 // How many tokens lie in spans, real or not; -1 if a slot lies outside of the list of as many
 // tokens, or a token in two spans.
 int64_t held(const Groups& groups, int64_t tokens);

@@ -13,7 +13,7 @@ from variator_kernels import functional as vf
 from variator_kernels.ops.compressed_ffn import cuda as sublayer
 from variator_kernels.ops.cuda_arguments import groups_kernel
 from variator_kernels.ops.gpu_arguments import GpuGroups
-from variator_kernels.ops.groups import make_groups
+from variator_kernels.ops.make_groups import make_groups
 
 BF16 = torch.bfloat16
 

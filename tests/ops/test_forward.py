@@ -30,7 +30,7 @@ from tests.ops.cases import (
 from variator_kernels import functional as vf
 from variator_kernels.ops.arguments import MergeWeights, Norm
 from variator_kernels.ops.group_merge import op as merge
-from variator_kernels.ops.groups import make_groups
+from variator_kernels.ops.make_groups import make_groups
 
 
 def compare(backend, op, x, arguments, what, **options):

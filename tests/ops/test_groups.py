@@ -16,13 +16,14 @@ from tests.ops.cases import (
     plugin,
 )
 from variator_kernels import functional as vf
-from variator_kernels.ops import groups as groups_module
+from variator_kernels.ops import make_groups as groups_module
 from variator_kernels.ops.arguments import NO_NORM
 from variator_kernels.ops.compressed_ffn import op as ffn_op
 from variator_kernels.ops.compressed_ffn import reference as ffn_reference
 from variator_kernels.ops.feed_forward import normalize, products
 from variator_kernels.ops.group_merge import op as merge_op
-from variator_kernels.ops.groups import Groups, make_groups, real_tokens, slots, token_slots
+from variator_kernels.ops.groups import Groups, real_tokens, slots, token_slots
+from variator_kernels.ops.make_groups import make_groups
 
 D = 24
 FFN = feed_forward(D, 40, torch.float32, "t5")

@@ -15,7 +15,7 @@ from variator_kernels.ops import prepack
 from variator_kernels.ops.arguments import Norm
 from variator_kernels.ops.feed_forward import FeedForward
 from variator_kernels.ops.group_merge.op import group_merge
-from variator_kernels.ops.groups import make_groups
+from variator_kernels.ops.make_groups import make_groups
 
 pytestmark = needs_cpu
 D, F, K = 24, 40, 4

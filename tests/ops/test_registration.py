@@ -18,7 +18,7 @@ from tests.ops.cases import (
 )
 from variator_kernels import functional as vf
 from variator_kernels.ops.compressed_ffn import op as ffn_op
-from variator_kernels.ops.groups import make_groups
+from variator_kernels.ops.make_groups import make_groups
 
 needs_opcheck = pytest.mark.skipif(
     importlib.util.find_spec("expecttest") is None, reason="opcheck needs expecttest"

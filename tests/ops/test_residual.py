@@ -18,7 +18,7 @@ from tests.ops.test_backward import assert_gradient
 from variator_kernels import functional as vf
 from variator_kernels.ops.compressed_ffn import op
 from variator_kernels.ops.feed_forward import PluginWeights
-from variator_kernels.ops.groups import make_groups
+from variator_kernels.ops.make_groups import make_groups
 
 
 @every_kernel_backend

@@ -20,7 +20,7 @@ from tests.ops.cases import (
 from variator_kernels import extension
 from variator_kernels import functional as vf
 from variator_kernels.ops import cpu_arguments
-from variator_kernels.ops.groups import make_groups
+from variator_kernels.ops.make_groups import make_groups
 
 D, K, N = 24, 4, 19
 P = plugin(D, K, 8, torch.float32)

@@ -35,7 +35,7 @@ package.__path__ = [sys.argv[1]]
 sys.modules["variator_kernels"] = package
 import importlib, torch
 from variator_kernels.ops.feed_forward import FeedForward, PluginWeights
-from variator_kernels.ops.groups import make_groups
+from variator_kernels.ops.groups import Groups, plain_lists
 reference = {}
 for op in ("group_merge", "adapter_decompress", "compressed_ffn"):
     folder = types.ModuleType(f"variator_kernels.ops.{op}")
@@ -47,7 +47,8 @@ x = torch.randn(2, 5, d)
 shapes = (k, k * d), (k,), (r, 2 * d), (r,), (d, r), (d,)
 plugin = PluginWeights(*(torch.randn(s) for s in shapes))
 ffn = FeedForward(torch.randn(6, d), torch.randn(d, 6))
-y = reference["compressed_ffn"].compressed_ffn(x, plugin, ffn, make_groups(x, k))
+groups = Groups(*plain_lists(2, 5, k, "cpu"), None, None, None, k, "listed")
+y = reference["compressed_ffn"].compressed_ffn(x, plugin, ffn, groups)
 assert y.shape == x.shape and y.isfinite().all()
 ours = sorted(m for m in sys.modules if m.startswith("variator_kernels.") and sys.modules[m])
 print(*ours)

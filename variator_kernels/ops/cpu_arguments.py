@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from .groups import Groups
 from .library import accumulator
 
 
+@functools.cache
 def dtype_code(dtype: torch.dtype) -> int:
     """The kernels' number for a storage type."""
     return extension.enum_value("cpu", "dtypes", str(dtype).removeprefix("torch."))

@@ -1,4 +1,4 @@
-"""Which tokens form which group: made once for an input and a ratio, read by every op.
+"""Which tokens form which group: data that every op reads (:mod:`make_groups` makes it).
 
 Groups are data: a start, a span of up to k slots and perhaps a kept flag each, so groups of unequal
 size need nothing new. A row's groups start at its first real token and run to its last; slots of
@@ -63,37 +63,7 @@ def max_groups(x: Tensor, ratio: int, cu_seqlens: Tensor | None = None) -> int:
     return (x.shape[0] + sequences * (ratio - 1)) // ratio
 
 
-def make_groups(
-    x: Tensor,
-    ratio: int,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    backend: str = "reference",
-) -> Groups:
-    """The groups of ``x [B, n, ...]`` or varlen ``[T, ...]``, as ``backend`` (resolved) reads them.
-
-    No host synchronisation on a GPU. ``mask`` and ``cu_seqlens`` are as in the public ops, checked.
-    """
-    on_gpu = backend in ("triton", "cuda")
-    if cu_seqlens is not None:
-        start, span, owned = _varlen(x.shape[0], cu_seqlens.long(), ratio)
-        if on_gpu:
-            return Groups(start, span, owned, None, None, ratio, "listed")
-        return Groups(start[:-1], span[:-1], None, None, None, ratio, "listed")
-    if mask is None:
-        if on_gpu:
-            return Groups(None, None, None, None, None, ratio, "plain")
-        start, span = _plain(x, ratio)
-        return Groups(start, span, None, None, None, ratio, "listed")
-    mask = (mask if mask.dtype == torch.bool else mask != 0).contiguous()
-    if on_gpu:
-        return Groups(_first(mask), None, None, None, mask, ratio, "masked")
-    start, span = _masked(mask, ratio)
-    return Groups(start, span, None, None, mask, ratio, "listed")
-
-
-def _first(mask: Tensor) -> Tensor:
+def first_real(mask: Tensor) -> Tensor:
     """``[B]``: the position of each row's first real token; 0 where there is none."""
     return mask.int().argmax(-1) if mask.shape[1] else mask.new_zeros(len(mask), dtype=torch.long)
 
@@ -105,44 +75,23 @@ def _cut(first: Tensor, length: Tensor, groups: int, ratio: int) -> tuple[Tensor
     return first + torch.where(left > 0, position, 0), left.clamp(0, ratio)
 
 
-def _plain(x: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
-    rows, n = x.shape[:2]
-    plain = type(x) in (Tensor, torch.nn.Parameter) and torch._C._get_tracing_state() is None
-    if torch.compiler.is_compiling() or not (x.is_cpu and plain):
-        return _plain_lists(rows, n, ratio, x.device)
-    known = _PLAIN.get((rows, n, ratio))
-    if known is None:
-        with torch.inference_mode(False):
-            known = _plain_lists(rows, n, ratio, "cpu")
-        if type(known[0]) is Tensor:  # a mode may have made something else of them
-            while len(_PLAIN) >= _MOST_PLAIN:
-                _PLAIN.pop(next(iter(_PLAIN)), None)
-            _PLAIN[rows, n, ratio] = known
-    return known
-
-
-_PLAIN: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
-"""Lists of full batches: nothing but sizes decides, and nobody writes to them."""
-_MOST_PLAIN = 64
-
-
-def _plain_lists(
-    rows: int, n: int, ratio: int, device: torch.device | str
-) -> tuple[Tensor, Tensor]:
+def plain_lists(rows: int, n: int, ratio: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Start and span ``[B, G]`` of a batch without padding."""
     first = torch.arange(rows, device=device)[:, None] * n
     return _cut(first, torch.full_like(first, n), (n + ratio - 1) // ratio, ratio)
 
 
-def _masked(mask: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
+def masked_lists(mask: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
+    """Start and span ``[B, G]`` for a bool mask ``[B, n]``."""
     rows, n = mask.shape
-    first = _first(mask)
-    last = n - _first(mask.flip(-1))
+    first = first_real(mask)
+    last = n - first_real(mask.flip(-1))
     length = torch.where(mask.any(-1), last - first, 0)
     start = torch.arange(rows, device=mask.device) * n + first
     return _cut(start[:, None], length[:, None], (n + ratio - 1) // ratio, ratio)
 
 
-def _varlen(tokens: int, cu_seqlens: Tensor, ratio: int) -> tuple[Tensor, Tensor, Tensor]:
+def varlen_lists(tokens: int, cu_seqlens: Tensor, ratio: int) -> tuple[Tensor, Tensor, Tensor]:
     """Start, span and owned tokens of as many groups as there can be, and one more.
 
     Groups behind the last real one own the tokens outside ``cu_seqlens[0] .. cu_seqlens[-1]`` (they

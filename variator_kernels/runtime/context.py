@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..ops import checks
-from ..ops.groups import Groups, make_groups
+from ..ops.groups import Groups
+from ..ops.make_groups import make_groups
 from .level import Level
 
 Phase = Literal["prefill", "decoding"]

@@ -32,7 +32,8 @@ from ... import backends, checks
 from ...ops import prepack
 from ...ops.feed_forward import FeedForward, normalize, products
 from ...ops.group_merge.reference import group_merge
-from ...ops.groups import make_groups, token_slots
+from ...ops.groups import token_slots
+from ...ops.make_groups import make_groups
 from ...ops.prepacked_linear import FrozenProducts, linear
 from ...runtime.levels import use_ratio
 from ...runtime.state import STATE, State, observe, states

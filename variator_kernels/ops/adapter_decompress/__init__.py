@@ -10,7 +10,8 @@ from ... import backends
 from ...checks import ratio as check_ratio
 from .. import checks
 from ..arguments import AdapterWeights
-from ..groups import make_groups, max_groups, real_tokens
+from ..groups import max_groups, real_tokens
+from ..make_groups import make_groups
 from . import op, reference
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from ... import backends
 from .. import checks
 from ..feed_forward import FeedForward, PluginWeights
-from ..groups import Groups, make_groups
+from ..groups import Groups
+from ..make_groups import make_groups
 from . import layered, op, reference
 
 

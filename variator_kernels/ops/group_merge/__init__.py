@@ -7,7 +7,7 @@ from torch import Tensor
 from ... import backends
 from .. import checks
 from ..arguments import NO_NORM, MergeWeights
-from ..groups import make_groups
+from ..make_groups import make_groups
 from . import op, reference
 
 

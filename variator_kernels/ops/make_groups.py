@@ -1,0 +1,74 @@
+"""Making groups: once for an input and a ratio, in the form that a backend reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import extension
+from .groups import Groups, first_real, masked_lists, plain_lists, varlen_lists
+
+
+def make_groups(
+    x: Tensor,
+    ratio: int,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "reference",
+) -> Groups:
+    """The groups of ``x [B, n, ...]`` or varlen ``[T, ...]``, as ``backend`` (resolved) reads them.
+
+    No host synchronisation on a GPU. ``mask`` and ``cu_seqlens`` are as in the public ops, checked.
+    """
+    on_gpu = backend in ("triton", "cuda")
+    if cu_seqlens is not None:
+        start, span, owned = varlen_lists(x.shape[0], cu_seqlens.long(), ratio)
+        if on_gpu:
+            return Groups(start, span, owned, None, None, ratio, "listed")
+        return Groups(start[:-1], span[:-1], None, None, None, ratio, "listed")
+    if mask is None:
+        if on_gpu:
+            return Groups(None, None, None, None, None, ratio, "plain")
+        start, span = _plain(x, ratio)
+        return Groups(start, span, None, None, None, ratio, "listed")
+    mask = (mask if mask.dtype == torch.bool else mask != 0).contiguous()
+    if on_gpu:
+        return Groups(first_real(mask), None, None, None, mask, ratio, "masked")
+    start, span = _masked(mask, ratio, backend)
+    return Groups(start, span, None, None, mask, ratio, "listed")
+
+
+def _plain(x: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
+    rows, n = x.shape[:2]
+    plain = type(x) in (Tensor, torch.nn.Parameter) and torch._C._get_tracing_state() is None
+    if torch.compiler.is_compiling() or not (x.is_cpu and plain):
+        return plain_lists(rows, n, ratio, x.device)
+    known = _PLAIN.get((rows, n, ratio))
+    if known is None:
+        with torch.inference_mode(False):
+            known = plain_lists(rows, n, ratio, "cpu")
+        if type(known[0]) is Tensor:  # a mode may have made something else of them
+            while len(_PLAIN) >= _MOST_PLAIN:
+                _PLAIN.pop(next(iter(_PLAIN)), None)
+            _PLAIN[rows, n, ratio] = known
+    return known
+
+
+_PLAIN: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+"""Lists of full batches: nothing but sizes decides, and nobody writes to them."""
+_MOST_PLAIN = 64
+
+
+def _masked(mask: Tensor, ratio: int, backend: str) -> tuple[Tensor, Tensor]:
+    """By one call where the CPU kernels are: PyTorch takes a dozen."""
+    tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if backend != "cpu" or tracing or type(mask) is not Tensor:
+        return masked_lists(mask, ratio)
+    rows, n = mask.shape
+    lists = torch.empty(2, rows, (n + ratio - 1) // ratio, dtype=torch.int64)
+    start, span = lists[0], lists[1]
+    extension.load().list_groups(
+        mask=mask.data_ptr(), rows=rows, n=n, k=ratio, start=start.data_ptr(), span=span.data_ptr()
+    )
+    return start, span
