@@ -111,6 +111,34 @@ def test_tokens_of_no_group_pass_through():
     torch.testing.assert_close(y[:, :7], vf.compressed_ffn(x[:, :7], p, FFN, backend="reference"))
 
 
+@needs_cpu
+def test_lists_of_a_mask_are_those_of_plain_pytorch():
+    for kind in ("right", "left", "holes", "empty row"):
+        for n in (1, 5, 24):
+            mask = masked(kind, 3, n)
+            for k in (2, 3, 8):
+                ours = make_groups(torch.empty(3, n, 1), k, mask=mask, backend="cpu")
+                plain = make_groups(torch.empty(3, n, 1), k, mask=mask)
+                held = plain.span > 0
+                assert torch.equal(ours.span, plain.span)
+                assert torch.equal(ours.start[held], plain.start[held])
+
+
+@needs_cpu
+def test_modes_and_transforms_get_no_addresses():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x, mask = torch.randn(2, 9, D), masked("holes", 2, 9)
+    meta = make_groups(x.to("meta"), 3, mask=mask.to("meta"), backend="cpu")
+    assert meta.start.is_meta
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        make_groups(x, 3, mask=mask, backend="cpu")
+    with torch.device("meta"):
+        assert not make_groups(x, 3, mask=mask, backend="cpu").start.is_inference()
+    spans = torch.vmap(lambda m: make_groups(x, 3, mask=m, backend="cpu").span)(mask[:, None])
+    assert torch.equal(spans[:, 0], make_groups(x, 3, mask=mask).span)
+
+
 def test_lists_of_full_batches_are_made_once_and_never_by_a_mode():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

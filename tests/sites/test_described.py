@@ -18,8 +18,10 @@ from variator_kernels.sites.feed_forward import Described, describe
 def counted(monkeypatch):
     """How often a description was made."""
     calls = []
-    real = feed_forward.describe
-    monkeypatch.setattr(feed_forward, "describe", lambda layer: calls.append(layer) or real(layer))
+    real = feed_forward._watched
+    monkeypatch.setattr(
+        feed_forward, "_watched", lambda layer, family: calls.append(layer) or real(layer, family)
+    )
     return calls
 
 
@@ -71,7 +73,64 @@ def test_changes_are_seen(family, change, counted):
         assert ours == wanted
     assert now.module is not None or now.w_out is describe(layer).w_out
     assert (now.module is None) == (describe(layer).module is None)
-    assert kept.of(layer) is now and len(counted) == 2
+    if change != "parametrization":  # such a weight is computed at each look, so not kept
+        assert kept.of(layer) is now and len(counted) == 2
+
+
+def test_a_parametrised_weight_is_never_kept(counted):
+    """It is computed at each look: a kept one would be of the past, and a graph walked twice."""
+    layer = tiny.layers(tiny.model())[0]
+    nn.utils.parametrize.register_parametrization(layer.layer_norm, "weight", nn.Softplus())
+    kept = Described()
+    first = kept.of(layer).norm_weight.detach().clone()
+    with torch.no_grad():
+        layer.layer_norm.parametrizations.weight.original.add_(1)
+    assert not torch.equal(kept.of(layer).norm_weight, first)
+
+
+def swapped_activation(plugin):
+    plugin.adapter.activation = "identity"
+
+
+def new_merge(plugin):
+    plugin.merge = vk.GroupMerge(24, 2)
+
+
+def new_weight(plugin):
+    plugin.adapter.w2 = nn.Parameter(torch.ones_like(plugin.adapter.w2))
+
+
+def plain_attribute(plugin):
+    weight = plugin.adapter.w2.detach() + 1
+    del plugin.adapter.w2
+    plugin.adapter.w2 = weight
+
+
+def parametrised(plugin):
+    nn.utils.parametrize.register_parametrization(plugin.adapter, "w2", nn.Softplus())
+
+
+def parametrised_and_trained(plugin):
+    """Handled in the test: parametrised, run, then changed."""
+
+
+@pytest.mark.parametrize("change", [swapped_activation, new_merge, new_weight, plain_attribute,
+                                    parametrised, parametrised_and_trained])  # fmt: skip
+def test_changes_of_a_plugin_are_seen(change):
+    model = tiny.patched(ratio=2)
+    ids, mask = tiny.batch(9, 4)
+    plugin = model.encoder.block[0].layer[-1].plugins["2"]
+    with torch.no_grad():
+        tiny.encode(model, ids, mask)
+        if change is parametrised_and_trained:
+            parametrised(plugin)
+            tiny.encode(model, ids, mask)
+            plugin.adapter.parametrizations.w2.original.add_(1)
+        else:
+            change(plugin)
+        ours = tiny.encode(model, ids, mask)
+        plugin.prepared = type(plugin.prepared)()
+        assert torch.equal(tiny.encode(model, ids, mask), ours)
 
 
 def test_what_is_refused_stays_refused(counted):
@@ -84,6 +143,29 @@ def test_what_is_refused_stays_refused(counted):
             kept.of(layer)
     handle.remove()
     assert kept.of(layer).norm == "rms"
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_replicas_of_data_parallel_have_their_own(family):
+    """They share what lies in a module's dict, this too."""
+    model = tiny.patched(family, "gelu", ratio=2)
+    layer = tiny.layers(model)[0]
+    x = torch.randn(2, 9, 24)
+    with torch.no_grad():
+        before = tiny.run(layer, x)
+        replica = layer._replicate_for_data_parallel()
+        replica._modules = {}
+        for name, child in copy.deepcopy(layer)._modules.items():
+            for parameter in child.parameters():
+                parameter.add_(0.5)
+            replica._modules[name] = child
+        assert vars(replica)["variator_described"] is vars(layer)["variator_described"]
+        changed = tiny.run(replica, x)
+        fresh = copy.deepcopy(layer)
+        for parameter in fresh.parameters():
+            parameter.add_(0.5)
+        assert torch.equal(changed, tiny.run(fresh, x)) and not torch.equal(changed, before)
+        assert torch.equal(tiny.run(layer, x), before)
 
 
 def test_copies_start_empty(counted):

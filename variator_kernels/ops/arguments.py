@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .groups import Groups
@@ -52,6 +53,18 @@ def require(holds: bool, what: str) -> None:
         raise ValueError(f"argument does not fit: {what}")
 
 
+def check_ffn(vectors: int, weights: tuple[Tensor | None, ...], norm: Norm) -> None:
+    """w_in, w_out, w_gate, b_in, b_out, b_gate for ``vectors`` of that size, and a norm behind."""
+    w_in, w_out, w_gate, b_in, b_out, b_gate = weights
+    assert w_in is not None and w_out is not None
+    d, f = vectors, w_in.shape[0]
+    require(w_in.shape == (f, d), f"w_in is {list(w_in.shape)}")
+    require(w_out.shape == (d, f), f"w_out is {list(w_out.shape)}")
+    require(w_gate is None or w_gate.shape == (f, d), "w_gate's shape")
+    for vector, size in ((b_in, f), (b_out, d), (b_gate, f), (norm.weight, d), (norm.bias, d)):
+        require(vector is None or vector.shape == (size,), "a bias or norm vector's shape")
+
+
 def require_merged(groups: Groups) -> None:
     """For kernels that know no kept groups."""
     require(groups.kept is None, "these kernels keep no token whole; backend='reference' does")
@@ -74,9 +87,15 @@ def check_merge(x: Tensor, merge: MergeWeights, groups: Groups, norm: Norm) -> N
         require(vector is None or vector.shape == (d,), "norm weight or bias")
 
 
-def check_merge_backward(d_merged: Tensor, softmax: Tensor, x: Tensor, groups: Groups) -> None:
+def check_merge_backward(
+    d_merged: Tensor, d_projected: Tensor, softmax: Tensor, x: Tensor, merge: MergeWeights,
+    groups: Groups,
+) -> None:  # fmt: skip
     """What the forward made, and gradients of its shapes."""
-    shape = groups.shape(x)
+    shape, rows = groups.shape(x), (*x.shape[:-1], merge.bottleneck)
+    require(d_projected.shape == rows, f"d_projected is {list(d_projected.shape)}")
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    require(softmax.dtype == wide, f"softmax is {softmax.dtype}")
     require(softmax.shape == (*shape, groups.ratio), f"softmax is {list(softmax.shape)}")
     require(d_merged.shape == (*shape, x.shape[-1]), f"d_merged is {list(d_merged.shape)}")
 

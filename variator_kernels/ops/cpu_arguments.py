@@ -69,8 +69,12 @@ def listed(groups: Groups, tokens: int, *, compact: bool = False) -> Listed:
     start, span, mask = groups.start, groups.span, groups.mask
     require(groups.form == "listed", f"the CPU kernels read listed groups, got {groups.form!r}")
     assert start is not None and span is not None
+    require(groups.owned is None, "groups with owned tokens are a GPU's")
     require(mask is None or mask.numel() == tokens, "the mask's size")
+    require(mask is None or mask.dtype == torch.bool, "the mask must be bool")
+    require(all(t is None or t.is_cpu for t in (start, span, mask)), "groups are on the CPU")
     start, span = start.contiguous(), span.contiguous()
+    mask = None if mask is None else mask.contiguous()
     require(start.dtype == span.dtype == torch.int64, "start and span must be int64")
     require(start.numel() == span.numel(), "start and span are of one size")
     kernel = _kernel(start, span, mask, start.numel(), groups.ratio)

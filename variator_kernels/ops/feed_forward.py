@@ -51,11 +51,14 @@ class FeedForward(NamedTuple):
     (replaced linear layers, hooks)."""
 
     @property
+    def any_norm(self) -> Norm:
+        """The sublayer's norm, in front or behind."""
+        return Norm(self.norm, self.norm_weight, self.norm_bias, self.eps)
+
+    @property
     def pre_norm(self) -> Norm:
         """The norm in front of the merge, if there is one."""
-        if self.post_norm or self.norm == "none":
-            return NO_NORM
-        return Norm(self.norm, self.norm_weight, self.norm_bias, self.eps)
+        return NO_NORM if self.post_norm or self.norm == "none" else self.any_norm
 
 
 class PluginWeights(NamedTuple):

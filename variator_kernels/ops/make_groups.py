@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .. import extension
 from .groups import Groups, first_real, masked_lists, plain_lists, varlen_lists
@@ -41,8 +42,7 @@ def make_groups(
 
 def _plain(x: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
     rows, n = x.shape[:2]
-    plain = type(x) in (Tensor, torch.nn.Parameter) and torch._C._get_tracing_state() is None
-    if torch.compiler.is_compiling() or not (x.is_cpu and plain):
+    if not (_is_plain(x) and x.device.type == "cpu"):
         return plain_lists(rows, n, ratio, x.device)
     known = _PLAIN.get((rows, n, ratio))
     if known is None:
@@ -62,13 +62,24 @@ _MOST_PLAIN = 64
 
 def _masked(mask: Tensor, ratio: int, backend: str) -> tuple[Tensor, Tensor]:
     """By one call where the CPU kernels are: PyTorch takes a dozen."""
-    tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    if backend != "cpu" or tracing or type(mask) is not Tensor:
+    if backend != "cpu" or not (_is_plain(mask) and mask.device.type == "cpu"):
         return masked_lists(mask, ratio)
     rows, n = mask.shape
-    lists = torch.empty(2, rows, (n + ratio - 1) // ratio, dtype=torch.int64)
+    lists = torch.empty(2, rows, (n + ratio - 1) // ratio, dtype=torch.int64, device="cpu")
     start, span = lists[0], lists[1]
     extension.load().list_groups(
         mask=mask.data_ptr(), rows=rows, n=n, k=ratio, start=start.data_ptr(), span=span.data_ptr()
     )
     return start, span
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether ``x`` is memory, and what is made now will be: no compiler, tracer, transform or mode
+    stands in between."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and torch._C._get_tracing_state() is None
+        and _get_current_dispatch_mode() is None
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )

@@ -114,7 +114,8 @@ def _result_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype
     fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
         return None
-    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+    doubles = weight.dtype == torch.float64 or (bias is not None and bias.dtype == torch.float64)
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64 and not doubles:
         return torch.get_autocast_dtype("cpu")
     same = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
     return x.dtype if same else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..ops.feed_forward import FeedForward
 from ..ops.prepacked_linear import Forward
 from .families import FAMILIES, ROW, Family, follow, is_a, lookup
-from .watch import Watch
+from .watch import Watch, same_tensors
 
 _ACTIVATIONS = {
     "ReLU": "relu",
@@ -34,7 +35,7 @@ class Described:
     __slots__ = ("_kept",)
 
     def __init__(self) -> None:
-        self._kept: tuple[FeedForward, Watch] | None = None
+        self._kept: tuple[FeedForward, Watch, weakref.ref[nn.Module]] | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
@@ -44,10 +45,12 @@ class Described:
         if torch.compiler.is_compiling():
             return describe(layer)
         kept = self._kept
-        if kept is None or not kept[1].holds():
+        # A replica of DataParallel shares this object with the original.
+        if kept is None or kept[2]() is not layer or not kept[1].holds():
             # Watched first: what changes in between is looked at again in the next call.
             watch = _watched(layer, family_of(layer))
-            kept = self._kept = describe(layer), watch
+            kept = describe(layer), watch, weakref.ref(layer)
+            self._kept = kept if same_tensors(kept[0], describe(layer)) else None
         return kept[0]
 
 

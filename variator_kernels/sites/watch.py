@@ -6,7 +6,7 @@ from collections.abc import Callable
 from operator import is_, itemgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -71,7 +71,7 @@ class Watch:
         if all(known is not kind for known, _ in self._forwards):
             self._forwards.append((kind, kind.forward))
         self.entries(module._parameters, tuple(module._parameters))
-        self.entries(own, ("forward", *(name for name in attributes if name in own)))
+        self.entries(own, ("forward", *_HOOKS, *(name for name in attributes if name in own)))
         for name in _HOOKS:
             (self._filled if own[name] else self._empty).append(own[name])
 
@@ -91,3 +91,10 @@ class Watch:
                 return False
         same = list(map(type, self._modules)) == self._classes
         return same and not any(self._empty) and all(self._filled)
+
+
+def same_tensors(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
+    """Whether two looks at the same place gave the same tensors: a parametrised weight is computed
+    anew at each, so it cannot be kept."""
+    pairs = zip(first, second, strict=True)
+    return all(a is b for a, b in pairs if isinstance(a, Tensor) or isinstance(b, Tensor))

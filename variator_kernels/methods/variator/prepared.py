@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ... import backends
 from ...ops import checks
 from ...ops.feed_forward import FeedForward, PluginWeights
-from ...sites.watch import Watch
+from ...sites.watch import Watch, same_tensors
 
 
 class _Kept(NamedTuple):
@@ -21,14 +22,19 @@ class _Kept(NamedTuple):
     ffn: FeedForward
     asked: tuple[Any, ...]
     parameters: Watch
+    plugin: weakref.ref[Any]
     tensors: list[Tensor]
+    forms: list[tuple[Any, ...]]
 
-    def holds(self, ffn: FeedForward, asked: tuple[Any, ...]) -> bool:
-        if ffn is not self.ffn or asked != self.asked or not self.parameters.holds():
+    def holds(self, plugin: Any, ffn: FeedForward, asked: tuple[Any, ...]) -> bool:
+        if ffn is not self.ffn or asked != self.asked or self.plugin() is not plugin:
             return False
-        # Modules move their parameters in place; shapes and dtypes are the op's to look at.
-        device = asked[2]
-        return all([tensor.device == device for tensor in self.tensors])
+        # Parameters are moved, converted and given other data in place.
+        return self.parameters.holds() and _forms(self.tensors) == self.forms
+
+
+def _forms(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
+    return [(t.shape, t.dtype, t.device) for t in tensors]
 
 
 class Prepared:
@@ -57,16 +63,28 @@ class Prepared:
             return plugin.weights(), _checked(plugin.weights(), ffn, x, backend)
         asked = (x.shape[2:], x.dtype, x.device, backend)
         kept = self._kept
-        if kept is None or not kept.holds(ffn, asked):
+        if kept is None or not kept.holds(plugin, ffn, asked):
             weights = plugin.weights()
             chosen = _checked(weights, ffn, x, backend)
-            watch = Watch()
-            for part in plugin.children():
-                watch.entries(part._parameters, tuple(part._parameters))
-            watch.start()
             tensors = [t for t in (*weights, *ffn) if isinstance(t, Tensor)]
-            self._kept = kept = _Kept(weights, chosen, ffn, asked, watch, tensors)
+            watch, whose = _watched(plugin), weakref.ref(plugin)
+            kept = _Kept(weights, chosen, ffn, asked, watch, whose, tensors, _forms(tensors))
+            self._kept = kept if same_tensors(weights, plugin.weights()) else None
         return kept[:2]
+
+
+def _watched(plugin: Any) -> Watch:
+    """Everything that ``plugin.weights()`` looks at; plain attributes may hide parameters."""
+    watch = Watch()
+    for name, tensors in _PARTS.items():
+        part = watch.path(plugin, name)
+        watch.module(part, ("activation",))
+        watch.entries(vars(part), tensors)
+    watch.start()
+    return watch
+
+
+_PARTS = {"merge": ("weight", "bias"), "adapter": ("w1", "b1", "w2", "b2")}
 
 
 def _checked(weights: PluginWeights, ffn: FeedForward, x: Tensor, backend: str) -> str:

@@ -13,6 +13,7 @@ from ...runtime.level import Level, Site
 from .config import PLACEMENTS
 
 FORMAT = 2
+MOST_LAYERS = 10_000
 FIELDS = ("merge.weight", "merge.bias", "adapter.w1", "adapter.b1", "adapter.w2", "adapter.b2")
 
 
@@ -104,6 +105,8 @@ def _first(given: Mapping[str, Any]) -> Settings:
     if unknown := sorted(given.keys() - set(_FIRST)):
         raise ValueError(f"format 1 has no fields {unknown}")
     layers = checks.ratio(given["layers"], "layers")
+    if layers > MOST_LAYERS:
+        raise ValueError(f"layers must be at most {MOST_LAYERS}, got {layers}")
     return _checked(
         Settings(
             family=given["family"],
@@ -123,6 +126,8 @@ def _require(given: Mapping[str, Any], fields: tuple[str, ...]) -> None:
 
 
 def _checked(settings: Settings) -> Settings:
+    if not isinstance(settings.family, str) or not settings.family:
+        raise ValueError(f"family must be a model_type, got {settings.family!r}")
     for name in ("placements", "level"):
         value = getattr(settings, name)
         if not isinstance(value, dict) or tuple(value) != PLACEMENTS:

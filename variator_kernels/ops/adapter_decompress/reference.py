@@ -34,6 +34,8 @@ def adapter_decompress(
         return torch.zeros_like(h)
     dtype = h.dtype
     index, exists = slots(groups, tokens)
+    if index.numel() == 0:
+        return torch.zeros_like(h)
     us = u.to(dtype)[..., None, :].expand(*index.shape, u.shape[-1])
     both = torch.cat([us, _gather(h, index, exists)], -1)
     t = F.linear(both, w1.to(dtype), b1.to(dtype))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import prepack
 from ..adapter_decompress import cpu as decompress
-from ..arguments import check_adapter, check_merge, flat, require_merged
+from ..arguments import check_adapter, check_ffn, check_merge, flat, require_merged
 from ..cpu_arguments import (
     Listed,
     PrepackedAdapter,
@@ -48,6 +48,7 @@ def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: G
     dtype = torch.promote_types(x.dtype, ffn.w_out.dtype)
     x = x.to(dtype)
     require_merged(groups)
+    check_ffn(x.shape[-1], ffn[:6], ffn.any_norm)
     rows, d = flat(x), x.shape[-1]
     lists = listed(groups, rows.shape[0], compact=True)
     fresh = torch.empty if ffn.residual or lists.covers_all else torch.zeros

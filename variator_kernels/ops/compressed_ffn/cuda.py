@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import extension
 from ..adapter_decompress.cuda import Decompress
-from ..arguments import check_merge, flat, require
+from ..arguments import check_ffn, check_merge, flat, require
 from ..cuda_arguments import (
     BOTTLENECK_CHUNK,
     DTYPES,
@@ -71,6 +71,7 @@ def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: G
     require(f % 8 == 0, f"inner size is {f}, the CUDA kernels take multiples of 8")
     x = x.to(dtype)
     check_merge(x, plugin.merge, groups, ffn.pre_norm)
+    check_ffn(x.shape[-1], ffn[:6], ffn.any_norm)
     launched, d, r = gpu_groups(groups, x), x.shape[-1], plugin.b1.shape[0]
     rows, y = flat(x), x.new_empty(x.shape)
     merged = x.new_empty(launched.total, d)

@@ -17,7 +17,7 @@ from ...triton_kernels import launch
 from ...triton_kernels.linear import linear_kernel
 from ...triton_kernels.row_norm import row_norm_kernel
 from ..adapter_decompress.triton import run as run_decompress
-from ..arguments import check_merge, flat
+from ..arguments import check_ffn, check_merge, flat
 from ..feed_forward import FeedForward, PluginWeights, activate, products
 from ..gpu_arguments import (
     DecompressInputs,
@@ -120,6 +120,7 @@ def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: G
     x = x.to(dtype)
     merge, norm = plugin.merge, ffn.pre_norm
     check_merge(x, merge, groups, norm)
+    check_ffn(x.shape[-1], ffn[:6], ffn.any_norm)
     launched, d = gpu_groups(groups, x), x.shape[-1]
     rows, y = flat(x), x.new_empty(x.shape)
     merged = x.new_empty(launched.total, d)

@@ -82,7 +82,7 @@ def group_merge_backward(
     norm: Norm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_merge(x, merge, groups, norm)
-    check_merge_backward(d_merged, softmax, x, groups)
+    check_merge_backward(d_merged, d_projected, softmax, x, merge, groups)
     rows, k, d, r = flat(x), groups.ratio, x.shape[-1], merge.bottleneck
     lists = listed(groups, rows.shape[0])
     wide, vectors = accumulator(x.dtype), wide_norm(norm, x.dtype)

@@ -91,7 +91,7 @@ def group_merge_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     cuda = extension.load("cuda")
     check_merge(x, merge, groups, norm)
-    check_merge_backward(d_merged, softmax, x, groups)
+    check_merge_backward(d_merged, d_projected, softmax, x, merge, groups)
     k, d, r = groups.ratio, x.shape[-1], merge.bottleneck
     check_sizes(d, k, r)
     launched, vectors = gpu_groups(groups, x), cuda_norm(norm, x.dtype)

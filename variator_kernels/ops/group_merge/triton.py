@@ -101,7 +101,7 @@ def group_merge_backward(
     norm: Norm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_merge(x, merge, groups, norm)
-    check_merge_backward(d_merged, softmax, x, groups)
+    check_merge_backward(d_merged, d_projected, softmax, x, merge, groups)
     k, d, r = groups.ratio, x.shape[-1], merge.bottleneck
     launched, vectors = gpu_groups(groups, x), contiguous_norm(norm)
     dx = x.new_empty(x.shape)
