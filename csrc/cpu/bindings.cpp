@@ -20,11 +20,6 @@ T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-const Kernels& kernels_for(DType dtype) {
-    const Kernels& active = active_kernels();
-    return dtype == DType::float64 && !active.has_double ? double_kernels() : active;
-}
-
 using Quiet = py::call_guard<py::gil_scoped_release>;
 
 // The norm in front of a merge, as Python hands it over.
@@ -36,20 +31,28 @@ struct NormParams {
     bool folded;
 };
 
-// Runs one of a params struct's kernels on the threads that may be used here.
+// A params struct, and the kernels that its panels were made for.
 template <class P>
-void run(const P& params, void (*Kernels::*kernel)(const P&)) {
-    P p = params;
-    p.threads = usable_threads(p.threads);
-    (kernels_for(p.dtype).*kernel)(p);
-}
+struct Call {
+    P params;
+    const Kernels* kernels;
+
+    Call(const P& p, const std::string& isa) : params(p), kernels(&find_kernels(isa, p.dtype)) {}
+
+    // Runs one of the struct's kernels on the threads that may be used here.
+    void run(void (*Kernels::*kernel)(const P&)) const {
+        P p = params;
+        p.threads = usable_threads(p.threads);
+        (kernels->*kernel)(p);
+    }
+};
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
     watch_forks();
     m.def("available_isas", &available_isas);
-    m.def("active_isa", [] { return std::string(active_kernels().name); });
+    m.def("active_isa", &active_isa);
     m.def("set_isa", &set_isa, py::arg("name"));
 #ifdef _OPENMP
     m.attr("openmp") = true;
@@ -111,32 +114,40 @@ PYBIND11_MODULE(_cpu, m) {
         py::kw_only(), py::arg("kind"), py::arg("weight"), py::arg("bias"), py::arg("eps"),
         py::arg("folded"));
 
-    py::class_<PackParams>(m, "Pack")
-        .def(py::init([](bool is_double, bool bf16, int64_t matrices, int64_t matrix_stride,
-                         int64_t inner, int64_t inner_stride, int64_t columns,
-                         int64_t column_stride) {
-            return PackParams{is_double,    bf16,    matrices,      matrix_stride, inner,
-                              inner_stride, columns, column_stride, nullptr,       nullptr};
+    py::class_<Call<PackParams>>(m, "Pack")
+        .def(py::init([](const std::string& isa, int dtype, bool bf16, int64_t matrices,
+                         int64_t matrix_stride, int64_t inner, int64_t inner_stride,
+                         int64_t columns, int64_t column_stride) {
+            const PackParams p{static_cast<DType>(dtype),
+                               bf16,
+                               matrices,
+                               matrix_stride,
+                               inner,
+                               inner_stride,
+                               columns,
+                               column_stride,
+                               nullptr,
+                               nullptr};
+            return Call(p, isa);
         }))
         .def("bytes",
-             [](const PackParams& p) {
-                 return kernels_for(p.is_double ? DType::float64 : DType::float32).packed_bytes(p);
-             })
+             [](const Call<PackParams>& call) { return call.kernels->packed_bytes(call.params); })
         .def(
             "run",
-            [](PackParams p, Address source, Address packed) {
+            [](const Call<PackParams>& call, Address source, Address packed) {
+                PackParams p = call.params;
                 p.source = pointer(source);
                 p.packed = pointer(packed);
-                kernels_for(p.is_double ? DType::float64 : DType::float32).pack(p);
+                call.kernels->pack(p);
             },
             Quiet());
 
     m.attr("direct_scores") = direct_scores;
-    py::class_<MergeParams>(m, "Merge")
-        .def(py::init([](int dtype, int threads, const Groups& groups, int64_t d, int64_t r,
-                         Address x, int64_t x_stride, const NormParams& norm, Address weight,
-                         Address bias, Address projection, Address merged, Address projected,
-                         Address softmax, Address poison) {
+    py::class_<Call<MergeParams>>(m, "Merge")
+        .def(py::init([](const std::string& isa, int dtype, int threads, const Groups& groups,
+                         int64_t d, int64_t r, Address x, int64_t x_stride, const NormParams& norm,
+                         Address weight, Address bias, Address projection, Address merged,
+                         Address projected, Address softmax, Address poison) {
                  MergeParams p{};
                  p.dtype = static_cast<DType>(dtype), p.threads = threads, p.groups = groups;
                  p.d = d, p.r = r;
@@ -147,19 +158,20 @@ PYBIND11_MODULE(_cpu, m) {
                  p.projection_packed = pointer(projection);
                  p.merged = pointer(merged), p.projected = pointer(projected);
                  p.softmax = pointer(softmax), p.poison = pointer(poison);
-                 return p;
+                 return Call(p, isa);
              }),
-             py::kw_only(), py::arg("dtype"), py::arg("threads"), py::arg("groups"), py::arg("d"),
-             py::arg("r"), py::arg("x"), py::arg("x_stride"), py::arg("norm"), py::arg("weight"),
-             py::arg("bias"), py::arg("projection"), py::arg("merged"), py::arg("projected"),
-             py::arg("softmax"), py::arg("poison"))
-        .def("run", [](const MergeParams& p) { run(p, &Kernels::merge); }, Quiet());
-    py::class_<MergeBackwardParams>(m, "MergeBackward")
-        .def(py::init([](int dtype, int threads, const Groups& groups, int64_t d, int64_t r,
-                         Address x, int64_t x_stride, const NormParams& norm, Address softmax,
-                         Address weight_rows, Address projection_rows, Address d_merged,
-                         Address d_projected, Address dx, Address d_weight, Address d_bias,
-                         Address d_projection, Address d_norm_weight, Address d_norm_bias) {
+             py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("threads"), py::arg("groups"),
+             py::arg("d"), py::arg("r"), py::arg("x"), py::arg("x_stride"), py::arg("norm"),
+             py::arg("weight"), py::arg("bias"), py::arg("projection"), py::arg("merged"),
+             py::arg("projected"), py::arg("softmax"), py::arg("poison"))
+        .def("run", [](const Call<MergeParams>& call) { call.run(&Kernels::merge); }, Quiet());
+    py::class_<Call<MergeBackwardParams>>(m, "MergeBackward")
+        .def(py::init([](const std::string& isa, int dtype, int threads, const Groups& groups,
+                         int64_t d, int64_t r, Address x, int64_t x_stride, const NormParams& norm,
+                         Address softmax, Address weight_rows, Address projection_rows,
+                         Address d_merged, Address d_projected, Address dx, Address d_weight,
+                         Address d_bias, Address d_projection, Address d_norm_weight,
+                         Address d_norm_bias) {
                  MergeBackwardParams p{};
                  p.dtype = static_cast<DType>(dtype), p.threads = threads, p.groups = groups;
                  p.d = d, p.r = r;
@@ -174,20 +186,23 @@ PYBIND11_MODULE(_cpu, m) {
                  p.d_merge_weight = pointer(d_weight), p.d_merge_bias = pointer(d_bias);
                  p.d_projection = pointer(d_projection);
                  p.d_norm_weight = pointer(d_norm_weight), p.d_norm_bias = pointer(d_norm_bias);
-                 return p;
+                 return Call(p, isa);
              }),
-             py::kw_only(), py::arg("dtype"), py::arg("threads"), py::arg("groups"), py::arg("d"),
-             py::arg("r"), py::arg("x"), py::arg("x_stride"), py::arg("norm"), py::arg("softmax"),
-             py::arg("weight_rows"), py::arg("projection_rows"), py::arg("d_merged"),
-             py::arg("d_projected"), py::arg("dx"), py::arg("d_weight"), py::arg("d_bias"),
-             py::arg("d_projection"), py::arg("d_norm_weight"), py::arg("d_norm_bias"))
+             py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("threads"), py::arg("groups"),
+             py::arg("d"), py::arg("r"), py::arg("x"), py::arg("x_stride"), py::arg("norm"),
+             py::arg("softmax"), py::arg("weight_rows"), py::arg("projection_rows"),
+             py::arg("d_merged"), py::arg("d_projected"), py::arg("dx"), py::arg("d_weight"),
+             py::arg("d_bias"), py::arg("d_projection"), py::arg("d_norm_weight"),
+             py::arg("d_norm_bias"))
         .def(
-            "run", [](const MergeBackwardParams& p) { run(p, &Kernels::merge_backward); }, Quiet());
-    py::class_<DecompressParams>(m, "Decompress")
-        .def(py::init([](int dtype, int threads, const Groups& groups, int64_t d, int64_t r,
-                         int phi, Address u, Address projected, Address w1u, Address b1, Address w2,
-                         Address b2, Address poison, Address residual, int64_t residual_stride,
-                         Address y) {
+            "run",
+            [](const Call<MergeBackwardParams>& call) { call.run(&Kernels::merge_backward); },
+            Quiet());
+    py::class_<Call<DecompressParams>>(m, "Decompress")
+        .def(py::init([](const std::string& isa, int dtype, int threads, const Groups& groups,
+                         int64_t d, int64_t r, int phi, Address u, Address projected, Address w1u,
+                         Address b1, Address w2, Address b2, Address poison, Address residual,
+                         int64_t residual_stride, Address y) {
                  DecompressParams p{};
                  p.dtype = static_cast<DType>(dtype), p.threads = threads, p.groups = groups;
                  p.d = d, p.r = r;
@@ -198,19 +213,21 @@ PYBIND11_MODULE(_cpu, m) {
                  p.poison = pointer(poison);
                  p.residual = pointer(residual), p.residual_stride = residual_stride;
                  p.y = pointer(y);
-                 return p;
+                 return Call(p, isa);
              }),
-             py::kw_only(), py::arg("dtype"), py::arg("threads"), py::arg("groups"), py::arg("d"),
-             py::arg("r"), py::arg("phi"), py::arg("u"), py::arg("projected"), py::arg("w1u"),
-             py::arg("b1"), py::arg("w2"), py::arg("b2"), py::arg("poison"), py::arg("residual"),
-             py::arg("residual_stride"), py::arg("y"))
-        .def("run", [](const DecompressParams& p) { run(p, &Kernels::decompress); }, Quiet());
-    py::class_<DecompressBackwardParams>(m, "DecompressBackward")
-        .def(py::init([](int dtype, int threads, const Groups& groups, int64_t d, int64_t r,
-                         int phi, Address u, Address projected, Address w1u, Address b1,
-                         Address w2_rows, Address w1u_rows, Address dy, int64_t dy_stride,
-                         Address du, Address d_projected, Address d_w1u, Address d_b1, Address d_w2,
-                         Address d_b2) {
+             py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("threads"), py::arg("groups"),
+             py::arg("d"), py::arg("r"), py::arg("phi"), py::arg("u"), py::arg("projected"),
+             py::arg("w1u"), py::arg("b1"), py::arg("w2"), py::arg("b2"), py::arg("poison"),
+             py::arg("residual"), py::arg("residual_stride"), py::arg("y"))
+        .def(
+            "run", [](const Call<DecompressParams>& call) { call.run(&Kernels::decompress); },
+            Quiet());
+    py::class_<Call<DecompressBackwardParams>>(m, "DecompressBackward")
+        .def(py::init([](const std::string& isa, int dtype, int threads, const Groups& groups,
+                         int64_t d, int64_t r, int phi, Address u, Address projected, Address w1u,
+                         Address b1, Address w2_rows, Address w1u_rows, Address dy,
+                         int64_t dy_stride, Address du, Address d_projected, Address d_w1u,
+                         Address d_b1, Address d_w2, Address d_b2) {
                  DecompressBackwardParams p{};
                  p.dtype = static_cast<DType>(dtype), p.threads = threads, p.groups = groups;
                  p.d = d, p.r = r;
@@ -222,15 +239,18 @@ PYBIND11_MODULE(_cpu, m) {
                  p.du = pointer(du), p.d_projected = pointer(d_projected);
                  p.d_w1u = pointer(d_w1u), p.d_b1 = pointer(d_b1);
                  p.d_w2 = pointer(d_w2), p.d_b2 = pointer(d_b2);
-                 return p;
+                 return Call(p, isa);
              }),
-             py::kw_only(), py::arg("dtype"), py::arg("threads"), py::arg("groups"), py::arg("d"),
-             py::arg("r"), py::arg("phi"), py::arg("u"), py::arg("projected"), py::arg("w1u"),
-             py::arg("b1"), py::arg("w2_rows"), py::arg("w1u_rows"), py::arg("dy"),
+             py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("threads"), py::arg("groups"),
+             py::arg("d"), py::arg("r"), py::arg("phi"), py::arg("u"), py::arg("projected"),
+             py::arg("w1u"), py::arg("b1"), py::arg("w2_rows"), py::arg("w1u_rows"), py::arg("dy"),
              py::arg("dy_stride"), py::arg("du"), py::arg("d_projected"), py::arg("d_w1u"),
              py::arg("d_b1"), py::arg("d_w2"), py::arg("d_b2"))
         .def(
-            "run", [](const DecompressBackwardParams& p) { run(p, &Kernels::decompress_backward); },
+            "run",
+            [](const Call<DecompressBackwardParams>& call) {
+                call.run(&Kernels::decompress_backward);
+            },
             Quiet());
     // Small weights whole, of large ones a sample, so that a write that bypasses version counting
     // is noticed.

@@ -54,7 +54,8 @@ const std::vector<Kernels>& available() {
     return tables;
 }
 
-std::atomic<const Kernels*> chosen{nullptr};
+// The name of the set in use, or null for the fastest.
+std::atomic<const char*> chosen{nullptr};
 
 }  // namespace
 
@@ -64,23 +65,21 @@ std::vector<std::string> available_isas() {
     return names;
 }
 
-const Kernels& active_kernels() {
-    const Kernels* kernels = chosen.load(std::memory_order_relaxed);
-    return kernels ? *kernels : available().back();
+const char* active_isa() {
+    const char* name = chosen.load(std::memory_order_relaxed);
+    return name ? name : available().back().name;
 }
 
-const Kernels& double_kernels() { return available().front(); }
-
-void set_isa(const std::string& name) {
+const Kernels& find_kernels(const std::string& isa, DType dtype) {
     std::string known;
     for (const Kernels& kernels : available()) {
-        if (name == kernels.name) {
-            chosen.store(&kernels);
-            return;
-        }
+        if (isa == kernels.name)
+            return dtype == DType::float64 && !kernels.has_double ? available().front() : kernels;
         known += (known.empty() ? "" : ", ") + std::string(kernels.name);
     }
-    throw std::invalid_argument("instruction set must be one of " + known + ", got " + name);
+    throw std::invalid_argument("instruction set must be one of " + known + ", got " + isa);
 }
+
+void set_isa(const std::string& isa) { chosen.store(find_kernels(isa, DType::float32).name); }
 
 }  // namespace variator

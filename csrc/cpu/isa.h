@@ -43,7 +43,7 @@ inline int64_t packed_bytes(const PackParams& p) {
                int64_t{sizeof(uint16_t)};
 #endif
 #ifdef VARIATOR_HAS_DOUBLE
-    if (p.is_double)
+    if (p.dtype == DType::float64)
         return p.matrices * round_up(p.columns, VecDouble::width) * p.inner *
                int64_t{sizeof(double)};
 #endif
@@ -60,7 +60,8 @@ inline void pack(const PackParams& p) {
         });
 #endif
 #ifdef VARIATOR_HAS_DOUBLE
-    if (p.is_double) return pack_panels<VecDouble, double, 1>(p, [](double x) { return x; });
+    if (p.dtype == DType::float64)
+        return pack_panels<VecDouble, double, 1>(p, [](double x) { return x; });
 #endif
     pack_panels<Vec, float, 1>(p, [](float x) { return x; });
 }

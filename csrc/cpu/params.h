@@ -118,8 +118,8 @@ struct DecompressBackwardParams {
 // `matrices` right-hand sides B [inner, columns] of products A·B into panels (gemm.h); element
 // (i, c) of the m-th at source[m * matrix_stride + i * inner_stride + c * column_stride].
 struct PackParams {
-    bool is_double;  // source and panels are double, else float
-    bool bf16;       // panels for products of bf16 pairs, where the instruction set has them
+    DType dtype;  // float64: source and panels are double; else float
+    bool bf16;    // panels for products of bf16 pairs, where the instruction set has them
     int64_t matrices, matrix_stride;
     int64_t inner, inner_stride;
     int64_t columns, column_stride;

@@ -129,6 +129,7 @@ def norm_kernel(norm: Norm) -> Any:
 
 def pack(
     source: Tensor,
+    isa: str,
     *,
     inner: tuple[int, int],
     columns: tuple[int, int],
@@ -136,52 +137,56 @@ def pack(
     bf16: bool = False,
 ) -> Tensor:
     """Panels for the small products: ``(size, stride)`` of the inner dimension, the columns and the
-    matrices of ``source``, which is contiguous in an accumulator dtype."""
-    job = extension.load().Pack(source.dtype == torch.float64, bf16, *matrices, *inner, *columns)
+    matrices of ``source``, which is contiguous in an accumulator dtype.
+
+    The layout is that of the instruction set ``isa``, whose kernels alone can read it.
+    """
+    code = dtype_code(source.dtype)
+    job = extension.load().Pack(isa, code, bf16, *matrices, *inner, *columns)
     packed = torch.empty(job.bytes(), dtype=torch.uint8)
     job.run(source.data_ptr(), packed.data_ptr())
     return packed
 
 
-def pack_merge(wide: Tensor, dtype: torch.dtype) -> Tensor:
+def pack_merge(wide: Tensor, dtype: torch.dtype, isa: str) -> Tensor:
     """W_c ``[k, k*d]``, in the accumulator dtype, for the scores: as it is for a small k, else in
     panels by slot."""
     k = wide.shape[0]
     if k <= extension.load().direct_scores:
         return wide
     d = wide.shape[1] // k
-    return pack(
-        wide, inner=(d, 1), columns=(k, k * d), matrices=(k, d), bf16=dtype == torch.bfloat16
-    )
+    bf16 = dtype == torch.bfloat16
+    return pack(wide, isa, inner=(d, 1), columns=(k, k * d), matrices=(k, d), bf16=bf16)
 
 
-def pack_columns(weight: Tensor, dtype: torch.dtype, bf16: bool) -> Tensor:
+def pack_columns(weight: Tensor, dtype: torch.dtype, isa: str, *, bf16: bool) -> Tensor:
     """``weight [out, in]`` for ``a · weightᵀ``: inner dimension ``in``."""
     wide = as_accumulator(weight, dtype)
     out, inside = wide.shape
-    return pack(
-        wide, inner=(inside, 1), columns=(out, inside), bf16=bf16 and dtype == torch.bfloat16
-    )
+    bf16 = bf16 and dtype == torch.bfloat16
+    return pack(wide, isa, inner=(inside, 1), columns=(out, inside), bf16=bf16)
 
 
-def pack_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def pack_rows(weight: Tensor, dtype: torch.dtype, isa: str) -> Tensor:
     """``weight [out, in]`` for ``a · weight``: inner dimension ``out``, never bf16 pairs."""
     wide = as_accumulator(weight, dtype)
     out, inside = wide.shape
-    return pack(wide, inner=(out, inside), columns=(inside, 1))
+    return pack(wide, isa, inner=(out, inside), columns=(inside, 1))
 
 
-def pack_merge_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def pack_merge_rows(weight: Tensor, dtype: torch.dtype, isa: str) -> Tensor:
     """W_c ``[k, k*d]`` for ``ds · W_c[:, slot]``: by slot, inner dimension k."""
     wide = as_accumulator(weight, dtype)
     k = wide.shape[0]
     d = wide.shape[1] // k
-    return pack(wide, inner=(k, k * d), columns=(d, 1), matrices=(k, d))
+    return pack(wide, isa, inner=(k, k * d), columns=(d, 1), matrices=(k, d))
 
 
 class PrepackedMerge(NamedTuple):
-    """W_c, b_c and W_1h as the merge reads them, the norm folded in if it folds."""
+    """W_c, b_c and W_1h as the merge of one instruction set reads them, the norm folded in if it
+    folds."""
 
+    isa: str
     weight: Tensor
     bias: Tensor
     projection: Tensor | None
@@ -190,13 +195,14 @@ class PrepackedMerge(NamedTuple):
     norm_kernel: Any
 
 
-def prepack_merge(merge: MergeWeights, norm: Norm, dtype: torch.dtype) -> PrepackedMerge:
-    """For inputs of storage ``dtype``."""
+def prepack_merge(merge: MergeWeights, norm: Norm, dtype: torch.dtype, isa: str) -> PrepackedMerge:
+    """For inputs of storage ``dtype`` and the kernels of ``isa``."""
     wide, projection = wide_norm(norm, dtype), None
     if merge.projection is not None:
-        projection = pack_columns(folded(merge.projection, wide, dtype), dtype, bf16=True)
+        projection = pack_columns(folded(merge.projection, wide, dtype), dtype, isa, bf16=True)
     return PrepackedMerge(
-        pack_merge(folded(merge.weight, wide, dtype), dtype),
+        isa,
+        pack_merge(folded(merge.weight, wide, dtype), dtype, isa),
         as_accumulator(merge.bias, dtype),
         projection,
         merge.bottleneck,
@@ -206,8 +212,9 @@ def prepack_merge(merge: MergeWeights, norm: Norm, dtype: torch.dtype) -> Prepac
 
 
 class PrepackedAdapter(NamedTuple):
-    """The adapter's weights as the decompress reads them."""
+    """The adapter's weights as the decompress of one instruction set reads them."""
 
+    isa: str
     w1u: Tensor
     b1: Tensor
     w2: Tensor
@@ -215,12 +222,13 @@ class PrepackedAdapter(NamedTuple):
     phi: int
 
 
-def prepack_adapter(adapter: AdapterWeights, dtype: torch.dtype) -> PrepackedAdapter:
-    """For outputs of storage ``dtype``."""
+def prepack_adapter(adapter: AdapterWeights, dtype: torch.dtype, isa: str) -> PrepackedAdapter:
+    """For outputs of storage ``dtype`` and the kernels of ``isa``."""
     return PrepackedAdapter(
-        pack_columns(adapter.w1u, dtype, bf16=True),
+        isa,
+        pack_columns(adapter.w1u, dtype, isa, bf16=True),
         as_accumulator(adapter.b1, dtype),
-        pack_columns(adapter.w2, dtype, bf16=True),
+        pack_columns(adapter.w2, dtype, isa, bf16=True),
         as_accumulator(adapter.b2, dtype),
         extension.enum_value("cpu", "adapter_activations", adapter.activation),
     )

@@ -178,5 +178,6 @@ def _packed(weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor | None:
 
 
 def instruction_set() -> str:
-    """The kernels' instruction set in use: panels are made for one of them."""
+    """The kernels' instruction set in use. Another thread may change it at any time, and panels are
+    made for one set: an op asks once, packs for the answer, and runs the kernels of the answer."""
     return extension.load().active_isa()

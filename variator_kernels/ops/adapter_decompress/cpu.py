@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import extension
+from .. import prepack
 from ..arguments import AdapterWeights, check_decompress, flat, require
 from ..cpu_arguments import (
     Listed,
@@ -40,6 +41,7 @@ def run(inputs: Inputs, groups: Listed, adapter: PrepackedAdapter, y: Tensor) ->
     """Writes the tokens of the groups to flat ``y [tokens, d]``."""
     residual = inputs.residual
     extension.load().Decompress(
+        isa=adapter.isa,
         dtype=dtype_code(y.dtype),
         threads=torch.get_num_threads(),
         groups=groups.kernel,
@@ -80,7 +82,7 @@ def adapter_decompress(
         copy_outside(lists, rows, y.view(-1, shape[-1]))
     wide = flat(projected.to(accumulator(dtype))).contiguous()
     inputs = Inputs(flat(u).contiguous(), wide, rows)
-    run(inputs, lists, prepack_adapter(adapter, dtype), y)
+    run(inputs, lists, prepack_adapter(adapter, dtype, prepack.instruction_set()), y)
     return y
 
 
@@ -98,10 +100,12 @@ def adapter_decompress_backward(
     d_w1u, d_b1 = torch.empty(r, d, dtype=wide), torch.empty(r, dtype=wide)
     d_w2, d_b2 = torch.empty(r, d, dtype=wide), torch.empty(d, dtype=wide)
     projected_rows = flat(projected.to(wide)).contiguous()
-    w1u, b1 = pack_columns(adapter.w1u, dtype, bf16=False), as_accumulator(adapter.b1, dtype)
-    w2_rows, w1u_rows = pack_rows(adapter.w2, dtype), pack_rows(adapter.w1u, dtype)
+    isa, b1 = prepack.instruction_set(), as_accumulator(adapter.b1, dtype)
+    w1u = pack_columns(adapter.w1u, dtype, isa, bf16=False)
+    w2_rows, w1u_rows = (pack_rows(weight, dtype, isa) for weight in (adapter.w2, adapter.w1u))
     dy_rows = flat(dy.to(dtype))
     extension.load().DecompressBackward(
+        isa=isa,
         dtype=dtype_code(dtype),
         threads=torch.get_num_threads(),
         groups=lists.kernel,

@@ -86,7 +86,7 @@ def _prepacked_plugin(
     x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups
 ) -> PrepackedPlugin:
     """For ``x``'s dtype; packed, and checked, again only when a weight changed."""
-    norm, dtype = ffn.pre_norm, x.dtype
+    norm, dtype, isa = ffn.pre_norm, x.dtype, prepack.instruction_set()
     sources = (*plugin[:6], *(t for t in (norm.weight, norm.bias) if t is not None))
 
     def make() -> PrepackedPlugin:
@@ -95,10 +95,10 @@ def _prepacked_plugin(
         check_merge(x, detached.merge, groups, norm)
         check_adapter(detached.adapter, x.shape[-1], plugin.b1.shape[0])
         return PrepackedPlugin(
-            prepack_merge(detached.merge, norm, dtype), prepack_adapter(detached.adapter, dtype)
+            prepack_merge(detached.merge, norm, dtype, isa),
+            prepack_adapter(detached.adapter, dtype, isa),
         )
 
-    activation, kernels = plugin.activation, prepack.instruction_set()
     form = (
         "plugin",
         dtype,
@@ -107,7 +107,7 @@ def _prepacked_plugin(
         norm.name,
         norm.bias is None,
         norm.eps,
-        activation,
-        kernels,
+        plugin.activation,
+        isa,
     )
     return prepack.cache.get(sources, form, make)

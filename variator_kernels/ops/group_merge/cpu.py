@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import extension
+from .. import prepack
 from ..arguments import MergeWeights, Norm, check_merge, check_merge_backward, flat
 from ..cpu_arguments import (
     Listed,
@@ -39,6 +40,7 @@ class Outputs(NamedTuple):
 def run(x: Tensor, groups: Listed, merge: PrepackedMerge, out: Outputs) -> None:
     """Merges flat ``x [tokens, d]``."""
     extension.load().Merge(
+        isa=merge.isa,
         dtype=dtype_code(x.dtype),
         threads=torch.get_num_threads(),
         groups=groups.kernel,
@@ -68,7 +70,7 @@ def group_merge(
     fresh = torch.empty if lists.covers_all else torch.zeros
     projected = fresh(*x.shape[:-1], merge.bottleneck, dtype=wide)
     out = Outputs(merged, projected if merge.bottleneck else None, softmax)
-    run(rows, lists, prepack_merge(merge, norm, x.dtype), out)
+    run(rows, lists, prepack_merge(merge, norm, x.dtype, prepack.instruction_set()), out)
     return merged, projected, softmax
 
 
@@ -92,12 +94,15 @@ def group_merge_backward(
     d_projection = torch.empty(r, d, dtype=wide)
     d_norm_weight = torch.empty(0 if norm.weight is None else d, dtype=wide)
     d_norm_bias = torch.empty(0 if norm.bias is None else d, dtype=wide)
-    weight_rows = pack_merge_rows(merge.weight, x.dtype)
-    projection_rows = None if merge.projection is None else pack_rows(merge.projection, x.dtype)
+    isa, projection_rows = prepack.instruction_set(), None
+    weight_rows = pack_merge_rows(merge.weight, x.dtype, isa)
+    if merge.projection is not None:
+        projection_rows = pack_rows(merge.projection, x.dtype, isa)
     d_merged = d_merged.to(x.dtype).contiguous()
     d_projected = d_projected.to(wide).contiguous()
     softmax = softmax.contiguous()
     extension.load().MergeBackward(
+        isa=isa,
         dtype=dtype_code(x.dtype),
         threads=torch.get_num_threads(),
         groups=lists.kernel,
