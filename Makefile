@@ -53,10 +53,12 @@ endef
 help:
 	@sed -n '/^# make /s/^# //p' Makefile
 
-# Changes when another set of parts is asked for: `make bench` may have left CUDA out.
-ASKED = VARIATOR_CUDA=$(VARIATOR_CUDA) ARCHS=$(VARIATOR_CUDA_ARCHS) REQUIRE=$(VARIATOR_REQUIRE)
+# Changes when something else is asked for, in the environment or on the command line, or when another
+# compiler is found: what is built would be another.
+ASKED := VARIATOR_CUDA|VARIATOR_CUDA_ARCHS|VARIATOR_REQUIRE|VARIATOR_CMAKE_ARGS|VARIATOR_SANITIZE|CXX|CXXFLAGS|LDFLAGS|CUDACXX|CUDAFLAGS|CUDAHOSTCXX|CUDA_HOME|CUDA_PATH|CUTLASS_PATH|CMAKE_[A-Z_]*
 $(VENV)/.stamp-asked: FORCE
-	@mkdir -p $(VENV); echo '$(ASKED)' | cmp -s - $@ || echo '$(ASKED)' >$@
+	@mkdir -p $(VENV); { env | LC_ALL=C sort | grep -E '^($(ASKED))=.'; type -P g++ c++ clang++ nvcc; } >$@.now || true; \
+	    if cmp -s $@.now $@; then rm $@.now; else mv $@.now $@; fi
 
 $(VENV)/.stamp-base: constraints.txt $(VENV)/.stamp-asked
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt is for Python 3.11 or newer: set PYTHON=<path>")'
@@ -100,17 +102,17 @@ emulation: $(EMULATION)/.stamp
 $(EMULATION)/.stamp: $(VENV)/.stamp-base $(CUDA_CMAKE) $(filter csrc/cuda/%,$(CSRC))
 	@echo "== building the emulation of the CUDA kernels"
 	@mkdir -p $(EMULATION)
-	@{ CXX='$(CXX)' $(BIN)/cmake -S csrc/cuda -B $(EMULATION) -G Ninja \
+	@{ CXX='$(CXX)' $(BIN)/cmake --fresh -S csrc/cuda -B $(EMULATION) -G Ninja \
 	    -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DPython_EXECUTABLE=$(PY) \
 	    -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)" -DVARIATOR_CUDA_EMULATION=ON && \
 	    $(BIN)/cmake --build $(EMULATION); } >$(EMULATION)/log 2>&1 || { cat $(EMULATION)/log; exit 1; }
 	@touch $@
 
 cuda-table: $(VENV)/.stamp-test
-	@$(PY) -m bench.tools.cuda_resources
+	@env -u VARIATOR_REQUIRE $(PY) -m bench.tools.cuda_resources
 
 compile-table: $(VENV)/.stamp-test
-	@$(PY) -m bench.tools.compile_triton
+	@env -u VARIATOR_REQUIRE $(PY) -m bench.tools.compile_triton
 
 gpu-report:
 	@$(PYTHON) -m bench.tools.gpu_report $(GPU_ARGS)
@@ -127,8 +129,9 @@ format: $(VENV)/.stamp-test
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CSRC)
 
-# Threads sleep while they wait: there are more of them than cores.
-PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal
+# Threads sleep while they wait: there are more of them than cores. What is required was checked by
+# the build; at import it asks for a GPU's driver besides.
+PYTEST := env -u VARIATOR_REQUIRE OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal
 test: lint $(EMULATION)/.stamp
 	@echo "== pytest"
 	@$(PYTEST) $(TEST_ARGS)
@@ -167,14 +170,14 @@ test-lowest: $(LOWEST)/.stamp
 # pytest captures no file descriptors, or the sanitizers' reports would be lost with the process.
 SANITIZE_BUILD := build/sanitize
 library = $$($(CXX) -print-file-name=lib$(1).so)
-SANITIZED = VARIATOR_CUDA_EXTENSION= VARIATOR_CPU_EXTENSION="$$(ls $(CURDIR)/$(SANITIZE_BUILD)/_cpu*.so)" \
+SANITIZED = VARIATOR_REQUIRE= VARIATOR_CUDA_EXTENSION= VARIATOR_CPU_EXTENSION="$$(ls $(CURDIR)/$(SANITIZE_BUILD)/_cpu*.so)" \
 	LD_PRELOAD="$(call library,asan):$(call library,ubsan):$(call library,stdc++)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TRITON_INTERPRET=0
 
 sanitize: $(VENV)/.stamp-test
 	@echo "== building with the sanitizers"
 	@mkdir -p $(SANITIZE_BUILD)
-	@{ CXX='$(CXX)' $(BIN)/cmake -S . -B $(SANITIZE_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
+	@{ CXX='$(CXX)' $(BIN)/cmake --fresh -S . -B $(SANITIZE_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja \
 	    -DPython_EXECUTABLE=$(PY) -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)" \
 	    -DVARIATOR_SANITIZE=ON && $(BIN)/cmake --build $(SANITIZE_BUILD); } \
 	    >$(SANITIZE_BUILD)/log 2>&1 || { cat $(SANITIZE_BUILD)/log; exit 1; }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (the hooks of PEP 517)
@@ -15,8 +17,17 @@ from setuptools.build_meta import *  # noqa: F403  (the hooks of PEP 517)
 CUTLASS = "nvidia-cutlass>=4.2,<5"
 
 
-def switched_on(name: str, default: str = "") -> bool:
-    return os.environ.get(name, default).strip().lower() not in ("", "0", "off", "no", "false")
+def _environment() -> ModuleType:
+    """variator_kernels/environment.py by itself: importing the package would need PyTorch."""
+    path = Path(__file__).with_name("variator_kernels") / "environment.py"
+    spec = importlib.util.spec_from_file_location("variator_environment", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+environment = _environment()
 
 
 def newest_first(paths: Iterable[Path]) -> list[Path]:
@@ -31,11 +42,11 @@ def newest_first(paths: Iterable[Path]) -> list[Path]:
 def why_no_cuda() -> str | None:
     """Why the CUDA kernels are not to be built, or None: their build takes many minutes, so it
     needs a GPU on this machine, or ``VARIATOR_CUDA=1``."""
-    if not switched_on("VARIATOR_CUDA", "auto"):
-        return f"VARIATOR_CUDA={os.environ['VARIATOR_CUDA']}"
-    asked = os.environ.get("VARIATOR_CUDA", "auto").strip().lower() != "auto"
-    required = "cuda" in os.environ.get("VARIATOR_REQUIRE", "").lower()
-    if asked or required or os.environ.get("VARIATOR_CUDA_ARCHS") or has_gpu():
+    wanted = environment.cuda()
+    if wanted is False:
+        return f"VARIATOR_CUDA={environment.get('VARIATOR_CUDA')}"
+    asked = wanted or "cuda" in environment.required_parts() or environment.cuda_architectures()
+    if asked or has_gpu():
         return None
     return "no GPU is on this machine (VARIATOR_CUDA=1 builds them all the same)"
 
@@ -63,10 +74,12 @@ def needs_cutlass() -> bool:
 
 
 def get_requires_for_build_wheel(config_settings=None):
+    environment.check_build()
     needed = build_meta.get_requires_for_build_wheel(config_settings)
     return [*needed, CUTLASS] if needs_cutlass() else needed
 
 
 def get_requires_for_build_editable(config_settings=None):
+    environment.check_build()
     needed = build_meta.get_requires_for_build_editable(config_settings)
     return [*needed, CUTLASS] if needs_cutlass() else needed

@@ -5,7 +5,7 @@ What was built, and why something was not, goes to stderr and to variator_kernel
 VARIATOR_REQUIRE=cpu[,cuda]   a part that could not be built is an error
 VARIATOR_CMAKE_ARGS="..."     more arguments for CMake
 VARIATOR_SANITIZE=1           build with the address and undefined-behaviour sanitizers
-VARIATOR_CUDA=1, 0            build the CUDA kernels, or not; default: where nvcc and a GPU are
+VARIATOR_CUDA=1, 0, auto      build the CUDA kernels, or not; auto: where nvcc and a GPU are
 MAX_JOBS=4                    compile so many files at once; CMAKE_BUILD_PARALLEL_LEVEL does too.
                               Default: the processors that this process may use
 VARIATOR_CUDA_ARCHS="80;90a"  GPU architectures; default: the local GPU's, else these with PTX
@@ -24,32 +24,29 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from build_backend import find_nvcc, switched_on, why_no_cuda  # noqa: E402
+from build_backend import environment, find_nvcc, why_no_cuda  # noqa: E402
 
-PARTS = ("cpu", "cuda")
+PARTS = environment.PARTS
+# What CMake takes from the environment when it configures a folder for the first time.
+FLAGS = ("CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "CMAKE_BUILD_TYPE")
+RECORD = "variator_kernels/_build_info.json"
+# The file name of an extension for this Python ends so.
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
 
 
 class NotBuilt(Exception):
     """Why a part could not be built, in one sentence."""
-
-
-def required_parts(value: str) -> list[str]:
-    """The parts named in VARIATOR_REQUIRE."""
-    parts = [part.strip().lower() for part in value.split(",") if part.strip()]
-    for part in parts:
-        if part not in PARTS:
-            known = ", ".join(PARTS)
-            raise OptionError(f"VARIATOR_REQUIRE: unknown part {part!r}, expected some of: {known}")
-    return parts
 
 
 def missing_parts(required: list[str], info: dict) -> list[str]:
@@ -118,11 +115,8 @@ def find_cutlass() -> str:
 def parallel_jobs() -> int:
     """How many files to compile at once: as asked for, else the processors usable here."""
     for name in ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL"):
-        value = os.environ.get(name, "").strip()
-        if value:
-            if not value.isdigit() or int(value) < 1:
-                raise OptionError(f"{name} must be an integer >= 1, got {value!r}")
-            return int(value)
+        if (jobs := environment.positive(name)) is not None:
+            return jobs
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(usable or 1, container_cpus() or usable or 1))
 
@@ -157,7 +151,8 @@ def build(part: str, source: Path, work: Path, options: list[str]) -> tuple[Path
 
     # One folder a configuration, so that a second build compiles only what changed. The tools may
     # lie in a temporary folder (build isolation), so their paths are given anew each time.
-    settings = [part, compiler, os.environ.get("CXXFLAGS", ""), sys.executable, bool(ninja)]
+    flags = [os.environ.get(name, "") for name in FLAGS]
+    settings = [part, compiler, *flags, sys.executable, bool(ninja)]
     key = hashlib.sha256(repr([*settings, *options]).encode()).hexdigest()[:12]
     folder = work / f"cmake-{key}"
     tools = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
@@ -174,9 +169,15 @@ def build(part: str, source: Path, work: Path, options: list[str]) -> tuple[Path
 
 
 def build_cpu(work: Path) -> tuple[Path, dict]:
-    options = [f"-DVARIATOR_SANITIZE={'ON' if switched_on('VARIATOR_SANITIZE') else 'OFF'}"]
-    options += shlex.split(os.environ.get("VARIATOR_CMAKE_ARGS", ""))
-    return build("cpu", ROOT, work, options)
+    sanitize = "ON" if environment.switch("VARIATOR_SANITIZE") else "OFF"
+    more = environment.cmake_arguments()
+    try:
+        return build("cpu", ROOT, work, [f"-DVARIATOR_SANITIZE={sanitize}", *more])
+    except NotBuilt as why:
+        if more and str(why).startswith("CMake's configuration failed"):
+            # Asked for by hand: to go on without them and without kernels would hide a slip.
+            raise CompileError(f"VARIATOR_CMAKE_ARGS={shlex.join(more)}: {why}") from None
+        raise
 
 
 def build_cuda(work: Path) -> tuple[Path, dict]:
@@ -185,11 +186,10 @@ def build_cuda(work: Path) -> tuple[Path, dict]:
     nvcc = find_nvcc()
     if nvcc is None:
         raise NotBuilt("nvcc was not found (CUDACXX, CUDA_HOME, PATH, /usr/local/cuda*)")
-    archs = os.environ.get("VARIATOR_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";")
     options = [
         f"-DCMAKE_CUDA_COMPILER={nvcc}",
         f"-DVARIATOR_CUTLASS={find_cutlass()}",
-        f"-DVARIATOR_CUDA_ARCHS={archs}",
+        f"-DVARIATOR_CUDA_ARCHS={environment.cuda_architectures()}",
     ]
     return build("cuda", ROOT / "csrc" / "cuda", work, options)
 
@@ -202,14 +202,17 @@ WITHOUT = {
 
 
 class BuildExtension(build_ext):
-    """Builds what can be built and records the rest.
-
-    The wheel is tagged for this platform in either case: its record speaks of one machine.
-    """
+    """Builds what can be built and records the rest."""
 
     def run(self) -> None:
-        required = required_parts(os.environ.get("VARIATOR_REQUIRE", ""))
-        package = Path(self.get_ext_fullpath("variator_kernels._cpu")).parent
+        try:
+            environment.check_build()
+        except ValueError as error:
+            raise OptionError(str(error)) from None
+        if unknown := environment.unknown_names():
+            print(unknown, file=sys.stderr, flush=True)
+        required = environment.required_parts()
+        package = self.target()
         package.mkdir(parents=True, exist_ok=True)
 
         info: dict = {part: {"built": False, "reason": "not tried"} for part in PARTS}
@@ -230,8 +233,9 @@ class BuildExtension(build_ext):
                     file=sys.stderr,
                     flush=True,
                 )
-            # Removed, never overwritten: a process may run it. A leftover is worse than none.
-            for earlier in package.glob(f"_{part}*.so"):
+            # Removed, never overwritten: a process may run it. A leftover is worse than none. In
+            # the sources lie other Pythons' builds too, but a wheel holds this one's alone.
+            for earlier in package.glob(f"_{part}{SUFFIX if self.inplace else '*.so'}"):
                 earlier.unlink()
             if built is not None:
                 shutil.copy2(built, package / built.name)
@@ -239,26 +243,41 @@ class BuildExtension(build_ext):
         if missing := missing_parts(required, info):
             raise CompileError("; ".join(missing))
 
+    def target(self) -> Path:
+        """The folder that the extensions go to."""
+        return Path(self.get_ext_fullpath("variator_kernels._cpu")).parent
+
+    def written(self) -> list[Path]:
+        """The extensions of this Python that lie there, and the record."""
+        names = [*(f"_{part}{SUFFIX}" for part in PARTS), "_build_info.json"]
+        return [file for name in names if (file := self.target() / name).exists()]
+
     def get_outputs(self) -> list[str]:
-        package = Path(self.build_lib, "variator_kernels")
-        return [] if self.inplace else [str(file) for file in self._written(package)]
+        return [] if self.inplace else [str(file) for file in self.written()]
 
     def get_output_mapping(self) -> dict[str, str]:
         """For editable installs: what a wheel would hold, and the file in the sources it is."""
-        if not self.inplace:
-            return {}
-        package = Path(self.get_ext_fullpath("variator_kernels._cpu")).parent
         folder = Path(self.build_lib, "variator_kernels")
-        return {str(folder / file.name): str(file) for file in self._written(package)}
+        files = self.written() if self.inplace else []
+        return {str(folder / file.name): str(file) for file in files}
 
-    @staticmethod
-    def _written(package: Path) -> list[Path]:
-        built = [file for part in PARTS for file in package.glob(f"_{part}*.so")]
-        return sorted([*built, *package.glob("_build_info.json")])
+
+class BuildWheel(bdist_wheel):
+    """Tags a wheel without kernels ``py3-none-any``: it holds nothing of this platform, and where
+    one with kernels is at hand too, pip takes that."""
+
+    def run_command(self, command: str) -> None:
+        super().run_command(command)
+        if command == "build":
+            record = Path(self.get_finalized_command("build_ext").build_lib, RECORD)
+            info = json.loads(record.read_text())
+            if not any(info[part]["built"] for part in PARTS):
+                self.distribution.ext_modules = []
+                self.root_is_pure = True
 
 
 if __name__ == "__main__":
     setup(
         ext_modules=[Extension("variator_kernels._cpu", sources=[])],
-        cmdclass={"build_ext": BuildExtension},
+        cmdclass={"build_ext": BuildExtension, "bdist_wheel": BuildWheel},
     )

@@ -9,14 +9,14 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 pytest.importorskip("setuptools", minversion="77")
-
-from setuptools.errors import OptionError
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULE_SOURCE = """
@@ -53,7 +53,8 @@ def tree(tmp_path: Path) -> Path:
     (tmp_path / "README.md").write_text("")
     (tmp_path / "variator_kernels").mkdir()
     (tmp_path / "variator_kernels" / "__init__.py").write_text("")
-    shutil.copy(ROOT / "variator_kernels" / "version.py", tmp_path / "variator_kernels")
+    for name in ("version.py", "environment.py"):
+        shutil.copy(ROOT / "variator_kernels" / name, tmp_path / "variator_kernels")
     (tmp_path / "csrc" / "cpu").mkdir(parents=True)
     for name, text in TINY_SOURCES.items():
         (tmp_path / "csrc" / "cpu" / name).write_text(text)
@@ -88,22 +89,43 @@ def needs(*programs: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "parts"),
-    [("", []), (" , ", []), ("cpu", ["cpu"]), (" CPU , cuda", ["cpu", "cuda"])],
+    ("name", "value", "expected"),
+    [
+        ("VARIATOR_REQUIRE", "tpu", "some of cpu, cuda"),
+        ("VARIATOR_CUDA", "ture", "one of 1, on, yes, true, 0, off, no, false, auto"),
+        ("VARIATOR_CUDA_ARCHS", "75", "GPU architectures from 80 on"),
+        ("VARIATOR_SANITIZE", "address", "one of 1, on"),
+        ("MAX_JOBS", "many", "an integer >= 1"),
+    ],
 )
-def test_required_parts(setup_py: ModuleType, value: str, parts: list[str]) -> None:
-    assert setup_py.required_parts(value) == parts
-
-
-def test_unknown_part_is_an_error(setup_py: ModuleType) -> None:
-    with pytest.raises(OptionError, match=r"VARIATOR_REQUIRE.*'tpu'.*cpu, cuda"):
-        setup_py.required_parts("cpu,tpu")
-
-
-def test_unknown_part_fails_the_build(tree: Path) -> None:
-    done = build(tree, "--inplace", VARIATOR_REQUIRE="tpu")
+def test_a_wrong_value_fails_the_build_at_its_start(
+    tree: Path, name: str, value: str, expected: str
+) -> None:
+    done = build(tree, "--inplace", **{"CXX": "/nonexistent", name: value})
     assert done.returncode != 0
-    assert "error: VARIATOR_REQUIRE: unknown part 'tpu'" in done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith(f"error: {name} must be {expected}") and line.endswith(f"got {value!r}")
+    assert not list(tree.glob("variator_kernels/_*.json"))
+    hook = "import build_backend as b; b.get_requires_for_build_wheel()"
+    env = {**os.environ, name: value}
+    done = subprocess.run(
+        [sys.executable, "-c", hook], cwd=tree, env=env, capture_output=True, text=True, check=False
+    )
+    assert f"ValueError: {name} must be {expected}" in done.stderr
+
+
+def test_a_name_that_nothing_reads_is_told_of(tree: Path) -> None:
+    done = build(tree, "--inplace", CXX="/nonexistent", VARIATOR_CMAKE_ARG="-DA=1")
+    assert done.returncode == 0
+    assert "reads no VARIATOR_CMAKE_ARG: it has no effect" in done.stderr
+
+
+@pytest.mark.parametrize("args", ["-DVARIATOR_SANITIZE=maybe", "--no-such-option", "-DA='b"])
+def test_wrong_arguments_for_cmake_fail_the_build(tree: Path, args: str) -> None:
+    needs("g++")
+    done = build(tree, "--inplace", CXX="g++", VARIATOR_CMAKE_ARGS=args)
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1].startswith("error: VARIATOR_CMAKE_ARGS")
 
 
 def test_required_cuda_fails_the_build(tree: Path) -> None:
@@ -182,7 +204,7 @@ def test_compiles_as_many_files_at_once_as_it_may(
         assert setup_py.parallel_jobs() == jobs
     for wrong in ("0", "-1", "many"):
         monkeypatch.setenv("MAX_JOBS", wrong)
-        with pytest.raises(OptionError, match=f"MAX_JOBS must be an integer >= 1, got '{wrong}'"):
+        with pytest.raises(ValueError, match=f"MAX_JOBS must be an integer >= 1, got '{wrong}'"):
             setup_py.parallel_jobs()
 
 
@@ -286,6 +308,93 @@ def test_build_records_what_it_did(tree: Path) -> None:
     # A later build that fails leaves no extension of this one behind.
     build(tree, "--inplace", CXX="/nonexistent")
     assert not list(package.glob("_cpu*.so"))
+
+
+def test_builds_for_other_pythons_stay_in_the_sources(tree: Path) -> None:
+    """Several environments may install one checkout with -e."""
+    needs("g++")
+    pytest.importorskip("pybind11")
+    package = tree / "variator_kernels"
+    own = package / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    other = package / "_cpu.cpython-399-x86_64-linux-gnu.so"
+    for file in (own, other):
+        file.write_text("of an earlier build")
+    build(tree, "--inplace", CXX="/nonexistent")
+    assert other.exists() and not own.exists()
+    done = build(tree, "--inplace", CXX="g++")
+    if own.exists():
+        assert own.stat().st_size > 1000
+    else:
+        assert "Could NOT find Python" in done.stdout
+    assert other.read_text() == "of an earlier build"
+
+
+def wheel(tree: Path, **env: str) -> tuple[str, set[str]]:
+    """The name and the files of the wheel that pip makes of a tree."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("VARIATOR_")}
+    kept.pop("LD_PRELOAD", None)
+    shutil.rmtree(tree / "wheels", ignore_errors=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation"]
+    done = subprocess.run(
+        [*command, "--no-deps", "--no-index", "--wheel-dir", "wheels", "."],
+        cwd=tree,
+        env={**kept, "VARIATOR_CUDA": "0", **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (made,) = (tree / "wheels").iterdir()
+    with zipfile.ZipFile(made) as archive:
+        return made.name, set(archive.namelist())
+
+
+def test_a_wheel_without_kernels_is_marked(tree: Path) -> None:
+    """By its name: pip must never take it for one with kernels, nor the other way round."""
+    needs("g++")
+    pytest.importorskip("pip")
+    pytest.importorskip("pybind11")
+    record, module = "variator_kernels/_build_info.json", "variator_kernels/_cpu"
+    name, files = wheel(tree, CXX="g++")
+    if not any(file.startswith(module) for file in files):
+        pytest.skip("the headers of Python are not installed")
+    assert name.endswith(f"-cp{sys.version_info[0]}{sys.version_info[1]}-{name.split('-', 4)[4]}")
+    assert "none-any" not in name and record in files
+    name, files = wheel(tree, CXX="/nonexistent")
+    assert name.endswith("-py3-none-any.whl")
+    assert record in files and "variator_kernels/version.py" in files
+    assert not [file for file in files if file.endswith(".so") or ".data/" in file]
+
+
+def test_make_builds_again_when_something_else_is_asked_for(tmp_path: Path) -> None:
+    needs("make")
+    stamp = tmp_path / ".stamp-asked"
+    compiler = tmp_path / "bin" / "clang++"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+
+    def changed(*arguments: str, **env: str) -> bool:
+        before = stamp.read_text() if stamp.exists() else None
+        inherited = {
+            name: value for name, value in os.environ.items() if name != "VARIATOR_REQUIRE"
+        }
+        subprocess.run(
+            ["make", f"VENV={tmp_path}", str(stamp), *arguments],
+            cwd=ROOT, env=inherited | env, check=True,
+        )  # fmt: skip
+        return stamp.read_text() != before
+
+    assert changed() and not changed()
+    for name in ("CXX", "CXXFLAGS", "LDFLAGS", "VARIATOR_CMAKE_ARGS", "VARIATOR_SANITIZE",
+                 "VARIATOR_CUDA", "VARIATOR_CUDA_ARCHS", "VARIATOR_REQUIRE", "CUDACXX",
+                 "CUTLASS_PATH", "CMAKE_BUILD_TYPE"):  # fmt: skip
+        value = "-DX='a b'"
+        assert changed(**{name: value}) and not changed(**{name: value}), name
+        assert not changed(f"{name}={value}"), "a command line says the same"
+        assert changed(), name
+    assert changed(PATH=f"{compiler.parent}:{os.environ['PATH']}")
 
 
 # --- the module that is installed

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import variator_kernels as vk
 from variator_kernels import __main__ as main
-from variator_kernels import backends, version
+from variator_kernels import backends, extension, version
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,7 +37,7 @@ def test_says_why_a_backend_is_missing(monkeypatch):
 
 
 def test_tells_what_was_built(monkeypatch):
-    monkeypatch.setattr(backends, "build_info", lambda: {"compiler": "some"})
+    monkeypatch.setattr(extension, "build_info", lambda: {"compiler": "some"})
     assert "compiler        some" in main.report()
 
 

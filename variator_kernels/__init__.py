@@ -1,5 +1,8 @@
 """Compression plugins (Variator) that make transformer models faster: ops, modules and patches."""
 
+from . import backends  # noqa: F401  (first: what it refuses must leave nothing registered)
+
+# isort: split
 from . import analysis, flops, functional
 from .checkpoint import load_plugins, save_plugins
 from .methods.variator import AdapterDecompress, CompressedFFN, GroupMerge, Plugin

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, extension
 
 UNBUILT = (
     "  nothing was recorded: this is a source folder that was not built (an installed package is\n"
@@ -45,7 +45,7 @@ def report() -> str:
         ("threads", str(torch.get_num_threads())),
     ]
     text = [f"{name:<18}{value}" for name, value in lines]
-    build = backends.build_info()
+    build = extension.build_info()
     text += ["", "build"]
     text += [f"  {key:<16}{_fact(value)}" for key, value in build.items()] or [UNBUILT]
     text += ["", "backends"]

@@ -7,12 +7,13 @@ import importlib.metadata
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from . import cuda_support, extension
+from . import cuda_support, environment, extension
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -56,7 +57,27 @@ _WHY_NO_TRITON = _why_no_triton(_TRITON)
 _INTERPRETER = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 # A row is a backend on a GPU architecture: its tests and its report passed there. Of two that are
 # proven on one architecture, the faster stands first.
+_NO_CPU_KERNELS = extension.load() is None
 _PROVEN: list[dict] = json.loads(Path(__file__).with_name("proven.json").read_text())
+
+
+def _check_required() -> None:
+    """VARIATOR_REQUIRE holds at import too: a wheel from a cache was built without it.
+
+    Raises:
+        ImportError: a part that it names cannot run here.
+    """
+    why_not = {"cpu": extension.why_missing("cpu"), "cuda": cuda_support.why_not_here() or ""}
+    missing = [
+        f"VARIATOR_REQUIRE={part}: {why_not[part]}"
+        for part in environment.required_parts()
+        if why_not[part]
+    ]
+    if missing:
+        raise ImportError("; ".join(missing))
+
+
+_check_required()
 
 
 def proven_on(backend: str) -> list[str]:
@@ -104,12 +125,6 @@ def _cuda_status() -> Status:
     return Status("cuda", usable, f"{detail} ({_experience('cuda')})")
 
 
-def build_info() -> dict:
-    """What the build recorded, or an empty dict for a source tree that was never built."""
-    path = Path(__file__).with_name("_build_info.json")
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def resolve(backend: str, x: torch.Tensor) -> str:
     """The backend that runs an op on ``x``.
 
@@ -124,6 +139,8 @@ def resolve(backend: str, x: torch.Tensor) -> str:
         for proven in _proven_for(x):
             if _WHY_NOT[proven](x) is None:
                 return proven
+        if _NO_CPU_KERNELS and x.device.type == "cpu" and x.dtype in CPU_DTYPES:
+            _warn_of_the_slow_way()
         return "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
@@ -131,6 +148,25 @@ def resolve(backend: str, x: torch.Tensor) -> str:
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run here: {reason}")
     return backend
+
+
+# Dynamo runs it while it traces, and compiles nothing of it.
+@torch.compiler.assume_constant_result
+def _warn_of_the_slow_way() -> bool:
+    """Says once in a process that inputs on the CPU run without kernels."""
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "inputs on the CPU run on plain PyTorch (backend 'reference'), which is slower: "
+            f'{extension.why_missing()}. backend="reference" asks for it without this warning',
+            UserWarning,
+            stacklevel=2,
+        )
+    return True
+
+
+_warned = False
 
 
 def _proven_for(x: torch.Tensor) -> list[str]:

@@ -41,12 +41,21 @@ def _why_no_launch() -> str | None:
     if cuda.emulated:
         return None
     driver, runtime = _driver_version(), cuda.runtime_version
+    # Without a driver there is no tensor on a GPU either: nothing to explain but to why_not_here().
     if 0 < driver // 1000 < runtime // 1000:
         return (
             f"the driver supports CUDA {_version(driver)}, the kernels were built with "
             f"{_version(runtime)}"
         )
     return None
+
+
+def why_not_here() -> str | None:
+    """Why the kernels cannot run in this process, as far as that is known without initialising
+    CUDA; or None."""
+    if _WHY_NO_LAUNCH is None and not EMULATED and _driver_version() == 0:
+        return "NVIDIA's driver (libcuda.so.1) was not found"
+    return _WHY_NO_LAUNCH
 
 
 # At import, not at first use: torch.compile traces through why_not().

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from bench.harness import tables
 from bench.harness.machine import ROOT
 from bench.harness.results import Row
-from variator_kernels import backends, extension
+from variator_kernels import extension
 
 OUTPUT = ROOT / "csrc" / "cuda"
 THREADS = {"gemm_sm90_64x128": 384, "gemm_sm90_128x192": 384, "gemm_sm80_128x128": 128}
@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     chosen = parser.parse_args(arguments)
     rows = [row for row in table() if row["arch"] in CHIPS]
-    compiler = backends.build_info().get("cuda", {}).get("compiler", "nvcc")
+    compiler = extension.build_info().get("cuda", {}).get("compiler", "nvcc")
     kept = [{key: value for key, value in row.items() if key != "symbol"} for row in rows]
     text = json.dumps({"compiler": compiler, "kernels": kept}, indent=1)
     (chosen.output / "resources.json").write_text(text + "\n")

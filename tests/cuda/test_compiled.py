@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from bench.tools import cuda_resources
-from variator_kernels import backends
+from variator_kernels import extension
 
 ROOT = Path(__file__).parents[2]
 MODULE = cuda_resources.module_path()
-WHY = backends.build_info().get("cuda", {}).get("reason", "the package was never built")
+WHY = extension.build_info().get("cuda", {}).get("reason", "the package was never built")
 pytestmark = pytest.mark.skipif(MODULE is None, reason=f"no CUDA kernels were compiled: {WHY}")
 
 

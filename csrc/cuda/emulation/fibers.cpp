@@ -87,8 +87,12 @@ void resume(Fiber& fiber) {
 }
 
 void run_blocks(std::vector<std::unique_ptr<Block>>& blocks, int threads) {
-    const char* order = std::getenv("VARIATOR_EMULATION_ORDER");
-    const bool reverse = order != nullptr && std::string(order) == "reverse";
+    const char* value = std::getenv("VARIATOR_EMULATION_ORDER");
+    const std::string order = value != nullptr ? value : "";
+    if (order != "" && order != "forward" && order != "reverse")
+        throw std::invalid_argument(
+            "VARIATOR_EMULATION_ORDER must be one of forward, reverse, got " + order);
+    const bool reverse = order == "reverse";
     std::vector<Fiber> fibers(blocks.size() * threads);
     for (size_t i = 0; i < fibers.size(); ++i) {
         const size_t number = reverse ? fibers.size() - 1 - i : i;
