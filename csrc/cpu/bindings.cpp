@@ -8,6 +8,7 @@
 #include "dispatch.h"
 #include "fork.h"
 #include "group_lists.h"
+#include "memory.h"
 
 namespace py = pybind11;
 using namespace variator;
@@ -252,27 +253,14 @@ PYBIND11_MODULE(_cpu, m) {
                 call.run(&Kernels::decompress_backward);
             },
             Quiet());
-    // Small weights whole, of large ones a sample, so that a write that bypasses version counting
-    // is noticed.
-    m.def("fingerprint", [](const std::vector<std::pair<Address, int64_t>>& weights) {
-        constexpr int64_t whole = 16384, samples = 64;
-        uint64_t hash = 1469598103934665603ull;
-        auto mix = [&](const unsigned char* p, int64_t bytes) {
-            uint64_t word = 0;
-            __builtin_memcpy(&word, p, static_cast<size_t>(bytes));
-            hash = (hash ^ word) * 1099511628211ull;
-            hash ^= hash >> 29;
-        };
-        for (const auto& [data, bytes] : weights) {
-            const auto* p = pointer<const unsigned char>(data);
-            const int64_t words = bytes / 8;
-            if (bytes <= whole)
-                for (int64_t i = 0; i < words; ++i) mix(p + 8 * i, 8);
-            else
-                for (int64_t i = 0; i < samples; ++i)
-                    mix(p + (words - 1) * i / (samples - 1) * 8, 8);
-            if (bytes % 8) mix(p + 8 * words, bytes % 8);
-        }
-        return hash;
+    py::class_<Memory>(m, "Memory")
+        .def(py::init<Address, Address, bool, int>(), py::kw_only(), py::arg("begin"),
+             py::arg("end"), py::arg("trackable"), py::arg("threads"), Quiet())
+        .def("freeze", &Memory::freeze, py::arg("frozen"), Quiet())
+        .def_property_readonly("rule", &Memory::rule);
+    m.def("changes", &Memory::changes, py::arg("memories"), py::arg("threads"), Quiet());
+    m.def("why_not_tracked", [] {
+        const char* why = why_not_tracked();
+        return std::string(why ? why : "");
     });
 }

@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.ops.cases import assert_close, cast, feed_forward, needs_cpu, plugin
 from variator_kernels import functional as vf
-from variator_kernels.ops import prepack
+from variator_kernels.ops import packed, prepack
 from variator_kernels.ops.arguments import Norm
 from variator_kernels.ops.feed_forward import FeedForward
 from variator_kernels.ops.group_merge.op import group_merge
@@ -88,11 +88,11 @@ def test_unchanged_weights_are_packed_once():
     layer, x = Layer(), torch.randn(2, 19, D)
     layer(x)
     forms = {key: dict(entry.forms) for key, entry in prepack.cache._entries.items()}
-    assert (id(layer.wi.weight),) in forms
+    assert (packed._layout(layer.wi.weight),) in forms
     layer(x)
     for key, found in forms.items():
-        for kind, packed in found.items():
-            assert prepack.cache._entries[key].forms[kind] is packed
+        for kind, form in found.items():
+            assert prepack.cache._entries[key].forms[kind] is form
 
 
 def test_the_cache_forgets_freed_weights():
@@ -149,8 +149,8 @@ def test_stale_forms_are_dropped():
         layer(x)
         halve_in_place(layer)
     layer(x)
-    entry = prepack.cache._entries[id(layer.wi.weight),]
-    assert len(entry.forms) == 1 and entry.state == prepack._state((layer.wi.weight,))
+    entry = prepack.cache._entries[packed._layout(layer.wi.weight),]
+    assert len(entry.forms) == 1 and entry.changes == packed._changes(entry)
 
 
 FIELDS = ("norm_weight", "norm_bias", "b_in", "b_out", "merge_bias", "b1", "b2", "w2")
@@ -207,10 +207,10 @@ def test_nan_in_a_bias_shows():
 
 def test_a_changed_bias_leaves_the_weight_packed():
     weight, bias = torch.randn(F, D), torch.randn(F)
-    packed = prepack.linear(weight, bias).weight
+    before = prepack.linear(weight, bias).weight
     bias.add_(1)
     again = prepack.linear(weight, bias)
-    assert again.weight is packed and torch.equal(again.bias, bias)
+    assert again.weight is before and torch.equal(again.bias, bias)
 
 
 def test_an_empty_projection():

@@ -1,81 +1,20 @@
-"""Weights in the layout that products read fast: packed once, again when the weight changes."""
+"""Products with weights in the layout that the CPU reads fast."""
 
 from __future__ import annotations
 
-import functools
 import os
-import weakref
-from collections.abc import Callable, Hashable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import extension
+from .packed import cache
+from .row_blocks import SIZES, blocks
 
-
-class _Entry(NamedTuple):
-    sources: tuple[weakref.ref, ...]
-    state: tuple
-    forms: dict[Hashable, Any]
-
-
-class PackCache:
-    """Packed forms by source tensors; an entry lives as long as all of them.
-
-    A source counts as unchanged while its address, dtype, shape and version counter are the same
-    and its memory reads the same, of more than 16 KiB a sample: writes through ``.data`` do not
-    count up versions.
-    """
-
-    def __init__(self) -> None:
-        self._entries: dict[tuple[int, ...], _Entry] = {}
-
-    def get(self, sources: tuple[Tensor, ...], kind: Hashable, make: Callable[[], Any]) -> Any:
-        """The packed form ``kind`` of ``sources``, from ``make()`` if there is none yet.
-
-        What ``make`` returns must not hold a source itself, or it would live for ever.
-        """
-        if any(source.is_inference() for source in sources):
-            return make()  # an inference tensor counts no versions
-        key = tuple(map(id, sources))
-        state = _state(sources)
-        entry = self._entries.get(key)
-        if entry is None or entry.state != state or not _alive(entry, sources):
-            forget = functools.partial(self._forget, key)
-            entry = _Entry(tuple(weakref.ref(source, forget) for source in sources), state, {})
-            self._entries[key] = entry
-        if kind not in entry.forms:
-            entry.forms[kind] = make()
-        return entry.forms[kind]
-
-    def forget(self, sources: Iterable[Tensor]) -> None:
-        """Free what is made of any of ``sources``; it is made again when it is asked for."""
-        gone = set(map(id, sources))
-        for key in [key for key in list(self._entries) if gone.intersection(key)]:
-            self._entries.pop(key, None)
-
-    def nbytes(self, sources: Iterable[Tensor]) -> int:
-        """Memory of what is made of each of ``sources`` alone: a weight's packed forms."""
-        entries = (self._entries.get((id(source),)) for source in sources)
-        forms = [form for entry in entries if entry for form in entry.forms.values()]
-        return sum(t.numel() * t.element_size() for t in forms if isinstance(t, Tensor))
-
-    def _forget(self, key: tuple[int, ...], _: weakref.ref) -> None:
-        self._entries.pop(key, None)
-
-
-def _alive(entry: _Entry, sources: tuple[Tensor, ...]) -> bool:
-    return all(ref() is source for ref, source in zip(entry.sources, sources, strict=True))
-
-
-def _state(sources: tuple[Tensor, ...]) -> tuple:
-    read = [(t.data_ptr(), t.nbytes) for t in sources if t.is_contiguous()]
-    sample = extension.load().fingerprint(read)
-    return sample, [(t.data_ptr(), t.dtype, t.shape, t._version) for t in sources]
-
-
-cache = PackCache()
+WORTH_READING = 128
+"""Rows from which a packed product gains more than it takes to read the whole weight before."""
 
 
 def _emulated() -> frozenset[torch.dtype]:
@@ -119,13 +58,25 @@ class PackedLinear(NamedTuple):
 
     def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
         """``activation(x · weightᵀ + bias)`` for ``x [rows, in]``; ``"none"`` or one of
-        :data:`~variator_kernels.ops.feed_forward.FFN_ACTIVATIONS`."""
+        :data:`~variator_kernels.ops.feed_forward.FFN_ACTIVATIONS`.
+
+        A product of its own if :mod:`row_blocks` knows that many rows, else one for each block.
+        """
         op, algorithm = _POST_OPS[activation]
         linear = torch.ops.mkldnn._linear_pointwise
-        return linear(x, self.weight, self.bias, op, [], algorithm)
+        rows = x.shape[0]
+        if rows in SIZES or rows % SIZES[-1] == 0:
+            return linear(x, self.weight, self.bias, op, [], algorithm)
+        y = x.new_empty(rows, self.weight.shape[0])
+        for first, count, size in blocks(rows):
+            part = F.pad(x[first : first + count], (0, 0, 0, size - count))
+            product = linear(part, self.weight, self.bias, op, [], algorithm)
+            y[first : first + count] = product[:count]
+        return y
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
-        """``(x · weightᵀ + bias) * other``, the gate of a gated FFN, in one product."""
+        """``(x · weightᵀ + bias) * other``, the gate of a gated FFN, in one product; of a number of
+        rows that :mod:`row_blocks` knows."""
         linear = torch.ops.mkldnn._linear_pointwise.binary
         return linear(x, other, self.weight, self.bias, "mul")
 
@@ -140,20 +91,28 @@ _POST_OPS = {
 
 
 def linear(
-    weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype | None = None,
+    rows: int | None = None,
 ) -> PackedLinear | None:
     """The packed form of ``weight [out, in]`` and ``bias``, or None where oneDNN cannot take it.
 
     Not fp64, and not NaN or infinity: oneDNN's activations would hide what comes of them.
-    ``dtype``: of the product; by default :func:`product_dtype` of the weight.
+    ``dtype``: of the product; by default :func:`product_dtype` of the weight. ``rows``: of this
+    product. None too if they are so few that looking whether the weight has changed would take
+    longer than packing saves.
     """
     dtype = product_dtype(weight.dtype) if dtype is None else dtype
+    few = rows is not None and rows < WORTH_READING and dtype == weight.dtype
+    if few and cache.reads_much(weight):
+        return None
     packed = _packed(weight, "linear", dtype)
     if packed is None or bias is None:
         return None if packed is None else PackedLinear(packed, None)
 
     def convert() -> Tensor | None:
-        return bias.detach().to(dtype) if bias.isfinite().all() else None
+        return bias.detach().to(dtype, copy=True) if bias.isfinite().all() else None
 
     converted = cache.get((bias,), ("bias", dtype), convert)
     return None if converted is None else PackedLinear(packed, converted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -23,17 +24,15 @@ from ..feed_forward import FeedForward, PluginWeights, products
 from ..group_merge import cpu as merge
 from ..groups import Groups
 from ..library import accumulator
+from ..row_blocks import blocks
 from .layered import normalize_real
-
-# Groups that go through the whole layer together: their inner activations (f numbers each) stay in
-# the last-level cache, and the GEMMs still have rows enough to run at full rate.
-BLOCK_GROUPS = 2048
 
 
 def prepacked_products(g: Tensor, ffn: FeedForward) -> Tensor:
     """``FFN(g)`` for ``g [rows, d]`` with prepacked weights, in g's dtype."""
-    w_in, w_out = prepack.linear(ffn.w_in, ffn.b_in), prepack.linear(ffn.w_out, ffn.b_out)
-    w_gate = None if ffn.w_gate is None else prepack.linear(ffn.w_gate, ffn.b_gate)
+    linear = functools.partial(prepack.linear, rows=g.shape[0])
+    w_in, w_out = linear(ffn.w_in, ffn.b_in), linear(ffn.w_out, ffn.b_out)
+    w_gate = None if ffn.w_gate is None else linear(ffn.w_gate, ffn.b_gate)
     if w_in is None or w_out is None or (w_gate is None) != (ffn.w_gate is None):
         return products(g, ffn).to(g.dtype)
     dtype = g.dtype
@@ -62,10 +61,10 @@ def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: G
         return y
     packed, wide = _prepacked_plugin(x, plugin, ffn, groups), accumulator(dtype)
     projected = torch.empty(rows.shape[0], packed.merge.bottleneck, dtype=wide)
-    for first in range(0, total, BLOCK_GROUPS):
-        count = min(BLOCK_GROUPS, total - first)
+    for first, count, size in blocks(total):
         block = Listed(lists.kernel.part(first, count), lists.tensors, lists.covers_all)
-        merged = torch.empty(count, d, dtype=dtype)
+        merged = torch.empty(size, d, dtype=dtype)
+        merged[count:].zero_()
         # oneDNN's activations turn NaN into 0; what the merge saw is carried past them.
         poison = torch.empty(count, dtype=wide)
         merge.run(rows, block, packed.merge, merge.Outputs(merged, projected, None, poison))
@@ -91,12 +90,13 @@ def _prepacked_plugin(
 
     def make() -> PrepackedPlugin:
         # Nothing that is read by address is of another size: shapes are part of the cache's key.
-        detached = plugin._replace(w1=plugin.w1.detach())
-        check_merge(x, detached.merge, groups, norm)
-        check_adapter(detached.adapter, x.shape[-1], plugin.b1.shape[0])
+        # Copies, because what needs no packing would be the weight itself, and keep it alive.
+        own = PluginWeights._make([*map(_own, plugin[:6]), plugin.activation])
+        its = norm._replace(weight=_own(norm.weight), bias=_own(norm.bias))
+        check_merge(x, own.merge, groups, its)
+        check_adapter(own.adapter, x.shape[-1], own.b1.shape[0])
         return PrepackedPlugin(
-            prepack_merge(detached.merge, norm, dtype, isa),
-            prepack_adapter(detached.adapter, dtype, isa),
+            prepack_merge(own.merge, its, dtype, isa), prepack_adapter(own.adapter, dtype, isa)
         )
 
     form = (
@@ -111,3 +111,7 @@ def _prepacked_plugin(
         isa,
     )
     return prepack.cache.get(sources, form, make)
+
+
+def _own(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()

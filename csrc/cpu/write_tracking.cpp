@@ -1,0 +1,201 @@
+#include "write_tracking.h"
+
+#if defined(__linux__)
+
+#include <fcntl.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cerrno>
+
+namespace variator::write_tracking {
+namespace {
+
+// The kernel's interface, which headers of older systems lack.
+struct UffdApi {
+    uint64_t api, features, ioctls;
+};
+struct UffdRange {
+    uint64_t start, length;
+};
+struct UffdRegister {
+    UffdRange range;
+    uint64_t mode, ioctls;
+};
+struct UffdWriteProtect {
+    UffdRange range;
+    uint64_t mode;
+};
+struct PageRegion {
+    uint64_t start, end, categories;
+};
+struct PageScan {
+    uint64_t size, flags, start, end, walk_end, regions, region_count, max_pages;
+    uint64_t inverted, mask, any_of, returned;
+};
+constexpr unsigned long uffd_api = _IOWR(0xAA, 0x3F, UffdApi);
+constexpr unsigned long uffd_register = _IOWR(0xAA, 0x00, UffdRegister);
+constexpr unsigned long uffd_unregister = _IOR(0xAA, 0x01, UffdRange);
+constexpr unsigned long uffd_write_protect = _IOWR(0xAA, 0x06, UffdWriteProtect);
+constexpr unsigned long pagemap_scan = _IOWR('f', 16, PageScan);
+constexpr int user_mode_only = 1;
+constexpr uint64_t version = 0xAA;
+constexpr uint64_t feature_unpopulated = 1u << 13, feature_async = 1u << 15;
+constexpr uint64_t mode_write_protect = 1u << 1;  // of a registration
+constexpr uint64_t protect = 1;
+constexpr uint64_t scan_protects = 1u << 0, scan_needs_tracking = 1u << 1;
+constexpr uint64_t page_written = 1u << 1, page_of_file = 1u << 2, page_present = 1u << 3;
+constexpr int populate_read = 22, populate_write = 23;  // MADV_...
+
+struct Descriptors {
+    int uffd = -1, pagemap = -1;
+    pid_t process = 0;
+};
+Descriptors open_here;
+const char* unavailable = nullptr;
+bool opened = false;
+
+void close_all() {
+    if (open_here.uffd >= 0) close(open_here.uffd);
+    if (open_here.pagemap >= 0) close(open_here.pagemap);
+    open_here = {};
+    opened = false;
+}
+
+UffdRange kernel_range(Range pages) { return {pages.begin, pages.end - pages.begin}; }
+
+// Calls seen(region) for each run of pages with these categories; false if the kernel refuses.
+template <class Seen>
+bool scan(PageScan question, Range pages, const Seen& seen) {
+    PageRegion regions[64];
+    question.size = sizeof question;
+    question.end = pages.end;
+    question.regions = reinterpret_cast<uintptr_t>(regions);
+    question.region_count = sizeof regions / sizeof regions[0];
+    for (uintptr_t at = pages.begin; at < pages.end;) {
+        question.start = at;
+        const int count = ioctl(open_here.pagemap, pagemap_scan, &question);
+        if (count < 0 && errno == EINTR) continue;
+        if (count < 0) return false;
+        for (int i = 0; i < count; ++i) seen(regions[i]);
+        if (question.walk_end <= at) return false;
+        at = question.walk_end;
+    }
+    return true;
+}
+
+bool any_of_file(Range pages, bool& answer) {
+    PageScan question{};
+    question.mask = question.returned = page_of_file;
+    answer = false;
+    return scan(question, pages, [&](const PageRegion&) { answer = true; });
+}
+
+// Two pages of our own: a write to the second must show, and nothing else.
+const char* try_out() {
+    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    void* memory =
+        mmap(nullptr, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) return "no memory";
+    auto* bytes = static_cast<volatile unsigned char*>(memory);
+    bytes[0] = bytes[page] = 1;
+    const auto begin = reinterpret_cast<uintptr_t>(memory);
+    const Range pages{begin, begin + 2 * page};
+    std::vector<Range> none, first, second;
+    bool works = track(pages) && written(pages, none);
+    bytes[page] = 2;
+    works = works && written(pages, first) && written(pages, second);
+    works = works && none.empty() && second.empty() && first.size() == 1 &&
+            first[0].begin == begin + page && first[0].end == pages.end;
+    munmap(memory, 2 * page);
+    return works ? nullptr : "the kernel does not report written pages (Linux 6.7 and newer do)";
+}
+
+const char* open_all() {
+    open_here.process = getpid();
+    open_here.uffd = static_cast<int>(
+        syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | user_mode_only));
+    if (open_here.uffd < 0)
+        return errno == EPERM || errno == EACCES
+                   ? "the system forbids the call userfaultfd (some containers do)"
+                   : "the kernel has no userfaultfd for user memory (Linux 5.11 and newer do)";
+    UffdApi api{version, feature_async | feature_unpopulated, 0};
+    if (ioctl(open_here.uffd, uffd_api, &api) != 0)
+        return "the kernel has no asynchronous write protection (Linux 6.7 and newer do)";
+    open_here.pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    if (open_here.pagemap < 0) return "/proc/self/pagemap does not open";
+    return try_out();
+}
+
+}  // namespace
+
+Range whole_pages(Range range) {
+    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const uintptr_t begin = (range.begin + page - 1) / page * page, end = range.end / page * page;
+    return begin < end ? Range{begin, end} : Range{range.begin, range.begin};
+}
+
+const char* why_unavailable() {
+    // A process may be cloned without its fork handlers being run.
+    if (opened && open_here.process != getpid()) close_all();
+    if (!opened) {
+        opened = true;
+        unavailable = open_all();
+    }
+    return unavailable;
+}
+
+bool track(Range pages) {
+    void* memory = reinterpret_cast<void*>(pages.begin);
+    const size_t size = pages.end - pages.begin;
+    // What is not in memory yet does not tell whether it is a file's.
+    bool of_file = false;
+    if (madvise(memory, size, populate_read) != 0 || !any_of_file(pages, of_file)) return false;
+    // Others may write to the file: only a copy is this process's alone. Of shared memory there is
+    // none, and it stays a file's.
+    if (of_file && (madvise(memory, size, populate_write) != 0 || !any_of_file(pages, of_file)))
+        return false;
+    if (of_file) return false;
+    UffdRegister registration{kernel_range(pages), mode_write_protect, 0};
+    if (ioctl(open_here.uffd, uffd_register, &registration) != 0) return false;
+    UffdWriteProtect order{kernel_range(pages), protect};
+    if (ioctl(open_here.uffd, uffd_write_protect, &order) == 0) return true;
+    untrack(pages);
+    return false;
+}
+
+void untrack(Range pages) {
+    UffdRange range = kernel_range(pages);
+    ioctl(open_here.uffd, uffd_unregister, &range);
+}
+
+bool written(Range pages, std::vector<Range>& found) {
+    PageScan question{};
+    question.flags = scan_protects | scan_needs_tracking;
+    question.inverted = page_present;
+    question.any_of = question.returned = page_written | page_present;
+    return scan(question, pages, [&](const PageRegion& region) {
+        found.push_back({static_cast<uintptr_t>(region.start), static_cast<uintptr_t>(region.end)});
+    });
+}
+
+void restart_after_fork() { close_all(); }
+
+}  // namespace variator::write_tracking
+
+#else
+
+namespace variator::write_tracking {
+
+Range whole_pages(Range range) { return {range.begin, range.begin}; }
+const char* why_unavailable() { return "only Linux reports written pages"; }
+bool track(Range) { return false; }
+void untrack(Range) {}
+bool written(Range, std::vector<Range>&) { return false; }
+void restart_after_fork() {}
+
+}  // namespace variator::write_tracking
+
+#endif

@@ -1,0 +1,36 @@
+// Which pages of this process were written, as the kernel tells (Linux 6.7 and newer): asynchronous
+// write protection of userfaultfd, read by PAGEMAP_SCAN. No privilege, no signal handler, no thread.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace variator::write_tracking {
+
+// Memory from begin to end.
+struct Range {
+    uintptr_t begin, end;
+    bool empty() const { return begin >= end; }
+    bool overlaps(const Range& other) const { return begin < other.end && other.begin < end; }
+};
+
+// The whole pages inside a range; empty if it holds none.
+Range whole_pages(Range range);
+
+// Why nothing can be tracked here; null if it can. The caller serialises this and all that follows.
+const char* why_unavailable();
+
+// From now on writes to these pages are seen. False: the kernel cannot see all of them, as where
+// other processes share the memory. Pages that a file would still show through are made this
+// process's own first.
+bool track(Range pages);
+void untrack(Range pages);
+
+// Appends what was written since the last look, whoever wrote it, and what is not in memory, which
+// says nothing; tracks that again. False: the pages are not tracked any more.
+bool written(Range pages, std::vector<Range>& found);
+
+// In a forked child: its parent's descriptors say nothing of it, and its pages are not tracked.
+void restart_after_fork();
+
+}  // namespace variator::write_tracking

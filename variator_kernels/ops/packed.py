@@ -1,0 +1,224 @@
+"""Packed copies of weights: made once, and again when a weight has changed.
+
+What counts is what a weight's bytes are when somebody asks, however they got there: through
+``.data``, NumPy, another process. On Linux 6.7 and newer the kernel reports which pages were
+written (csrc/cpu/write_tracking.h). Elsewhere all bytes are read at every look, unless
+:meth:`PackCache.freeze` was told that they stay.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import extension
+
+
+LITTLE = 1 << 16
+"""Bytes that are read as fast as the kernel tells of them."""
+
+
+class _Memory(NamedTuple):
+    """Where a tensor's bytes lie, from its first to its last."""
+
+    begin: int
+    end: int
+
+
+class _Entry(NamedTuple):
+    memories: dict[_Memory, Any]
+    """The extension's ``Memory`` of each source."""
+    storages: tuple[weakref.ref, ...]
+    """Not of the tensors: PyTorch refuses to swap tensors that have weak references."""
+    changes: int
+    """How often the memories had changed when the forms were made."""
+    forms: dict[Hashable, Any]
+
+
+class _Frozen(NamedTuple):
+    memory: Any
+    version: int
+    storage: weakref.ref
+
+
+class PackCache:
+    """Packed forms by source tensors; an entry lives as long as the memory of all of them.
+
+    Sources are strided CPU tensors. Many threads may use it at once: entries are replaced whole.
+    """
+
+    def __init__(self, track: bool = True) -> None:
+        """``track``: ask the kernel what was written, where it tells."""
+        self.track = track
+        self._entries: dict[Hashable, _Entry] = {}
+        self._memories: weakref.WeakValueDictionary[_Memory, Any] = weakref.WeakValueDictionary()
+        self._frozen: dict[_Memory, _Frozen] = {}
+
+    def get(self, sources: tuple[Tensor, ...], kind: Hashable, make: Callable[[], Any]) -> Any:
+        """The packed form ``kind`` of ``sources``, from ``make()`` if there is none yet.
+
+        What ``make`` returns must not share memory with a source, which would then live for ever.
+
+        Raises:
+            RuntimeError: a frozen source was written by PyTorch.
+        """
+        key = tuple(map(_layout, sources))
+        entry = self._entries.get(key) or self._enter(key, sources)
+        if self._frozen:
+            self._check_frozen(sources)
+        changes = _changes(entry)
+        if entry.changes != changes:
+            entry = self._entries[key] = entry._replace(changes=changes, forms={})
+        if kind not in entry.forms:
+            form = make()
+            if _changes(entry) != changes:
+                return form  # written meanwhile: of neither state
+            entry.forms[kind] = form
+        return entry.forms[kind]
+
+    def freeze(self, sources: Iterable[Tensor]) -> None:
+        """From now on ``sources`` are not looked at: the caller promises that they stay."""
+        for source in sources:
+            where = _memory(source)
+            memory = self._memory_of(source)
+            memory.freeze(True)
+            gone = functools.partial(self._gone, self._frozen, where)
+            storage = weakref.ref(source.untyped_storage(), gone)
+            self._frozen[where] = _Frozen(memory, _version(source), storage)
+
+    def thaw(self, sources: Iterable[Tensor]) -> None:
+        """Undo :meth:`freeze`; what was written meanwhile counts."""
+        for source in sources:
+            frozen = self._frozen.pop(_memory(source), None)
+            if frozen is not None:
+                frozen.memory.freeze(False)
+
+    def forget(self, sources: Iterable[Tensor]) -> None:
+        """Free what is made of any of ``sources``; it is made again when it is asked for."""
+        sources = list(sources)
+        for key in [key for key, _ in self._made_of(sources)]:
+            self._entries.pop(key, None)
+        self.thaw(sources)
+
+    def nbytes(self, sources: Iterable[Tensor]) -> int:
+        """Memory of what is made of ``sources``."""
+        return sum(_nbytes(entry.forms) for _, entry in self._made_of(sources))
+
+    def rules(self, sources: Iterable[Tensor]) -> dict[str, int]:
+        """How writes to those of ``sources`` that are packed are noticed, and to how many bytes
+        each rule applies: ``"tracked"``, ``"read"`` or ``"frozen"``."""
+        rules: dict[str, int] = {}
+        for where in {_memory(source) for source in sources if _is_cpu(source)}:
+            memory = self._memories.get(where)
+            if memory is not None:
+                rules[memory.rule] = rules.get(memory.rule, 0) + where.end - where.begin
+        return rules
+
+    def reads_much(self, source: Tensor) -> bool:
+        """Whether every look at ``source`` reads all of it, and that is more than a little."""
+        if source.nbytes < LITTLE:
+            return False
+        memory = self._memories.get(_memory(source))
+        if memory is None:
+            return not self.track or extension.load().why_not_tracked() != ""
+        return memory.rule == "read"
+
+    def _enter(self, key: Hashable, sources: tuple[Tensor, ...]) -> _Entry:
+        storages = [source.untyped_storage() for source in sources]
+        for old, entry in list(self._entries.items()):
+            if any(_moved(entry, storage) for storage in storages):
+                self._entries.pop(old, None)
+        gone = functools.partial(self._gone, self._entries, key)
+        entry = _Entry(
+            {_memory(source): self._memory_of(source) for source in sources},
+            tuple(weakref.ref(storage, gone) for storage in storages),
+            -1,
+            {},
+        )
+        self._entries[key] = entry
+        return entry
+
+    def _memory_of(self, source: Tensor) -> Any:
+        where = _memory(source)
+        memory = self._memories.get(where)
+        if memory is None:
+            # A device that writes to pinned memory does so behind the kernel's back.
+            pinned = torch.cuda.is_initialized() and source.is_pinned()
+            memory = extension.load().Memory(
+                begin=where.begin,
+                end=where.end,
+                trackable=self.track and not pinned,
+                threads=torch.get_num_threads(),
+            )
+            self._memories[where] = memory
+        return memory
+
+    def _made_of(self, sources: Iterable[Tensor]) -> Iterator[tuple[Hashable, _Entry]]:
+        wanted = {_memory(source) for source in sources if _is_cpu(source)}
+        for key, entry in list(self._entries.items()):
+            if not wanted.isdisjoint(entry.memories):
+                yield key, entry
+
+    def _check_frozen(self, sources: tuple[Tensor, ...]) -> None:
+        for source in sources:
+            frozen = self._frozen.get(_memory(source))
+            if frozen is not None and frozen.version != _version(source):
+                raise RuntimeError(
+                    f"a weight {tuple(source.shape)} was written after vk.freeze(model), which "
+                    "promises that weights stay: call vk.thaw(model) before changing them"
+                )
+
+    @staticmethod
+    def _gone(table: dict, key: Hashable, _: weakref.ref) -> None:
+        table.pop(key, None)
+
+
+def _layout(t: Tensor) -> tuple[Any, ...]:
+    return t.data_ptr(), t.dtype, t.shape, t.stride()
+
+
+def _memory(t: Tensor) -> _Memory:
+    begin, last = t.data_ptr(), 0
+    if t.numel() == 0:
+        return _Memory(begin, begin)
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        last += (size - 1) * stride
+    return _Memory(begin, begin + (last + 1) * t.element_size())
+
+
+def _is_cpu(t: Tensor) -> bool:
+    return t.device.type == "cpu" and t.layout == torch.strided
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+def _moved(entry: _Entry, storage: torch.UntypedStorage) -> bool:
+    """Whether ``entry`` is of this storage, which has other memory by now (FSDP resizes it)."""
+    if all(ref() is not storage for ref in entry.storages):
+        return False
+    begin = storage.data_ptr()
+    end = begin + storage.nbytes()
+    return not all(begin <= memory.begin and memory.end <= end for memory in entry.memories)
+
+
+def _changes(entry: _Entry) -> int:
+    return extension.load().changes(list(entry.memories.values()), torch.get_num_threads())
+
+
+def _nbytes(form: Any) -> int:
+    """Of all tensors in nested forms."""
+    if isinstance(form, Tensor):
+        return form.numel() * form.element_size()
+    if isinstance(form, dict):
+        return sum(map(_nbytes, form.values()))
+    return sum(map(_nbytes, form)) if isinstance(form, tuple) else 0
+
+
+cache = PackCache()

@@ -1,0 +1,46 @@
+"""How many rows a packed product takes at once: of a few sizes only.
+
+oneDNN compiles a product for each number of rows, which takes tens of milliseconds and one to two
+MiB that PyTorch keeps. A server that sees thousands of lengths would pay that for each of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+SIZES = (
+    *(1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256),
+    *(320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048),
+)
+"""Steps of an eighth to a quarter; small products are bound by reading the weights, whatever their
+rows. The inner activations of the largest (f numbers a row) stay in the last-level cache."""
+READING = 64
+"""Starting one more product costs about as much as this many rows: it reads the weights again."""
+
+
+class Block(NamedTuple):
+    """``rows`` rows from ``first`` on, in a product of ``size`` rows."""
+
+    first: int
+    rows: int
+    size: int
+
+
+@functools.lru_cache(maxsize=4096)
+def blocks(rows: int) -> tuple[Block, ...]:
+    """Covers ``rows`` at the least cost: 0 to many of the largest size, then one or two."""
+    largest = SIZES[-1]
+    whole, rest = divmod(rows, largest)
+    found = [Block(i * largest, largest, largest) for i in range(whole)]
+    if rest:
+        first, last = whole * largest, max(size for size in SIZES if size <= rest)
+        if last < rest and last + _fitting(rest - last) + READING < _fitting(rest):
+            found.append(Block(first, last, last))
+            first, rest = first + last, rest - last
+        found.append(Block(first, rest, _fitting(rest)))
+    return tuple(found)
+
+
+def _fitting(rows: int) -> int:
+    return min(size for size in SIZES if size >= rows)
