@@ -6,6 +6,7 @@
 # make emulation      the CUDA kernels' logic as CPU code, for the tests
 # make cuda-table     registers, shared memory and occupancy of the built CUDA kernels
 # make compile-table  the Triton kernels, compiled for GPUs that need not be there
+# make aarch64        the portable kernels, compiled for aarch64 and run in an emulator
 # make gpu-report     tests and measurements on this machine's GPU, unattended, with PYTHON itself
 # make clean    remove what was built           make distclean       and the environment
 #
@@ -32,7 +33,7 @@ MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help bench bench-full test test-weaker test-lowest lint format sanitize kernels-bench compile-table emulation \
-	cuda-table gpu-report clean distclean FORCE
+	cuda-table gpu-report aarch64 clean distclean FORCE
 
 BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
@@ -121,13 +122,13 @@ lint: $(VENV)/.stamp-test
 	@echo "== ruff check";    $(BIN)/ruff check .
 	@echo "== ruff format";   $(BIN)/ruff format --check .
 	@echo "== mypy";          $(BIN)/mypy
-	@echo "== clang-format";  $(BIN)/clang-format --dry-run --Werror $(CSRC)
+	@echo "== clang-format";  $(BIN)/clang-format --dry-run --Werror $(CSRC) tests/aarch64/*.cpp
 	@echo "== import-linter"; $(BIN)/lint-imports --no-cache >$(VENV)/layers || { cat $(VENV)/layers; exit 1; }
 
 format: $(VENV)/.stamp-test
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
-	@$(BIN)/clang-format -i $(CSRC)
+	@$(BIN)/clang-format -i $(CSRC) tests/aarch64/*.cpp
 
 # Threads sleep while they wait: there are more of them than cores. What is required was checked by
 # the build; at import it asks for a GPU's driver besides.
@@ -185,6 +186,14 @@ sanitize: $(VENV)/.stamp-test
 	@$(SANITIZED) $(PY) -c 'import sys; from variator_kernels import extension; \
 	    sys.exit(None if extension.load() else extension.why_missing())'
 	@$(SANITIZED) $(PY) -m pytest --capture=sys -p no:cacheprovider $(SANITIZE_TESTS) $(SANITIZE_ARGS)
+
+# On Debian the two are in g++-aarch64-linux-gnu and qemu-user.
+export AARCH64_CXX ?= aarch64-linux-gnu-g++
+export QEMU_AARCH64 ?= qemu-aarch64
+aarch64: $(VENV)/.stamp-test
+	@type -P $(firstword $(AARCH64_CXX)) $(firstword $(QEMU_AARCH64)) >/dev/null || \
+	    { echo "make aarch64 needs $(AARCH64_CXX) (AARCH64_CXX) and $(QEMU_AARCH64) (QEMU_AARCH64)"; exit 1; }
+	@$(PY) -m pytest $(TEST_ARGS) tests/aarch64
 
 clean:
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

@@ -22,6 +22,7 @@ from .harness import machine, options, results, tables
 from .harness.results import Row
 from .quality import originals, recipe, speed, stages, tasks
 from .quality.recipe import TARGETS, VARIANTS, Recipe, Variant
+from .quality.rivals import rivals
 
 
 def parser() -> argparse.ArgumentParser:
@@ -102,15 +103,24 @@ def percent(heading: str, name: str) -> tables.Column:
     return tables.number(heading, lambda row: 100 * row[name], ".1f")
 
 
-def columns(targets: bool) -> list[tables.Column]:
+def columns(content: Row) -> list[tables.Column]:
     """Of the tables on the screen and in the documentation, without what the rows are of."""
+    smaller = rivals(content["costs"])
+    tokens = {row["k"]: row["tokens_a_row"] for row in content["costs"]}
 
     def lost(row: Row) -> str:
-        limit = TARGETS.get(row["k"]) if targets and row["variant"] == "full" else None
+        limit = TARGETS.get(row["k"]) if has_targets(content) and row["variant"] == "full" else None
         return f"{row['lost']:.1f}" + ("" if limit is None else f" (target {limit})")
+
+    def pays(row: Row) -> str:
+        if row["k"] not in smaller:
+            return ""
+        rival = smaller[row["k"]]
+        return "yes" if rival is None else f"no, k={rival} is within the spread"
 
     return [
         percent("original, %", "dense_accuracy"),
+        tables.number("tokens a row", lambda row: tokens[row["k"]], ".0f"),
         tables.key("k", "k"),
         percent("compressed, %", "accuracy"),
         tables.Column("points lost", lost),
@@ -119,6 +129,7 @@ def columns(targets: bool) -> list[tables.Column]:
         tables.number("multiply-adds left", lambda row: row["multiply_adds_left"], ".0%"),
         tables.number("parameters added to FFNs", lambda row: row["added_over_ffn"], ".1%"),
         tables.number("encoder speed-up", lambda row: row["speedup"]),
+        tables.Column("pays at this length", pays),
     ]
 
 
@@ -144,7 +155,7 @@ def run(args: argparse.Namespace, setup: stages.Setup, task: tasks.Task, console
     costs = {row["k"]: row for row in measured}
     content["summary"] = summary(content["rows"], costs, folder)
     results.write(path, content)
-    shown = [tables.key("variant", "variant"), *columns(has_targets(content))]
+    shown = [tables.key("variant", "variant"), *columns(content)]
     loss = tables.number("loss", lambda row: row["loss"], ".4f")
     table = tables.screen("medians over seeds", [*shown, loss], content["summary"])
     options.finish(content, path, console, table, draw=plot.draw)

@@ -218,7 +218,7 @@ def test_required_cuda_needs_a_driver(monkeypatch):
 FORWARD = """
 import warnings
 import torch
-from variator_kernels import functional as vf
+from variator_kernels import backends, functional as vf
 x, w, b = torch.randn(2, 8, 4), torch.randn(2, 8), torch.randn(2)
 def warned(call):
     with warnings.catch_warnings(record=True) as found:
@@ -230,6 +230,7 @@ try:
 except ValueError as error:
     print("error", error)
 print("chosen", warned(lambda: vf.group_merge(x, w, b, backend="reference")))
+print("weight", warned(lambda: backends.resolve("auto", torch.nn.Parameter(x))))
 print("meta", warned(lambda: vf.group_merge(*(t.to("meta") for t in (x, w, b)))))
 FIRST
 print("second", warned(lambda: vf.group_merge(x, w, b)))
@@ -250,7 +251,7 @@ def test_the_first_forward_without_kernels_says_so(without_kernels, first):
     for told in (lines["error"], lines["first"]):
         assert NO_COMPILER["reason"] in told and "VARIATOR_REQUIRE=cpu pip install" in told
     assert "is slower" in lines["first"]
-    assert lines["chosen"] == lines["meta"] == lines["second"] == "[]"
+    assert lines["chosen"] == lines["weight"] == lines["meta"] == lines["second"] == "[]"
     assert "variator" not in done.stderr  # nothing else, at import or behind the record
 
 

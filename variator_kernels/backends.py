@@ -139,7 +139,9 @@ def resolve(backend: str, x: torch.Tensor) -> str:
         for proven in _proven_for(x):
             if _WHY_NOT[proven](x) is None:
                 return proven
-        if _NO_CPU_KERNELS and x.device.type == "cpu" and x.dtype in CPU_DTYPES:
+        # Of a weight, `patch` asks before the model is where it will run.
+        on_cpu = x.device.type == "cpu" and not isinstance(x, torch.nn.Parameter)
+        if _NO_CPU_KERNELS and on_cpu and x.dtype in CPU_DTYPES:
             _warn_of_the_slow_way()
         return "reference"
     if backend not in BACKENDS:

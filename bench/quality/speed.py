@@ -104,14 +104,19 @@ def _check(encoder: Any, model: Any, batch: dict[str, Tensor], ratio: int) -> ch
 
 
 def _cost(encoder: Any, inputs: list[dict[str, Tensor]], ratio: int) -> Row:
-    """Multiply-adds left in the encoder and in its FFNs, as fractions."""
-    used = dense = ffn = ffn_dense = 0
+    """Multiply-adds left in the encoder and in its FFNs, as fractions, and the rows' length."""
+    used = dense = ffn = ffn_dense = tokens = rows = 0
     for batch in inputs:
         lengths = batch["attention_mask"].sum(-1).tolist()
+        tokens, rows = tokens + sum(lengths), rows + len(lengths)
         found = vk.flops.count(encoder, length=lengths, ratio=ratio)
         used += found.multiply_adds.total
         dense += found.dense_multiply_adds.total
         parts = found.multiply_adds
         ffn += parts.ffn + parts.merge + parts.decompress
         ffn_dense += found.dense_multiply_adds.ffn
-    return {"multiply_adds_left": used / dense, "ffn_multiply_adds_left": ffn / ffn_dense}
+    return {
+        "tokens_a_row": tokens / rows,
+        "multiply_adds_left": used / dense,
+        "ffn_multiply_adds_left": ffn / ffn_dense,
+    }

@@ -49,7 +49,7 @@ def quality(found: Machine, folder: Path) -> str:
     """A row a model, task and k, of the full recipe."""
     lines: list[str] = []
     for _, content in _qualities(found):
-        columns = [OF, *quality_vs_k.columns(quality_vs_k.has_targets(content))]
+        columns = [OF, *quality_vs_k.columns(content)]
         rows = _named(content, pick(content["summary"], variant="full"))
         made = tables.markdown(columns, rows).splitlines()
         lines += made[2:] if lines else made

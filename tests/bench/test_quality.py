@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 
-from bench import quality_vs_k
+from bench import plot, quality_vs_k
 from bench.quality import originals, tasks
 from bench.quality.recipe import VARIANTS
+from bench.quality.rivals import rivals
 from bench.tools import report_training
 from bench.tools.report_speed import Machine
 from tests.train import toy
@@ -30,6 +31,43 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setitem(originals.FINE_TUNING, "sst2", quick)
     toy.t5(tmp_path / "model")
     return tmp_path
+
+
+def cost(k, q1, q3, status="ok"):
+    return {"k": k, "status": status, "speedup": {"q1": q1, "median": (q1 + q3) / 2, "q3": q3}}
+
+
+def test_a_ratio_pays_if_it_is_clearly_faster():
+    costs = [cost(2, 1.3, 1.4), cost(4, 1.5, 1.6), cost(8, 1.55, 1.8), cost(16, 1.61, 1.7)]
+    assert rivals(costs) == {2: None, 4: None, 8: 4, 16: None}  # 8 is no rival of 16
+    assert rivals(costs[::-1]) == rivals(costs)
+    assert rivals([cost(2, 1.3, 1.4), cost(4, 0, 0, "failed"), cost(8, 1.4, 1.5)]) == {
+        2: None,
+        8: 2,
+    }
+    assert rivals([]) == {}
+
+
+def test_the_picture_goes_from_slow_to_fast(monkeypatch, tmp_path):
+    """A line over k would run back where a larger k is slower."""
+    lines = []
+    plotted = plot.Axes.plot
+
+    def record(self, *arguments, **settings):
+        if len(arguments) == 3 and arguments[2] == "o-":
+            lines.append(arguments[0])
+        return plotted(self, *arguments, **settings)
+
+    monkeypatch.setattr(plot.Axes, "plot", record)
+    costs = [{**cost(k, s, s), "tokens_a_row": 25.2} for k, s in ((2, 1.3), (4, 1.7), (8, 1.6))]
+    summary = [
+        {"variant": "full", "k": row["k"], "speedup": row["speedup"]["median"], "accuracy": 0.8,
+         "dense_accuracy": 0.9}
+        for row in costs
+    ]  # fmt: skip
+    content = {"summary": summary, "costs": costs, "task": "sst2", "model": {"name": "toy"}}
+    plot.quality(content, tmp_path / "picture.png")
+    assert lines == [(1.3, 1.6, 1.7)]
 
 
 def run(folder, *more):

@@ -188,3 +188,11 @@ def test_more_tokens_than_32_bits_count(cuda):
     groups = GpuGroups("plain", None, None, None, None, 2**30, 2**28, 2**29, 2**29, 4)
     with pytest.raises(ValueError, match="2147483648 tokens"):
         groups_kernel(groups)
+
+
+@pytest.mark.skipif(GPU, reason="a GPU has its own order")
+def test_an_order_that_the_emulation_does_not_know(cuda, monkeypatch):
+    monkeypatch.setenv("VARIATOR_EMULATION_ORDER", "backwards")
+    p, ffn = plugin(24, 4, 8, BF16), feed_forward(24, 40, BF16, "t5")
+    with pytest.raises(ValueError, match=r"VARIATOR_EMULATION_ORDER must be .* got backwards"):
+        run(torch.randn(1, 9, 24).to(BF16), p, ffn)
