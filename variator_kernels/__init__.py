@@ -1,6 +1,6 @@
 """Compression plugins (Variator) that make transformer models faster: ops, modules and patches."""
 
-from . import analysis, flops, functional
+from . import analysis, flops, functional, pretrained
 from .checkpoint import load_plugins, save_plugins
 from .methods.variator import AdapterDecompress, CompressedFFN, GroupMerge, Plugin
 from .methods.variator.calibration import calibrate
@@ -35,3 +35,4 @@ __all__ = [
 ]
 
 flop_formulas.register()
+pretrained.register()

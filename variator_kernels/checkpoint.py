@@ -23,7 +23,7 @@ from .runtime.state import STATE, State, states
 from .sites.find import Found, find, is_patched
 from .version import __version__
 
-TENSORS, SETTINGS = "plugins.safetensors", "plugins.json"
+FILES = TENSORS, SETTINGS = "plugins.safetensors", "plugins.json"
 
 
 def save_plugins(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -39,8 +39,10 @@ def save_plugins(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     write(*gather(model), folder)
 
 
-def gather(model: nn.Module) -> tuple[Settings, dict[str, Tensor]]:
-    """What :func:`write` puts into files, on the CPU."""
+def gather(
+    model: nn.Module, value: Callable[[Tensor], Tensor] = sharding.whole
+) -> tuple[Settings, dict[str, Tensor]]:
+    """What :func:`write` puts into files, on the CPU; ``value`` of a parameter is all of it."""
     states(model)
     found = find(model)
     state: State = vars(found.encoder)[STATE]
@@ -61,11 +63,15 @@ def gather(model: nn.Module) -> tuple[Settings, dict[str, Tensor]]:
         for k in state.ratios:
             for field in FIELDS:
                 name = key(i, k, field)
-                tensor = sharding.whole(layer.plugins[str(k)].get_parameter(field))
+                tensor = value(layer.plugins[str(k)].get_parameter(field))
                 if not tensor.numel():
                     raise ValueError(
                         f"model must hold its plugins, {name} is empty: ZeRO stage 3 of DeepSpeed "
                         "is not supported, use stage 2 or FSDP2"
+                    )
+                if tensor.is_meta:
+                    raise ValueError(
+                        f"model must hold its plugins, {name} is on the meta device, without values"
                     )
                 tensors[name] = tensor.detach().cpu().contiguous()
     return settings, tensors
@@ -91,9 +97,9 @@ def load_plugins(model: nn.Module, source: str | os.PathLike[str]) -> None:
 
     Args:
         model: patched or not, with one encoder.
-        source: a folder that :func:`save_plugins` wrote (also version 0.1.0's), its
-            ``plugins.safetensors``, or a file of the authors' (a torch pickle with one ratio; only
-            tensors are read from it).
+        source: a folder that :func:`save_plugins` wrote (also version 0.1.0's), or a patched
+            model's ``save_pretrained``; its ``plugins.safetensors``; or a file of the authors' (a
+            torch pickle with one ratio; only tensors are read from it).
 
     Raises:
         FileNotFoundError: there is no such file. ValueError: the file is damaged or of a newer

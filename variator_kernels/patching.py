@@ -33,7 +33,7 @@ def patch_t5(
 
     Base parameters keep their names, values and ``requires_grad``: freeze them yourself to train
     plugins alone. The plugins of a sublayer are ``plugins[str(k)]``; ``model.save_pretrained``
-    leaves them out (:func:`save_plugins` stores them). Decoders stay dense.
+    writes them beside the plain model, as :func:`save_plugins` does. Decoders stay dense.
 
     Args:
         model: holds one encoder of these families, at any depth, or is it.
