@@ -11,7 +11,7 @@ from ..runtime.level import Site
 from ..runtime.state import STATE, State, states
 from .classes import DESCRIBED, ORIGINAL, SITE, SitePosition, patched_class, when_patched
 from .feed_forward import Described
-from .find import Found
+from .find import Found, replaced
 from .loading import ATTACHED
 
 
@@ -57,6 +57,7 @@ def _install(
         layer.add_module(ATTACHED, module)
         vars(layer)[DESCRIBED] = Described()
     for part, name in found.parts():
+        vars(part).pop("forward", None)  # its own, which would go before the new class's
         part.__class__ = patched_class(found.family, name)
         vars(part)[STATE] = state
     for call in when_patched:
@@ -73,7 +74,7 @@ def remove(model: nn.Module) -> None:
     patched = [module for module in model.modules() if STATE in vars(module)]
     for module in patched:
         # What accelerate leaves behind after training in mixed precision goes too.
-        if "forward" in vars(module) and "_original_forward" not in vars(module):
+        if replaced(module) and "_original_forward" not in vars(module):
             raise ValueError(
                 f"the forward of {type(module).__name__} was replaced after patching; undo that "
                 "before unpatch()"
