@@ -183,7 +183,7 @@ def test_a_model_made_around_a_patched_one(tmp_path):
     assert same(values(plain), values(made))
 
 
-def test_shards_of_a_checkpoint(tmp_path):
+def test_shards_of_a_checkpoint(tmp_path, caplog):
     model = tiny.patched("bert", "gelu", head="ForSequenceClassification", ratio=2)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -191,8 +191,12 @@ def test_shards_of_a_checkpoint(tmp_path):
     again = classifier().requires_grad_(False)
     vk.patch(again, ratio=2, ratios=(2, 4), bottleneck=6)
     made = Trainer(again, arguments(tmp_path / "out"))
-    made._load_from_checkpoint(str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        logging.getLogger("transformers").propagate = True
+        made._load_from_checkpoint(resume_from_checkpoint=str(tmp_path))
     assert same(values(again), values(model))
+    assert "missing keys" not in caplog.text
+    assert not again._keys_to_ignore_on_save
 
 
 def test_what_is_given_to_save_is_what_is_saved(tmp_path):
@@ -360,3 +364,55 @@ def test_a_sentence_transformer(tmp_path):
     trainer._load_best_model()
     assert same(values(made), before)
     assert same(made.state_dict().values(), plain.state_dict().values())
+
+
+@pytest.mark.parametrize("patched_first", [True, False])
+def test_a_trainer_of_low_rank_adapters(patched_first, tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def made():
+        model = classifier()
+        if patched_first:
+            vk.patch(model, ratio=2, ratios=(2,), bottleneck=6)
+        settings = peft.LoraConfig(target_modules=["query"], r=3, task_type="SEQ_CLS")
+        model = peft.get_peft_model(model, settings)
+        if not patched_first:
+            vk.patch(model, ratio=2, ratios=(2,), bottleneck=6)
+        for parameter in vk.plugin_parameters(model):
+            parameter.requires_grad_(True)  # peft freezes all that is there
+        return Trainer(model, arguments(tmp_path), train_dataset=rows())
+
+    whole = keeps(made(), {})
+    assert {path.name for path in (tmp_path / "checkpoint-2").iterdir()} >= FILES
+    after = keeps(made(), {"resume_from_checkpoint": str(tmp_path / "checkpoint-2")})
+    assert list(after) == [3] and same(after[3], whole[3])
+
+
+SHARDED = """
+    import sys, torch
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    import variator_kernels as vk
+    from tests.sites import tiny
+
+    folder = sys.argv[1]
+    init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    model = tiny.patched(head="EncoderModel", ratios=(4,))
+    whole = {key: value.clone() for key, value in model.state_dict().items()}
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    fully_shard(model, mp_policy=policy, reshard_after_forward=False)
+    ids, mask = tiny.batch(9, 4)
+    with torch.no_grad():
+        model(ids, attention_mask=mask)
+    model.save_pretrained(folder, state_dict=dict(whole))
+    plain = tiny.model(head="EncoderModel")
+    vk.load_plugins(plain, folder)
+    wanted = [value for key, value in whole.items() if ".plugins." in key]
+    assert all(map(torch.equal, vk.plugin_parameters(plain), wanted))
+    destroy_process_group()
+"""
+
+
+def test_a_sharded_model_and_its_whole_state_dict(tmp_path):
+    command = [sys.executable, "-c", textwrap.dedent(SHARDED), str(tmp_path)]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, timeout=120)

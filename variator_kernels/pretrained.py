@@ -97,6 +97,7 @@ def _writer(
             stacklevel=4,
         )
         return _nothing
+    sharding.reshard(model)  # which puts other parameters in their places
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
 
     def value(parameter: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def _nothing(folder: Any) -> None:
 
 @contextmanager
 def _plugins_apart(model: Any, write: Callable[[Any], None]) -> Iterator[None]:
-    """In the block ``model`` saves no plugin keys, and uploads what ``write`` writes."""
+    """In the block ``model`` saves and misses no plugin keys, and uploads what ``write`` writes."""
     own, upload = vars(model), getattr(model, "_upload_modified_files", None)
 
     def uploading(folder: Any, *args: Any, **kwargs: Any) -> Any:
@@ -134,14 +135,17 @@ def _plugins_apart(model: Any, write: Callable[[Any], None]) -> Iterator[None]:
 
 
 def _loading(original: Any) -> Any:
+    signature = inspect.signature(original)
+
     def load(self: Any, *args: Any, **kwargs: Any) -> Any:
-        folder = next(iter((*args, *kwargs.values())), self.state.best_model_checkpoint)
+        given = list(signature.bind(self, *args, **kwargs).arguments.values())
+        folder = given[1] if len(given) > 1 else self.state.best_model_checkpoint
         encoders = classes.patched_encoders(self.model)
         files = folder is not None and (Path(folder) / checkpoint.TENSORS).is_file()
         if len(encoders) != 1 or not files:
             return original(self, *args, **kwargs)
         checkpoint.load_plugins(encoders[0], folder)  # first: nothing has changed if it raises
-        with loading.plugins_are_loaded():
+        with loading.plugins_are_loaded(), _plugins_apart(self.model, _nothing):
             return original(self, *args, **kwargs)
 
     return load
