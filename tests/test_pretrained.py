@@ -203,23 +203,39 @@ SHARDED = """
     import sys, torch
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from transformers import Trainer
     import variator_kernels as vk
     from tests.sites import tiny
+    from variator_kernels import pretrained
 
     folder = sys.argv[1]
     init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
     model = tiny.patched(head="EncoderModel", ratios=(4,))
     whole = {key: value.clone() for key, value in model.state_dict().items()}
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    fully_shard(model, mp_policy=policy, reshard_after_forward=False)
+    for part in (model.encoder.block[0], model):  # one block is a unit, the other in the rest
+        fully_shard(part, mp_policy=policy, reshard_after_forward=False)
     ids, mask = tiny.batch(9, 4)
+    wanted = [value for key, value in whole.items() if ".plugins." in key]
     with torch.no_grad():
         model(ids, attention_mask=mask)
+    assert {p.dtype for p in vk.plugin_parameters(model)} == {torch.bfloat16}, "copies"
     model.save_pretrained(folder, state_dict=dict(whole))
     plain = tiny.model(head="EncoderModel")
     vk.load_plugins(plain, folder)
-    wanted = [value for key, value in whole.items() if ".plugins." in key]
     assert all(map(torch.equal, vk.plugin_parameters(plain), wanted))
+
+    made = Trainer.__new__(Trainer)
+    made.model, made.is_in_train = model, False
+    for parameter in vk.plugin_parameters(model):
+        parameter.data.zero_()
+    with torch.no_grad():
+        model(ids, attention_mask=mask)
+    Trainer._load_best_model = lambda self, folder: None
+    pretrained.install()
+    made._load_best_model(folder)
+    loaded = [parameter.full_tensor() for parameter in vk.plugin_parameters(model)]
+    assert all(map(torch.equal, loaded, wanted))
     destroy_process_group()
 """
 

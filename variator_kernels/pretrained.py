@@ -97,7 +97,8 @@ def _writer(
             stacklevel=4,
         )
         return _nothing
-    sharding.reshard(model)  # which puts other parameters in their places
+
+    sharding.reshard(model)  # all of it: the encoder alone may be no unit that is sharded
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
 
     def value(parameter: Tensor) -> Tensor:
@@ -144,6 +145,7 @@ def _loading(original: Any) -> Any:
         files = folder is not None and (Path(folder) / checkpoint.TENSORS).is_file()
         if len(encoders) != 1 or not files:
             return original(self, *args, **kwargs)
+        sharding.reshard(self.model)
         checkpoint.load_plugins(encoders[0], folder)  # first: nothing has changed if it raises
         with loading.plugins_are_loaded(), _plugins_apart(self.model, _nothing):
             return original(self, *args, **kwargs)
