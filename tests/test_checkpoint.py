@@ -170,6 +170,18 @@ def edit_tensors(change):
     return edit
 
 
+def edit_text(old, new):
+    def edit(folder):
+        tensors = load_file(folder / "plugins.safetensors")
+        before = (folder / "plugins.json").read_text()
+        text = before.replace(old, new, 1)
+        assert text != before
+        save_file(tensors, folder / "plugins.safetensors", {"settings": text})
+        (folder / "plugins.json").write_text(text)
+
+    return edit
+
+
 KEY = "ffn.1.4.adapter.w1"
 DAMAGE = [
     (
@@ -202,6 +214,41 @@ DAMAGE = [
     (edit_tensors(lambda t: t.update(x=t[KEY].clone())), ValueError, r"unexpected keys \['x'\]"),
     (edit_tensors(lambda t: t.update({KEY: torch.ones(2)})), ValueError, "must have shape"),
     (edit_tensors(lambda t: t.update({KEY: t[KEY].int()})), ValueError, "must be floating point"),
+    (edit_tensors(lambda t: t[KEY][0].fill_(float("nan"))), ValueError, f"{KEY} must be finite"),
+    (edit_tensors(lambda t: t[KEY][-1].fill_(float("-inf"))), ValueError, f"{KEY} must be finite"),
+    (
+        edit_settings(placements={"ffn": [2, 4, 2]}),
+        ValueError,
+        "must name each ratio once",
+    ),
+    (edit_settings(placements={"ffn": [2, 4.0]}), ValueError, "ratios must be an integer.*got 4.0"),
+    (edit_settings(placements={"ffn": [2, "4"]}), ValueError, "ratios must be an integer"),
+    (edit_settings(placements={"ffn": 2}), ValueError, "placements must hold a list"),
+    (edit_settings(level={"ffn": [2, 4.0]}), ValueError, "level must be an integer.*got 4.0"),
+    (edit_settings(level={"ffn": [True, 2]}), ValueError, "level must be an integer.*got True"),
+    (edit_settings(level=None), ValueError, "level must be of"),
+    (edit_settings(format=True), ValueError, "format must be an integer.*got True"),
+    (edit_settings(format=2.0), ValueError, "format must be an integer.*got 2.0"),
+    (edit_settings(layers=2.0), ValueError, "layers must be an integer.*got 2.0"),
+    (edit_settings(layers=None), ValueError, "layers must be an integer.*got None"),
+    (edit_settings(hidden_size="24"), ValueError, "hidden_size must be an integer.*got '24'"),
+    (edit_settings(bottleneck=[6]), ValueError, "bottleneck must be an integer"),
+    (edit_settings(activation=["tanh"]), ValueError, "activation must be one of"),
+    (edit_settings(activation=None), ValueError, "activation must be one of"),
+    (edit_settings(family=5), ValueError, "family must be a model_type, got 5"),
+    (edit_settings(method=None), ValueError, "method must be 'variator', got None"),
+    (edit_settings(written_by=2), ValueError, "written_by must be a version, got 2"),
+    (edit_settings(keep_first=False), ValueError, "keep_first must be an integer.*got False"),
+    (edit_settings(keep_first=0.0), ValueError, "keep_first must be an integer.*got 0.0"),
+    (edit_settings(keep_first=None), ValueError, "keep_first must be an integer.*got None"),
+    (edit_settings(keep_last=""), ValueError, "keep_last must be an integer.*got ''"),
+    (edit_settings(keep_last=-1), ValueError, "keep_last must be >= 0, got -1"),
+    (edit_settings(keep=0), ValueError, "keep must be a list of token ids, got 0"),
+    (edit_settings(keep=""), ValueError, "keep must be a list of token ids, got ''"),
+    (edit_settings(keep=[0.5]), ValueError, "keep must be an integer.*got 0.5"),
+    (edit_text('"format": 2,', '"format": 1, "format": 2,'), ValueError, "has 'format' twice"),
+    (edit_text('"ffn"', '"ffn": [8], "ffn"'), ValueError, "has 'ffn' twice"),
+    (edit_text("24", "[" * 10**5), ValueError, "is damaged"),
 ]
 
 

@@ -1,5 +1,7 @@
 """flops: count, the counter of PyTorch, and the paper's own figures."""
 
+import warnings
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -125,3 +127,96 @@ def test_refuses_bad_arguments(arguments, message):
         vk.flops.count(tiny.model(), **arguments)
     with pytest.raises(ValueError, match="encoder of a known family"):
         vk.flops.count(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize("patched", [False, True])
+def test_quantised_layers_count_as_what_they_stand_for(variant, patched):
+    model = tiny.model(*variant, head=tiny.bare(variant[0]))
+    if patched:
+        vk.patch(model, ratio=2, ratios=(2,), bottleneck=6)
+    expected = flops.count(model, ratio=2, bottleneck=6)
+    linear = {torch.nn.Linear}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = torch.ao.quantization.quantize_dynamic(model, linear, dtype=torch.qint8)
+    assert flops.count(model, ratio=2, bottleneck=6) == expected
+
+
+LORA = [
+    (("t5", "relu"), ["q", "wi", "wo"]),
+    (("t5", "gated-gelu"), ["wi_1"]),
+    (("bert", "gelu"), ["query", "dense"]),  # the pooler's too
+    (("distilbert", "gelu"), ["q_lin", "lin2"]),
+    (("electra", "relu"), ["intermediate.dense", "embeddings_project"]),
+]
+
+
+class LowRank(torch.nn.Module):
+    """What peft's LoRA layers look like."""
+
+    def __init__(self, base, rank=3):
+        super().__init__()
+        self.base_layer = base
+        self.in_features, self.out_features = base.in_features, base.out_features
+        first = torch.nn.Linear(base.in_features, rank, bias=False)
+        second = torch.nn.Linear(rank, base.out_features, bias=False)
+        self.lora_A = torch.nn.ModuleDict({"default": first})
+        self.lora_B = torch.nn.ModuleDict({"default": second})
+        self.merged, self.disable_adapters, self.active_adapters = False, False, ["default"]
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, x):
+        y = self.base_layer(x)
+        return y if self.merged else y + self.lora_B["default"](self.lora_A["default"](x))
+
+
+def add_low_rank(model, targets):
+    try:
+        import peft
+    except ImportError:
+        added = []
+        for name, module in list(model.named_modules()):
+            if any(name == target or name.endswith(f".{target}") for target in targets):
+                parent, _, last = name.rpartition(".")
+                added.append(LowRank(module))
+                setattr(model.get_submodule(parent), last, added[-1])
+        return added
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=3))
+    return [module for module in model.modules() if isinstance(module, peft.tuners.lora.Linear)]
+
+
+@needs_cpu
+@pytest.mark.parametrize(("variant", "targets"), LORA)
+def test_low_rank_adapters_count_where_they_run(variant, targets):
+    model = tiny.model(*variant, head=tiny.bare(variant[0]), attn_implementation="eager")
+    plain = flops.count(model, batch=2, length=9, ratio=4, bottleneck=6)
+    added = add_low_rank(model, targets)
+    vk.patch(model, ratio=4, ratios=(4,), bottleneck=6)
+    tiny.train_plugins(model)
+    ids, _ = tiny.batch(9, 9)
+
+    def counted(ratio):
+        with FlopCounterMode(display=False) as counter, vk.use_ratio(model, ratio), torch.no_grad():
+            tiny.encode(model, ids)
+        return counter.get_total_flops()
+
+    count = flops.count(model, batch=2, length=9, ratio=4)
+    assert counted(4) == 2 * count.multiply_adds.total
+    assert counted(1) == 2 * count.dense_multiply_adds.total > 2 * plain.dense_multiply_adds.total
+    assert count.parameters.total == sum(p.numel() for p in model.parameters())
+    outside = [m for m in added if "embeddings" in targets[-1] and m.in_features == 16]
+    beside = sum(p.numel() for m in outside for k, p in m.named_parameters() if "lora" in k)
+    pooler = 3 * 48 * (targets[-1] == "dense")
+    assert count.dense_parameters.other == plain.dense_parameters.other + beside + pooler
+    for module in added:
+        if isinstance(module, LowRank):
+            module.merged = True
+        else:
+            module.merge()
+    merged = flops.count(model, batch=2, length=9, ratio=4)
+    assert merged.multiply_adds == plain.multiply_adds
+    assert merged.dense_parameters == count.dense_parameters

@@ -3,7 +3,7 @@
 from . import backends  # noqa: F401  (first: what it refuses must leave nothing registered)
 
 # isort: split
-from . import analysis, flops, functional
+from . import analysis, flops, functional, pretrained
 from .checkpoint import load_plugins, save_plugins
 from .methods.variator import AdapterDecompress, CompressedFFN, GroupMerge, Plugin
 from .methods.variator.calibration import calibrate
@@ -38,3 +38,4 @@ __all__ = [
 ]
 
 flop_formulas.register()
+pretrained.register()

@@ -21,9 +21,10 @@ from .ops import checks
 from .patching import apply
 from .runtime.state import STATE, State, states
 from .sites.find import Found, find, is_patched
+from .sites.wrappers import NO_VALUES, check_values
 from .version import __version__
 
-TENSORS, SETTINGS = "plugins.safetensors", "plugins.json"
+FILES = TENSORS, SETTINGS = "plugins.safetensors", "plugins.json"
 
 
 def save_plugins(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -39,8 +40,10 @@ def save_plugins(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     write(*gather(model), folder)
 
 
-def gather(model: nn.Module) -> tuple[Settings, dict[str, Tensor]]:
-    """What :func:`write` puts into files, on the CPU."""
+def gather(
+    model: nn.Module, value: Callable[[Tensor], Tensor] = sharding.whole
+) -> tuple[Settings, dict[str, Tensor]]:
+    """What :func:`write` puts into files, on the CPU; ``value`` of a parameter is all of it."""
     states(model)
     found = find(model)
     state: State = vars(found.encoder)[STATE]
@@ -61,12 +64,14 @@ def gather(model: nn.Module) -> tuple[Settings, dict[str, Tensor]]:
         for k in state.ratios:
             for field in FIELDS:
                 name = key(i, k, field)
-                tensor = sharding.whole(layer.plugins[str(k)].get_parameter(field))
+                tensor = value(layer.plugins[str(k)].get_parameter(field))
                 if not tensor.numel():
                     raise ValueError(
                         f"model must hold its plugins, {name} is empty: ZeRO stage 3 of DeepSpeed "
                         "is not supported, use stage 2 or FSDP2"
                     )
+                if tensor.is_meta:
+                    raise ValueError(NO_VALUES.format(name))
                 tensors[name] = tensor.detach().cpu().contiguous()
     return settings, tensors
 
@@ -91,9 +96,9 @@ def load_plugins(model: nn.Module, source: str | os.PathLike[str]) -> None:
 
     Args:
         model: patched or not, with one encoder.
-        source: a folder that :func:`save_plugins` wrote (also version 0.1.0's), its
-            ``plugins.safetensors``, or a file of the authors' (a torch pickle with one ratio; only
-            tensors are read from it).
+        source: a folder that :func:`save_plugins` wrote (also version 0.1.0's), or a patched
+            model's ``save_pretrained``; its ``plugins.safetensors``; or a file of the authors' (a
+            torch pickle with one ratio; only tensors are read from it).
 
     Raises:
         FileNotFoundError: there is no such file. ValueError: the file is damaged or of a newer
@@ -109,6 +114,7 @@ def load_plugins(model: nn.Module, source: str | os.PathLike[str]) -> None:
     read = _read if path.suffix == ".safetensors" else released.read
     settings, tensors = read(path)
     _check(found, settings, tensors, path)
+    check_values(found.encoder)
     if not is_patched(model):
         apply(
             model,
@@ -148,10 +154,10 @@ def _read(path: Path) -> tuple[Settings, dict[str, Tensor]]:
         raise FileNotFoundError(f"source must hold {SETTINGS} beside {path.name}, there is none")
     try:
         with safe_open(path, framework="pt") as file:
-            inside = json.loads((file.metadata() or {})["settings"])
+            inside = _parsed((file.metadata() or {})["settings"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        given = json.loads(beside.read_text(encoding="utf-8"))
-    except (SafetensorError, ValueError, KeyError) as error:
+        given = _parsed(beside.read_text(encoding="utf-8"))
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise ValueError(f"source {path.parent} is damaged: {error}") from error
     if given != inside:
         raise ValueError(f"source {path.parent} is damaged: {SETTINGS} belongs to other tensors")
@@ -160,6 +166,17 @@ def _read(path: Path) -> tuple[Settings, dict[str, Tensor]]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"source {path.parent} cannot be read: {error}") from error
     return settings, stored.renamed(settings, tensors) if given["format"] == 1 else tensors
+
+
+def _parsed(text: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"it has {max(names, key=names.count)!r} twice")
+        return fields
+
+    return json.loads(text, object_pairs_hook=once)
 
 
 def _check(found: Found, settings: Settings, tensors: dict[str, Tensor], path: Path) -> None:
@@ -195,3 +212,5 @@ def _check(found: Found, settings: Settings, tensors: dict[str, Tensor], path: P
         checks.shape(tensors[name], shape, name)
         if not tensors[name].is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensors[name].dtype}")
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"{name} must be finite, got NaN or infinity")

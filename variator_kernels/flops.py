@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -12,8 +12,8 @@ from . import checks
 from .ops.flop_formulas import decompress_macs, ffn_macs, merge_macs
 from .runtime.level import mentioned, resolve
 from .runtime.state import STATE
-from .sites.feed_forward import describe
-from .sites.find import find
+from .sites.families import follow, lookup
+from .sites.find import Found, find
 from .sites.install import attached, sites_of
 
 
@@ -58,6 +58,9 @@ def count(
 ) -> Count:
     """Multiply-adds and parameters of a model's encoder, patched or not, on any device.
 
+    Quantised linear layers count as what they stand for. LoRA (peft's) counts with the layers that
+    it is beside: its parameters always, its products where they run (active and not merged).
+
     Args:
         model: of a known family.
         batch, length: rows and tokens a row; or ``length`` gives every row its own number, and
@@ -88,28 +91,35 @@ def count(
     d, f = config.hidden_size, getattr(config, found.family.inner_size)
     heads = config.num_attention_heads
     inner = heads * getattr(config, "d_kv", d // heads)
-    gated = describe(found.layers[0]).w_gate is not None or getattr(config, "is_gated_act", False)
+    gated = lookup(found.layers[0], found.family.w_gate) is not None or getattr(
+        config, "is_gated_act", False
+    )
     rows, longest = len(lengths), max(lengths, default=0)
+    low_rank = [_low_rank_parts(found, i) for i in range(layers)]
+    beside_attention = sum(attention.macs for attention, _ in low_rank)
+    beside_ffns = [ffn.macs for _, ffn in low_rank]
     unchanged = {
-        "attention_projections": layers * rows * longest * 4 * d * inner,
+        "attention_projections": rows * longest * (layers * 4 * d * inner + beside_attention),
         "attention_core": layers * rows * 2 * longest**2 * inner,
         "other": _outside_blocks(found.encoder, rows, longest),
     }
     tokens = sum(lengths)
-    dense = Parts(**unchanged, ffn=layers * tokens * ffn_macs(d, f, gated))
+    ffns = [ffn_macs(d, f, gated) + macs for macs in beside_ffns]
+    dense = Parts(**unchanged, ffn=tokens * sum(ffns))
     vectors = {k: sum(-(-n // k) for n in lengths) for k in {1, *ratios}}  # that the FFN runs on
     used = Parts(
         **unchanged,
-        ffn=sum(vectors[k] for k in ratios) * ffn_macs(d, f, gated),
+        ffn=sum(vectors[k] * macs for k, macs in zip(ratios, ffns, strict=True)),
         merge=sum(merge_macs(tokens, d, k) for k in compressed),
         decompress=sum(decompress_macs(tokens, vectors[k], d, r) for k in compressed),
     )
 
     own = [i for i, _ in found.own_layers]  # a shared module runs often and is there once
-    weights = ffn_macs(d, f, gated) * len(own)
-    plugins = {id(p) for m in attached(found.encoder) for p in m.parameters()} if state else ()
-    base = sum(p.numel() for p in found.encoder.parameters() if id(p) not in plugins)
-    projections = len(set(map(id, found.blocks))) * 4 * d * inner
+    weights = sum(ffn_macs(d, f, gated) + low_rank[i][1].parameters for i in own)
+    plugins = {id(m) for top in attached(found.encoder) for m in top.modules()} if state else ()
+    base = _parameters(m for m in found.encoder.modules() if id(m) not in plugins)
+    blocks = {id(block): i for i, block in enumerate(found.blocks)}.values()
+    projections = sum(4 * d * inner + low_rank[i][0].parameters for i in blocks)
     plain = {"attention_projections": projections, "ffn": weights}
     rest = base - projections - weights
     dense_parameters = Parts(**plain, other=rest)
@@ -125,10 +135,63 @@ def count(
 
 def _outside_blocks(encoder: nn.Module, rows: int, length: int) -> int:
     """ELECTRA's projection of its embeddings, a token, and BERT's pooler, a row."""
-    projection: Any = getattr(encoder, "embeddings_project", None)
-    pooler: Any = getattr(encoder, "pooler", None)
-    macs = 0 if projection is None else rows * length * projection.weight.numel()
-    return macs + (0 if pooler is None else rows * pooler.dense.weight.numel())
+    projection, pooler = lookup(encoder, "embeddings_project"), lookup(encoder, "pooler.dense")
+    return sum(
+        vectors * (linear.in_features * linear.out_features + _low_rank([linear]).macs)
+        for vectors, linear in ((rows * length, projection), (rows, pooler))
+        if linear is not None
+    )
+
+
+def _parameters(modules: Iterable[nn.Module]) -> int:
+    """Elements of all weights, each once; of a quantised linear layer those that it stands for."""
+    sizes: dict[int, int] = {}
+    for module in modules:
+        sizes |= {id(p): p.numel() for p in module.parameters(recurse=False)}
+        linear: Any = module
+        weight = getattr(linear, "weight", None)
+        if not (hasattr(linear, "in_features") and hasattr(linear, "out_features")):
+            continue
+        size = linear.in_features * linear.out_features
+        if id(weight) in sizes:  # which may hold several values an element
+            sizes[id(weight)] = size
+        elif callable(weight):  # quantize_dynamic's: weight and bias are packed
+            bias = linear.bias()
+            sizes[id(linear)] = size + (0 if bias is None else bias.numel())
+    return sum(sizes.values())
+
+
+class _Beside(NamedTuple):
+    """What LoRA adds to linear layers: multiply-adds a vector, and parameters."""
+
+    macs: int
+    parameters: int
+
+
+def _low_rank_parts(found: Found, position: int) -> tuple[_Beside, _Beside]:
+    """Beside the attention of one block, and beside its FFN."""
+    layer = found.layers[position]
+    ffn = {id(m): m for step in found.family.steps for m in follow(layer, step).modules()}
+    rest = [m for m in found.blocks[position].modules() if id(m) not in ffn]
+    return _low_rank(rest), _low_rank(ffn.values())
+
+
+def _low_rank(modules: Iterable[nn.Module]) -> _Beside:
+    """Of the layers among ``modules`` that peft made: what runs now, and what is there."""
+    macs = parameters = 0
+    for module in modules:
+        layer: Any = module
+        first, second = (getattr(layer, f"lora_{name}", {}) for name in "AB")
+        sizes = {
+            name: first[name].weight.numel() + second[name].weight.numel()
+            for name in first
+            if name in second
+        }
+        if sizes:
+            parameters += sum(sizes.values())
+            runs = () if layer.merged or layer.disable_adapters else layer.active_adapters
+            macs += sum(sizes.get(name, 0) for name in runs)
+    return _Beside(macs, parameters)
 
 
 def plugin_parameters(hidden: int, ratio: int, bottleneck: int) -> tuple[int, int]:

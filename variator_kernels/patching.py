@@ -15,7 +15,7 @@ from .runtime.state import State
 from .sites.families import BERT_FAMILIES, FAMILIES, T5_FAMILIES, Family
 from .sites.find import check_unchanged, find, is_patched
 from .sites.install import install, remove, sites_of
-from .sites.wrappers import check_unwrapped
+from .sites.wrappers import check_present, check_unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,7 +33,7 @@ def patch_t5(
 
     Base parameters keep their names, values and ``requires_grad``: freeze them yourself to train
     plugins alone. The plugins of a sublayer are ``plugins[str(k)]``; ``model.save_pretrained``
-    leaves them out (:func:`save_plugins` stores them). Decoders stay dense.
+    writes them beside the plain model, as :func:`save_plugins` does. Decoders stay dense.
 
     Args:
         model: holds one encoder of these families, at any depth, or is it.
@@ -48,8 +48,9 @@ def patch_t5(
         ``model``.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, the model is patched already, or somebody
-        replaced what is to be patched. Nothing has changed then.
+        TypeError, ValueError: an argument does not fit, the model is patched already, accelerate
+        offloads it, or somebody replaced what is to be patched, or has a module of the name that
+        plugins take. Nothing has changed then.
     """
     families = T5_FAMILIES
     return apply(model, families, ratio, ratios, bottleneck, activation, placements, backend)
@@ -122,6 +123,7 @@ def apply(
         raise ValueError("model is already patched: use set_ratio(), or unpatch() it first")
     found = find(model, families)
     check_unwrapped(model)
+    check_present(found.encoder)
     check_unchanged(found)
     config, active = configure(ratio, ratios, bottleneck, activation, placements, backend)
     backends.resolve(config.backend, found.like(0))

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from .. import extension
 
-
 LITTLE = 1 << 16
 """Bytes that are read as fast as the kernel tells of them."""
 

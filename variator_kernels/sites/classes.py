@@ -26,6 +26,7 @@ from ..runtime.state import State
 from .families import FAMILIES, ROW, Family, follow
 from .feed_forward import Described
 from .find import whole_rows
+from .loading import check_loaded
 
 ORIGINAL = "variator_original"
 """Class attribute of a generated class: the class it replaces."""
@@ -34,6 +35,8 @@ SITE = "variator_site"
 DESCRIBED = "variator_described"
 """The attribute under which it keeps its :class:`~.feed_forward.Described`."""
 _MASK_INDEX = "variator_mask_index"
+when_patched: list[Callable[[], None]] = []
+"""Called when a model is patched or unpickled."""
 
 
 class SitePosition(NamedTuple):
@@ -67,6 +70,10 @@ class _Encoder(nn.Module):
             return super().forward(*args, **kwargs)
         finally:
             local.context = outer
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        check_loaded(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _Block(nn.Module):
@@ -201,8 +208,15 @@ def patched_class(family: Family, name: str) -> type[nn.Module]:
     return kind
 
 
+def patched_encoders(model: nn.Module) -> list[nn.Module]:
+    """Every patched encoder inside ``model``, or that it is."""
+    return [module for module in model.modules() if isinstance(module, _Encoder)]
+
+
 def __getattr__(name: str) -> type[nn.Module]:
     for family in FAMILIES.values():
         if name in _roles(family):
+            for call in when_patched:
+                call()
             return patched_class(family, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ..ops.feed_forward import FeedForward
 from ..ops.prepacked_linear import Forward
 from .families import FAMILIES, ROW, Family, follow, is_a, lookup
+from .find import replaced
 from .watch import Watch, same_tensors
+from .wrappers import check_present
 
 _ACTIVATIONS = {
     "ReLU": "relu",
@@ -76,9 +78,10 @@ def describe(layer: nn.Module) -> FeedForward:
 
     Raises:
         TypeError: ``layer`` is not an FFN sublayer of a known family, or what the kernels replace
-            (its norm, its dropout) was replaced or hooked.
+            (its norm, its dropout) was replaced or hooked. ValueError: accelerate offloads it.
     """
     family = family_of(layer)
+    check_present(layer)
     for name in family.bypassed:
         part = follow(layer, name)
         home = type(part).forward.__module__
@@ -170,8 +173,8 @@ def _run(steps: tuple[nn.Module, ...], x: Tensor) -> Tensor:
 
 def _untouched(module: nn.Module) -> bool:
     """Nobody replaced its ``forward`` or hooked it; packed products are what it is."""
-    forward = module.__dict__.get("forward")
-    return (forward is None or isinstance(forward, Forward)) and not (
+    packed = isinstance(module.__dict__.get("forward"), Forward)
+    return (packed or not replaced(module)) and not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

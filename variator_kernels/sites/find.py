@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..runtime.state import STATE
 from .families import FAMILIES, Family, follow, is_a, lookup
+from .loading import ATTACHED
 
 
 class Found(NamedTuple):
@@ -104,7 +105,8 @@ def find(model: nn.Module, families: tuple[Family, ...] = tuple(FAMILIES.values(
 
 
 def check_unchanged(found: Found) -> None:
-    """Every class is exactly the family's, every ``forward`` its own, and no layer cuts its rows.
+    """Every class is exactly the family's, every ``forward`` its own, no layer cuts its rows, and
+    the name of plugins is free.
 
     Raises:
         ValueError: somebody replaced one; the message says which.
@@ -118,13 +120,28 @@ def check_unchanged(found: Found) -> None:
             raise ValueError(f"model must have a plain {name}, got {_full_name(type(part))}")
         source = inspect.unwrap(kind.forward).__module__
         own = source == family.module or name == family.norm_class
-        if "forward" in vars(part) or not own:
+        if replaced(part) or not own:
             raise ValueError(
                 f"the forward of {name} was replaced; patch the model before other tools do, or "
                 "undo theirs first"
             )
     for layer in found.layers:
         whole_rows(layer)
+        if hasattr(layer, ATTACHED):
+            raise ValueError(
+                f"model's {type(layer).__name__} must not have {ATTACHED!r}, the name that plugins "
+                f"take, got {type(getattr(layer, ATTACHED)).__name__}: rename or remove it"
+            )
+
+
+def replaced(module: nn.Module) -> bool:
+    """Whether somebody put another ``forward`` into this instance. A module's own one may stand
+    there too: accelerate leaves it behind where it removes a hook."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and not (
+        getattr(forward, "__self__", None) is module
+        and getattr(forward, "__func__", None) is type(module).forward
+    )
 
 
 def whole_rows(layer: Any) -> None:

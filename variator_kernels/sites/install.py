@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +9,10 @@ from torch import nn
 
 from ..runtime.level import Site
 from ..runtime.state import STATE, State, states
-from .classes import DESCRIBED, ORIGINAL, SITE, SitePosition, patched_class
+from .classes import DESCRIBED, ORIGINAL, SITE, SitePosition, patched_class, when_patched
 from .feed_forward import Described
-from .find import Found
-
-ATTACHED = "plugins"
-"""Under this name a site's sublayer has what a method put there."""
-_OWN_LIST = "variator_own_ignore_list"
+from .find import Found, replaced
+from .loading import ATTACHED
 
 
 def sites_of(found: Found) -> tuple[Site, ...]:
@@ -27,6 +23,16 @@ def sites_of(found: Found) -> tuple[Site, ...]:
 def attached(model: nn.Module) -> list[Any]:
     """What a method put at each site of every patched model inside ``model``."""
     return [module._modules[ATTACHED] for module in model.modules() if SITE in vars(module)]
+
+
+def attached_keys(model: nn.Module) -> set[str]:
+    """The keys of all that in ``model.state_dict()``."""
+    return {
+        f"{name}.{ATTACHED}.{key}".lstrip(".")
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if SITE in vars(layer)
+        for key in layer._modules[ATTACHED].state_dict()  # type: ignore[union-attr]
+    }
 
 
 def install(model: nn.Module, found: Found, state: State, modules: Mapping[int, nn.Module]) -> None:
@@ -51,9 +57,11 @@ def _install(
         layer.add_module(ATTACHED, module)
         vars(layer)[DESCRIBED] = Described()
     for part, name in found.parts():
+        vars(part).pop("forward", None)  # its own, which would go before the new class's
         part.__class__ = patched_class(found.family, name)
         vars(part)[STATE] = state
-    _ignore_on_save(model, True)
+    for call in when_patched:
+        call()
 
 
 def remove(model: nn.Module) -> None:
@@ -66,7 +74,7 @@ def remove(model: nn.Module) -> None:
     patched = [module for module in model.modules() if STATE in vars(module)]
     for module in patched:
         # What accelerate leaves behind after training in mixed precision goes too.
-        if "forward" in vars(module) and "_original_forward" not in vars(module):
+        if replaced(module) and "_original_forward" not in vars(module):
             raise ValueError(
                 f"the forward of {type(module).__name__} was replaced after patching; undo that "
                 "before unpatch()"
@@ -76,7 +84,6 @@ def remove(model: nn.Module) -> None:
 
 def _remove(model: nn.Module) -> None:
     """Take off what there is, also of an installation that did not end."""
-    _ignore_on_save(model, False)
     for module in list(model.modules()):
         own = vars(module)
         if STATE not in own and SITE not in own:
@@ -87,30 +94,3 @@ def _remove(model: nn.Module) -> None:
             own.pop(name, None)
         if ORIGINAL in vars(type(module)):
             module.__class__ = getattr(type(module), ORIGINAL)
-
-
-def _ignore_on_save(model: nn.Module, ignore: bool) -> None:
-    """Tell every ``PreTrainedModel`` in ``model`` which keys ``save_pretrained`` leaves out."""
-    library: Any = sys.modules.get("transformers.modeling_utils")
-    for module in model.modules() if library else ():
-        # Others (a SentenceTransformer) may show the list of a model inside as their own.
-        if not isinstance(module, library.PreTrainedModel):
-            continue
-        owner: Any = module
-        keys = {
-            f"{name}.{ATTACHED}.{key}".lstrip(".")
-            for name, layer in module.named_modules(remove_duplicate=False)
-            if SITE in vars(layer)
-            for key in layer._modules[ATTACHED].state_dict()  # type: ignore[union-attr]
-        }
-        if not keys:
-            continue
-        before = set(owner._keys_to_ignore_on_save or ())
-        if ignore:
-            # Older versions keep it on the class alone: unpatch then leaves nothing behind.
-            setattr(owner, _OWN_LIST, "_keys_to_ignore_on_save" in vars(owner))
-            owner._keys_to_ignore_on_save = before | keys
-        else:
-            owner._keys_to_ignore_on_save = before - keys
-            if not vars(owner).pop(_OWN_LIST, True):
-                del owner._keys_to_ignore_on_save

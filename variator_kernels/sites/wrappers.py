@@ -1,4 +1,4 @@
-"""Refusing models that a wrapper has already taken stock of: parameters made now come too late."""
+"""Refusing models that a wrapper has taken stock of, or whose weights come and go."""
 
 from __future__ import annotations
 
@@ -32,6 +32,41 @@ def check_unwrapped(model: nn.Module) -> None:
             f"model must be patched before it is wrapped, it is in a {name}, which would never see "
             "the plugins' gradients: unwrap it, vk.patch(model), and wrap it again"
         )
+
+
+def check_present(module: nn.Module) -> None:
+    """The weights of ``module`` and all in it are there outside of their own modules' forwards.
+
+    Raises:
+        ValueError: accelerate brings some in and takes them away again.
+    """
+    for name, part in module.named_modules():
+        if "_hf_hook" in part.__dict__:
+            raise ValueError(
+                f"model must hold its weights on its own device, accelerate's hook is on "
+                f"{name or type(part).__name__} (cpu_offload, disk_offload, dispatch_model or a "
+                "device_map): compressed FFNs read weights that such a hook shows to one forward "
+                "alone. Load the encoder whole onto one device, or call "
+                "accelerate.hooks.remove_hook_from_submodules(model); ratio 1 runs with hooks"
+            )
+
+
+NO_VALUES = (
+    "model must have its weights, {} is on the meta device, without values: give the model its "
+    "weights, then patch it and load plugins (one patched there: unpatch() first); where "
+    "accelerate offloaded it, remove its hooks"
+)
+
+
+def check_values(module: nn.Module) -> None:
+    """No parameter in ``module`` is on the meta device.
+
+    Raises:
+        ValueError: one is; the message names it.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(NO_VALUES.format(name))
 
 
 def _inside(model: nn.Module, kinds: tuple[type, ...]) -> list[nn.Module]:

@@ -39,6 +39,7 @@ from ...runtime.levels import use_ratio
 from ...runtime.state import STATE, State, observe, states
 from ...sites.feed_forward import describe
 from ...sites.find import find
+from ...sites.wrappers import check_values
 from .method import plugin_parameters
 from .regression import Fit, Moments, reduced_rank
 
@@ -102,13 +103,14 @@ def calibrate(
         merge, adapter: which parts; the other keeps its values.
 
     Raises:
-        ValueError: the model is not patched or has no plugins for a ratio, or ``batches`` has
-            fewer than 10 sequences, or no ``attention_mask``. TypeError: ``batches`` does not hold
-            mappings. FloatingPointError: the hidden states are not finite. All plugins have their
-            old values then.
+        ValueError: the model is not patched, has no plugins for a ratio, or no values (on the
+            meta device); or ``batches`` has fewer than 10 sequences, or no ``attention_mask``.
+            TypeError: ``batches`` does not hold mappings. FloatingPointError: the hidden states
+            are not finite. All plugins have their old values then.
     """
     states(model)
     found = find(model)
+    check_values(found.encoder)
     state: State = vars(found.encoder)[STATE]
     wanted = list(state.ratios if ratios is None else ratios)
     for k in wanted:

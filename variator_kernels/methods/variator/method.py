@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ...ops.compressed_ffn import run
 from ...runtime.context import Context
 from ...runtime.state import states
-from ...sites.install import ATTACHED, attached
+from ...sites.install import attached
+from ...sites.loading import ATTACHED
 from .config import VariatorConfig
 from .plugin import Plugin
 

@@ -12,6 +12,7 @@ from ... import backends
 from ...ops import checks
 from ...ops.feed_forward import FeedForward, PluginWeights
 from ...sites.watch import Watch, same_tensors
+from ...sites.wrappers import check_present
 
 
 class _Kept(NamedTuple):
@@ -60,10 +61,12 @@ class Prepared:
             ValueError: a shape, dtype, device or the backend does not fit; the message names it.
         """
         if torch.compiler.is_compiling():
+            check_present(plugin)
             return plugin.weights(), _checked(plugin.weights(), ffn, x, backend)
         asked = (x.shape[2:], x.dtype, x.device, backend)
         kept = self._kept
         if kept is None or not kept.holds(plugin, ffn, asked):
+            check_present(plugin)
             weights = plugin.weights()
             chosen = _checked(weights, ffn, x, backend)
             tensors = [t for t in (*weights, *ffn) if isinstance(t, Tensor)]

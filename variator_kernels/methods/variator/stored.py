@@ -79,7 +79,7 @@ def read_settings(given: Any) -> Settings:
     """
     if not isinstance(given, Mapping):
         raise ValueError(f"it must hold a mapping, got {type(given).__name__}")
-    number = given.get("format")
+    number = _integer(given.get("format"), "format")
     if number == 1:
         return _first(given)
     unknown = sorted(given.keys() - set(Settings._fields))
@@ -94,6 +94,14 @@ def read_settings(given: Any) -> Settings:
     settings = Settings(**given)
     if settings.method != "variator":
         raise ValueError(f"its method must be 'variator', got {settings.method!r}")
+    if not isinstance(settings.written_by, str):
+        raise ValueError(f"written_by must be a version, got {settings.written_by!r}")
+    for name in ("keep_first", "keep_last"):
+        _integer(getattr(settings, name), name)
+    if not isinstance(settings.keep, list | tuple):
+        raise ValueError(f"keep must be a list of token ids, got {settings.keep!r}")
+    for token in settings.keep:
+        _integer(token, "keep")
     if settings.keep_first or settings.keep_last or settings.keep:
         raise ValueError("its plugins keep tokens whole, which this version does not: use a newer")
     return _checked(settings)
@@ -104,7 +112,7 @@ def _first(given: Mapping[str, Any]) -> Settings:
     _require(given, _FIRST)
     if unknown := sorted(given.keys() - set(_FIRST)):
         raise ValueError(f"format 1 has no fields {unknown}")
-    layers = checks.ratio(given["layers"], "layers")
+    layers = _integer(given["layers"], "layers", least=1)
     if layers > MOST_LAYERS:
         raise ValueError(f"layers must be at most {MOST_LAYERS}, got {layers}")
     return _checked(
@@ -125,6 +133,13 @@ def _require(given: Mapping[str, Any], fields: tuple[str, ...]) -> None:
         raise ValueError(f"it lacks the fields {missing}")
 
 
+def _integer(value: Any, name: str, least: int = 0) -> int:
+    """What JSON writes as an integer; 1.0 and true would be others of Python's numbers."""
+    if type(value) is not int:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    return checks.ratio(value, name, least)
+
+
 def _checked(settings: Settings) -> Settings:
     if not isinstance(settings.family, str) or not settings.family:
         raise ValueError(f"family must be a model_type, got {settings.family!r}")
@@ -135,13 +150,15 @@ def _checked(settings: Settings) -> Settings:
         if not isinstance(value["ffn"], list) or not value["ffn"]:
             raise ValueError(f"{name} must hold a list of ratios, got {value['ffn']!r}")
     for name in ("hidden_size", "layers", "bottleneck"):
-        checks.ratio(getattr(settings, name), name)
+        _integer(getattr(settings, name), name, least=1)
     checks.choice(settings.activation, ADAPTER_ACTIVATIONS, "activation")
-    ratios = [checks.ratio(k, "ratios", least=2) for k in settings.ratios]
+    ratios = [_integer(k, "ratios", least=2) for k in settings.ratios]
+    if len(set(ratios)) < len(ratios):
+        raise ValueError(f"placements must name each ratio once, got {ratios}")
     if len(settings.level["ffn"]) != settings.layers:
         raise ValueError(f"level must have {settings.layers} layers, got {settings.level['ffn']}")
     for ratio in settings.level["ffn"]:
-        if checks.ratio(ratio, "level") not in (1, *ratios):
+        if _integer(ratio, "level", least=1) not in (1, *ratios):
             raise ValueError(f"level must hold ratios that have plugins, {ratios}, got {ratio}")
     return settings
 
