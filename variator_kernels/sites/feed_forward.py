@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..ops.feed_forward import FeedForward
 from ..ops.prepacked_linear import Forward
@@ -24,6 +26,10 @@ _ACTIVATIONS = {
     "GELUTanh": "gelu_tanh",
     "PytorchGELUTanh": "gelu_tanh",
 }
+
+
+# The last two stand for plain weights while a program is exported, and under a fake mode.
+_PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
 class Described:
@@ -181,11 +187,7 @@ def _untouched(module: nn.Module) -> bool:
 
 def _plain_linear(linear: nn.Module) -> bool:
     """Its weight is all it is: no subclass of either (quantised, sharded), no hook."""
-    return (
-        type(linear) is nn.Linear
-        and type(linear.weight) in (nn.Parameter, Tensor)
-        and _untouched(linear)
-    )
+    return type(linear) is nn.Linear and type(linear.weight) in _PLAIN and _untouched(linear)
 
 
 def _probability(dropout: nn.Module | None) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..arguments import AdapterWeights
 from ..groups import FIELDS, SCHEMA, Groups
 from ..library import LIBRARY, accumulator, backend_module, define, refuse_second_derivatives
+from ..transforms import refuse_tangents
 
 _ARGUMENTS = (
     "Tensor u, Tensor projected, Tensor w1u, Tensor b1, Tensor w2, Tensor b2, Tensor? residual,"
@@ -71,12 +72,14 @@ def adapter_decompress(
 
 @torch.library.impl(LIBRARY, "adapter_decompress", "CompositeExplicitAutograd")
 def _forward(*arguments):
+    refuse_tangents(arguments)
     call = _bundle(arguments)
     return backend_module(__package__, call.backend).adapter_decompress(*call[:5])
 
 
 @torch.library.impl(LIBRARY, "adapter_decompress_backward", "CompositeExplicitAutograd")
 def _backward(dy, *arguments):
+    refuse_tangents((dy, *arguments))
     u, projected, adapter, _, groups, backend = _bundle(arguments)
     module = backend_module(__package__, backend)
     return module.adapter_decompress_backward(dy, u, projected, adapter, groups)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..groups import Groups, slots, token_slots
+from ..groups import Groups, count_tokens, slots, token_slots
 
 
 def _gather(h: Tensor, index: Tensor, exists: Tensor) -> Tensor:
@@ -29,12 +29,9 @@ def adapter_decompress(
     ``u [B, ceil(n/k), d]`` and ``h [B, n, d]`` give ``[B, n, d]``; varlen ``u [G, d]`` and
     ``h [T, d]`` give ``[T, d]``. In a kept group ``o`` is ``u``.
     """
-    tokens = h.shape[:-1].numel()
-    if tokens == 0:
-        return torch.zeros_like(h)
-    dtype = h.dtype
-    index, exists = slots(groups, tokens)
-    if index.numel() == 0:
+    dtype, tokens = h.dtype, count_tokens(h)
+    index, exists = slots(groups)
+    if h.dim() == 2 and (tokens == 0 or index.numel() == 0):  # varlen: no group, or no token
         return torch.zeros_like(h)
     us = u.to(dtype)[..., None, :].expand(*index.shape, u.shape[-1])
     both = torch.cat([us, _gather(h, index, exists)], -1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..feed_forward import FeedForward, PluginWeights
 from ..groups import FIELDS, SCHEMA, Groups
 from ..library import LIBRARY, backend_module, define, refuse_second_derivatives
+from ..transforms import refuse_tangents
 from . import layered
 
 _ARGUMENTS = (
@@ -76,12 +77,14 @@ def compressed_ffn(
 
 @torch.library.impl(LIBRARY, "compressed_ffn", "CompositeExplicitAutograd")
 def _forward(*arguments):
+    refuse_tangents(arguments)
     call = _bundle(arguments)
     return backend_module(__package__, call.backend).compressed_ffn(*call[:4])
 
 
 @torch.library.impl(LIBRARY, "compressed_ffn_backward", "CompositeExplicitAutograd")
 def _backward(dy, *arguments):
+    refuse_tangents((dy, *arguments))
     leaves = list(arguments)
     for i in range(_WEIGHTS):
         if leaves[i] is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..arguments import MergeWeights, Norm
 from ..groups import FIELDS, SCHEMA, Groups
 from ..library import LIBRARY, accumulator, backend_module, define, refuse_second_derivatives
+from ..transforms import refuse_tangents
 
 _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor bias, Tensor? projection, Tensor? norm_weight,"
@@ -63,12 +64,14 @@ def group_merge(
 
 @torch.library.impl(LIBRARY, "group_merge", "CompositeExplicitAutograd")
 def _forward(*arguments):
+    refuse_tangents(arguments)
     call = _bundle(arguments)
     return backend_module(__package__, call.backend).group_merge(*call[:4])
 
 
 @torch.library.impl(LIBRARY, "group_merge_backward", "CompositeExplicitAutograd")
 def _backward(d_merged, d_projected, softmax, *arguments):
+    refuse_tangents((d_merged, d_projected, softmax, *arguments))
     call = _bundle(arguments)
     module = backend_module(__package__, call.backend)
     return module.group_merge_backward(d_merged, d_projected, softmax, *call[:4])
