@@ -7,7 +7,7 @@ padding inside a span stay empty.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ def count_tokens(x: Tensor) -> int:
 
 def first_real(mask: Tensor) -> Tensor:
     """``[B]``: the position of each row's first real token; 0 where there is none."""
-    n = mask.shape[1]  # a tensor while it is traced: nobody traces without a token
+    n: Any = mask.shape[1]  # a tensor while it is traced: nobody traces without a token
     if not isinstance(n, Tensor) and n == 0:
         return mask.new_zeros(len(mask), dtype=torch.long)
     return mask.int().argmax(-1)
@@ -156,7 +156,7 @@ def token_slots(groups: Groups, tokens: int) -> tuple[Tensor, Tensor]:
     """
     index, exists = slots(groups)
     # Slots without a token write to a place of their own.
-    place = torch.where(exists, index, tokens).reshape(-1)
+    place = torch.where(exists, index, tokens).flatten()
     number = torch.arange(place.shape[0], device=place.device)
     slot = number.new_zeros(tokens + 1).scatter(0, place, number)[:tokens]
     real = torch.zeros(tokens + 1, dtype=torch.bool, device=place.device)

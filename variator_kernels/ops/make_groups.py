@@ -22,8 +22,8 @@ def make_groups(
     """The groups of ``x [B, n, ...]`` or varlen ``[T, ...]``, as ``backend`` (resolved) reads them.
 
     No host synchronisation on a GPU. ``mask`` and ``cu_seqlens`` are as in the public ops, checked.
-    ``inner``: no result has their number as a size. Then an exported program has an empty group more
-    in each row: the number is never 1, a size on which exporters specialise.
+    ``inner``: no result has their number as a size. Then an exported program has an empty group
+    more in each row: the number is never 1, a size on which exporters specialise.
     """
     on_gpu = backend in ("triton", "cuda")
     spare = 1 if inner and exporting() else 0

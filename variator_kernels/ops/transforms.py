@@ -49,7 +49,7 @@ def has_values(x: Tensor) -> bool:
     )
 
 
-def fixed(size: int) -> int:
+def fixed(size: Any) -> int:
     """``size`` as a number for operations that take nothing else: while traced, it is a tensor."""
     if not isinstance(size, Tensor):
         return size
@@ -65,8 +65,8 @@ def fitting(asked: str, chosen: str) -> str:
     for ``torch.func``; there ``"auto"`` (``asked``) stands for the reference.
 
     Raises:
-        ValueError: another backend was asked for by name, under ``torch.func.grad``, ``jvp`` or what
-            is built on them.
+        ValueError: another backend was asked for by name, under ``torch.func.grad``, ``jvp`` or
+            what is built on them.
     """
     if chosen == "reference":
         return chosen
@@ -92,17 +92,30 @@ def _derives() -> bool:
     return any(level.key() in _DERIVING for level in stack)
 
 
-def refuse_tangents(arguments: Iterable[Any]) -> None:
-    """Called by each registered op: PyTorch would drop what belongs to a forward-mode derivative.
+def refuse_transforms(arguments: Iterable[Any]) -> None:
+    """Called where autograd meets a registered op: PyTorch would drop the tangents of
+    ``arguments``, and says nothing that helps where ``torch.func.grad`` follows one of them.
 
     Raises:
-        RuntimeError: one of ``arguments`` has a tangent.
+        RuntimeError: a derivative is asked for that the kernels do not have.
     """
-    if forward_ad._current_level < 0:
+    following = torch._C._are_functorch_transforms_active()
+    if not (following or forward_ad._current_level >= 0):
         return
     for value in arguments:
-        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+        if isinstance(value, Tensor) and (
+            _has_tangent(value) or (following and value.requires_grad)
+        ):
             raise RuntimeError(
-                "the kernels have no forward-mode derivatives (torch.func.jvp, "
-                "torch.autograd.forward_ad); use backend='auto' or 'reference'"
+                "the kernels know no torch.func.grad, no torch.func.jvp and no other forward-mode "
+                "derivative; use backend='auto' or 'reference'"
             )
+
+
+def _has_tangent(value: Tensor) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    try:
+        return forward_ad.unpack_dual(value).tangent is not None
+    except RuntimeError:  # inference mode, or compiled code: nothing there has one
+        return False

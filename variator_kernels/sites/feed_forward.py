@@ -14,6 +14,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..ops.feed_forward import FeedForward
 from ..ops.prepacked_linear import Forward
+from ..ops.transforms import tracing
 from .families import FAMILIES, ROW, Family, follow, is_a, lookup
 from .watch import Watch, same_tensors
 
@@ -48,7 +49,7 @@ class Described:
 
     def of(self, layer: nn.Module) -> FeedForward:
         """What ``layer``, always the same one, consists of now."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or tracing():  # a trace holds what is read on the way
             return describe(layer)
         kept = self._kept
         # A replica of DataParallel shares this object with the original.

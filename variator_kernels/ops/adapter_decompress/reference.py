@@ -34,12 +34,15 @@ def adapter_decompress(
     if h.dim() == 2 and (tokens == 0 or index.numel() == 0):  # varlen: no group, or no token
         return torch.zeros_like(h)
     us = u.to(dtype)[..., None, :].expand(*index.shape, u.shape[-1])
-    both = torch.cat([us, _gather(h, index, exists)], -1)
+    # One list of slots: exporters would specialise on how a product splits it up again.
+    both = torch.cat([us, _gather(h, index, exists)], -1).flatten(0, -2)
+    us = us.flatten(0, -2)
     t = F.linear(both, w1.to(dtype), b1.to(dtype))
     t = torch.tanh(t) if activation == "tanh" else t
     o = us + F.linear(t, w2.to(dtype), b2.to(dtype))
     if groups.kept is not None:
-        o = torch.where(groups.kept[..., None, None], us, o)
+        kept = groups.kept[..., None].expand(index.shape).flatten()
+        o = torch.where(kept[:, None], us, o)
     slot, real = token_slots(groups, tokens)
-    out = torch.where(real[:, None], o.reshape(-1, o.shape[-1])[slot], o.new_zeros(()))
+    out = torch.where(real[:, None], o[slot], o.new_zeros(()))
     return out.view(h.shape)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..feed_forward import FeedForward, PluginWeights
 from ..groups import FIELDS, SCHEMA, Groups
 from ..library import LIBRARY, backend_module, define, refuse_second_derivatives
-from ..transforms import refuse_tangents
+from ..transforms import refuse_transforms
 from . import layered
 
 _ARGUMENTS = (
@@ -77,14 +77,13 @@ def compressed_ffn(
 
 @torch.library.impl(LIBRARY, "compressed_ffn", "CompositeExplicitAutograd")
 def _forward(*arguments):
-    refuse_tangents(arguments)
     call = _bundle(arguments)
     return backend_module(__package__, call.backend).compressed_ffn(*call[:4])
 
 
 @torch.library.impl(LIBRARY, "compressed_ffn_backward", "CompositeExplicitAutograd")
 def _backward(dy, *arguments):
-    refuse_tangents((dy, *arguments))
+    refuse_transforms((dy, *arguments))
     leaves = list(arguments)
     for i in range(_WEIGHTS):
         if leaves[i] is not None:
@@ -114,6 +113,7 @@ def _setup(ctx, inputs, output):
 
 def _gradients(ctx, dy):
     refuse_second_derivatives()
+    refuse_transforms((dy,))
     tensors = ctx.saved_tensors
     backward = torch.ops.variator.compressed_ffn_backward.default
     found = iter(backward(dy, *tensors, *ctx.rest))
@@ -121,4 +121,6 @@ def _gradients(ctx, dy):
     return (*gradients, *(None,) * (_TENSORS - _WEIGHTS + len(ctx.rest)))
 
 
-torch.library.register_autograd("variator::compressed_ffn", _gradients, setup_context=_setup)
+torch.library.register_autograd(
+    "variator::compressed_ffn", _gradients, setup_context=_setup, lib=LIBRARY
+)
