@@ -58,7 +58,7 @@ def test_slots_are_those_of_the_specification(kind, k, n):
     whole = torch.ones(3, n, dtype=torch.bool) if mask is None else mask
     empty = [None] * k
     assert [g for g in got if g != empty] == [g for g in by_hand(whole, k) if g != empty]
-    slot, real = token_slots(groups)
+    slot, real = token_slots(groups, 3 * n)
     assert torch.equal(real.view(3, n), whole)
     assert torch.equal(index.flatten()[slot][real], torch.arange(3 * n)[real])
     assert (real_tokens(groups, x) is None) == (mask is None)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import NO_NORM, AdapterWeights, MergeWeights, Norm
-from .transforms import fixed
 
 FFN_ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 ADAPTER_ACTIVATIONS = ("tanh", "identity")
@@ -108,6 +108,15 @@ def activate(x: Tensor, activation: str) -> Tensor:
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
+def _fixed(size: Any) -> int:
+    """``size`` as a number for operations that take nothing else: while traced, it is a tensor."""
+    if not isinstance(size, Tensor):
+        return size
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return int(size)
+
+
 def normalize(
     x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
@@ -117,7 +126,7 @@ def normalize(
     wide = x if x.dtype == torch.float64 else x.float()
     if norm == "layer":
         scale, shift = (None if p is None else p.to(wide.dtype) for p in (weight, bias))
-        out = F.layer_norm(wide, (fixed(wide.shape[-1]),), scale, shift, eps)
+        out = F.layer_norm(wide, (_fixed(wide.shape[-1]),), scale, shift, eps)
         return out.to(x.dtype if weight is None else weight.dtype)
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if weight is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -47,15 +46,6 @@ def has_values(x: Tensor) -> bool:
         or isinstance(x, FakeTensor)
         or _functorch.is_functorch_wrapped_tensor(x)
     )
-
-
-def fixed(size: Any) -> int:
-    """``size`` as a number for operations that take nothing else: while traced, it is a tensor."""
-    if not isinstance(size, Tensor):
-        return size
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        return int(size)
 
 
 def fitting(asked: str, chosen: str) -> str:
