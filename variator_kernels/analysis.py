@@ -151,7 +151,7 @@ def _activity(
 ) -> Activity:
     if not ffn.post_norm:
         x = normalize(x, ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)
-    index, exists = slots(make_groups(x, k, mask=mask), x.shape[0] * x.shape[1])
+    index, exists = slots(make_groups(x, k, mask=mask))
     exists = exists.flatten(0, 1)
     active = _is_active(x.flatten(0, 1), ffn, threshold)
     whole = exists.all(-1)

@@ -50,7 +50,7 @@ def test_slots_are_those_of_the_specification(kind, k, n):
     mask = masked(kind, 3, n)
     groups = make_groups(x, k, mask=mask)
     assert groups.shape(x) == (3, -(-n // k)) == tuple(groups.start.shape)
-    index, exists = slots(groups, 3 * n)
+    index, exists = slots(groups)
     got = [
         [token if there else None for token, there in zip(*group, strict=True)]
         for group in zip(index.flatten(0, 1).tolist(), exists.flatten(0, 1).tolist(), strict=True)
@@ -69,7 +69,7 @@ def test_varlen_means_the_same_as_a_batch():
     offsets = torch.tensor([2, 7, 7, 16, 17])
     x = torch.randn(20, D)
     groups = make_groups(x, 4, cu_seqlens=offsets)
-    index, exists = slots(groups, 20)
+    index, exists = slots(groups)
     got = [i[e].tolist() for i, e in zip(index, exists, strict=True) if e.any()]
     wanted = [
         list(range(at, min(at + 4, first + length)))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..checks import choice
 from .feed_forward import ADAPTER_ACTIVATIONS, FFN_ACTIVATIONS, NORMS, FeedForward, PluginWeights
+from .transforms import has_values
 
 
 def shape(tensor: Tensor, expected: tuple[int, ...], name: str) -> None:
@@ -24,8 +25,8 @@ def same_device(tensor: Tensor, x: Tensor, name: str, x_name: str = "x") -> None
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether looking at values costs no synchronisation and is no graph break."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether there are values, and looking at them costs no synchronisation and no graph break."""
+    return tensor.device.type == "cpu" and has_values(tensor)
 
 
 def mask_values(mask: Tensor, name: str) -> None:

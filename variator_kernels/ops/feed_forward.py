@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,11 @@ class PluginWeights(NamedTuple):
         return AdapterWeights(w1u, self.b1, self.w2, self.b2, self.activation)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where ``x`` is; the meta device has none."""
+    return not x.is_meta and torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+
+
 def activate(x: Tensor, activation: str) -> Tensor:
     """The FFN's inner activation by name."""
     if activation == "relu":
@@ -100,6 +106,15 @@ def activate(x: Tensor, activation: str) -> Tensor:
     if activation == "silu":
         return F.silu(x)
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _fixed(size: Any) -> int:
+    """``size`` as a number for operations that take nothing else: while traced, it is a tensor."""
+    if not isinstance(size, Tensor):
+        return size
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return int(size)
 
 
 def normalize(
@@ -111,7 +126,7 @@ def normalize(
     wide = x if x.dtype == torch.float64 else x.float()
     if norm == "layer":
         scale, shift = (None if p is None else p.to(wide.dtype) for p in (weight, bias))
-        out = F.layer_norm(wide, wide.shape[-1:], scale, shift, eps)
+        out = F.layer_norm(wide, (_fixed(wide.shape[-1]),), scale, shift, eps)
         return out.to(x.dtype if weight is None else weight.dtype)
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if weight is not None:
@@ -129,7 +144,7 @@ def products(g: Tensor, ffn: FeedForward, linear: Callable[..., Tensor] = F.line
     if ffn.module is not None:
         u = ffn.module(g)
         return F.dropout(u, ffn.dropout_outer) if ffn.dropout_outer > 0 else u
-    autocast = torch.is_autocast_enabled(g.device.type)
+    autocast = autocasts(g)
     g = g if autocast else g.to(ffn.w_in.dtype)
     inner = activate(linear(g, ffn.w_in, ffn.b_in), ffn.activation)
     if ffn.w_gate is not None:

@@ -7,7 +7,7 @@ padding inside a span stay empty.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,9 +63,17 @@ def max_groups(x: Tensor, ratio: int, cu_seqlens: Tensor | None = None) -> int:
     return (x.shape[0] + sequences * (ratio - 1)) // ratio
 
 
+def count_tokens(x: Tensor) -> int:
+    """B * n, or T: how many tokens ``x [B, n, d]`` or ``[T, d]`` holds."""
+    return x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]  # numel() would be a constant
+
+
 def first_real(mask: Tensor) -> Tensor:
     """``[B]``: the position of each row's first real token; 0 where there is none."""
-    return mask.int().argmax(-1) if mask.shape[1] else mask.new_zeros(len(mask), dtype=torch.long)
+    n: Any = mask.shape[1]  # a tensor while it is traced: nobody traces without a token
+    if not isinstance(n, Tensor) and n == 0:
+        return mask.new_zeros(len(mask), dtype=torch.long)
+    return mask.int().argmax(-1)
 
 
 def _cut(first: Tensor, length: Tensor, groups: int, ratio: int) -> tuple[Tensor, Tensor]:
@@ -75,20 +83,23 @@ def _cut(first: Tensor, length: Tensor, groups: int, ratio: int) -> tuple[Tensor
     return first + torch.where(left > 0, position, 0), left.clamp(0, ratio)
 
 
-def plain_lists(rows: int, n: int, ratio: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Start and span ``[B, G]`` of a batch without padding."""
+def plain_lists(
+    rows: int, n: int, ratio: int, device: torch.device | str, spare: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Start and span ``[B, G]`` of a batch without padding; ``spare`` groups are empty."""
     first = torch.arange(rows, device=device)[:, None] * n
-    return _cut(first, torch.full_like(first, n), (n + ratio - 1) // ratio, ratio)
+    length = torch.zeros_like(first) + n
+    return _cut(first, length, (n + ratio - 1) // ratio + spare, ratio)
 
 
-def masked_lists(mask: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
-    """Start and span ``[B, G]`` for a bool mask ``[B, n]``."""
+def masked_lists(mask: Tensor, ratio: int, spare: int = 0) -> tuple[Tensor, Tensor]:
+    """Start and span ``[B, G]`` for a bool mask ``[B, n]``; ``spare`` groups are empty."""
     rows, n = mask.shape
     first = first_real(mask)
     last = n - first_real(mask.flip(-1))
     length = torch.where(mask.any(-1), last - first, 0)
     start = torch.arange(rows, device=mask.device) * n + first
-    return _cut(start[:, None], length[:, None], (n + ratio - 1) // ratio, ratio)
+    return _cut(start[:, None], length[:, None], (n + ratio - 1) // ratio + spare, ratio)
 
 
 def varlen_lists(tokens: int, cu_seqlens: Tensor, ratio: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,18 +132,18 @@ def varlen_lists(tokens: int, cu_seqlens: Tensor, ratio: int) -> tuple[Tensor, T
     return start, span, torch.where(real, span, (outside - behind).clamp(0, ratio))
 
 
-def slots(groups: Groups, tokens: int) -> tuple[Tensor, Tensor]:
-    """Where each slot of listed ``groups`` lies in a flat list of ``tokens``.
+def slots(groups: Groups) -> tuple[Tensor, Tensor]:
+    """Where each slot of listed ``groups`` lies in the flat list of tokens.
 
     Returns ``index`` (int64) and ``exists`` (bool), both ``[B, G, k]``, or ``[G, k]`` for varlen
-    input. A slot that holds no token has an arbitrary but valid index.
+    input. A slot behind a group's span has index 0.
     """
     start, span = groups.start, groups.span
     assert start is not None and span is not None
     slot = torch.arange(groups.ratio, device=start.device)
-    index = (start[..., None] + slot).clamp(0, max(tokens - 1, 0))
     exists = slot < span[..., None]
-    if groups.mask is not None and tokens:
+    index = torch.where(exists, start[..., None] + slot, 0)
+    if groups.mask is not None:
         exists = exists & groups.mask.reshape(-1)[index]
     return index, exists
 
@@ -143,9 +154,9 @@ def token_slots(groups: Groups, tokens: int) -> tuple[Tensor, Tensor]:
     Returns ``slot`` (int64) and ``real`` (bool), both ``[tokens]``; a token that is not real has an
     arbitrary but valid slot.
     """
-    index, exists = slots(groups, tokens)
+    index, exists = slots(groups)
     # Slots without a token write to a place of their own.
-    place = torch.where(exists, index, tokens).reshape(-1)
+    place = torch.where(exists, index, tokens).flatten()
     number = torch.arange(place.shape[0], device=place.device)
     slot = number.new_zeros(tokens + 1).scatter(0, place, number)[:tokens]
     real = torch.zeros(tokens + 1, dtype=torch.bool, device=place.device)

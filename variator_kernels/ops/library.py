@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
-LIBRARY = torch.library.Library("variator", "DEF")
+from .transforms import refuse_transforms
+
+
+class _Library(torch.library.Library):
+    """An op's autograd first looks for transforms that it knows nothing of."""
+
+    def impl(self, op_name: str, fn: Callable, dispatch_key: str = "", **settings: Any) -> None:
+        kernel = fn
+        if dispatch_key == "Autograd":
+
+            def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+                refuse_transforms(arguments)
+                return fn(keyset, *arguments)
+
+        super().impl(op_name, kernel, dispatch_key, **settings)
+
+
+LIBRARY = _Library("variator", "DEF")
 
 
 def define(schema: str) -> None:

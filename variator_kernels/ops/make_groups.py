@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .. import extension
 from .groups import Groups, first_real, masked_lists, plain_lists, varlen_lists
+from .transforms import exporting, is_plain
 
 
 def make_groups(
@@ -17,12 +17,16 @@ def make_groups(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "reference",
+    inner: bool = False,
 ) -> Groups:
     """The groups of ``x [B, n, ...]`` or varlen ``[T, ...]``, as ``backend`` (resolved) reads them.
 
     No host synchronisation on a GPU. ``mask`` and ``cu_seqlens`` are as in the public ops, checked.
+    ``inner``: no result has their number as a size. Then an exported program has an empty group
+    more in each row: the number is never 1, a size on which exporters specialise.
     """
     on_gpu = backend in ("triton", "cuda")
+    spare = 1 if inner and exporting() else 0
     if cu_seqlens is not None:
         start, span, owned = varlen_lists(x.shape[0], cu_seqlens.long(), ratio)
         if on_gpu:
@@ -31,19 +35,19 @@ def make_groups(
     if mask is None:
         if on_gpu:
             return Groups(None, None, None, None, None, ratio, "plain")
-        start, span = _plain(x, ratio)
+        start, span = _plain(x, ratio, spare)
         return Groups(start, span, None, None, None, ratio, "listed")
     mask = (mask if mask.dtype == torch.bool else mask != 0).contiguous()
     if on_gpu:
         return Groups(first_real(mask), None, None, None, mask, ratio, "masked")
-    start, span = _masked(mask, ratio, backend)
+    start, span = _masked(mask, ratio, backend, spare)
     return Groups(start, span, None, None, mask, ratio, "listed")
 
 
-def _plain(x: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
+def _plain(x: Tensor, ratio: int, spare: int) -> tuple[Tensor, Tensor]:
     rows, n = x.shape[:2]
-    if not (_is_plain(x) and x.device.type == "cpu"):
-        return plain_lists(rows, n, ratio, x.device)
+    if not (is_plain(x) and x.device.type == "cpu"):
+        return plain_lists(rows, n, ratio, x.device, spare)
     known = _PLAIN.get((rows, n, ratio))
     if known is None:
         with torch.inference_mode(False):
@@ -60,10 +64,10 @@ _PLAIN: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 _MOST_PLAIN = 64
 
 
-def _masked(mask: Tensor, ratio: int, backend: str) -> tuple[Tensor, Tensor]:
+def _masked(mask: Tensor, ratio: int, backend: str, spare: int) -> tuple[Tensor, Tensor]:
     """By one call where the CPU kernels are: PyTorch takes a dozen."""
-    if backend != "cpu" or not (_is_plain(mask) and mask.device.type == "cpu"):
-        return masked_lists(mask, ratio)
+    if backend != "cpu" or not (is_plain(mask) and mask.device.type == "cpu"):
+        return masked_lists(mask, ratio, spare)
     rows, n = mask.shape
     lists = torch.empty(2, rows, (n + ratio - 1) // ratio, dtype=torch.int64, device="cpu")
     start, span = lists[0], lists[1]
@@ -71,15 +75,3 @@ def _masked(mask: Tensor, ratio: int, backend: str) -> tuple[Tensor, Tensor]:
         mask=mask.data_ptr(), rows=rows, n=n, k=ratio, start=start.data_ptr(), span=span.data_ptr()
     )
     return start, span
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether ``x`` is memory, and what is made now will be: no compiler, tracer, transform or mode
-    stands in between."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and torch._C._get_tracing_state() is None
-        and _get_current_dispatch_mode() is None
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import extension
 from . import prepack
+from .transforms import tracing, transformed
 
 LEAST = 1 << 14
 """Smaller weights (a classifier's) are left to PyTorch: the call costs more than it saves."""
@@ -81,15 +82,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Frozen weights are packed inside :class:`FrozenProducts`, and wherever the product runs in
     another dtype than ``F.linear``'s. Weights that get gradients are converted in each call.
     """
-    compiling = torch.compiler.is_compiling()
-    packs = not compiling and _local.packed
+    plain = not (torch.compiler.is_compiling() or transformed() or tracing())
+    packs = plain and _local.packed
     if not (packs or prepack.EMULATED):
         return F.linear(x, weight, bias)
     stored = _result_dtype(x, weight, bias)
     if stored is None:
         return F.linear(x, weight, bias)
     dtype = prepack.product_dtype(stored)
-    packs = packs or (not compiling and dtype != stored and extension.load() is not None)
+    packs = packs or (plain and dtype != stored and extension.load() is not None)
     if packs and _stays(weight, bias):
         packed = prepack.linear(weight, bias, dtype)
         if packed is not None:

@@ -55,7 +55,7 @@ class Context:
         kept = self._groups.get(key)
         size = x.shape[:2]
         if kept is None or kept[0] != size:
-            kept = size, make_groups(x, ratio, mask=self.mask_of(x), backend=backend)
+            kept = size, make_groups(x, ratio, mask=self.mask_of(x), backend=backend, inner=True)
             self._groups[key] = kept
         return kept[1]
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.feed_forward import FeedForward
+from ..ops.transforms import tracing
 from ..runtime.context import Context, token_mask
 from ..runtime.level import Site
 from ..runtime.state import State
@@ -62,7 +63,7 @@ class _Encoder(nn.Module):
             if mask is None and len(args) > index:
                 mask = args[index]
             mask = token_mask(mask)
-        if not (torch.compiler.is_compiling() or self.training or state.warned):
+        if not (self.training or state.warned or torch.compiler.is_compiling() or tracing()):
             _warn_if_untrained(self, level.ratios)
         outer = local.context
         local.context = Context(mask, level)

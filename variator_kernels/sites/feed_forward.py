@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..ops.feed_forward import FeedForward
 from ..ops.prepacked_linear import Forward
+from ..ops.transforms import tracing
 from .families import FAMILIES, ROW, Family, follow, is_a, lookup
 from .find import replaced
 from .watch import Watch, same_tensors
@@ -26,6 +29,10 @@ _ACTIVATIONS = {
     "GELUTanh": "gelu_tanh",
     "PytorchGELUTanh": "gelu_tanh",
 }
+
+
+# The last two stand for plain weights while a program is exported, and under a fake mode.
+_PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
 class Described:
@@ -44,7 +51,7 @@ class Described:
 
     def of(self, layer: nn.Module) -> FeedForward:
         """What ``layer``, always the same one, consists of now."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or tracing():  # a trace holds what is read on the way
             return describe(layer)
         kept = self._kept
         # A replica of DataParallel shares this object with the original.
@@ -184,11 +191,7 @@ def _untouched(module: nn.Module) -> bool:
 
 def _plain_linear(linear: nn.Module) -> bool:
     """Its weight is all it is: no subclass of either (quantised, sharded), no hook."""
-    return (
-        type(linear) is nn.Linear
-        and type(linear.weight) in (nn.Parameter, Tensor)
-        and _untouched(linear)
-    )
+    return type(linear) is nn.Linear and type(linear.weight) in _PLAIN and _untouched(linear)
 
 
 def _probability(dropout: nn.Module | None) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...ops.compressed_ffn import run
+from ...ops.transforms import fitting
 from ...runtime.context import Context
 from ...runtime.state import states
 from ...sites.install import attached
@@ -55,6 +56,7 @@ class Variator:
         plugin: Any = layer._modules[ATTACHED]._modules[str(ratio)]
         ffn = layer.feed_forward()
         weights, backend = plugin.prepared.of(plugin, ffn, x, self.config.backend)
+        backend = fitting(self.config.backend, backend)
         return run(x, weights, ffn, context.groups(x, ratio, backend), backend)
 
     def is_trained(self, layer: Any, ratio: int) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ... import backends
 from ...ops import checks
 from ...ops.feed_forward import FeedForward, PluginWeights
+from ...ops.transforms import tracing
 from ...sites.watch import Watch, same_tensors
 from ...sites.wrappers import check_present
 
@@ -60,7 +61,7 @@ class Prepared:
         Raises:
             ValueError: a shape, dtype, device or the backend does not fit; the message names it.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or tracing():
             check_present(plugin)
             return plugin.weights(), _checked(plugin.weights(), ffn, x, backend)
         asked = (x.shape[2:], x.dtype, x.device, backend)

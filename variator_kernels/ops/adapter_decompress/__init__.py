@@ -12,6 +12,7 @@ from .. import checks
 from ..arguments import AdapterWeights
 from ..groups import max_groups, real_tokens
 from ..make_groups import make_groups
+from ..transforms import fitting
 from . import op, reference
 
 
@@ -52,7 +53,7 @@ def adapter_decompress(
     most = max_groups(h, ratio, cu_seqlens)
     checks.shape(u, (*h.shape[:-2], most, h.shape[-1]), "u")
     checks.same_device(u, h, "u", "h")
-    chosen = backends.resolve(backend, h)
+    chosen = fitting(backend, backends.resolve(backend, h))
     groups = make_groups(h, ratio, mask=mask, cu_seqlens=cu_seqlens, backend=chosen)
     if chosen == "reference":
         return reference.adapter_decompress(u, h, w1, b1, w2, b2, groups, activation)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..arguments import AdapterWeights
 from ..groups import FIELDS, SCHEMA, Groups
 from ..library import LIBRARY, accumulator, backend_module, define, refuse_second_derivatives
+from ..transforms import refuse_transforms
 
 _ARGUMENTS = (
     "Tensor u, Tensor projected, Tensor w1u, Tensor b1, Tensor w2, Tensor b2, Tensor? residual,"
@@ -77,6 +78,7 @@ def _forward(*arguments):
 
 @torch.library.impl(LIBRARY, "adapter_decompress_backward", "CompositeExplicitAutograd")
 def _backward(dy, *arguments):
+    refuse_transforms((dy, *arguments))
     u, projected, adapter, _, groups, backend = _bundle(arguments)
     module = backend_module(__package__, backend)
     return module.adapter_decompress_backward(dy, u, projected, adapter, groups)
@@ -112,6 +114,7 @@ def _setup(ctx, inputs, output):
 
 def _gradients(ctx, dy):
     refuse_second_derivatives()
+    refuse_transforms((dy,))
     tensors = ctx.saved_tensors
     weights, lists = tensors[:_RESIDUAL], tensors[_RESIDUAL:]
     backward = torch.ops.variator.adapter_decompress_backward.default
@@ -125,4 +128,6 @@ def _gradients(ctx, dy):
     return tuple(gradients)
 
 
-torch.library.register_autograd("variator::adapter_decompress", _gradients, setup_context=_setup)
+torch.library.register_autograd(
+    "variator::adapter_decompress", _gradients, setup_context=_setup, lib=LIBRARY
+)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..groups import Groups, slots, token_slots
+from ..groups import Groups, count_tokens, slots, token_slots
 
 
 def _gather(h: Tensor, index: Tensor, exists: Tensor) -> Tensor:
@@ -29,20 +29,20 @@ def adapter_decompress(
     ``u [B, ceil(n/k), d]`` and ``h [B, n, d]`` give ``[B, n, d]``; varlen ``u [G, d]`` and
     ``h [T, d]`` give ``[T, d]``. In a kept group ``o`` is ``u``.
     """
-    tokens = h.shape[:-1].numel()
-    if tokens == 0:
-        return torch.zeros_like(h)
-    dtype = h.dtype
-    index, exists = slots(groups, tokens)
-    if index.numel() == 0:
+    dtype, tokens = h.dtype, count_tokens(h)
+    index, exists = slots(groups)
+    if h.dim() == 2 and (tokens == 0 or index.numel() == 0):  # varlen: no group, or no token
         return torch.zeros_like(h)
     us = u.to(dtype)[..., None, :].expand(*index.shape, u.shape[-1])
-    both = torch.cat([us, _gather(h, index, exists)], -1)
+    # One list of slots: exporters would specialise on how a product splits it up again.
+    both = torch.cat([us, _gather(h, index, exists)], -1).flatten(0, -2)
+    us = us.flatten(0, -2)
     t = F.linear(both, w1.to(dtype), b1.to(dtype))
     t = torch.tanh(t) if activation == "tanh" else t
     o = us + F.linear(t, w2.to(dtype), b2.to(dtype))
     if groups.kept is not None:
-        o = torch.where(groups.kept[..., None, None], us, o)
+        kept = groups.kept[..., None].expand(index.shape).flatten()
+        o = torch.where(kept[:, None], us, o)
     slot, real = token_slots(groups, tokens)
-    out = torch.where(real[:, None], o.reshape(-1, o.shape[-1])[slot], o.new_zeros(()))
+    out = torch.where(real[:, None], o[slot], o.new_zeros(()))
     return out.view(h.shape)

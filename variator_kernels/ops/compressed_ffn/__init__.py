@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ... import backends
 from .. import checks
-from ..feed_forward import FeedForward, PluginWeights
+from ..feed_forward import FeedForward, PluginWeights, autocasts
 from ..groups import Groups
 from ..make_groups import make_groups
+from ..transforms import exporting, fitting
 from . import layered, op, reference
 
 
@@ -46,8 +47,10 @@ def compressed_ffn(
     if not isinstance(ffn, FeedForward):
         ffn = _described(ffn)
     checks.compressed_ffn(x, plugin, ffn, mask, cu_seqlens)
-    chosen = backends.resolve(backend, x)
-    groups = make_groups(x, plugin.ratio, mask=mask, cu_seqlens=cu_seqlens, backend=chosen)
+    chosen = fitting(backend, backends.resolve(backend, x))
+    groups = make_groups(
+        x, plugin.ratio, mask=mask, cu_seqlens=cu_seqlens, backend=chosen, inner=True
+    )
     return run(x, plugin, ffn, groups, chosen)
 
 
@@ -64,9 +67,9 @@ def _fits_one_op(x: Tensor, plugin: PluginWeights, ffn: FeedForward) -> bool:
     """The single fused op is for inference with plain products; all else goes layer by layer."""
     if ffn.module is not None or ffn.dropout_inner > 0 or ffn.dropout_outer > 0:
         return False
-    if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+    if autocasts(x):
         return False
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or exporting():
         return True
     tensors = [t for t in (x, *plugin, *ffn) if isinstance(t, Tensor)]
     return not any(t.requires_grad for t in tensors)

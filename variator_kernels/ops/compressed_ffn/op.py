@@ -14,6 +14,7 @@ from torch import Tensor
 from ..feed_forward import FeedForward, PluginWeights
 from ..groups import FIELDS, SCHEMA, Groups
 from ..library import LIBRARY, backend_module, define, refuse_second_derivatives
+from ..transforms import refuse_transforms
 from . import layered
 
 _ARGUMENTS = (
@@ -82,6 +83,7 @@ def _forward(*arguments):
 
 @torch.library.impl(LIBRARY, "compressed_ffn_backward", "CompositeExplicitAutograd")
 def _backward(dy, *arguments):
+    refuse_transforms((dy, *arguments))
     leaves = list(arguments)
     for i in range(_WEIGHTS):
         if leaves[i] is not None:
@@ -111,6 +113,7 @@ def _setup(ctx, inputs, output):
 
 def _gradients(ctx, dy):
     refuse_second_derivatives()
+    refuse_transforms((dy,))
     tensors = ctx.saved_tensors
     backward = torch.ops.variator.compressed_ffn_backward.default
     found = iter(backward(dy, *tensors, *ctx.rest))
@@ -118,4 +121,6 @@ def _gradients(ctx, dy):
     return (*gradients, *(None,) * (_TENSORS - _WEIGHTS + len(ctx.rest)))
 
 
-torch.library.register_autograd("variator::compressed_ffn", _gradients, setup_context=_setup)
+torch.library.register_autograd(
+    "variator::compressed_ffn", _gradients, setup_context=_setup, lib=LIBRARY
+)

@@ -8,6 +8,7 @@ from ... import backends
 from .. import checks
 from ..arguments import NO_NORM, MergeWeights
 from ..make_groups import make_groups
+from ..transforms import fitting
 from . import op, reference
 
 
@@ -39,7 +40,7 @@ def group_merge(
     checks.hidden(x, cu_seqlens)
     checks.token_mask(mask, cu_seqlens, x)
     checks.merge_parameters(weight, bias, x)
-    chosen = backends.resolve(backend, x)
+    chosen = fitting(backend, backends.resolve(backend, x))
     groups = make_groups(x, len(bias), mask=mask, cu_seqlens=cu_seqlens, backend=chosen)
     if chosen == "reference":
         return reference.group_merge(x, weight, bias, groups)

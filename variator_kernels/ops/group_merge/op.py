@@ -10,6 +10,7 @@ from torch import Tensor
 from ..arguments import MergeWeights, Norm
 from ..groups import FIELDS, SCHEMA, Groups
 from ..library import LIBRARY, accumulator, backend_module, define, refuse_second_derivatives
+from ..transforms import refuse_transforms
 
 _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor bias, Tensor? projection, Tensor? norm_weight,"
@@ -69,6 +70,7 @@ def _forward(*arguments):
 
 @torch.library.impl(LIBRARY, "group_merge_backward", "CompositeExplicitAutograd")
 def _backward(d_merged, d_projected, softmax, *arguments):
+    refuse_transforms((d_merged, d_projected, softmax, *arguments))
     call = _bundle(arguments)
     module = backend_module(__package__, call.backend)
     return module.group_merge_backward(d_merged, d_projected, softmax, *call[:4])
@@ -107,6 +109,7 @@ def _setup(ctx, inputs, output):
 
 def _gradients(ctx, d_merged, d_projected, _):
     refuse_second_derivatives()
+    refuse_transforms((d_merged, d_projected))
     *tensors, softmax = ctx.saved_tensors
     backward = torch.ops.variator.group_merge_backward.default
     found = backward(d_merged, d_projected, softmax, *tensors, *ctx.rest)
@@ -117,4 +120,6 @@ def _gradients(ctx, d_merged, d_projected, _):
     return tuple(gradients)
 
 
-torch.library.register_autograd("variator::group_merge", _gradients, setup_context=_setup)
+torch.library.register_autograd(
+    "variator::group_merge", _gradients, setup_context=_setup, lib=LIBRARY
+)

@@ -11,7 +11,7 @@ from ..groups import Groups, slots
 def gather(h: Tensor, index: Tensor, exists: Tensor) -> Tensor:
     """``h``'s vectors by slot, zeros where a slot holds no token: ``[..., G, k, d]``."""
     rows = h.reshape(-1, h.shape[-1])
-    if rows.shape[0] == 0:
+    if index.dim() == 2 and rows.shape[0] == 0:  # varlen: groups, but no token
         return h.new_zeros(*index.shape, h.shape[-1])
     return torch.where(exists[..., None], rows[index], rows.new_zeros(()))
 
@@ -30,7 +30,7 @@ def group_merge(h: Tensor, weight: Tensor, bias: Tensor, groups: Groups) -> Tens
 
     The one token of a kept group has weight 1, so it is itself.
     """
-    index, exists = slots(groups, h.shape[:-1].numel())
+    index, exists = slots(groups)
     hs = gather(h, index, exists)
     a = merge_softmax(hs, exists, weight, bias)
     return (a[..., None, :].to(hs.dtype) @ hs).squeeze(-2)
