@@ -49,3 +49,12 @@ def test_a_rule_that_misses_a_write_has_no_number(
     rows = json.loads((tmp_path / "packing.json").read_text())["rows"]
     failed = {row["arm"]: row["reason"] for row in rows if row["status"] == "failed"}
     assert failed["read"] == "a write was missed"
+
+
+@ONE
+def test_memory_does_not_grow_with_the_lengths_met(tiny: str) -> None:
+    """In a process of its own; a product of each number of rows would take a MiB and more."""
+    cell = {"case": "lengths", "model": tiny, "dtype": "fp32", "k": 4, "threads": 2}
+    row = packing.in_child({**cell, "lengths": 600})
+    assert row["status"] == "ok", row
+    assert row["bytes"] < packing.MEMORY_TARGET * 2**20
