@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.export import Dim
 
@@ -245,8 +246,13 @@ def test_torch_func_over_a_model(variant):
 @every_model
 @every_choice
 def test_a_model_on_the_meta_device_has_shapes(variant, backend):
+    ids = torch.ones(2, 9, dtype=torch.long, device="meta")
+    try:
+        tiny.model(*variant, head=tiny.bare(variant[0])).to("meta")(ids)
+    except RuntimeError as error:
+        pytest.skip(f"transformers {transformers.__version__} itself fails: {error}")
     model = tiny.patched(*variant, backend=backend, head=tiny.bare(variant[0])).to("meta")
-    out = model(torch.ones(2, 9, dtype=torch.long, device="meta")).last_hidden_state
+    out = model(ids).last_hidden_state
     assert out.shape == (2, 9, 24)
     out.sum().backward()
     assert all(p.grad is not None for p in vk.plugin_parameters(model, [4]))

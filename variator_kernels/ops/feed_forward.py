@@ -47,11 +47,11 @@ class FeedForward(NamedTuple):
     """Dropout probability on the inner activations; 0 outside training."""
     dropout_outer: float = 0.0
     """Dropout probability on ``FFN(g)``; 0 outside training."""
+    pack: bool = True
+    """Whether the CPU may keep packed copies of the weights from call to call."""
     module: Callable[[Tensor], Tensor] | None = None
     """Runs ``FFN`` in place of the products, where the weights alone do not tell what it does
     (replaced linear layers, hooks)."""
-    pack: bool = True
-    """Whether the CPU may keep packed copies of the weights from call to call."""
 
     @property
     def any_norm(self) -> Norm:

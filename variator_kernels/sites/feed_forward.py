@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.experimental import proxy_tensor
 
 from ..ops.feed_forward import FeedForward
 from ..ops.prepacked_linear import Forward
@@ -31,6 +32,7 @@ _ACTIVATIONS = {
 }
 
 
+_PROXY: Any = getattr(proxy_tensor, "_AttrProxy", None)
 # The last two stand for plain weights while a program is exported, and under a fake mode.
 _PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
@@ -189,9 +191,15 @@ def _untouched(module: nn.Module) -> bool:
     )
 
 
+def _kind(module: nn.Module) -> type:
+    """Its class, without what ``torch.export`` may put around a module that it traces."""
+    kinds = type(module).__mro__
+    return kinds[kinds.index(_PROXY) + 1] if _PROXY in kinds else kinds[0]
+
+
 def _plain_linear(linear: nn.Module) -> bool:
     """Its weight is all it is: no subclass of either (quantised, sharded), no hook."""
-    return type(linear) is nn.Linear and type(linear.weight) in _PLAIN and _untouched(linear)
+    return _kind(linear) is nn.Linear and type(linear.weight) in _PLAIN and _untouched(linear)
 
 
 def _probability(dropout: nn.Module | None) -> float:
@@ -202,7 +210,7 @@ def _activation(act: Any) -> str | None:
     """The name of a recognised activation, or None."""
     if not isinstance(act, nn.Module) or not _untouched(act):
         return None
-    kind = type(act)
+    kind = _kind(act)
     if kind is nn.GELU:
         return "gelu_tanh" if act.approximate == "tanh" else "gelu"
     ours = kind.__module__.split(".")[0] in ("torch", "transformers")
