@@ -103,20 +103,20 @@ const char* try_out() {
     bytes[0] = bytes[page] = 1;
     const auto begin = reinterpret_cast<uintptr_t>(memory);
     const Range pages{begin, begin + 2 * page};
-    std::vector<Range> none, first, second;
+    std::vector<Found> none, first, second;
     bool works = track(pages) && written(pages, none);
     bytes[page] = 2;
     works = works && written(pages, first) && written(pages, second);
     works = works && none.empty() && second.empty() && first.size() == 1 &&
-            first[0].begin == begin + page && first[0].end == pages.end;
+            first[0].pages.begin == begin + page && first[0].pages.end == pages.end;
     munmap(memory, 2 * page);
     return works ? nullptr : "the kernel does not report written pages (Linux 6.7 and newer do)";
 }
 
 const char* open_all() {
     open_here.process = getpid();
-    open_here.uffd = static_cast<int>(
-        syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | user_mode_only));
+    open_here.uffd =
+        static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | user_mode_only));
     if (open_here.uffd < 0)
         return errno == EPERM || errno == EACCES
                    ? "the system forbids the call userfaultfd (some containers do)"
@@ -171,13 +171,15 @@ void untrack(Range pages) {
     ioctl(open_here.uffd, uffd_unregister, &range);
 }
 
-bool written(Range pages, std::vector<Range>& found) {
+bool written(Range pages, std::vector<Found>& found) {
     PageScan question{};
     question.flags = scan_protects | scan_needs_tracking;
     question.inverted = page_present;
-    question.any_of = question.returned = page_written | page_present;
+    question.any_of = question.returned = page_written | page_present | page_of_file;
     return scan(question, pages, [&](const PageRegion& region) {
-        found.push_back({static_cast<uintptr_t>(region.start), static_cast<uintptr_t>(region.end)});
+        const Range seen{static_cast<uintptr_t>(region.start), static_cast<uintptr_t>(region.end)};
+        found.push_back(
+            {seen, (region.categories & (page_present | page_of_file)) != page_present});
     });
 }
 
@@ -193,7 +195,7 @@ Range whole_pages(Range range) { return {range.begin, range.begin}; }
 const char* why_unavailable() { return "only Linux reports written pages"; }
 bool track(Range) { return false; }
 void untrack(Range) {}
-bool written(Range, std::vector<Range>&) { return false; }
+bool written(Range, std::vector<Found>&) { return false; }
 void restart_after_fork() {}
 
 }  // namespace variator::write_tracking
