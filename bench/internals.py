@@ -68,6 +68,21 @@ def packed_bytes(model: nn.Module) -> int:
     return prepack.cache.nbytes(model.parameters())
 
 
+@contextmanager
+def not_tracked() -> Iterator[None]:
+    """Weights that are packed meanwhile are read at every look."""
+    with mock.patch.object(prepack.cache, "track", False):
+        yield
+
+
+def rules(model: nn.Module) -> dict[str, int]:
+    """How writes to a model's packed weights are noticed, and how many bytes each rule covers."""
+    weights = [
+        t for layer in ffn_sublayers(model) for t in describe(layer) if isinstance(t, Tensor)
+    ]
+    return prepack.cache.rules(weights)
+
+
 def group_merge(
     x: Tensor, plugin: PluginWeights, ffn: FeedForward, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:

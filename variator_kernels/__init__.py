@@ -5,6 +5,7 @@ from . import backends  # noqa: F401  (first: what it refuses must leave nothing
 # isort: split
 from . import analysis, flops, functional, pretrained
 from .checkpoint import load_plugins, save_plugins
+from .freezing import freeze, thaw
 from .methods.variator import AdapterDecompress, CompressedFFN, GroupMerge, Plugin
 from .methods.variator.calibration import calibrate
 from .methods.variator.method import plugin_parameters
@@ -25,6 +26,7 @@ __all__ = [
     "analysis",
     "calibrate",
     "flops",
+    "freeze",
     "functional",
     "load_plugins",
     "patch",
@@ -33,6 +35,7 @@ __all__ = [
     "plugin_parameters",
     "save_plugins",
     "set_ratio",
+    "thaw",
     "unpatch",
     "use_ratio",
 ]

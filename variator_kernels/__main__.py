@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, backends, extension
+from .freezing import how_writes_are_noticed
 
 UNBUILT = (
     "  nothing was recorded: this is a source folder that was not built (an installed package is\n"
@@ -53,6 +54,7 @@ def report() -> str:
         f"  {s.name:<16}{'usable' if s.usable else 'not usable'}: {s.detail}"
         for s in backends.status()
     ]
+    text += ["", f"packed weights    {how_writes_are_noticed()}"]
     return "\n".join(text)
 
 

@@ -20,6 +20,13 @@ def ratio(value: object, name: str = "ratio", least: int = 1) -> int:
     return value
 
 
+def flag(value: object, name: str) -> bool:
+    """True or False, and nothing that is taken for one."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 def choice(value: str, allowed: tuple[str, ...], name: str) -> str:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")

@@ -28,6 +28,8 @@ def patch_t5(
     activation: str = "tanh",
     placements: Iterable[str] = ("ffn",),
     backend: str = "auto",
+    *,
+    pack: bool = True,
 ) -> Model:
     """Put compression plugins around the encoder FFNs of a T5, mT5 or umT5 model, in place.
 
@@ -43,6 +45,8 @@ def patch_t5(
         bottleneck, activation: r and φ of the plugins.
         placements: only ``("ffn",)``.
         backend: as in :func:`functional.compressed_ffn`.
+        pack: whether the CPU keeps packed copies of the FFNs' weights, as large as these in the
+            dtype of the products; :func:`describe` tells their bytes. Without, inference is slower.
 
     Returns:
         ``model``.
@@ -53,7 +57,9 @@ def patch_t5(
         plugins take. Nothing has changed then.
     """
     families = T5_FAMILIES
-    return apply(model, families, ratio, ratios, bottleneck, activation, placements, backend)
+    return apply(
+        model, families, ratio, ratios, bottleneck, activation, placements, backend, pack=pack
+    )
 
 
 def patch_bert(
@@ -64,6 +70,8 @@ def patch_bert(
     activation: str = "tanh",
     placements: Iterable[str] = ("ffn",),
     backend: str = "auto",
+    *,
+    pack: bool = True,
 ) -> Model:
     """:func:`patch_t5` for a BERT, RoBERTa, DistilBERT or ELECTRA encoder, with or without a head.
 
@@ -74,7 +82,9 @@ def patch_bert(
         or ``config.chunk_size_feed_forward`` is not 0.
     """
     families = BERT_FAMILIES
-    return apply(model, families, ratio, ratios, bottleneck, activation, placements, backend)
+    return apply(
+        model, families, ratio, ratios, bottleneck, activation, placements, backend, pack=pack
+    )
 
 
 def patch(
@@ -85,6 +95,8 @@ def patch(
     activation: str = "tanh",
     placements: Iterable[str] = ("ffn",),
     backend: str = "auto",
+    *,
+    pack: bool = True,
 ) -> Model:
     """:func:`patch_t5` or its like, by the encoder that ``model`` holds at any depth.
 
@@ -94,7 +106,9 @@ def patch(
         TypeError, ValueError: the family is not known; else as :func:`patch_t5`.
     """
     families = tuple(FAMILIES.values())
-    return apply(model, families, ratio, ratios, bottleneck, activation, placements, backend)
+    return apply(
+        model, families, ratio, ratios, bottleneck, activation, placements, backend, pack=pack
+    )
 
 
 def unpatch(model: Model) -> Model:
@@ -117,6 +131,8 @@ def apply(
     activation: str,
     placements: Iterable[str] = PLACEMENTS,
     backend: str = "auto",
+    *,
+    pack: bool = True,
 ) -> Model:
     """:func:`patch_t5` for a model of any of ``families``."""
     if isinstance(model, nn.Module) and is_patched(model):
@@ -125,7 +141,7 @@ def apply(
     check_unwrapped(model)
     check_present(found.encoder)
     check_unchanged(found)
-    config, active = configure(ratio, ratios, bottleneck, activation, placements, backend)
+    config, active = configure(ratio, ratios, bottleneck, activation, placements, backend, pack)
     backends.resolve(config.backend, found.like(0))
     method, sites = Variator(config), sites_of(found)
     state = State(found.family.name, method, sites, found.owners)

@@ -50,6 +50,8 @@ class FeedForward(NamedTuple):
     module: Callable[[Tensor], Tensor] | None = None
     """Runs ``FFN`` in place of the products, where the weights alone do not tell what it does
     (replaced linear layers, hooks)."""
+    pack: bool = True
+    """Whether the CPU may keep packed copies of the weights from call to call."""
 
     @property
     def any_norm(self) -> Norm:

@@ -101,6 +101,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
                 y = packed(rows.to(dtype)).to(stored)
             # A view made in the Function itself would refuse in-place operations on it.
             return y.view(*x.shape[:-1], weight.shape[0])
+    return _converted(x, weight, bias, stored)
+
+
+def unpacked(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """:func:`linear` that keeps nothing from call to call."""
+    stored = _result_dtype(x, weight, bias) if prepack.EMULATED else None
+    if stored is None:
+        return F.linear(x, weight, bias)
+    return _converted(x, weight, bias, stored)
+
+
+def _converted(x: Tensor, weight: Tensor, bias: Tensor | None, stored: torch.dtype) -> Tensor:
+    """``F.linear`` by the product of another dtype, where that of ``stored`` is slow."""
+    dtype = prepack.product_dtype(stored)
     if dtype == stored:
         return F.linear(x, weight, bias)
     with torch.autocast("cpu", enabled=False):

@@ -22,7 +22,12 @@ def sites_of(found: Found) -> tuple[Site, ...]:
 
 def attached(model: nn.Module) -> list[Any]:
     """What a method put at each site of every patched model inside ``model``."""
-    return [module._modules[ATTACHED] for module in model.modules() if SITE in vars(module)]
+    return [layer._modules[ATTACHED] for layer in patched_sublayers(model)]
+
+
+def patched_sublayers(model: nn.Module) -> list[nn.Module]:
+    """Every sublayer inside ``model`` at which there is a site, once."""
+    return [module for module in model.modules() if SITE in vars(module)]
 
 
 def attached_keys(model: nn.Module) -> set[str]:

@@ -22,6 +22,7 @@ class VariatorConfig(NamedTuple):
     activation: str = "tanh"
     placements: tuple[str, ...] = PLACEMENTS
     backend: str = "auto"
+    pack: bool = True
 
 
 def configure(
@@ -31,6 +32,7 @@ def configure(
     activation: str,
     placements: Iterable[str],
     backend: str,
+    pack: bool = True,
 ) -> tuple[VariatorConfig, Any]:
     """The configuration that these arguments of ``patch`` ask for, and the active ratio.
 
@@ -44,6 +46,7 @@ def configure(
         checks.choice(activation, ADAPTER_ACTIVATIONS, "activation"),
         _placements(placements),
         checks.choice(backend, ("auto", *backends.BACKENDS), "backend"),
+        checks.flag(pack, "pack"),
     )
     return config, active
 

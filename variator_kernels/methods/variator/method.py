@@ -55,7 +55,8 @@ class Variator:
         # Not layer.plugins[...]: looking modules up by attribute takes microseconds.
         plugin: Any = layer._modules[ATTACHED]._modules[str(ratio)]
         ffn = layer.feed_forward()
-        weights, backend = plugin.prepared.of(plugin, ffn, x, self.config.backend)
+        asked = plugin.prepared.of(plugin, ffn, x, self.config.backend, self.config.pack)
+        weights, ffn, backend = asked
         backend = fitting(self.config.backend, backend)
         return run(x, weights, ffn, context.groups(x, ratio, backend), backend)
 

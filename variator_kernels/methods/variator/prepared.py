@@ -20,8 +20,9 @@ class _Kept(NamedTuple):
     """What was found, and what it was found for."""
 
     weights: PluginWeights
-    backend: str
     ffn: FeedForward
+    backend: str
+    described: FeedForward
     asked: tuple[Any, ...]
     parameters: Watch
     plugin: weakref.ref[Any]
@@ -29,7 +30,7 @@ class _Kept(NamedTuple):
     forms: list[tuple[Any, ...]]
 
     def holds(self, plugin: Any, ffn: FeedForward, asked: tuple[Any, ...]) -> bool:
-        if ffn is not self.ffn or asked != self.asked or self.plugin() is not plugin:
+        if ffn is not self.described or asked != self.asked or self.plugin() is not plugin:
             return False
         # Parameters are moved, converted and given other data in place.
         return self.parameters.holds() and _forms(self.tensors) == self.forms
@@ -54,17 +55,19 @@ class Prepared:
         return type(self), ()
 
     def of(
-        self, plugin: Any, ffn: FeedForward, x: Tensor, backend: str
-    ) -> tuple[PluginWeights, str]:
-        """The weights of ``plugin`` and the backend that runs it on ``x [B, n, d]``.
+        self, plugin: Any, ffn: FeedForward, x: Tensor, backend: str, pack: bool
+    ) -> tuple[PluginWeights, FeedForward, str]:
+        """The weights of ``plugin``, ``ffn`` with ``pack``, and the backend that runs them on
+        ``x [B, n, d]``.
 
         Raises:
             ValueError: a shape, dtype, device or the backend does not fit; the message names it.
         """
         if torch.compiler.is_compiling() or tracing():
             check_present(plugin)
-            return plugin.weights(), _checked(plugin.weights(), ffn, x, backend)
-        asked = (x.shape[2:], x.dtype, x.device, backend)
+            weights = plugin.weights()
+            return weights, ffn._replace(pack=pack), _checked(weights, ffn, x, backend)
+        asked = (x.shape[2:], x.dtype, x.device, backend, pack)
         kept = self._kept
         if kept is None or not kept.holds(plugin, ffn, asked):
             check_present(plugin)
@@ -72,9 +75,10 @@ class Prepared:
             chosen = _checked(weights, ffn, x, backend)
             tensors = [t for t in (*weights, *ffn) if isinstance(t, Tensor)]
             watch, whose = _watched(plugin), weakref.ref(plugin)
-            kept = _Kept(weights, chosen, ffn, asked, watch, whose, tensors, _forms(tensors))
+            packing, forms = ffn._replace(pack=pack), _forms(tensors)
+            kept = _Kept(weights, packing, chosen, ffn, asked, watch, whose, tensors, forms)
             self._kept = kept if same_tensors(weights, plugin.weights()) else None
-        return kept[:2]
+        return kept[:3]
 
 
 def _watched(plugin: Any) -> Watch:

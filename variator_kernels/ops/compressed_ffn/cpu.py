@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import prepack
+from .. import prepack, prepacked_linear
 from ..adapter_decompress import cpu as decompress
 from ..arguments import check_adapter, check_ffn, check_merge, flat, require_merged
 from ..cpu_arguments import (
@@ -30,6 +30,8 @@ from .layered import normalize_real
 
 def prepacked_products(g: Tensor, ffn: FeedForward) -> Tensor:
     """``FFN(g)`` for ``g [rows, d]`` with prepacked weights, in g's dtype."""
+    if not ffn.pack:
+        return products(g, ffn, prepacked_linear.unpacked).to(g.dtype)
     linear = functools.partial(prepack.linear, rows=g.shape[0])
     w_in, w_out = linear(ffn.w_in, ffn.b_in), linear(ffn.w_out, ffn.b_out)
     w_gate = None if ffn.w_gate is None else linear(ffn.w_gate, ffn.b_gate)

@@ -21,7 +21,8 @@ def compressed_ffn(
     x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups, backend: str
 ) -> Tensor:
     merged, projected, _ = merge.group_merge(x, plugin.merge, groups, ffn.pre_norm, backend)
-    u = products(merged, ffn, prepacked_linear.linear)
+    linear = prepacked_linear.linear if ffn.pack else prepacked_linear.unpacked
+    u = products(merged, ffn, linear)
     dtype = torch.promote_types(x.dtype, u.dtype)
     residual = x.to(dtype) if ffn.residual else None
     y = decompress.adapter_decompress(

@@ -21,7 +21,8 @@ _ARGUMENTS = (
     "Tensor x, Tensor merge_weight, Tensor merge_bias, Tensor w1, Tensor b1, Tensor w2, Tensor b2,"
     " Tensor w_in, Tensor w_out, Tensor? w_gate, Tensor? b_in, Tensor? b_out, Tensor? b_gate,"
     f" Tensor? norm_weight, Tensor? norm_bias, {SCHEMA}, str activation, str norm, float eps,"
-    " bool post_norm, bool residual, str adapter_activation, str backend"
+    " bool post_norm, bool residual, str adapter_activation, str backend,"
+    " bool pack=True"
 )
 _WEIGHTS = 15  # the leading arguments that have gradients; the groups' tensors follow
 _TENSORS = _WEIGHTS + 5
@@ -43,7 +44,7 @@ class _Call(NamedTuple):
 def _bundle(arguments: tuple) -> _Call:
     w_in, w_out, w_gate, b_in, b_out, b_gate, norm_weight, norm_bias = arguments[7:_WEIGHTS]
     rest = arguments[_WEIGHTS + FIELDS :]
-    activation, norm, eps, post_norm, residual, phi, backend = rest
+    activation, norm, eps, post_norm, residual, phi, backend, *pack = rest
     ffn = FeedForward(
         w_in,
         w_out,
@@ -58,6 +59,7 @@ def _bundle(arguments: tuple) -> _Call:
         eps,
         post_norm,
         residual,
+        pack=all(pack),  # programs of older versions do not say
     )
     merge_weight, merge_bias, w1, b1, w2, b2 = arguments[1:7]
     plugin = PluginWeights(merge_weight, merge_bias, w1, b1, w2, b2, phi)
@@ -72,6 +74,7 @@ def compressed_ffn(
     return torch.ops.variator.compressed_ffn.default(
         x, *plugin[:6], *ffn[:6], ffn.norm_weight, ffn.norm_bias, *groups, ffn.activation,
         ffn.norm, ffn.eps, ffn.post_norm, ffn.residual, plugin.activation, backend,
+        ffn.pack,
     )  # fmt: skip
 
 

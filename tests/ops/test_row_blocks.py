@@ -1,0 +1,47 @@
+"""Products take a few sizes of rows, and every row is in one of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.cases import needs_cpu
+from variator_kernels.ops import prepack
+from variator_kernels.ops.row_blocks import READING, SIZES, blocks
+
+
+def test_every_row_once():
+    for rows in (*range(1, 2300), 4096, 5000, 65_537):
+        at = 0
+        for block in blocks(rows):
+            assert block.first == at and 0 < block.rows <= block.size in SIZES
+            at += block.rows
+        assert at == rows
+
+
+def test_no_rows():
+    assert blocks(0) == ()
+
+
+def test_what_filling_up_costs():
+    """In rows, where one more product counts as many as reading its weights takes."""
+    costs = {
+        rows: sum(block.size + READING for block in blocks(rows)) / (rows + READING)
+        for rows in range(1, SIZES[-1] + 1)
+    }
+    assert max(costs.values()) < 1.2
+    assert sum(costs.values()) / len(costs) < 1.06
+
+
+@needs_cpu
+@pytest.mark.parametrize("rows", [1, 3, 17, 130, 2049, 2500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_product_of_any_rows(rows, dtype):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(24, 40).to(dtype), torch.randn(24).to(dtype)
+    x = torch.randn(rows, 40).to(prepack.product_dtype(dtype))
+    out = prepack.linear(weight, bias)(x, "relu")
+    exact = torch.relu(x.double() @ weight.double().t() + bias.double())
+    assert out.shape == (rows, 24)
+    error = 4e-6 if x.dtype == torch.float32 else 0.05
+    torch.testing.assert_close(out.double(), exact, rtol=error, atol=error)
