@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import threading
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from tests.ops.cases import needs_cpu
 from tests.ops.test_packed import COLUMNS, ROWS, product, rule, same  # noqa: F401  (a fixture)
+from variator_kernels import extension
 from variator_kernels.ops import packed
 from variator_kernels.ops.packed import PackCache, cache
 
@@ -169,3 +171,55 @@ def test_a_thread_that_forks_while_others_look():
     for thread in threads:
         thread.join()
     assert not any(codes) and all(map(same, weights))
+
+
+def in_child(run):
+    """The exit status of a forked child that runs ``run()``."""
+    child = os.fork()
+    if child == 0:
+        status = 255
+        try:
+            torch.set_num_threads(1)
+            status = int(run() or 0)
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_descriptors_that_somebody_closed(tmp_path, rule):  # noqa: F811
+    """As a daemon does, whose own files have their numbers afterwards."""
+    weight = torch.randn(ROWS, COLUMNS)
+
+    def daemon():
+        product(weight)
+        os.closerange(3, 4096)
+        files = [os.open(tmp_path / str(i), os.O_CREAT | os.O_WRONLY) for i in range(50)]
+        weight.numpy()[4] = 1.0
+        if not same(weight) or cache.rules([weight]) != {rule: weight.nbytes}:
+            return 1
+        weight.numpy()[5] = 1.0
+        if not same(weight):
+            return 2
+        return in_child(lambda: sum(os.write(file, b"x") for file in files) != 50)
+
+    assert in_child(daemon) == 0
+
+
+def test_no_descriptor_is_free_for_a_while(rule):  # noqa: F811
+    weight, later = torch.randn(ROWS, COLUMNS), torch.randn(ROWS, COLUMNS)
+
+    def run():
+        os.closerange(3, 4096)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
+        files = [os.open(os.devnull, os.O_RDONLY) for _ in range(13)]
+        why = extension.load().why_not_tracked()
+        if not same(weight) or why != "no file descriptor is free":
+            return 1
+        weight.numpy()[4] = 1.0
+        if not same(weight):
+            return 2
+        for file in files:
+            os.close(file)
+        return not same(later) or cache.rules([later]) != {rule: later.nbytes}
+
+    assert in_child(run) == 0
