@@ -256,7 +256,8 @@ PYBIND11_MODULE(_cpu, m) {
     py::class_<Memory>(m, "Memory")
         .def(py::init<Address, Address, bool, int>(), py::kw_only(), py::arg("begin"),
              py::arg("end"), py::arg("trackable"), py::arg("threads"), Quiet())
-        .def("freeze", &Memory::freeze, py::arg("frozen"), Quiet())
+        .def("freeze", &Memory::freeze, py::arg("frozen"), py::arg("threads"), Quiet())
+        .def("holds", &Memory::holds, py::arg("copy"), py::arg("threads"), Quiet())
         .def_property_readonly("rule", &Memory::rule);
     m.def("changes", &Memory::changes, py::arg("memories"), py::arg("threads"), Quiet());
     m.def("why_not_tracked", [] {

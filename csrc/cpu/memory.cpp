@@ -38,9 +38,12 @@ struct Registry {
         for (Memory* memory : all) memory->tracked = false, memory->stale = true;
     }
 
-    void mark(const Range& written) {
-        for (Memory* memory : all)
-            if (memory->pages.overlaps(written)) memory->stale = true;
+    void mark(const write_tracking::Found& found) {
+        for (Memory* memory : all) {
+            if (!memory->pages.overlaps(found.pages)) continue;
+            memory->stale = true;
+            if (found.lost) memory->tracked = false;
+        }
     }
 };
 
@@ -125,15 +128,24 @@ std::string Memory::rule() const {
     return frozen ? "frozen" : tracked ? "tracked" : "read";
 }
 
-void Memory::freeze(bool wanted) {
+void Memory::freeze(bool wanted, int threads) {
     std::lock_guard<std::mutex> lock(Registry::get().mutex);
-    stale = stale || (frozen && !wanted);
+    write_tracking::why_unavailable();  // notices a process that was cloned
+    stale = stale || frozen;
+    frozen = false;
+    if (wanted) look(threads);  // what was written until now counts
     frozen = wanted;
+}
+
+bool Memory::holds(uintptr_t copy, int threads) const {
+    std::lock_guard<std::mutex> lock(Registry::get().mutex);
+    return checksum({copy, copy + (bytes.end - bytes.begin)}, threads) == content;
 }
 
 // Before the bytes are read: what is written afterwards shows.
 void Memory::start_tracking() {
     tracked = !pages.empty() && !write_tracking::why_unavailable() && write_tracking::track(pages);
+    Registry::get().mark({pages, false});  // others' marks are gone
     if (!tracked) pages = {bytes.begin, bytes.begin};
 }
 
@@ -151,22 +163,14 @@ void Memory::read(int threads) {
 int64_t Memory::look(int threads) {
     if (frozen) return count;
     if (tracked) {
-        std::vector<Range> found;
-        if (write_tracking::written(pages, found)) {
-            for (const Range& range : found) Registry::get().mark(range);
-        } else {
-            tracked = false;
-        }
+        std::vector<write_tracking::Found> found;
+        if (!write_tracking::written(pages, found)) found = {{pages, true}};
+        for (const auto& part : found) Registry::get().mark(part);
     }
-    if (!tracked && !pages.empty()) {
-        // After a fork, or where other memory took the place of this.
-        start_tracking();
-        stale = true;
-    }
+    // After a fork, or where other memory took the place of this.
+    if (!tracked && !pages.empty()) start_tracking();
     if (!tracked) stale = true;
-    if (!stale) {
-        stale = read_outside() != outside;
-    }
+    if (!stale) stale = read_outside() != outside;
     if (stale) {
         const uint64_t known = content;
         read(threads);

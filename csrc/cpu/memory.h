@@ -22,7 +22,10 @@ class Memory {
     // How changes are noticed: "tracked" (the kernel reports written pages, and the few bytes
     // outside of whole pages are read), "read" (all bytes, each time) or "frozen" (not at all).
     std::string rule() const;
-    void freeze(bool frozen);
+    // What was written before freezing counts, and after thawing what was written meanwhile.
+    void freeze(bool frozen, int threads);
+    // Whether `copy` is what the last look saw here.
+    bool holds(uintptr_t copy, int threads) const;
 
     // Counts the changes seen: of each memory one at least for any number of writes between two
     // calls that left other bytes behind. The sum over `memories`.

@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -49,8 +50,31 @@ constexpr uint64_t scan_protects = 1u << 0, scan_needs_tracking = 1u << 1;
 constexpr uint64_t page_written = 1u << 1, page_of_file = 1u << 2, page_present = 1u << 3;
 constexpr int populate_read = 22, populate_write = 23;  // MADV_...
 
+class Descriptor {
+  public:
+    int number = -1;
+
+    bool open(int opened) {
+        number = opened;
+        return number >= 0 && fstat(number, &file) == 0;
+    }
+    // Daemons close all descriptors, ours among them, and use the numbers for files of their own.
+    bool is_ours() const {
+        struct stat now{};
+        return number >= 0 && fstat(number, &now) == 0 && now.st_dev == file.st_dev &&
+               now.st_ino == file.st_ino;
+    }
+    void close() {
+        if (is_ours()) ::close(number);
+        number = -1;
+    }
+
+  private:
+    struct stat file{};
+};
+
 struct Descriptors {
-    int uffd = -1, pagemap = -1;
+    Descriptor uffd, pagemap;
     pid_t process = 0;
 };
 Descriptors open_here;
@@ -58,9 +82,8 @@ const char* unavailable = nullptr;
 bool opened = false;
 
 void close_all() {
-    if (open_here.uffd >= 0) close(open_here.uffd);
-    if (open_here.pagemap >= 0) close(open_here.pagemap);
-    open_here = {};
+    open_here.uffd.close();
+    open_here.pagemap.close();
     opened = false;
 }
 
@@ -76,7 +99,7 @@ bool scan(PageScan question, Range pages, const Seen& seen) {
     question.region_count = sizeof regions / sizeof regions[0];
     for (uintptr_t at = pages.begin; at < pages.end;) {
         question.start = at;
-        const int count = ioctl(open_here.pagemap, pagemap_scan, &question);
+        const int count = ioctl(open_here.pagemap.number, pagemap_scan, &question);
         if (count < 0 && errno == EINTR) continue;
         if (count < 0) return false;
         for (int i = 0; i < count; ++i) seen(regions[i]);
@@ -103,29 +126,32 @@ const char* try_out() {
     bytes[0] = bytes[page] = 1;
     const auto begin = reinterpret_cast<uintptr_t>(memory);
     const Range pages{begin, begin + 2 * page};
-    std::vector<Range> none, first, second;
+    std::vector<Found> none, first, second;
     bool works = track(pages) && written(pages, none);
     bytes[page] = 2;
     works = works && written(pages, first) && written(pages, second);
     works = works && none.empty() && second.empty() && first.size() == 1 &&
-            first[0].begin == begin + page && first[0].end == pages.end;
+            first[0].pages.begin == begin + page && first[0].pages.end == pages.end;
     munmap(memory, 2 * page);
     return works ? nullptr : "the kernel does not report written pages (Linux 6.7 and newer do)";
 }
 
+constexpr const char* no_descriptor = "no file descriptor is free";
+
 const char* open_all() {
     open_here.process = getpid();
-    open_here.uffd = static_cast<int>(
-        syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | user_mode_only));
-    if (open_here.uffd < 0)
-        return errno == EPERM || errno == EACCES
+    if (!open_here.uffd.open(
+            static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | user_mode_only))))
+        return errno == EMFILE || errno == ENFILE ? no_descriptor
+               : errno == EPERM || errno == EACCES
                    ? "the system forbids the call userfaultfd (some containers do)"
                    : "the kernel has no userfaultfd for user memory (Linux 5.11 and newer do)";
     UffdApi api{version, feature_async | feature_unpopulated, 0};
-    if (ioctl(open_here.uffd, uffd_api, &api) != 0)
+    if (ioctl(open_here.uffd.number, uffd_api, &api) != 0)
         return "the kernel has no asynchronous write protection (Linux 6.7 and newer do)";
-    open_here.pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    if (open_here.pagemap < 0) return "/proc/self/pagemap does not open";
+    if (!open_here.pagemap.open(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)))
+        return errno == EMFILE || errno == ENFILE ? no_descriptor
+                                                  : "/proc/self/pagemap does not open";
     return try_out();
 }
 
@@ -140,9 +166,12 @@ Range whole_pages(Range range) {
 const char* why_unavailable() {
     // A process may be cloned without its fork handlers being run.
     if (opened && open_here.process != getpid()) close_all();
+    if (opened && !unavailable && !(open_here.uffd.is_ours() && open_here.pagemap.is_ours()))
+        close_all();
     if (!opened) {
-        opened = true;
         unavailable = open_all();
+        if (unavailable) close_all();
+        opened = unavailable != no_descriptor;  // there may be one the next time
     }
     return unavailable;
 }
@@ -159,25 +188,27 @@ bool track(Range pages) {
         return false;
     if (of_file) return false;
     UffdRegister registration{kernel_range(pages), mode_write_protect, 0};
-    if (ioctl(open_here.uffd, uffd_register, &registration) != 0) return false;
+    if (ioctl(open_here.uffd.number, uffd_register, &registration) != 0) return false;
     UffdWriteProtect order{kernel_range(pages), protect};
-    if (ioctl(open_here.uffd, uffd_write_protect, &order) == 0) return true;
+    if (ioctl(open_here.uffd.number, uffd_write_protect, &order) == 0) return true;
     untrack(pages);
     return false;
 }
 
 void untrack(Range pages) {
     UffdRange range = kernel_range(pages);
-    ioctl(open_here.uffd, uffd_unregister, &range);
+    ioctl(open_here.uffd.number, uffd_unregister, &range);
 }
 
-bool written(Range pages, std::vector<Range>& found) {
+bool written(Range pages, std::vector<Found>& found) {
     PageScan question{};
     question.flags = scan_protects | scan_needs_tracking;
     question.inverted = page_present;
-    question.any_of = question.returned = page_written | page_present;
+    question.any_of = question.returned = page_written | page_present | page_of_file;
     return scan(question, pages, [&](const PageRegion& region) {
-        found.push_back({static_cast<uintptr_t>(region.start), static_cast<uintptr_t>(region.end)});
+        const Range seen{static_cast<uintptr_t>(region.start), static_cast<uintptr_t>(region.end)};
+        found.push_back(
+            {seen, (region.categories & (page_present | page_of_file)) != page_present});
     });
 }
 
@@ -193,7 +224,7 @@ Range whole_pages(Range range) { return {range.begin, range.begin}; }
 const char* why_unavailable() { return "only Linux reports written pages"; }
 bool track(Range) { return false; }
 void untrack(Range) {}
-bool written(Range, std::vector<Range>&) { return false; }
+bool written(Range, std::vector<Found>&) { return false; }
 void restart_after_fork() {}
 
 }  // namespace variator::write_tracking

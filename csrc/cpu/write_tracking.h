@@ -1,5 +1,6 @@
 // Which pages of this process were written, as the kernel tells (Linux 6.7 and newer): asynchronous
-// write protection of userfaultfd, read by PAGEMAP_SCAN. No privilege, no signal handler, no thread.
+// write protection of userfaultfd, read by PAGEMAP_SCAN. No privilege, no signal handler, no
+// thread.
 #pragma once
 
 #include <cstdint>
@@ -22,13 +23,17 @@ const char* why_unavailable();
 
 // From now on writes to these pages are seen. False: the kernel cannot see all of them, as where
 // other processes share the memory. Pages that a file would still show through are made this
-// process's own first.
+// process's own first. Marks of earlier writes are gone.
 bool track(Range pages);
 void untrack(Range pages);
 
-// Appends what was written since the last look, whoever wrote it, and what is not in memory, which
-// says nothing; tracks that again. False: the pages are not tracked any more.
-bool written(Range pages, std::vector<Range>& found);
+struct Found {
+    Range pages;
+    bool lost;  // not in memory, or a file's once more: track() them again
+};
+// Appends what was written since the last look, whoever wrote it, and what is lost; marks are taken
+// away. False: the pages are not tracked any more, and some marks are gone with nothing to show.
+bool written(Range pages, std::vector<Found>& found);
 
 // In a forked child: its parent's descriptors say nothing of it, and its pages are not tracked.
 void restart_after_fork();

@@ -373,11 +373,10 @@ def test_written_while_it_is_packed():
     """What is made meanwhile is of neither state, and serves nobody else."""
     weight, packs = torch.zeros(ROWS, COLUMNS), PackCache(cache.track)
 
-    def make():
-        seen = weight.clone()
+    def make(copy):
         if not weight.any():
             weight.numpy()[60] = 1.0
-        return seen
+        return copy
 
     assert not packs.get((weight,), "copy", make).any()
     assert packs.get((weight,), "copy", make).any()

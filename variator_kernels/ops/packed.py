@@ -58,10 +58,11 @@ class PackCache:
         self._memories: weakref.WeakValueDictionary[_Memory, Any] = weakref.WeakValueDictionary()
         self._frozen: dict[_Memory, _Frozen] = {}
 
-    def get(self, sources: tuple[Tensor, ...], kind: Hashable, make: Callable[[], Any]) -> Any:
-        """The packed form ``kind`` of ``sources``, from ``make()`` if there is none yet.
+    def get(self, sources: tuple[Tensor, ...], kind: Hashable, make: Callable[..., Any]) -> Any:
+        """The packed form ``kind`` of ``sources``, from ``make(*copies)`` if there is none yet.
 
-        What ``make`` returns must not share memory with a source, which would then live for ever.
+        ``copies`` are the sources' own values, in memory that ``make`` may keep: a source that it
+        kept would live for ever, and another thread may write to it meanwhile.
 
         Raises:
             RuntimeError: a frozen source was written by PyTorch.
@@ -74,8 +75,9 @@ class PackCache:
         if entry.changes != changes:
             entry = self._entries[key] = entry._replace(changes=changes, forms={})
         if kind not in entry.forms:
-            form = make()
-            if _changes(entry) != changes:
+            copies = tuple(map(_copied, sources))
+            form = make(*copies)
+            if _changes(entry) != changes or not _same(entry, sources, copies):
                 return form  # written meanwhile: of neither state
             entry.forms[kind] = form
         return entry.forms[kind]
@@ -85,7 +87,7 @@ class PackCache:
         for source in sources:
             where = _memory(source)
             memory = self._memory_of(source)
-            memory.freeze(True)
+            memory.freeze(True, torch.get_num_threads())
             gone = functools.partial(self._gone, self._frozen, where)
             storage = weakref.ref(source.untyped_storage(), gone)
             self._frozen[where] = _Frozen(memory, _version(source), storage)
@@ -95,7 +97,7 @@ class PackCache:
         for source in sources:
             frozen = self._frozen.pop(_memory(source), None)
             if frozen is not None:
-                frozen.memory.freeze(False)
+                frozen.memory.freeze(False, torch.get_num_threads())
 
     def forget(self, sources: Iterable[Tensor]) -> None:
         """Free what is made of any of ``sources``; it is made again when it is asked for."""
@@ -178,7 +180,7 @@ class PackCache:
 
 
 def _layout(t: Tensor) -> tuple[Any, ...]:
-    return t.data_ptr(), t.dtype, t.shape, t.stride()
+    return t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()
 
 
 def _memory(t: Tensor) -> _Memory:
@@ -188,6 +190,21 @@ def _memory(t: Tensor) -> _Memory:
     for size, stride in zip(t.shape, t.stride(), strict=True):
         last += (size - 1) * stride
     return _Memory(begin, begin + (last + 1) * t.element_size())
+
+
+def _copied(t: Tensor) -> Tensor:
+    """``t`` in other memory, with the bytes that lie between its own."""
+    count = (_memory(t).end - _memory(t).begin) // t.element_size()
+    flat = t.detach().as_strided((count,), (1,))
+    return flat.clone().as_strided(t.shape, t.stride())
+
+
+def _same(entry: _Entry, sources: Iterable[Tensor], copies: Iterable[Tensor]) -> bool:
+    """Whether ``copies`` are what the last look saw: a value may come and go between two."""
+    return all(
+        entry.memories[_memory(source)].holds(copy.data_ptr(), torch.get_num_threads())
+        for source, copy in zip(sources, copies, strict=True)
+    )
 
 
 def _is_cpu(t: Tensor) -> bool:

@@ -111,8 +111,8 @@ def linear(
     if packed is None or bias is None:
         return None if packed is None else PackedLinear(packed, None)
 
-    def convert() -> Tensor | None:
-        return bias.detach().to(dtype, copy=True) if bias.isfinite().all() else None
+    def convert(bias: Tensor) -> Tensor | None:
+        return bias.to(dtype) if bias.isfinite().all() else None
 
     converted = cache.get((bias,), ("bias", dtype), convert)
     return None if converted is None else PackedLinear(packed, converted)
@@ -128,8 +128,8 @@ def _packed(weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor | None:
     if weight.dtype == torch.float64 or not torch.backends.mkldnn.is_available():
         return None
 
-    def pack() -> Tensor | None:
-        wide = weight.detach().to(dtype)
+    def pack(weight: Tensor) -> Tensor | None:
+        wide = weight.to(dtype)
         wide = (wide.t() if kind == "transposed" else wide).contiguous()
         return torch.ops.mkldnn._reorder_linear_weight(wide) if wide.isfinite().all() else None
 

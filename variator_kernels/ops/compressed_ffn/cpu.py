@@ -90,11 +90,13 @@ def _prepacked_plugin(
     norm, dtype, isa = ffn.pre_norm, x.dtype, prepack.instruction_set()
     sources = (*plugin[:6], *(t for t in (norm.weight, norm.bias) if t is not None))
 
-    def make() -> PrepackedPlugin:
+    def make(*copies: Tensor) -> PrepackedPlugin:
         # Nothing that is read by address is of another size: shapes are part of the cache's key.
-        # Copies, because what needs no packing would be the weight itself, and keep it alive.
-        own = PluginWeights._make([*map(_own, plugin[:6]), plugin.activation])
-        its = norm._replace(weight=_own(norm.weight), bias=_own(norm.bias))
+        own = PluginWeights._make([*copies[:6], plugin.activation])
+        vectors = iter(copies[6:])
+        weight = None if norm.weight is None else next(vectors)
+        bias = None if norm.bias is None else next(vectors)
+        its = norm._replace(weight=weight, bias=bias)
         check_merge(x, own.merge, groups, its)
         check_adapter(own.adapter, x.shape[-1], own.b1.shape[0])
         return PrepackedPlugin(
@@ -113,7 +115,3 @@ def _prepacked_plugin(
         isa,
     )
     return prepack.cache.get(sources, form, make)
-
-
-def _own(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().clone()
