@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 import threading
@@ -223,3 +224,45 @@ def test_no_descriptor_is_free_for_a_while(rule):  # noqa: F811
         return not same(later) or cache.rules([later]) != {rule: later.nbytes}
 
     assert in_child(run) == 0
+
+
+def test_garbage_is_collected_while_entries_are_gone_through():
+    """A collection may start at any allocation, and entries end with the weights in it."""
+    weight, packs = torch.randn(4), PackCache(cache.track)
+    others = [torch.randn(4) for _ in range(100)]
+    for other in others:
+        packs.get((other,), "copy", lambda copy: copy)
+    before = gc.get_threshold()
+    gc.freeze()
+    try:
+        for allocations in range(1, 300, 7):
+            gc.disable()
+            gc.collect()
+            garbage = [torch.randn(4)]
+            garbage.append(garbage)
+            packs.get((garbage[0],), "copy", lambda copy: copy)
+            del garbage
+            gc.set_threshold(allocations, 1, 1)
+            gc.enable()
+            assert packs.nbytes([weight]) == 0
+    finally:
+        gc.unfreeze()
+        gc.enable()
+        gc.set_threshold(*before)
+
+
+def test_a_new_weight_is_compared_with_no_others(monkeypatch):
+    """Thousands of models would take minutes."""
+    packs, asked, moved = PackCache(cache.track), [], packed.moved
+    monkeypatch.setattr(packed, "moved", lambda *of: asked.append(of) or moved(*of))
+    weights, shared = [torch.randn(4) for _ in range(50)], torch.randn(4)
+    for weight in weights:
+        packs.get((weight, weight[1:]), "copy", lambda *copies: copies)
+    assert not asked
+    for weight in weights:
+        packs.get((weight, shared), "copy", lambda *copies: copies)
+    packs.forget(weights[:10])
+    asked.clear()
+    del weights, weight
+    gc.collect()
+    assert not packs._entries.all and not packs._entries.keys
