@@ -235,16 +235,17 @@ def test_garbage_is_collected_while_entries_are_gone_through():
     before = gc.get_threshold()
     gc.freeze()
     try:
-        for allocations in range(1, 300, 7):
+        for allocations in range(1, 120, 7):
             gc.disable()
             gc.collect()
             garbage = [torch.randn(4)]
             garbage.append(garbage)
             packs.get((garbage[0],), "copy", lambda copy: copy)
             del garbage
-            gc.set_threshold(allocations, 1, 1)
+            pairs = [(str(i), i) for i in range(3000)]  # Python keeps freed ones at hand
+            gc.set_threshold(gc.get_count()[0] + allocations, 1, 1)
             gc.enable()
-            assert packs.nbytes([weight]) == 0
+            assert packs.nbytes([weight]) == 0 and pairs
     finally:
         gc.unfreeze()
         gc.enable()
