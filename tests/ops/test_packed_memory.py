@@ -226,32 +226,6 @@ def test_no_descriptor_is_free_for_a_while(rule):  # noqa: F811
     assert in_child(run) == 0
 
 
-def test_garbage_is_collected_while_entries_are_gone_through():
-    """A collection may start at any allocation, and entries end with the weights in it."""
-    weight, packs = torch.randn(4), PackCache(cache.track)
-    others = [torch.randn(4) for _ in range(100)]
-    for other in others:
-        packs.get((other,), "copy", lambda copy: copy)
-    before = gc.get_threshold()
-    gc.freeze()
-    try:
-        for allocations in range(1, 120, 7):
-            gc.disable()
-            gc.collect()
-            garbage = [torch.randn(4)]
-            garbage.append(garbage)
-            packs.get((garbage[0],), "copy", lambda copy: copy)
-            del garbage
-            pairs = [(str(i), i) for i in range(3000)]  # Python keeps freed ones at hand
-            gc.set_threshold(gc.get_count()[0] + allocations, 1, 1)
-            gc.enable()
-            assert packs.nbytes([weight]) == 0 and pairs
-    finally:
-        gc.unfreeze()
-        gc.enable()
-        gc.set_threshold(*before)
-
-
 def test_a_new_weight_is_compared_with_no_others(monkeypatch):
     """Thousands of models would take minutes."""
     packs, asked, moved = PackCache(cache.track), [], packed.moved
