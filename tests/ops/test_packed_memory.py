@@ -241,3 +241,26 @@ def test_a_new_weight_is_compared_with_no_others(monkeypatch):
     del weights, weight
     gc.collect()
     assert not packs._entries.all and not packs._entries.keys
+
+
+def test_memory_that_was_frozen_for_another():
+    """A promise is of a tensor's storage, not of whatever comes to lie at its address."""
+    raw = torch.randn(ROWS, COLUMNS).numpy()
+    frozen, other = torch.from_numpy(raw), torch.from_numpy(raw)
+    cache.freeze([frozen])
+    product(frozen)
+    raw[3] = 1.0
+    assert same(other)
+    raw[4] = 1.0
+    assert same(other)
+
+
+def test_a_promise_ends_with_the_tensor_it_was_made_of():
+    raw = torch.randn(ROWS, COLUMNS).numpy()
+    frozen, other = torch.from_numpy(raw), torch.from_numpy(raw)
+    product(other)
+    cache.freeze([frozen])
+    del frozen
+    gc.collect()
+    raw[3] = 1.0
+    assert same(other)

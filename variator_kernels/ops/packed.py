@@ -72,16 +72,14 @@ class PackCache:
             where = _memory(source)
             memory = self._memory_of(source)
             memory.freeze(True, torch.get_num_threads())
-            gone = functools.partial(self._gone, self._frozen, where)
+            gone = functools.partial(_end, self._frozen, where)
             storage = weakref.ref(source.untyped_storage(), gone)
             self._frozen[where] = _Frozen(memory, _version(source), storage)
 
     def thaw(self, sources: Iterable[Tensor]) -> None:
         """Undo :meth:`freeze`; what was written meanwhile counts."""
         for source in sources:
-            frozen = self._frozen.pop(_memory(source), None)
-            if frozen is not None:
-                frozen.memory.freeze(False, torch.get_num_threads())
+            _end(self._frozen, _memory(source))
 
     def forget(self, sources: Iterable[Tensor]) -> None:
         """Free what is made of any of ``sources``; it is made again when it is asked for."""
@@ -153,15 +151,19 @@ class PackCache:
     def _check_frozen(self, sources: tuple[Tensor, ...]) -> None:
         for source in sources:
             frozen = self._frozen.get(_memory(source))
-            if frozen is not None and frozen.version != _version(source):
+            if frozen is not None and frozen.storage() is not source.untyped_storage():
+                self.thaw([source])  # of other memory that lay there, or shares it
+            elif frozen is not None and frozen.version != _version(source):
                 raise RuntimeError(
                     f"a weight {tuple(source.shape)} was written after vk.freeze(model), which "
                     "promises that weights stay: call vk.thaw(model) before changing them"
                 )
 
-    @staticmethod
-    def _gone(table: dict, key: Hashable, _: weakref.ref) -> None:
-        table.pop(key, None)
+
+def _end(table: dict[Place, _Frozen], where: Place, _: Any = None) -> None:
+    frozen = table.pop(where, None)
+    if frozen is not None:
+        frozen.memory.freeze(False, torch.get_num_threads())
 
 
 def _layout(t: Tensor) -> tuple[Any, ...]:
