@@ -305,7 +305,7 @@ def test_no_packed_form_keeps_its_source_alive():
 
 def test_a_storage_that_is_resized_leaves_nothing_behind():
     weight = torch.randn(ROWS, COLUMNS)
-    storage, entries = weight.untyped_storage(), len(cache._entries)
+    storage, entries = weight.untyped_storage(), len(cache._entries.all)
     for _ in range(5):
         values, size = weight.clone(), storage.nbytes()
         assert same(weight)
@@ -314,7 +314,7 @@ def test_a_storage_that_is_resized_leaves_nothing_behind():
         storage.resize_(size)
         weight.copy_(values)
         del blocker
-    assert same(weight) and len(cache._entries) <= entries + 1
+    assert same(weight) and len(cache._entries.all) <= entries + 1
 
 
 def test_parameters_can_be_swapped():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 import threading
@@ -223,3 +224,43 @@ def test_no_descriptor_is_free_for_a_while(rule):  # noqa: F811
         return not same(later) or cache.rules([later]) != {rule: later.nbytes}
 
     assert in_child(run) == 0
+
+
+def test_a_new_weight_is_compared_with_no_others(monkeypatch):
+    """Thousands of models would take minutes."""
+    packs, asked, moved = PackCache(cache.track), [], packed.moved
+    monkeypatch.setattr(packed, "moved", lambda *of: asked.append(of) or moved(*of))
+    weights, shared = [torch.randn(4) for _ in range(50)], torch.randn(4)
+    for weight in weights:
+        packs.get((weight, weight[1:]), "copy", lambda *copies: copies)
+    assert not asked
+    for weight in weights:
+        packs.get((weight, shared), "copy", lambda *copies: copies)
+    packs.forget(weights[:10])
+    asked.clear()
+    del weights, weight
+    gc.collect()
+    assert not packs._entries.all and not packs._entries.keys
+
+
+def test_memory_that_was_frozen_for_another():
+    """A promise is of a tensor's storage, not of whatever comes to lie at its address."""
+    raw = torch.randn(ROWS, COLUMNS).numpy()
+    frozen, other = torch.from_numpy(raw), torch.from_numpy(raw)
+    cache.freeze([frozen])
+    product(frozen)
+    raw[3] = 1.0
+    assert same(other)
+    raw[4] = 1.0
+    assert same(other)
+
+
+def test_a_promise_ends_with_the_tensor_it_was_made_of():
+    raw = torch.randn(ROWS, COLUMNS).numpy()
+    frozen, other = torch.from_numpy(raw), torch.from_numpy(raw)
+    product(other)
+    cache.freeze([frozen])
+    del frozen
+    gc.collect()
+    raw[3] = 1.0
+    assert same(other)

@@ -87,25 +87,25 @@ def test_changed_weights_are_packed_again(change):
 def test_unchanged_weights_are_packed_once():
     layer, x = Layer(), torch.randn(2, 19, D)
     layer(x)
-    forms = {key: dict(entry.forms) for key, entry in prepack.cache._entries.items()}
+    forms = {key: dict(entry.forms) for key, entry in prepack.cache._entries.all.items()}
     assert (packed._layout(layer.wi.weight),) in forms
     layer(x)
     for key, found in forms.items():
         for kind, form in found.items():
-            assert prepack.cache._entries[key].forms[kind] is form
+            assert prepack.cache._entries.all[key].forms[kind] is form
 
 
 def test_the_cache_forgets_freed_weights():
     layer, x = Layer(), torch.randn(2, 19, D)
     layer(x)
     gc.collect()  # what earlier tests left
-    size = len(prepack.cache._entries)
+    size = len(prepack.cache._entries.all)
     twin = copy.deepcopy(layer)
     torch.testing.assert_close(twin(x), layer(x))
-    assert len(prepack.cache._entries) > size
+    assert len(prepack.cache._entries.all) > size
     del twin
     gc.collect()
-    assert len(prepack.cache._entries) == size
+    assert len(prepack.cache._entries.all) == size
 
 
 def test_inference_tensors():
@@ -149,7 +149,7 @@ def test_stale_forms_are_dropped():
         layer(x)
         halve_in_place(layer)
     layer(x)
-    entry = prepack.cache._entries[packed._layout(layer.wi.weight),]
+    entry = prepack.cache._entries.all[packed._layout(layer.wi.weight),]
     assert len(entry.forms) == 1 and entry.changes == packed._changes(entry)
 
 

@@ -17,26 +17,10 @@ import torch
 from torch import Tensor
 
 from .. import extension
+from .packed_entries import Entries, Entry, Place, moved
 
 LITTLE = 1 << 16
 """Bytes that are read as fast as the kernel tells of them."""
-
-
-class _Memory(NamedTuple):
-    """Where a tensor's bytes lie, from its first to its last."""
-
-    begin: int
-    end: int
-
-
-class _Entry(NamedTuple):
-    memories: dict[_Memory, Any]
-    """The extension's ``Memory`` of each source."""
-    storages: tuple[weakref.ref, ...]
-    """Not of the tensors: PyTorch refuses to swap tensors that have weak references."""
-    changes: int
-    """How often the memories had changed when the forms were made."""
-    forms: dict[Hashable, Any]
 
 
 class _Frozen(NamedTuple):
@@ -54,9 +38,9 @@ class PackCache:
     def __init__(self, track: bool = True) -> None:
         """``track``: ask the kernel what was written, where it tells."""
         self.track = track
-        self._entries: dict[Hashable, _Entry] = {}
-        self._memories: weakref.WeakValueDictionary[_Memory, Any] = weakref.WeakValueDictionary()
-        self._frozen: dict[_Memory, _Frozen] = {}
+        self._entries = Entries()
+        self._memories: weakref.WeakValueDictionary[Place, Any] = weakref.WeakValueDictionary()
+        self._frozen: dict[Place, _Frozen] = {}
 
     def get(self, sources: tuple[Tensor, ...], kind: Hashable, make: Callable[..., Any]) -> Any:
         """The packed form ``kind`` of ``sources``, from ``make(*copies)`` if there is none yet.
@@ -68,12 +52,12 @@ class PackCache:
             RuntimeError: a frozen source was written by PyTorch.
         """
         key = tuple(map(_layout, sources))
-        entry = self._entries.get(key) or self._enter(key, sources)
+        entry = self._entries.all.get(key) or self._enter(key, sources)
         if self._frozen:
             self._check_frozen(sources)
         changes = _changes(entry)
         if entry.changes != changes:
-            entry = self._entries[key] = entry._replace(changes=changes, forms={})
+            entry = self._entries.all[key] = entry._replace(changes=changes, forms={})
         if kind not in entry.forms:
             copies = tuple(map(_copied, sources))
             form = make(*copies)
@@ -88,22 +72,20 @@ class PackCache:
             where = _memory(source)
             memory = self._memory_of(source)
             memory.freeze(True, torch.get_num_threads())
-            gone = functools.partial(self._gone, self._frozen, where)
+            gone = functools.partial(_end, self._frozen, where)
             storage = weakref.ref(source.untyped_storage(), gone)
             self._frozen[where] = _Frozen(memory, _version(source), storage)
 
     def thaw(self, sources: Iterable[Tensor]) -> None:
         """Undo :meth:`freeze`; what was written meanwhile counts."""
         for source in sources:
-            frozen = self._frozen.pop(_memory(source), None)
-            if frozen is not None:
-                frozen.memory.freeze(False, torch.get_num_threads())
+            _end(self._frozen, _memory(source))
 
     def forget(self, sources: Iterable[Tensor]) -> None:
         """Free what is made of any of ``sources``; it is made again when it is asked for."""
         sources = list(sources)
         for key in [key for key, _ in self._made_of(sources)]:
-            self._entries.pop(key, None)
+            self._entries.drop(key)
         self.thaw(sources)
 
     def nbytes(self, sources: Iterable[Tensor]) -> int:
@@ -129,19 +111,20 @@ class PackCache:
             return not self.track or extension.load().why_not_tracked() != ""
         return memory.rule == "read"
 
-    def _enter(self, key: Hashable, sources: tuple[Tensor, ...]) -> _Entry:
-        storages = [source.untyped_storage() for source in sources]
-        for old, entry in list(self._entries.items()):
-            if any(_moved(entry, storage) for storage in storages):
-                self._entries.pop(old, None)
-        gone = functools.partial(self._gone, self._entries, key)
-        entry = _Entry(
+    def _enter(self, key: Hashable, sources: tuple[Tensor, ...]) -> Entry:
+        storages = {id(s): s for s in (source.untyped_storage() for source in sources)}
+        for storage in storages.values():
+            for old, entry in self._entries.of(storage):
+                if moved(entry, storage):
+                    self._entries.drop(old)
+        gone = functools.partial(self._entries.drop, key)
+        entry = Entry(
             {_memory(source): self._memory_of(source) for source in sources},
-            tuple(weakref.ref(storage, gone) for storage in storages),
+            {number: weakref.ref(storage, gone) for number, storage in storages.items()},
             -1,
             {},
         )
-        self._entries[key] = entry
+        self._entries.add(key, entry)
         return entry
 
     def _memory_of(self, source: Tensor) -> Any:
@@ -159,37 +142,41 @@ class PackCache:
             self._memories[where] = memory
         return memory
 
-    def _made_of(self, sources: Iterable[Tensor]) -> Iterator[tuple[Hashable, _Entry]]:
+    def _made_of(self, sources: Iterable[Tensor]) -> Iterator[tuple[Hashable, Entry]]:
         wanted = {_memory(source) for source in sources if _is_cpu(source)}
-        for key, entry in list(self._entries.items()):
+        for key, entry in self._entries:
             if not wanted.isdisjoint(entry.memories):
                 yield key, entry
 
     def _check_frozen(self, sources: tuple[Tensor, ...]) -> None:
         for source in sources:
             frozen = self._frozen.get(_memory(source))
-            if frozen is not None and frozen.version != _version(source):
+            if frozen is not None and frozen.storage() is not source.untyped_storage():
+                self.thaw([source])  # of other memory that lay there, or shares it
+            elif frozen is not None and frozen.version != _version(source):
                 raise RuntimeError(
                     f"a weight {tuple(source.shape)} was written after vk.freeze(model), which "
                     "promises that weights stay: call vk.thaw(model) before changing them"
                 )
 
-    @staticmethod
-    def _gone(table: dict, key: Hashable, _: weakref.ref) -> None:
-        table.pop(key, None)
+
+def _end(table: dict[Place, _Frozen], where: Place, _: Any = None) -> None:
+    frozen = table.pop(where, None)
+    if frozen is not None:
+        frozen.memory.freeze(False, torch.get_num_threads())
 
 
 def _layout(t: Tensor) -> tuple[Any, ...]:
     return t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()
 
 
-def _memory(t: Tensor) -> _Memory:
+def _memory(t: Tensor) -> Place:
     begin, last = t.data_ptr(), 0
     if t.numel() == 0:
-        return _Memory(begin, begin)
+        return Place(begin, begin)
     for size, stride in zip(t.shape, t.stride(), strict=True):
         last += (size - 1) * stride
-    return _Memory(begin, begin + (last + 1) * t.element_size())
+    return Place(begin, begin + (last + 1) * t.element_size())
 
 
 def _copied(t: Tensor) -> Tensor:
@@ -199,7 +186,7 @@ def _copied(t: Tensor) -> Tensor:
     return flat.clone().as_strided(t.shape, t.stride())
 
 
-def _same(entry: _Entry, sources: Iterable[Tensor], copies: Iterable[Tensor]) -> bool:
+def _same(entry: Entry, sources: Iterable[Tensor], copies: Iterable[Tensor]) -> bool:
     """Whether ``copies`` are what the last look saw: a value may come and go between two."""
     return all(
         entry.memories[_memory(source)].holds(copy.data_ptr(), torch.get_num_threads())
@@ -215,16 +202,7 @@ def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
-def _moved(entry: _Entry, storage: torch.UntypedStorage) -> bool:
-    """Whether ``entry`` is of this storage, which has other memory by now (FSDP resizes it)."""
-    if all(ref() is not storage for ref in entry.storages):
-        return False
-    begin = storage.data_ptr()
-    end = begin + storage.nbytes()
-    return not all(begin <= memory.begin and memory.end <= end for memory in entry.memories)
-
-
-def _changes(entry: _Entry) -> int:
+def _changes(entry: Entry) -> int:
     return extension.load().changes(list(entry.memories.values()), torch.get_num_threads())
 
 

@@ -1,0 +1,73 @@
+"""What was made of weights, to be found by where these lie, until their memory goes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Place(NamedTuple):
+    """Where a tensor's bytes lie, from its first to its last."""
+
+    begin: int
+    end: int
+
+
+class Entry(NamedTuple):
+    memories: dict[Place, Any]
+    """The extension's ``Memory`` of each source."""
+    storages: dict[int, weakref.ref]
+    """By their ids. Not of the tensors: PyTorch refuses to swap tensors that have weak
+    references."""
+    changes: int
+    """How often the memories had changed when the forms were made."""
+    forms: dict[Hashable, Any]
+
+
+class Entries:
+    """By key, and by the storages that they are of.
+
+    A garbage collection, which ends entries, may start at any allocation: what is gone through is
+    copied by ``list``, which allocates nothing while it iterates.
+    """
+
+    def __init__(self) -> None:
+        self.all: dict[Hashable, Entry] = {}
+        self.keys: dict[int, set[Hashable]] = {}
+
+    def add(self, key: Hashable, entry: Entry) -> None:
+        self.all[key] = entry
+        for storage in entry.storages:
+            self.keys.setdefault(storage, set()).add(key)
+
+    def drop(self, key: Hashable, _: Any = None) -> None:
+        entry = self.all.pop(key, None)
+        for storage in () if entry is None else entry.storages:
+            keys = self.keys.get(storage, set())
+            keys.discard(key)
+            if not keys:
+                self.keys.pop(storage, None)
+
+    def of(self, storage: torch.UntypedStorage) -> Iterator[tuple[Hashable, Entry]]:
+        for key in list(self.keys.get(id(storage), ())):
+            entry = self.all.get(key)
+            if entry is not None:
+                yield key, entry
+
+    def __iter__(self) -> Iterator[tuple[Hashable, Entry]]:
+        for key in list(self.all):
+            entry = self.all.get(key)
+            if entry is not None:
+                yield key, entry
+
+
+def moved(entry: Entry, storage: torch.UntypedStorage) -> bool:
+    """Whether ``entry`` is of this storage, which has other memory by now (FSDP resizes it)."""
+    if entry.storages[id(storage)]() is not storage:
+        return False
+    begin = storage.data_ptr()
+    end = begin + storage.nbytes()
+    return not all(begin <= memory.begin and memory.end <= end for memory in entry.memories)
