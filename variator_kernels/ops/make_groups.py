@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from .groups import Groups, first_real, masked_lists, plain_lists, varlen_lists
+from .groups import (
+    NOTHING_KEPT,
+    Groups,
+    Keep,
+    first_real,
+    masked_lists,
+    max_groups,
+    plain_lists,
+    varlen_lists,
+)
+from .kept_groups import kept_lists, rows_of_batch, rows_of_sequences
 from .transforms import exporting, is_plain
 
 
@@ -18,15 +28,22 @@ def make_groups(
     cu_seqlens: Tensor | None = None,
     backend: str = "reference",
     inner: bool = False,
+    keep: Keep = NOTHING_KEPT,
 ) -> Groups:
     """The groups of ``x [B, n, ...]`` or varlen ``[T, ...]``, as ``backend`` (resolved) reads them.
 
-    No host synchronisation on a GPU. ``mask`` and ``cu_seqlens`` are as in the public ops, checked.
+    No host synchronisation on a GPU. ``mask``, ``cu_seqlens``, ``keep`` are as in the public ops,
+    checked.
     ``inner``: no result has their number as a size. Then an exported program has an empty group
     more in each row: the number is never 1, a size on which exporters specialise.
     """
     on_gpu = backend in ("triton", "cuda")
     spare = 1 if inner and exporting() else 0
+    if keep != NOTHING_KEPT:
+        if mask is not None:
+            mask = (mask if mask.dtype == torch.bool else mask != 0).contiguous()
+        offsets = None if cu_seqlens is None else cu_seqlens.long()
+        return _with_kept(x, ratio, mask, offsets, keep, on_gpu, spare)
     if cu_seqlens is not None:
         start, span, owned = varlen_lists(x.shape[0], cu_seqlens.long(), ratio)
         if on_gpu:
@@ -42,6 +59,32 @@ def make_groups(
         return Groups(first_real(mask), None, None, None, mask, ratio, "masked")
     start, span = _masked(mask, ratio, backend, spare)
     return Groups(start, span, None, None, mask, ratio, "listed")
+
+
+def _with_kept(
+    x: Tensor, ratio: int, mask: Tensor | None, cu_seqlens: Tensor | None, keep: Keep,
+    on_gpu: bool, spare: int,
+) -> Groups:  # fmt: skip
+    count = max_groups(x, ratio, cu_seqlens, keep) + spare
+    if cu_seqlens is not None:
+        rows = rows_of_sequences(x.shape[0], cu_seqlens, keep)
+    else:
+        real = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+        rows = rows_of_batch(real, keep)
+    if on_gpu:
+        # Tokens of no group stand between, before and behind the runs of each row, or of varlen
+        # input before the first and behind the last sequence; and there is one group more.
+        gaps = 0 if mask is None else keep.first + keep.last + 2
+        gaps = gaps if cu_seqlens is None else 2
+        if keep.mask is None and not (isinstance(count, int) and count == 0):
+            count += (gaps * (ratio - 1) + ratio - 1) // ratio
+        count = count if cu_seqlens is None else count + 1
+    start, span, owned, kept = kept_lists(rows, ratio, count, outside=on_gpu)
+    if cu_seqlens is None:
+        start = start + torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+    else:
+        start, span, owned, kept = start[0], span[0], owned[0], kept[0]
+    return Groups(start, span, owned if on_gpu else None, kept, mask, ratio, "listed")
 
 
 def _plain(x: Tensor, ratio: int, spare: int) -> tuple[Tensor, Tensor]:
