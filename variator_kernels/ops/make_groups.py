@@ -104,9 +104,10 @@ def _with_kept(
     if on_gpu:
         # Tokens of no group stand between, before and behind the runs of each row, or of varlen
         # input before the first and behind the last sequence; and there is one group more.
-        gaps = 0 if mask is None else keep.first + keep.last + 2
-        gaps = gaps if cu_seqlens is None else 2
-        if keep.mask is None and not (isinstance(count, int) and count == 0):
+        gaps = 2 if cu_seqlens is not None else 0
+        if mask is not None and mask.shape[1] > 0:
+            gaps = keep.first + keep.last + 2
+        if keep.mask is None:
             count += (gaps * (ratio - 1) + ratio - 1) // ratio
         count = count if cu_seqlens is None else count + 1
     start, span, owned, kept = kept_lists(rows, ratio, count, outside=on_gpu)
