@@ -1,5 +1,5 @@
 // adapter_decompress: y = residual + u + W_2 φ(W_1u u + W_1h h + b_1) + b_2, with a single write of
-// y.
+// y; in a kept group y = residual + u.
 #pragma once
 
 #include "kernels/adapter.cuh"
@@ -21,6 +21,7 @@ struct DecompressTile {
     const int begin, end;  // column blocks to write
     const Lane at = Lane::here();
     const int group = first + at.row;
+    const bool whole = p.groups.whole(group);
     const int k = static_cast<int>(p.groups.k);
     float* const q = reinterpret_cast<float*>(memory + sizeof(GroupHalfShared));
     E* const t = reinterpret_cast<E*>(q + p.r * tile_groups);
@@ -44,7 +45,7 @@ struct DecompressTile {
             const int64_t token = p.groups.token(first + g, slot + row / tile_groups);
             for (int64_t c = thread_index() % 32; c < p.r; c += 32) {
                 float z = 0;
-                if (token >= 0 && c < p.projected_columns)
+                if (token >= 0 && c < p.projected_columns && !p.groups.whole(first + g))
                     z = phi(p.projected[token * p.projected_columns + c] + q[c * tile_groups + g],
                             p.phi);
                 t[row * stride + c] = T::narrow(z);
@@ -94,14 +95,15 @@ struct DecompressTile {
             widen<T>(u, common);
             load8<T>(p.b2, column, 0, b2);
             VARIATOR_UNROLL
-            for (int c = 0; c < 8; ++c) common[c] += b2[c];
+            for (int c = 0; c < 8; ++c) common[c] += whole ? 0.0f : b2[c];
             VARIATOR_UNROLL
             for (int i = 2 * pair; i < 2 * pair + 2; ++i) {
                 if (token[i] < 0) continue;
                 float y[8];
                 widen<T>(x[i], y);
                 VARIATOR_UNROLL
-                for (int c = 0; c < 8; ++c) y[c] += common[c] + acc[c / 2][i % 2 * 2 + c % 2];
+                for (int c = 0; c < 8; ++c)
+                    y[c] += common[c] + (whole ? 0.0f : acc[c / 2][i % 2 * 2 + c % 2]);
                 store16(element(p.y, token[i] * p.d + column), real[i] ? narrow<T>(y) : x[i]);
             }
         }
