@@ -21,7 +21,6 @@ struct DecompressTile {
     const int begin, end;  // column blocks to write
     const Lane at = Lane::here();
     const int group = first + at.row;
-    const bool whole = p.groups.whole(group);
     const int k = static_cast<int>(p.groups.k);
     float* const q = reinterpret_cast<float*>(memory + sizeof(GroupHalfShared));
     E* const t = reinterpret_cast<E*>(q + p.r * tile_groups);
@@ -36,6 +35,32 @@ struct DecompressTile {
             expand(slot);
             block_sync();
         }
+        if (p.groups.kept != nullptr) write_whole();
+    }
+
+    // The tokens of kept groups, of which `expand` writes nothing; one warp per group.
+    VARIATOR_DEVICE void write_whole() {
+        const int64_t last = static_cast<int64_t>(end) * block_columns;
+        for (int g = at.warp; g < tile_groups; g += warps) {
+            const int64_t whole = first + g;
+            if (!p.groups.whole(whole)) continue;
+            for (int slot = 0; slot < k; ++slot) {
+                const Groups::Slot found = p.groups.slot(whole, slot);
+                const int64_t token = found.token;
+                if (token < 0) continue;
+                for (int64_t c = begin * block_columns + thread_index() % 32 * 8;
+                     c < last && c < p.d; c += 256) {
+                    float u[8], y[8] = {};
+                    widen<T>(load16_if(found.real, element(p.u, whole * p.d + c)), u);
+                    if (p.residual != nullptr)
+                        widen<T>(load16_once(element(p.residual, token * p.residual_stride + c)),
+                                 y);
+                    VARIATOR_UNROLL
+                    for (int i = 0; i < 8; ++i) y[i] += u[i];
+                    store16(element(p.y, token * p.d + c), narrow<T>(y));
+                }
+            }
+        }
     }
 
     // t = φ(W_1h h + q) for eight slots of each group, one warp per row.
@@ -45,7 +70,7 @@ struct DecompressTile {
             const int64_t token = p.groups.token(first + g, slot + row / tile_groups);
             for (int64_t c = thread_index() % 32; c < p.r; c += 32) {
                 float z = 0;
-                if (token >= 0 && c < p.projected_columns && !p.groups.whole(first + g))
+                if (token >= 0 && c < p.projected_columns)
                     z = phi(p.projected[token * p.projected_columns + c] + q[c * tile_groups + g],
                             p.phi);
                 t[row * stride + c] = T::narrow(z);
@@ -58,7 +83,7 @@ struct DecompressTile {
         const BlockRange range = BlockRange::of_warp(at.warp, begin, end);
         for (int block = range.first; block < range.last; ++block) {
             const int column = block * block_columns + 8 * at.part;
-            const bool inside = column < p.d;
+            const bool inside = column < p.d && !p.groups.whole(group);
             expansion.start(block);
             const Vec16 u =
                 load16_if(inside && group < p.groups.count, element(p.u, group * p.d + column));
@@ -95,15 +120,14 @@ struct DecompressTile {
             widen<T>(u, common);
             load8<T>(p.b2, column, 0, b2);
             VARIATOR_UNROLL
-            for (int c = 0; c < 8; ++c) common[c] += whole ? 0.0f : b2[c];
+            for (int c = 0; c < 8; ++c) common[c] += b2[c];
             VARIATOR_UNROLL
             for (int i = 2 * pair; i < 2 * pair + 2; ++i) {
                 if (token[i] < 0) continue;
                 float y[8];
                 widen<T>(x[i], y);
                 VARIATOR_UNROLL
-                for (int c = 0; c < 8; ++c)
-                    y[c] += common[c] + (whole ? 0.0f : acc[c / 2][i % 2 * 2 + c % 2]);
+                for (int c = 0; c < 8; ++c) y[c] += common[c] + acc[c / 2][i % 2 * 2 + c % 2];
                 store16(element(p.y, token[i] * p.d + column), real[i] ? narrow<T>(y) : x[i]);
             }
         }
