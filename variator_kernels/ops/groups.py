@@ -48,7 +48,7 @@ class Groups(NamedTuple):
     """Listed groups on a GPU: how many tokens its slots write, real or passed on. Of varlen input
     there is one group more, which merges nothing and may own tokens outside the sequences."""
     kept: Tensor | None
-    """bool: this group is one token that stays whole, without merge and adapter."""
+    """bool, as ``start``: this group is one token that stays whole, without merge and adapter."""
     mask: Tensor | None
     """bool ``[B, n]``; None if there is no padding."""
     ratio: int
