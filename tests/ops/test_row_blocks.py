@@ -7,16 +7,25 @@ import torch
 
 from tests.ops.cases import needs_cpu
 from variator_kernels.ops import prepack
-from variator_kernels.ops.row_blocks import READING, SIZES, blocks
+from variator_kernels.ops.row_blocks import KEPT_SIZES, READING, SIZES, blocks
 
 
-def test_every_row_once():
-    for rows in (*range(1, 2300), 4096, 5000, 65_537):
+@pytest.mark.parametrize("kept", [False, True])
+def test_every_row_once(kept):
+    sizes = KEPT_SIZES if kept else SIZES
+    for rows in (*range(1, 2300), 4096, 4103, 4112, 5000, 65_537):
         at = 0
-        for block in blocks(rows):
-            assert block.first == at and 0 < block.rows <= block.size in SIZES
+        for block in blocks(rows, kept):
+            assert block.first == at and 0 < block.rows <= block.size in sizes
             at += block.rows
         assert at == rows
+
+
+@pytest.mark.parametrize("groups", [128, 256, 512, 1024, 2048])
+@pytest.mark.parametrize("rows", [8, 16])
+def test_a_token_kept_in_each_row_asks_for_no_second_product(groups, rows):
+    """It would read the weights again."""
+    assert blocks(groups + rows, True) == ((0, groups + rows, groups + rows),)
 
 
 def test_no_rows():

@@ -1,8 +1,8 @@
 """Which tokens form which group: data that every op reads (:mod:`make_groups` makes it).
 
 Groups are data: a start, a span of up to k slots and perhaps a kept flag each, so groups of unequal
-size need nothing new. A row's groups start at its first real token and run to its last; slots of
-padding inside a span stay empty.
+size need nothing new. A row's groups start at its first real token that is not kept and run to its
+last; slots of padding inside a span stay empty.
 """
 
 from __future__ import annotations
@@ -11,6 +11,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Keep(NamedTuple):
+    """Which real tokens stay whole: groups of their own, without merge and adapter."""
+
+    first: int = 0
+    """Of each row, or sequence."""
+    last: int = 0
+    mask: Tensor | None = None
+    """bool ``[B, n]``, or ``[T]`` for varlen input: further ones; padding in it is ignored."""
+
+    @property
+    def nothing(self) -> bool:
+        """Whether it names no token, whatever the input."""
+        return self.first == 0 and self.last == 0 and self.mask is None
+
+
+NOTHING_KEPT = Keep()
 
 
 class Groups(NamedTuple):
@@ -27,10 +45,10 @@ class Groups(NamedTuple):
     span: Tensor | None
     """How many slots it has, 0 to k; of these the ones that ``mask`` leaves out are empty."""
     owned: Tensor | None
-    """Varlen input on a GPU: how many tokens its slots pass on. There is one group more, which
-    merges nothing and may own tokens outside the sequences."""
+    """Listed groups on a GPU: how many tokens its slots write, real or passed on. Of varlen input
+    there is one group more, which merges nothing and may own tokens outside the sequences."""
     kept: Tensor | None
-    """bool: this group is one token that stays whole, without merge and adapter."""
+    """bool, as ``start``: this group is one token that stays whole, without merge and adapter."""
     mask: Tensor | None
     """bool ``[B, n]``; None if there is no padding."""
     ratio: int
@@ -43,7 +61,7 @@ class Groups(NamedTuple):
         if self.form != "listed":
             return x.shape[0], max_groups(x, self.ratio)
         assert self.start is not None
-        if self.owned is not None:
+        if self.owned is not None and self.start.dim() == 1:
             return (self.start.shape[0] - 1,)
         return tuple(self.start.shape)
 
@@ -55,12 +73,19 @@ SCHEMA = (
 FIELDS = len(Groups._fields)
 
 
-def max_groups(x: Tensor, ratio: int, cu_seqlens: Tensor | None = None) -> int:
+def max_groups(
+    x: Tensor, ratio: int, cu_seqlens: Tensor | None = None, keep: Keep = NOTHING_KEPT
+) -> int:
     """The most groups ``x`` can have: in a row of ``[B, n, d]``, in all of varlen ``[T, d]``."""
-    if cu_seqlens is None:
-        return (x.shape[1] + ratio - 1) // ratio  # not -(-n // k): exporters truncate
-    sequences = cu_seqlens.shape[0] - 1
-    return (x.shape[0] + sequences * (ratio - 1)) // ratio
+    tokens: Any = x.shape[1] if cu_seqlens is None else x.shape[0]  # a tensor while it is traced
+    if keep.mask is not None:
+        return tokens  # perhaps each is kept
+    if keep.first + keep.last > 0 and not isinstance(tokens, Tensor) and tokens == 0:
+        return 0
+    rows = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    # A kept token leaves k-1 slots empty, so may each row's last group. Not -(-n // k): exporters
+    # truncate.
+    return (tokens + rows * (keep.first + keep.last + 1) * (ratio - 1)) // ratio
 
 
 def count_tokens(x: Tensor) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import prepack, prepacked_linear
 from ..adapter_decompress import cpu as decompress
-from ..arguments import check_adapter, check_ffn, check_merge, flat, require_merged
+from ..arguments import check_adapter, check_ffn, check_merge, flat
 from ..cpu_arguments import (
     Listed,
     PrepackedAdapter,
@@ -29,7 +29,7 @@ from .layered import normalize_real
 
 
 def prepacked_products(g: Tensor, ffn: FeedForward) -> Tensor:
-    """``FFN(g)`` for ``g [rows, d]`` with prepacked weights, in g's dtype."""
+    """``FFN(g)`` for a block ``g [rows, d]`` with prepacked weights, in g's dtype."""
     if not ffn.pack:
         return products(g, ffn, prepacked_linear.unpacked).to(g.dtype)
     linear = functools.partial(prepack.linear, rows=g.shape[0])
@@ -39,16 +39,15 @@ def prepacked_products(g: Tensor, ffn: FeedForward) -> Tensor:
         return products(g, ffn).to(g.dtype)
     dtype = g.dtype
     g = g.to(prepack.product_dtype(ffn.w_in.dtype))
-    inner = w_in(g, ffn.activation)
+    inner = w_in.block(g, ffn.activation)
     if w_gate is not None:
         inner = w_gate.times(g, inner)
-    return w_out(inner.to(prepack.product_dtype(ffn.w_out.dtype))).to(dtype)
+    return w_out.block(inner.to(prepack.product_dtype(ffn.w_out.dtype))).to(dtype)
 
 
 def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups) -> Tensor:
     dtype = torch.promote_types(x.dtype, ffn.w_out.dtype)
     x = x.to(dtype)
-    require_merged(groups)
     check_ffn(x.shape[-1], ffn[:6], ffn.any_norm)
     rows, d = flat(x), x.shape[-1]
     lists = listed(groups, rows.shape[0], compact=True)
@@ -63,7 +62,7 @@ def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: G
         return y
     packed, wide = _prepacked_plugin(x, plugin, ffn, groups), accumulator(dtype)
     projected = torch.empty(rows.shape[0], packed.merge.bottleneck, dtype=wide)
-    for first, count, size in blocks(total):
+    for first, count, size in blocks(total, groups.kept is not None):
         block = Listed(lists.kernel.part(first, count), lists.tensors, lists.covers_all)
         merged = torch.empty(size, d, dtype=dtype)
         merged[count:].zero_()
