@@ -11,6 +11,7 @@ from .methods.variator.method import plugin_parameters
 from .ops import flop_formulas
 from .ops.feed_forward import FeedForward, PluginWeights
 from .patching import patch, patch_bert, patch_t5, unpatch
+from .runtime.keep import keep
 from .runtime.levels import set_ratio, use_ratio
 from .version import __version__
 
@@ -26,6 +27,7 @@ __all__ = [
     "calibrate",
     "flops",
     "functional",
+    "keep",
     "load_plugins",
     "patch",
     "patch_bert",
