@@ -5,6 +5,7 @@ from . import backends  # noqa: F401  (first: what it refuses must leave nothing
 # isort: split
 from . import analysis, flops, functional, pretrained
 from .checkpoint import load_plugins, save_plugins
+from .description import describe
 from .methods.variator import AdapterDecompress, CompressedFFN, GroupMerge, Plugin
 from .methods.variator.calibration import calibrate
 from .methods.variator.method import plugin_parameters
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
     "analysis",
     "calibrate",
+    "describe",
     "flops",
     "functional",
     "keep",

@@ -133,9 +133,7 @@ def neurons(
         ffn = describe(layer)
         if ffn.module is not None:
             raise ValueError(f"model's FFN {i} is more than its weights: its neurons are not seen")
-        new = _activity(
-            layer, ffn, x, mask, state.local.context.groups(x, k, "reference"), threshold
-        )
+        new = _activity(layer, ffn, x, mask, state.groups(x, k), threshold)
         before = counts[i]
         counts[i] = new if before is None else before + new
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..ops.groups import NOTHING_KEPT, Keep
+from ..ops.groups import NOTHING_KEPT, Groups, Keep
 from ..ops.transforms import exporting, tracing
 from . import level as levels
 from .context import Context, check_kept
@@ -27,6 +27,7 @@ Observer = Callable[[nn.Module, Tensor, "Tensor | None", int], None]
 class Method(Protocol):
     """What a method has to offer to be put at the sites of a model."""
 
+    name: str
     config: Any
     """What was chosen when the model was patched."""
 
@@ -115,6 +116,11 @@ class State:
         """
         level = self.current()
         return Context(mask, level, keep=NOTHING_KEPT if level.is_dense else self._keep(input_ids))
+
+    def groups(self, x: Tensor, ratio: int) -> Groups:
+        """For an :data:`Observer`: those of ``x [B, n, d]`` in the forward that runs here."""
+        assert self.local.context is not None
+        return self.local.context.groups(x, ratio, "reference")
 
     def _keep(self, input_ids: Tensor | None) -> Keep:
         kept, mask = self.kept, self.local.kept

@@ -136,8 +136,9 @@ def calibrate(
 
     def fit(place: Iterator[int], layer: Any, x: Tensor, mask: Tensor | None, k: int) -> None:
         ffn, i = describe(layer), next(place)
-        groups = state.local.context.groups(x, k, "reference")
-        sample = _sample(x, real, groups, torch.cat([behind[i] for behind in dense]), ffn)
+        sample = _sample(
+            x, real, state.groups(x, k), torch.cat([behind[i] for behind in dense]), ffn
+        )
         _fit(layer.plugins[str(k)], ffn, sample, merge, adapter)
 
     before = [(parameter, parameter.clone()) for parameter in plugin_parameters(model, wanted)]
