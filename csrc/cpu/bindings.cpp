@@ -74,31 +74,62 @@ PYBIND11_MODULE(_cpu, m) {
         py::kw_only(), py::arg("mask"), py::arg("rows"), py::arg("n"), py::arg("k"),
         py::arg("start"), py::arg("span"), Quiet());
 
+    py::class_<KeptRows>(m, "KeptRows")
+        .def(py::init([](Address mask, Address keep, Address offsets, int64_t rows, int64_t n,
+                         int64_t k, int64_t first, int64_t last) {
+                 return KeptRows{pointer<const uint8_t>(mask),
+                                 pointer<const uint8_t>(keep),
+                                 pointer<const int64_t>(offsets),
+                                 rows,
+                                 n,
+                                 k,
+                                 first,
+                                 last};
+             }),
+             py::kw_only(), py::arg("mask"), py::arg("keep"), py::arg("offsets"), py::arg("rows"),
+             py::arg("n"), py::arg("k"), py::arg("first"), py::arg("last"))
+        .def("count", &count_kept_groups, Quiet())
+        .def(
+            "list",
+            [](const KeptRows& rows, int64_t count, Address start, Address span, Address kept) {
+                list_kept_groups(rows, count, pointer<int64_t>(start), pointer<int64_t>(span),
+                                 pointer<uint8_t>(kept));
+            },
+            py::kw_only(), py::arg("count"), py::arg("start"), py::arg("span"), py::arg("kept"),
+            Quiet());
+
     // Every struct is built by keyword: of twenty addresses and sizes two that change places would
     // be memory written at random.
     py::class_<Groups>(m, "Groups")
-        .def(py::init([](Address start, Address span, Address mask, int64_t count, int64_t k) {
-                 return Groups{pointer<const int64_t>(start), pointer<const int64_t>(span),
-                               pointer<const uint8_t>(mask), count, k};
+        .def(py::init([](Address start, Address span, Address mask, Address kept, int64_t count,
+                         int64_t k) {
+                 return Groups{pointer<const int64_t>(start),
+                               pointer<const int64_t>(span),
+                               pointer<const uint8_t>(mask),
+                               pointer<const uint8_t>(kept),
+                               count,
+                               k};
              }),
-             py::kw_only(), py::arg("start"), py::arg("span"), py::arg("mask"), py::arg("count"),
-             py::arg("k"))
+             py::kw_only(), py::arg("start"), py::arg("span"), py::arg("mask"), py::arg("kept"),
+             py::arg("count"), py::arg("k"))
         .def_readonly("count", &Groups::count)
         .def_readonly("k", &Groups::k)
         .def(
             "part",
             [](Groups g, int64_t first, int64_t count) {
                 g.start += first, g.span += first, g.count = count;
+                if (g.kept) g.kept += first;
                 return g;
             },
             py::arg("first"), py::arg("count"))
         .def("held", &held, py::arg("tokens"), Quiet())
         .def(
             "compact",
-            [](const Groups& g, Address start, Address span) {
-                return compact(g, pointer<int64_t>(start), pointer<int64_t>(span));
+            [](const Groups& g, Address start, Address span, Address kept) {
+                return compact(g, pointer<int64_t>(start), pointer<int64_t>(span),
+                               pointer<uint8_t>(kept));
             },
-            py::kw_only(), py::arg("start"), py::arg("span"), Quiet())
+            py::kw_only(), py::arg("start"), py::arg("span"), py::arg("kept"), Quiet())
         .def(
             "copy_outside",
             [](const Groups& g, int64_t tokens, Address x, int64_t x_stride, Address y, int64_t d,

@@ -1,4 +1,5 @@
-// adapter_decompress: y = residual + u + W_2 φ(W_1u u + W_1h h + b_1) + b_2, one write of y.
+// adapter_decompress: y = residual + u + W_2 φ(W_1u u + W_1h h + b_1) + b_2, one write of y; of a
+// kept group y = residual + u.
 #pragma once
 
 #include "adapter_activation.h"
@@ -20,20 +21,32 @@ struct TokenBlock {
     int64_t count = 0;
 };
 
-// work(block) over the tokens that exist in groups first..last-1, in order.
+// work(token) over the tokens that exist in a group, in order.
 template <class F>
-void for_token_blocks(const Groups& groups, int64_t first, int64_t last, F work) {
+void for_tokens(const Groups& groups, int64_t g, F work) {
+    for (int64_t j = 0; j < smaller(groups.k, groups.span[g]); ++j)
+        if (groups.has(g, j)) work(groups.start[g] + j);
+}
+
+// work(block) over the tokens of groups first..last-1 that the adapter restores, in order;
+// whole(token, group) over those that stay whole.
+template <class F, class G>
+void for_token_blocks(const Groups& groups, int64_t first, int64_t last, F work, G whole) {
     TokenBlock block;
-    for (int64_t g = first; g < last; ++g)
-        for (int64_t j = 0; j < smaller(groups.k, groups.span[g]); ++j) {
-            if (!groups.has(g, j)) continue;
-            block.token[block.count] = groups.start[g] + j;
+    for (int64_t g = first; g < last; ++g) {
+        if (groups.whole(g)) {
+            for_tokens(groups, g, [&](int64_t token) { whole(token, g); });
+            continue;
+        }
+        for_tokens(groups, g, [&](int64_t token) {
+            block.token[block.count] = token;
             block.group[block.count] = g;
             if (++block.count == block_tokens) {
                 work(block);
                 block.count = 0;
             }
-        }
+        });
+    }
     if (block.count) work(block);
 }
 
@@ -126,7 +139,7 @@ struct DecompressForward {
             copy_rows<V, dtype, Out>(p.u, first, rows, p.d, padded,
                                      reinterpret_cast<Operated*>(base + u_at));
         group_half<V, Products>(u, rows, p.d, p.r, p.w1u_packed, p.b1, q, bottleneck);
-        for_token_blocks(p.groups, first, last, [&](const TokenBlock& block) {
+        auto restore = [&](const TokenBlock& block) {
             for (int64_t i = 0; i < block.count; ++i)
                 bottleneck_row<V, Out>(static_cast<const S*>(p.projected) + block.token[i] * p.r,
                                        q + (block.group[i] - first) * bottleneck, p.r, bottleneck,
@@ -144,16 +157,36 @@ struct DecompressForward {
                     },
                     after);
             }
-        });
+        };
+        for_token_blocks(p.groups, first, last, restore,
+                         [&](int64_t token, int64_t group) { whole_row(token, group); });
+    }
+
+    V poison_of(int64_t group) const {
+        return V::set(p.poison ? static_cast<const S*>(p.poison)[group] : S(0));
     }
 
     // u + b_2, what all tokens of a group have in common.
     void shared_row(int64_t group, S* out) const {
-        const V poison = V::set(p.poison ? static_cast<const S*>(p.poison)[group] : S(0));
+        const V poison = poison_of(group);
         for_parts<V>(p.d, [&](Part<V> part) {
             part.template store<Acc<V>>(
                 out, part.template load<T>(static_cast<const E*>(p.u) + group * p.d) +
                          part.template load<Acc<V>>(static_cast<const S*>(p.b2)) + poison);
+        });
+    }
+
+    // y of a token that stays whole.
+    void whole_row(int64_t token, int64_t group) const {
+        const V poison = poison_of(group);
+        const E* u = static_cast<const E*>(p.u) + group * p.d;
+        const E* x = static_cast<const E*>(p.residual);
+        if (x) x += token * p.residual_stride;
+        E* y = static_cast<E*>(p.y) + token * p.d;
+        for_parts<V>(p.d, [&](Part<V> part) {
+            V o = part.template load<T>(u) + poison;
+            if (x) o = o + part.template load<T>(x);
+            part.template store<T>(y, o);
         });
     }
 

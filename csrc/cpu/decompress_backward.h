@@ -1,7 +1,8 @@
 // Gradients of adapter_decompress. With z = W_1u u + W_1h h + b_1, t = φ(z), o = u + W_2 t + b_2:
 //   dt = W_2ᵀ do,  dz = φ'(z) dt,  dW_2 = Σ do tᵀ,  db_2 = Σ do,  d(W_1h h) = dz,
 //   du = Σ_j (do + W_1uᵀ dz),  dW_1u = Σ_i (Σ_j dz) uᵀ,  db_1 = Σ dz.
-// t is computed again: r numbers a token, cheaper than a trip to memory.
+// Of a kept group du = Σ_j do, and nothing else. t is computed again: r numbers a token, cheaper than
+// a trip to memory.
 #pragma once
 
 #include "decompress.h"
@@ -41,7 +42,7 @@ struct DecompressBackward {
         group_half<V, Products>({u, padded, 1}, rows, p.d, p.r, p.w1u_packed, p.b1, q, bottleneck);
         zero_row<V>(dq, rows * bottleneck);
         zero_row<V>(du, rows * padded);
-        for_token_blocks(p.groups, first, last, [&](const TokenBlock& block) {
+        auto restored = [&](const TokenBlock& block) {
             // Sums of a block first: one running sum over all tokens would round too often.
             zero_row<V>(db1, bottleneck);
             zero_row<V>(db2, padded);
@@ -50,9 +51,7 @@ struct DecompressBackward {
                 bottleneck_row<V, Acc<V>>(static_cast<const S*>(p.projected) + token * p.r,
                                           q + m * bottleneck, p.r, bottleneck, p.phi,
                                           t + i * bottleneck);
-                const E* row = static_cast<const E*>(p.dy) + token * p.dy_stride;
-                normed_row<V, dtype, Acc<V>>(row, p.d, padded, {0, 1}, nullptr, nullptr,
-                                             dy + i * padded);
+                row_of_dy(token, dy + i * padded);
                 add_row<V>(du + m * padded, dy + i * padded, padded);
                 add_row<V>(db2, dy + i * padded, padded);
             }
@@ -66,6 +65,12 @@ struct DecompressBackward {
                             dq + (block.group[i] - first) * bottleneck, db1);
             add_row<V>(b1.of(thread), db1, bottleneck);
             add_row<V>(b2.of(thread), db2, padded);
+        };
+        for_token_blocks(p.groups, first, last, restored, [&](int64_t token, int64_t group) {
+            // No block is at work meanwhile: its row of dy is free.
+            row_of_dy(token, dy);
+            add_row<V>(du + (group - first) * padded, dy, padded);
+            zero_row<V>(static_cast<S*>(p.d_projected) + token * p.r, p.r);
         });
         product<Products, V>(Strided{dq, bottleneck, 1}, rows,
                              {static_cast<const S*>(p.w1u_packed_rows), 0}, padded, du, padded, p.r,
@@ -78,6 +83,11 @@ struct DecompressBackward {
                 part.template store<T>(out, part.template load<Acc<V>>(du + m * padded));
             });
         }
+    }
+
+    void row_of_dy(int64_t token, S* out) const {
+        const E* row = static_cast<const E*>(p.dy) + token * p.dy_stride;
+        normed_row<V, dtype, Acc<V>>(row, p.d, padded, {0, 1}, nullptr, nullptr, out);
     }
 
     // dz = φ'(z) dt for one token: stored, and added to its group's dq and to db_1.

@@ -1,8 +1,67 @@
 #include "group_lists.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace variator {
+namespace {
+
+// group(start, span, kept) over those of one row, in order.
+template <class F>
+void for_groups(const KeptRows& rows, int64_t row, F group) {
+    int64_t begin = row * rows.n, end = begin + rows.n;
+    if (rows.offsets) {
+        begin = std::clamp(rows.offsets[row], int64_t{0}, rows.n);
+        end = std::clamp(rows.offsets[row + 1], begin, rows.n);
+    }
+    auto real = [&](int64_t token) { return !rows.mask || rows.mask[token]; };
+    int64_t count = 0, rank = 0;
+    for (int64_t token = begin; token < end; ++token) count += real(token);
+    // A run of tokens to be merged: from its first real one to its last.
+    int64_t run = -1, run_end = -1;
+    auto cut = [&] {
+        for (; run >= 0 && run < run_end; run += rows.k)
+            group(run, std::min(rows.k, run_end - run), false);
+        run = -1;
+    };
+    for (int64_t token = begin; token < end; ++token) {
+        if (!real(token)) continue;
+        if (rank < rows.first || rank >= count - rows.last || (rows.keep && rows.keep[token])) {
+            cut();
+            group(token, 1, true);
+        } else {
+            if (run < 0) run = token;
+            run_end = token + 1;
+        }
+        ++rank;
+    }
+    cut();
+}
+
+}  // namespace
+
+int64_t count_kept_groups(const KeptRows& rows) {
+    int64_t most = 0, sum = 0;
+    for (int64_t row = 0; row < rows.rows; ++row) {
+        int64_t count = 0;
+        for_groups(rows, row, [&](int64_t, int64_t, bool) { ++count; });
+        most = std::max(most, count), sum += count;
+    }
+    return rows.offsets ? sum : most;
+}
+
+void list_kept_groups(const KeptRows& rows, int64_t count, int64_t* start, int64_t* span,
+                      uint8_t* kept) {
+    int64_t i = 0;
+    auto write = [&](int64_t at, int64_t size, bool whole) {
+        start[i] = at, span[i] = size, kept[i] = whole;
+        ++i;
+    };
+    for (int64_t row = 0; row < rows.rows; ++row) {
+        for_groups(rows, row, write);
+        while (!rows.offsets && i < (row + 1) * count) write(row * rows.n, 0, false);
+    }
+}
 
 void list_groups(const uint8_t* mask, int64_t rows, int64_t n, int64_t k, int64_t* start,
                  int64_t* span) {
@@ -31,11 +90,12 @@ int64_t held(const Groups& groups, int64_t tokens) {
     return sum;
 }
 
-int64_t compact(const Groups& groups, int64_t* start, int64_t* span) {
+int64_t compact(const Groups& groups, int64_t* start, int64_t* span, uint8_t* kept) {
     int64_t count = 0;
     for (int64_t i = 0; i < groups.count; ++i) {
         if (groups.span[i] == 0) continue;
         start[count] = groups.start[i];
+        if (groups.kept) kept[count] = groups.kept[i];
         span[count++] = groups.span[i];
     }
     return count;

@@ -9,17 +9,21 @@
 namespace variator {
 
 // Groups of up to k neighbouring tokens. Group i holds the tokens start[i] .. start[i]+span[i]-1 of
-// the flat token list, less those whose mask byte is 0.
+// the flat token list, less those whose mask byte is 0. The tokens of a kept group stay whole.
 struct Groups {
     const int64_t* start;
     const int64_t* span;
     const uint8_t* mask;  // a byte a token, or null: all real
+    const uint8_t* kept;  // a byte a group, or null: none
     int64_t count;
     int64_t k;
 
     // Always inlined: a shared copy of it could hold instructions of one set alone.
     __attribute__((always_inline)) bool has(int64_t group, int64_t slot) const {
         return slot < span[group] && (mask == nullptr || mask[start[group] + slot] != 0);
+    }
+    __attribute__((always_inline)) bool whole(int64_t group) const {
+        return kept != nullptr && kept[group] != 0;
     }
 };
 

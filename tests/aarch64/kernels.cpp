@@ -113,7 +113,7 @@ void run(DType dtype, int64_t k, Norm norm, bool holes) {
     const int64_t count = rows * ((n + k - 1) / k);
     std::vector<int64_t> start(count), span(count);
     list_groups(mask.data(), rows, n, k, start.data(), span.data());
-    const Groups groups{start.data(), span.data(), mask.data(), count, k};
+    const Groups groups{start.data(), span.data(), mask.data(), nullptr, count, k};
 
     Array x = Array::random(dtype, tokens * d), dy = Array::random(dtype, tokens * d);
     Array norm_weight = Array::random(wide, d), norm_bias = Array::random(wide, d);

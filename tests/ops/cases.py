@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -68,6 +70,19 @@ def masked(kind: str, rows: int, n: int) -> Tensor | None:
     elif kind == "empty row" and rows:
         mask[0] = False
     return mask
+
+
+# How tokens stay whole: the first, some at both ends, any, all, and more than a row has.
+KEPT = ["first", "ends", "any", "all", "more"]
+
+
+def kept(kind: str, *shape: int) -> dict[str, Any]:
+    """Options of the sublayer that keep tokens of ``[rows, n]``, or varlen ``[n]``, whole."""
+    n = shape[-1]
+    if kind == "any":
+        return {"keep_first": 1, "keep": torch.rand(shape) < 0.2}
+    first, last = {"first": (1, 0), "ends": (2, 3), "all": (n, 0), "more": (n // 2, n)}[kind]
+    return {"keep_first": first, "keep_last": last}
 
 
 def plugin(d: int, k: int, r: int, dtype: torch.dtype, activation: str = "tanh") -> PluginWeights:

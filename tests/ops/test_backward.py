@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.cases import (
+    KEPT,
     MASKS,
     assert_close,
     cast,
@@ -17,6 +18,7 @@ from tests.ops.cases import (
     feed_forward,
     hidden_of,
     interpreted,
+    kept,
     kernels,  # noqa: F401  (fixture)
     masked,
     moved,
@@ -121,6 +123,39 @@ def test_gradients(kernels, dtype, mask_kind):  # noqa: F811
 
 
 @every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask_kind", ["none", "left", "holes"])
+@pytest.mark.parametrize("kind", KEPT)
+def test_gradients_of_kept_tokens(kernels, dtype, mask_kind, kind):  # noqa: F811
+    """They bring none to the adapter, and their own whole to the FFN."""
+    skip_unknown(dtype, kernels)
+    cases = [(2, 37, 20, 4, "v1.1"), (2, 23, 24, 3, "bert")]
+    for rows, n, d, k, ffn_kind in cases[:1] if interpreted(kernels) else cases:
+        d = hidden_of(kernels, d)
+        p, ffn = plugin(d, k, 9, dtype), feed_forward(d, 40, dtype, ffn_kind)
+        options = {"mask": masked(mask_kind, rows, n), **kept(kind, rows, n)}
+        check(kernels, torch.randn(rows, n, d).to(dtype), p, ffn, **options)
+
+
+@every_kernel_backend
+@pytest.mark.parametrize("kind", ["ends", "any"])
+def test_gradients_of_kept_tokens_of_packed_input(backend, kind):
+    p, ffn = plugin(24, 4, 8, torch.float32), feed_forward(24, 40, torch.float32, "t5")
+    cu = torch.tensor([0, 9, 9, 17, 31])
+    check(backend, torch.randn(31, 24), p, ffn, cu_seqlens=cu, **kept(kind, 31))
+
+
+@every_backend
+def test_kept_tokens_alone_give_a_plugin_no_gradient(backend):
+    p, ffn = plugin(24, 4, 8, torch.float32), feed_forward(24, 40, torch.float32, "t5")
+    x, p, ffn = moved((torch.randn(2, 11, 24), p, ffn), backend)
+    x, p = x.requires_grad_(), leaves(p)
+    y = vf.compressed_ffn(x, p, ffn, keep_first=11, backend=backend)
+    for gradient in torch.autograd.grad(y.square().sum(), p[:6]):
+        assert (gradient == 0).all()
+
+
+@every_kernel
 def test_gradients_of_many_groups(kernels):  # noqa: F811
     """More groups than one chunk holds, more tokens than one block."""
     n = 71 if interpreted(kernels) else 301
@@ -141,6 +176,22 @@ def test_gradients_of_large_groups(kernels, k):  # noqa: F811
 def test_gradients_of_packed_input(backend):
     p, ffn = plugin(24, 4, 8, torch.float32), feed_forward(24, 40, torch.float32, "t5")
     check(backend, torch.randn(17, 24), p, ffn, cu_seqlens=torch.tensor([0, 9, 9, 17]))
+
+
+@needs_cpu
+@pytest.mark.parametrize("kind", ["ends", "any", "all"])
+def test_gradcheck_of_kept_tokens(kind):
+    d, k, n = 5, 3, 11
+    p = leaves(plugin(d, k, 4, torch.double))
+    ffn = feed_forward(d, 6, torch.double, "bert")._replace(activation="silu")
+    x = torch.randn(2, n, d, dtype=torch.double, requires_grad=True)
+    options = {"mask": masked("holes", 2, n), **kept(kind, 2, n)}
+
+    def layer(x, *weights):
+        weights = type(p)(*weights, activation="tanh")
+        return vf.compressed_ffn(x, weights, ffn, backend="cpu", **options)
+
+    assert torch.autograd.gradcheck(layer, (x, *p[:6]))
 
 
 @needs_cpu

@@ -10,6 +10,7 @@ import torch
 from tests.ops.cases import (
     DTYPES,
     ISAS,
+    KEPT,
     MASKS,
     RATIOS,
     assert_close,
@@ -19,6 +20,7 @@ from tests.ops.cases import (
     every_kernel_backend,
     feed_forward,
     interpreted,
+    kept,
     kernels,  # noqa: F401  (fixture)
     masked,
     moved,
@@ -104,6 +106,45 @@ def test_t5_base_size(kernels):  # noqa: F811
         p, ffn = plugin(d, 4, 64, dtype), feed_forward(d, f, dtype, "t5")
         x = torch.randn(2, n, d).to(dtype)
         compare(kernels, vf.compressed_ffn, x, (p, ffn), str(dtype), mask=masked("right", 2, n))
+
+
+@every_kernel
+@pytest.mark.parametrize("mask_kind", MASKS)
+@pytest.mark.parametrize("kind", KEPT)
+def test_kept_tokens(kernels, mask_kind, kind):  # noqa: F811
+    """The first, ends, any, all; in ragged tails, among padding and holes, in rows too short."""
+    known = dtypes_of(kernels)
+    for dtype in known[:1] if interpreted(kernels) else known:
+        shapes = shapes_of(kernels, dtype)
+        for rows, n, d in shapes[1:3] if interpreted(kernels) else shapes[1:6]:
+            x, mask = torch.randn(rows, n, d).to(dtype), masked(mask_kind, rows, n)
+            k, ffn_kind = (4, "t5") if n % 2 else (3, "bert")
+            p, ffn = plugin(d, k, 8, dtype), feed_forward(d, 40, dtype, ffn_kind)
+            options = {"mask": mask, **kept(kind, rows, n)}
+            where = f"{rows}x{n}x{d} {ffn_kind} {dtype}"
+            compare(kernels, vf.compressed_ffn, x, (p, ffn), where, **options)
+
+
+@every_kernel
+@pytest.mark.parametrize("k", [2, 3, 4, 8, 32])
+def test_kept_tokens_at_every_ratio(kernels, k):  # noqa: F811
+    rows, n = (1, 40) if interpreted(kernels) else (3, 75)
+    for dtype in dtypes_of(kernels)[: 1 if interpreted(kernels) else 2]:
+        p, ffn = plugin(48, k, 20, dtype), feed_forward(48, 64, dtype, "v1.1")
+        x = torch.randn(rows, n, 48).to(dtype)
+        for kind, mask_kind in (("first", "none"), ("ends", "left"), ("any", "holes")):
+            options = {"mask": masked(mask_kind, rows, n), **kept(kind, rows, n)}
+            compare(kernels, vf.compressed_ffn, x, (p, ffn), f"{kind} {dtype}", **options)
+
+
+@every_kernel_backend
+@pytest.mark.parametrize("kind", KEPT)
+def test_kept_tokens_of_packed_input(backend, kind):
+    cu = torch.tensor([2, 11, 11, 12, 28, 31])
+    x = torch.randn(33, 24)
+    p, ffn = plugin(24, 4, 8, torch.float32), feed_forward(24, 40, torch.float32, "bert")
+    options = {"cu_seqlens": cu, **kept(kind, 33)}
+    compare(backend, vf.compressed_ffn, x, (p, ffn), kind, **options)
 
 
 @every_kernel_backend

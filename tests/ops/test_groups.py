@@ -9,19 +9,14 @@ from tests.ops.cases import (
     cast,
     feed_forward,
     masked,
-    moved,
     needs_cpu,
-    on_cuda,
-    on_triton,
     plugin,
 )
 from variator_kernels import functional as vf
 from variator_kernels.ops import make_groups as groups_module
-from variator_kernels.ops.arguments import NO_NORM
 from variator_kernels.ops.compressed_ffn import op as ffn_op
 from variator_kernels.ops.compressed_ffn import reference as ffn_reference
 from variator_kernels.ops.feed_forward import normalize, products
-from variator_kernels.ops.group_merge import op as merge_op
 from variator_kernels.ops.groups import Groups, real_tokens, slots, token_slots
 from variator_kernels.ops.make_groups import make_groups
 
@@ -156,17 +151,6 @@ def test_lists_of_full_batches_are_made_once_and_never_by_a_mode():
     assert len(groups_module._PLAIN) <= groups_module._MOST_PLAIN
 
 
-@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_cpu), on_triton, on_cuda])
-def test_kernels_refuse_kept_groups(backend):
-    """They would run merge and adapter on tokens that are to stay whole."""
-    x = moved(torch.randn(1, 8, D, dtype=torch.bfloat16), backend)
-    p = moved(plugin(D, 4, 8, torch.bfloat16), backend)
-    groups = make_groups(x, 4, backend=backend)
-    groups = groups._replace(kept=torch.zeros(1, 2, dtype=torch.bool))
-    with pytest.raises(ValueError, match="keep no token whole"):
-        merge_op.group_merge(x, p.merge, groups, NO_NORM, backend)
-
-
 UNEQUAL = Groups(
     torch.tensor([[0, 1, 5, 7]]),
     torch.tensor([[1, 4, 2, 2]]),
@@ -192,8 +176,9 @@ def test_kept_tokens_and_groups_of_unequal_size():
 
 
 @needs_cpu
-def test_the_cpu_kernels_take_groups_of_unequal_size():
+@pytest.mark.parametrize("kept", [None, UNEQUAL.kept])
+def test_the_cpu_kernels_take_groups_of_unequal_size(kept):
     x, p = torch.randn(1, 9, D), plugin(D, 4, 8, torch.float32)
-    groups = UNEQUAL._replace(kept=None)
+    groups = UNEQUAL._replace(kept=kept)
     expected = ffn_reference.compressed_ffn(x, p, FFN, groups)
     torch.testing.assert_close(ffn_op.compressed_ffn(x, p, FFN, groups, "cpu"), expected)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from tests.ops.cases import feed_forward, needs_cpu, plugin
 from variator_kernels import functional as vf
-from variator_kernels.ops.feed_forward import PluginWeights
+from variator_kernels.ops.feed_forward import PluginWeights, normalize, products
 
 D = 12
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_cpu)]
@@ -44,6 +44,47 @@ def test_a_row_depends_on_itself_alone(backend, lengths, k, left, extra, seed):
         alone = layer(row[None], p, ffn, backend)[0]
         torch.testing.assert_close(y[i, mask[i]], alone, rtol=1e-9, atol=1e-9)
     assert torch.isnan(y[~mask]).all()  # padding passes through, whatever it holds
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=4),
+    k=st.sampled_from([2, 3, 4, 8, 32]),
+    ends=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    share=st.sampled_from([0.0, 0.2, 1.0]),
+    left=st.booleans(),
+    extra=st.integers(0, 7),
+    seed=st.integers(0, 1000),
+)
+def test_a_kept_token_is_dense_and_no_other_row_matters(
+    backend, lengths, k, ends, share, left, extra, seed
+):
+    """Whatever stands in other rows and however much padding there is, on either side."""
+    torch.manual_seed(seed)
+    p, ffn = plugin(D, k, 5, torch.double), feed_forward(D, 16, torch.double, "t5")
+    n = max(lengths) + extra
+    x = torch.full((len(lengths), n, D), float("nan"), dtype=torch.double)
+    mask, keep = torch.zeros(2, len(lengths), n, dtype=torch.bool)
+    rows = [torch.randn(length, D, dtype=torch.double) for length in lengths]
+    kept = [torch.rand(length) < share for length in lengths]
+    for i, row in enumerate(rows):
+        place = slice(n - len(row), n) if left else slice(0, len(row))
+        x[i, place], mask[i, place], keep[i, place] = row, True, kept[i]
+    first, last = ends
+    options = {"keep_first": first, "keep_last": last, "backend": backend}
+    with torch.no_grad():
+        y = vf.compressed_ffn(x, p, ffn, mask=mask, keep=keep | ~mask, **options)
+    assert torch.isnan(y[~mask]).all()
+    for i, row in enumerate(rows):
+        with torch.no_grad():
+            alone = vf.compressed_ffn(row[None], p, ffn, keep=kept[i][None], **options)[0]
+        torch.testing.assert_close(y[i, mask[i]], alone, rtol=1e-9, atol=1e-9)
+        h = normalize(row, ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)
+        whole = kept[i].clone()
+        whole[:first] = whole[max(len(row) - last, 0) :] = True
+        dense = (row + products(h, ffn))[whole]
+        torch.testing.assert_close(alone[whole], dense, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -65,11 +65,6 @@ def check_ffn(vectors: int, weights: tuple[Tensor | None, ...], norm: Norm) -> N
         require(vector is None or vector.shape == (size,), "a bias or norm vector's shape")
 
 
-def require_merged(groups: Groups) -> None:
-    """For kernels that know no kept groups."""
-    require(groups.kept is None, "these kernels keep no token whole; backend='reference' does")
-
-
 def flat(x: Tensor) -> Tensor:
     """``[tokens, d]`` with unit inner stride; a view where the memory allows it."""
     rows = x.reshape(-1, x.shape[-1])
@@ -79,7 +74,6 @@ def flat(x: Tensor) -> Tensor:
 def check_merge(x: Tensor, merge: MergeWeights, groups: Groups, norm: Norm) -> None:
     """Every vector and matrix is of the sizes that ``x`` and the groups ask for."""
     k, d = groups.ratio, x.shape[-1]
-    require_merged(groups)
     require(merge.weight.shape == (k, k * d), f"weight is {list(merge.weight.shape)}")
     require(merge.bias.shape == (k,), f"bias is {list(merge.bias.shape)}")
     require(merge.projection is None or merge.projection.shape[1] == d, "projection's columns")
@@ -103,7 +97,6 @@ def check_merge_backward(
 def check_decompress(u: Tensor, projected: Tensor, adapter: AdapterWeights, groups: Groups) -> None:
     """u ``[.., G, d]`` and the adapter's matrices for ``projected [.., r]``."""
     d, r = u.shape[-1], projected.shape[-1]
-    require_merged(groups)
     count = 1
     for size in groups.shape(projected):
         count *= size

@@ -73,6 +73,19 @@ def token_mask(mask: Tensor | None, cu_seqlens: Tensor | None, x: Tensor) -> Non
             offsets(cu_seqlens, x.shape[0])
 
 
+def kept(first: int, last: int, keep: Tensor | None, x: Tensor) -> None:
+    """How many tokens stay whole at each end of a row, and a mask ``[B, n]`` or ``[T]`` of more."""
+    for number, name in ((first, "keep_first"), (last, "keep_last")):
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"{name} must be an integer, got {number!r}")
+        if number < 0:
+            raise ValueError(f"{name} must be >= 0, got {number}")
+    if keep is not None:
+        shape(keep, tuple(x.shape[:-1]), "keep")
+        same_device(keep, x, "keep")
+        mask_values(keep, "keep")
+
+
 def offsets(cu_seqlens: Tensor, tokens: int) -> None:
     """Offsets never fall and stay within the tokens."""
     values = cu_seqlens.tolist()

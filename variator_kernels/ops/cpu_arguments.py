@@ -66,33 +66,37 @@ def listed(groups: Groups, tokens: int, *, compact: bool = False) -> Listed:
         ValueError: a group lies outside of the list, or on another: the kernels would read memory
             of others, or write a token twice.
     """
-    start, span, mask = groups.start, groups.span, groups.mask
+    start, span, mask, kept = groups.start, groups.span, groups.mask, groups.kept
     require(groups.form == "listed", f"the CPU kernels read listed groups, got {groups.form!r}")
     assert start is not None and span is not None
     require(groups.owned is None, "groups with owned tokens are a GPU's")
     require(mask is None or mask.numel() == tokens, "the mask's size")
     require(mask is None or mask.dtype == torch.bool, "the mask must be bool")
-    require(all(t is None or t.is_cpu for t in (start, span, mask)), "groups are on the CPU")
+    require(kept is None or kept.dtype == torch.bool, "kept must be bool")
+    require(all(t is None or t.is_cpu for t in (start, span, mask, kept)), "groups are on the CPU")
     start, span = start.contiguous(), span.contiguous()
-    mask = None if mask is None else mask.contiguous()
+    mask, kept = (None if t is None else t.contiguous() for t in (mask, kept))
     require(start.dtype == span.dtype == torch.int64, "start and span must be int64")
     require(start.numel() == span.numel(), "start and span are of one size")
-    kernel = _kernel(start, span, mask, start.numel(), groups.ratio)
+    require(kept is None or kept.numel() == start.numel(), "start and kept are of one size")
+    kernel = _kernel((start, span, mask, kept), start.numel(), groups.ratio)
     held = kernel.held(tokens)
     require(held >= 0, "groups must lie within the tokens, one after another")
     covers_all = mask is None and held == tokens
     if compact and not covers_all:
         used = torch.empty(2, start.numel(), dtype=torch.int64)
-        count = kernel.compact(start=used[0].data_ptr(), span=used[1].data_ptr())
-        start, span = used[0], used[1]
-        kernel = _kernel(start, span, mask, count, groups.ratio)
-    return Listed(kernel, (start, span, mask), covers_all)
+        used_kept = None if kept is None else torch.empty_like(kept)
+        count = kernel.compact(
+            start=used[0].data_ptr(), span=used[1].data_ptr(), kept=address(used_kept)
+        )
+        start, span, kept = used[0], used[1], used_kept
+        kernel = _kernel((start, span, mask, kept), count, groups.ratio)
+    return Listed(kernel, (start, span, mask, kept), covers_all)
 
 
-def _kernel(start: Tensor, span: Tensor, mask: Tensor | None, count: int, k: int) -> Any:
-    return extension.load().Groups(
-        start=start.data_ptr(), span=span.data_ptr(), mask=address(mask), count=count, k=k
-    )
+def _kernel(lists: tuple[Tensor | None, ...], count: int, k: int) -> Any:
+    start, span, mask, kept = map(address, lists)
+    return extension.load().Groups(start=start, span=span, mask=mask, kept=kept, count=count, k=k)
 
 
 def copy_outside(groups: Listed, x: Tensor, y: Tensor) -> None:

@@ -63,6 +63,7 @@ class GpuGroups(NamedTuple):
 def gpu_groups(groups: Groups, x: Tensor) -> GpuGroups:
     """Of ``x [B, n, ...]``, or of varlen ``[T, ...]``."""
     shape, k = groups.shape(x), groups.ratio
+    require(groups.kept is None, "these kernels keep no token whole; backend='reference' does")
     if groups.form == "listed":
         require(x.dim() == 2 and groups.owned is not None, "listed groups are of varlen input")
         (total,) = shape

@@ -22,6 +22,11 @@ class Keep(NamedTuple):
     mask: Tensor | None = None
     """bool ``[B, n]``, or ``[T]`` for varlen input: further ones; padding in it is ignored."""
 
+    @property
+    def nothing(self) -> bool:
+        """Whether it names no token, whatever the input."""
+        return self.first == 0 and self.last == 0 and self.mask is None
+
 
 NOTHING_KEPT = Keep()
 

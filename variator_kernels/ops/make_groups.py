@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import extension
+from .arguments import require
+from .cpu_arguments import address
 from .groups import (
     NOTHING_KEPT,
     Groups,
@@ -39,10 +41,13 @@ def make_groups(
     """
     on_gpu = backend in ("triton", "cuda")
     spare = 1 if inner and exporting() else 0
-    if keep != NOTHING_KEPT:
-        if mask is not None:
-            mask = (mask if mask.dtype == torch.bool else mask != 0).contiguous()
+    mask = _as_bool(mask)
+    if not keep.nothing:
+        keep = keep._replace(mask=_as_bool(keep.mask))
         offsets = None if cu_seqlens is None else cu_seqlens.long()
+        given = [t for t in (x, mask, offsets, keep.mask) if t is not None]
+        if backend == "cpu" and all(is_plain(t) and t.is_cpu for t in given):
+            return _kept_by_call(x, ratio, mask, offsets, keep)
         return _with_kept(x, ratio, mask, offsets, keep, on_gpu, spare)
     if cu_seqlens is not None:
         start, span, owned = varlen_lists(x.shape[0], cu_seqlens.long(), ratio)
@@ -54,11 +59,36 @@ def make_groups(
             return Groups(None, None, None, None, None, ratio, "plain")
         start, span = _plain(x, ratio, spare)
         return Groups(start, span, None, None, None, ratio, "listed")
-    mask = (mask if mask.dtype == torch.bool else mask != 0).contiguous()
     if on_gpu:
         return Groups(first_real(mask), None, None, None, mask, ratio, "masked")
     start, span = _masked(mask, ratio, backend, spare)
     return Groups(start, span, None, None, mask, ratio, "listed")
+
+
+def _as_bool(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else (mask if mask.dtype == torch.bool else mask != 0).contiguous()
+
+
+def _kept_by_call(
+    x: Tensor, ratio: int, mask: Tensor | None, cu_seqlens: Tensor | None, keep: Keep
+) -> Groups:
+    """As many groups as there are: in the row that has most, in all of varlen input."""
+    varlen = cu_seqlens is not None
+    for tokens, name in ((mask, "mask"), (keep.mask, "keep")):
+        expected = x.shape[: 1 if varlen else 2]
+        require(tokens is None or tokens.shape == expected, f"{name}'s shape")
+    rows, n = (len(cu_seqlens) - 1, x.shape[0]) if cu_seqlens is not None else x.shape[:2]
+    offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
+    lists = extension.load().KeptRows(
+        mask=address(mask), keep=address(keep.mask), offsets=address(offsets), rows=rows, n=n,
+        k=ratio, first=keep.first, last=keep.last,
+    )  # fmt: skip
+    count = lists.count()
+    shape = (count,) if varlen else (rows, count)
+    start, span = (torch.empty(shape, dtype=torch.int64, device="cpu") for _ in range(2))
+    kept = torch.empty(shape, dtype=torch.bool, device="cpu")
+    lists.list(count=count, start=start.data_ptr(), span=span.data_ptr(), kept=kept.data_ptr())
+    return Groups(start, span, None, kept, mask, ratio, "listed")
 
 
 def _with_kept(
@@ -74,9 +104,10 @@ def _with_kept(
     if on_gpu:
         # Tokens of no group stand between, before and behind the runs of each row, or of varlen
         # input before the first and behind the last sequence; and there is one group more.
-        gaps = 0 if mask is None else keep.first + keep.last + 2
-        gaps = gaps if cu_seqlens is None else 2
-        if keep.mask is None and not (isinstance(count, int) and count == 0):
+        gaps = 2 if cu_seqlens is not None else 0
+        if mask is not None and mask.shape[1] > 0:
+            gaps = keep.first + keep.last + 2
+        if keep.mask is None:
             count += (gaps * (ratio - 1) + ratio - 1) // ratio
         count = count if cu_seqlens is None else count + 1
     start, span, owned, kept = kept_lists(rows, ratio, count, outside=on_gpu)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import backends
 from .. import checks
 from ..feed_forward import FeedForward, PluginWeights, autocasts
-from ..groups import Groups
+from ..groups import Groups, Keep
 from ..make_groups import make_groups
 from ..transforms import exporting, fitting
 from . import layered, op, reference
@@ -23,6 +23,9 @@ def compressed_ffn(
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    keep_first: int = 0,
+    keep_last: int = 0,
+    keep: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Norm, merge, FFN on the merged vectors, decompress, residual (paper section 3.2).
@@ -34,22 +37,33 @@ def compressed_ffn(
         mask: ``[B, n]``, nonzero for a real token. Padding passes through unchanged, or is 0 for
             an ``ffn`` without a residual.
         cu_seqlens: int32 or int64 offsets ``[sequences + 1]`` of varlen input.
+        keep_first, keep_last: how many real tokens at each end of a row (or sequence) stay whole:
+            they get what the dense sublayer gives, and groups are made of those between them.
+        keep: ``[B, n]``, or ``[T]`` for varlen input, nonzero for a further token that stays whole;
+            padding in it is ignored. A group ends where such a token stands.
         backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
         ``y`` of x's shape; its dtype is x's, promoted as ``x + FFN(x)`` would be.
 
     Raises:
-        TypeError: ``ffn`` is neither. ValueError: a shape, dtype, device or backend does not fit;
-        the message names it.
+        TypeError: ``ffn`` is neither, or a number of tokens is none. ValueError: a number, shape,
+        dtype, device or backend does not fit; the message names it.
     """
     plugin = plugin if isinstance(plugin, PluginWeights) else plugin.weights()
     if not isinstance(ffn, FeedForward):
         ffn = _described(ffn)
     checks.compressed_ffn(x, plugin, ffn, mask, cu_seqlens)
+    checks.kept(keep_first, keep_last, keep, x)
     chosen = fitting(backend, backends.resolve(backend, x))
     groups = make_groups(
-        x, plugin.ratio, mask=mask, cu_seqlens=cu_seqlens, backend=chosen, inner=True
+        x,
+        plugin.ratio,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        backend=chosen,
+        inner=True,
+        keep=Keep(keep_first, keep_last, keep),
     )
     return run(x, plugin, ffn, groups, chosen)
 

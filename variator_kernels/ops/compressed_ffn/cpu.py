@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import prepack
 from ..adapter_decompress import cpu as decompress
-from ..arguments import check_adapter, check_ffn, check_merge, flat, require_merged
+from ..arguments import check_adapter, check_ffn, check_merge, flat
 from ..cpu_arguments import (
     Listed,
     PrepackedAdapter,
@@ -46,7 +46,6 @@ def prepacked_products(g: Tensor, ffn: FeedForward) -> Tensor:
 def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups) -> Tensor:
     dtype = torch.promote_types(x.dtype, ffn.w_out.dtype)
     x = x.to(dtype)
-    require_merged(groups)
     check_ffn(x.shape[-1], ffn[:6], ffn.any_norm)
     rows, d = flat(x), x.shape[-1]
     lists = listed(groups, rows.shape[0], compact=True)
