@@ -17,6 +17,7 @@ from variator_kernels.ops import prepack
 from variator_kernels.ops.adapter_decompress import op as decompress_op
 from variator_kernels.ops.arguments import Norm
 from variator_kernels.ops.group_merge import op as merge_op
+from variator_kernels.ops.groups import Keep
 from variator_kernels.ops.make_groups import make_groups
 from variator_kernels.runtime.state import states
 from variator_kernels.sites.families import lookup
@@ -133,14 +134,27 @@ def one_launch(groups: int) -> Iterator[None]:
 
 
 def triton_launches(
-    x: Tensor, plugin: PluginWeights, ffn: FeedForward, mask: Tensor | None, offsets: Tensor | None
+    x: Tensor,
+    plugin: PluginWeights,
+    ffn: FeedForward,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    *,
+    keep_first: int = 0,
 ) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
     """Forward and backward of a sublayer as the Triton backend launches them, on any device."""
     from variator_kernels.ops.adapter_decompress import triton as decompress
     from variator_kernels.ops.compressed_ffn import triton as sublayer
     from variator_kernels.ops.group_merge import triton as merge
 
-    groups = make_groups(x, plugin.ratio, mask=mask, cu_seqlens=offsets, backend="triton")
+    groups = make_groups(
+        x,
+        plugin.ratio,
+        mask=mask,
+        cu_seqlens=offsets,
+        backend="triton",
+        keep=Keep(first=keep_first),
+    )
 
     def forward() -> Tensor:
         return sublayer.compressed_ffn(x, plugin, ffn, groups)

@@ -25,8 +25,8 @@ from variator_kernels import FeedForward, PluginWeights
 
 OUTPUT = RESULTS / "compiled"
 RATIOS = (2, 4, 8, 16, 32)
-# Masks and packed input change addresses alone: compiled for one case.
-FORMS, ALL_FORMS = ("plain", "masked", "packed"), ("t5-base", 4, "bf16")
+# Masks, packed input and kept tokens change addresses alone: compiled for one case.
+FORMS, ALL_FORMS = ("plain", "masked", "packed", "kept"), ("t5-base", 4, "bf16")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # These multiply no matrices.
 PLAIN_KERNELS = ("weighted_sum_kernel", "score_gradient_kernel", "row_norm_kernel")
@@ -76,11 +76,12 @@ def sublayer(
             norm_bias=make(d) if model.norm == "layer" else None, post_norm=model.post_norm,
         )  # fmt: skip
         x, mask, offsets = make(rows, n, d), None, None
-        if form == "masked":
+        if form in ("masked", "kept"):
             mask = make(rows, n, dtype=torch.bool)
         if form == "packed":
             x, offsets = x.view(-1, d), make(rows + 1, dtype=torch.int32)
-        forward, back = internals.triton_launches(x, plugin, ffn, mask, offsets)
+        first = 1 if form == "kept" else 0
+        forward, back = internals.triton_launches(x, plugin, ffn, mask, offsets, keep_first=first)
         y = forward()
         if backward:
             back(y)

@@ -27,13 +27,15 @@ constexpr int64_t max_bottleneck = 512;  // shared memory of the decompress
 // slot, padding too, so a kernel that walks over all slots writes every row. Sizes fit 32 bits.
 //   plain:  rows of n tokens, each cut into per_row groups; no array.
 //   masked: the same from start[row] on, a row's first real token, wrapping around at its end.
-//   listed: group i merges the tokens start[i] .. + span[i]-1 of one list of n and owns owned[i],
-//           wrapping around at its end; groups from `count` on merge nothing.
+//   listed: group i merges the tokens start[i] .. + span[i]-1 of one list of n, less those whose
+//           mask byte is 0, and owns owned[i], wrapping around at its end; groups from `count` on
+//           merge nothing. The token of a kept group stays whole.
 struct Groups {
     const int64_t* start;
     const int64_t* span;
     const int64_t* owned;
-    const uint8_t* mask;  // masked: one byte per token
+    const uint8_t* mask;  // one byte per token, or null: all real; not in plain form
+    const uint8_t* kept;  // listed: one byte per group, or null: none
     int64_t n, per_row;
     int64_t count;     // groups that have a merged vector
     int64_t launched;  // groups to walk over
@@ -47,8 +49,9 @@ struct Groups {
         if (group >= launched || j >= k) return {-1, false};
         if (owned != nullptr) {
             if (j >= owned[group]) return {-1, false};
-            const int64_t token = start[group] + j;
-            return {token < n ? token : token - n, j < span[group]};
+            int64_t token = start[group] + j;
+            if (token >= n) token -= n;
+            return {token, j < span[group] && (mask == nullptr || mask[token] != 0)};
         }
         const uint32_t row = static_cast<uint32_t>(group) / static_cast<uint32_t>(per_row);
         int64_t at = (group - row * per_row) * k + j;
@@ -57,6 +60,9 @@ struct Groups {
         at += start[row];
         const int64_t token = row * n + (at < n ? at : at - n);
         return {token, mask[token] != 0};
+    }
+    VARIATOR_HD bool whole(int64_t group) const {
+        return kept != nullptr && group < launched && kept[group] != 0;
     }
     // The token to be merged, or -1.
     VARIATOR_HD int64_t token(int64_t group, int64_t j) const {

@@ -181,9 +181,9 @@ def test_gradients_of_packed_input(backend):
 @needs_cpu
 @pytest.mark.parametrize("kind", ["ends", "any", "all"])
 def test_gradcheck_of_kept_tokens(kind):
-    d, k, n = 5, 3, 11
-    p = leaves(plugin(d, k, 4, torch.double))
-    ffn = feed_forward(d, 6, torch.double, "bert")._replace(activation="silu")
+    d, k, n = 3, 3, 8
+    p = leaves(plugin(d, k, 2, torch.double))
+    ffn = feed_forward(d, 4, torch.double, "bert")._replace(activation="silu")
     x = torch.randn(2, n, d, dtype=torch.double, requires_grad=True)
     options = {"mask": masked("holes", 2, n), **kept(kind, 2, n)}
 

@@ -116,7 +116,7 @@ def test_kept_tokens(kernels, mask_kind, kind):  # noqa: F811
     known = dtypes_of(kernels)
     for dtype in known[:1] if interpreted(kernels) else known:
         shapes = shapes_of(kernels, dtype)
-        for rows, n, d in shapes[1:3] if interpreted(kernels) else shapes[1:6]:
+        for rows, n, d in [(2, 19, 24)] if interpreted(kernels) else shapes[1:6]:
             x, mask = torch.randn(rows, n, d).to(dtype), masked(mask_kind, rows, n)
             k, ffn_kind = (4, "t5") if n % 2 else (3, "bert")
             p, ffn = plugin(d, k, 8, dtype), feed_forward(d, 40, dtype, ffn_kind)

@@ -18,6 +18,7 @@ from tests.ops.cases import (
 )
 from variator_kernels import functional as vf
 from variator_kernels.ops.compressed_ffn import op as ffn_op
+from variator_kernels.ops.groups import NOTHING_KEPT, Keep
 from variator_kernels.ops.make_groups import make_groups
 
 needs_opcheck = pytest.mark.skipif(
@@ -31,29 +32,35 @@ def mask(request):
     return masked(request.param, 2, N)
 
 
+@pytest.fixture(params=["nothing", "ends"])
+def keep(request):
+    return NOTHING_KEPT if request.param == "nothing" else Keep(2, 1)
+
+
 def learnable(values):
     return [v.requires_grad_() for v in values]
 
 
 @needs_opcheck
 @every_kernel_backend
-def test_opcheck_group_merge(mask, backend):
+def test_opcheck_group_merge(mask, keep, backend):
     p = plugin(D, K, R, torch.float32)
     tensors = (torch.randn(2, N, D), *p[:2], torch.ones(D), torch.randn(R, D))
     x, *weights, norm, projection = learnable(moved(tensors, backend))
-    groups = make_groups(x, K, mask=moved(mask, backend), backend=backend)
+    groups = make_groups(x, K, mask=moved(mask, backend), backend=backend, keep=keep)
     arguments = (x, *weights, projection, norm, None, *groups, "rms", 1e-6, backend)
     torch.library.opcheck(torch.ops.variator.group_merge.default, arguments)
 
 
 @needs_opcheck
 @every_kernel_backend
-def test_opcheck_adapter_decompress(mask, backend):
+def test_opcheck_adapter_decompress(mask, keep, backend):
     p = plugin(D, K, R, torch.float32)
     adapter = (p.w1[:, :D].clone(), p.b1, p.w2, p.b2)
-    tensors = (torch.randn(2, -(-N // K), D), torch.randn(2, N, R), *adapter, torch.randn(2, N, D))
-    tensors = learnable(moved(tensors, backend))
-    groups = make_groups(tensors[1], K, mask=moved(mask, backend), backend=backend)
+    projected, residual = moved((torch.randn(2, N, R), torch.randn(2, N, D)), backend)
+    groups = make_groups(projected, K, mask=moved(mask, backend), backend=backend, keep=keep)
+    u = moved(torch.randn(*groups.shape(projected), D), backend)
+    tensors = learnable((u, projected, *moved(adapter, backend), residual))
     arguments = (*tensors, *groups, "tanh", backend)
     torch.library.opcheck(torch.ops.variator.adapter_decompress.default, arguments)
 
@@ -61,12 +68,12 @@ def test_opcheck_adapter_decompress(mask, backend):
 @needs_opcheck
 @needs_cpu
 @pytest.mark.parametrize("kind", ["t5", "v1.1", "bert"])
-def test_opcheck_compressed_ffn(mask, kind):
+def test_opcheck_compressed_ffn(mask, keep, kind):
     p, f = plugin(D, K, R, torch.float32), feed_forward(D, 40, torch.float32, kind)
     learnable(p[:6])
     x = torch.randn(2, N, D, requires_grad=True)
     arguments = (
-        x, *p[:6], *f[:6], f.norm_weight, f.norm_bias, *make_groups(x, K, mask=mask),
+        x, *p[:6], *f[:6], f.norm_weight, f.norm_bias, *make_groups(x, K, mask=mask, keep=keep),
         f.activation, f.norm, f.eps, f.post_norm, f.residual, "tanh", "cpu",
     )  # fmt: skip
     torch.library.opcheck(torch.ops.variator.compressed_ffn.default, arguments)
@@ -107,6 +114,49 @@ def test_compiles_whole(mask, training, backend):
         expected = torch.autograd.grad(layer(x).sum(), p[:6])
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked_too", [False, True])
+@every_backend
+def test_kept_tokens_compile_whole(mask, masked_too, backend):
+    torch._dynamo.reset()
+    p, f = plugin(D, K, R, torch.float32), feed_forward(D, 40, torch.float32, "bert")
+    keep = torch.rand(2, N) < 0.3 if masked_too else None
+    x, mask, keep, p, f = moved((torch.randn(2, N, D), mask, keep, p, f), backend)
+
+    def layer(x):
+        return vf.compressed_ffn(
+            x, p, f, mask=mask, keep_first=1, keep_last=2, keep=keep, backend=backend
+        )
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu)])
+def test_kept_tokens_export_with_dynamic_sizes(backend):
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = plugin(D, K, R, torch.float32)
+            self.f = feed_forward(D, 40, torch.float32, "t5")
+
+        def forward(self, x, mask, keep):
+            return vf.compressed_ffn(
+                x, self.p, self.f, mask=mask, keep_first=1, keep=keep, backend=backend
+            )
+
+    def inputs(rows, n):
+        return torch.randn(rows, n, D), masked("left", rows, n), torch.rand(rows, n) < 0.2
+
+    sizes = {0: torch.export.Dim("rows"), 1: torch.export.Dim("n")}
+    layer = Layer()
+    with torch.no_grad():
+        program = torch.export.export(layer, inputs(3, 9), dynamic_shapes=(sizes,) * 3).module()
+        for rows, n in ((3, 9), (2, 33), (1, 1), (5, 2)):
+            values = inputs(rows, n)
+            torch.testing.assert_close(program(*values), layer(*values), rtol=1e-4, atol=1e-5)
 
 
 @needs_cpu

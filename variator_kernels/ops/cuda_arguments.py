@@ -63,6 +63,7 @@ def groups_kernel(groups: GpuGroups) -> Any:
         span=address(groups.span),
         owned=address(groups.owned),
         mask=address(groups.mask),
+        kept=address(groups.kept),
         n=groups.n,
         per_row=groups.per_row,
         count=groups.total,

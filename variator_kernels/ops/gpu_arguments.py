@@ -7,9 +7,10 @@ and nothing needs to be zeroed or copied before. Three forms:
 ``plain``   ``[B, n, d]`` without a mask: all arithmetic, no tensor.
 ``masked``  ``start [B]`` is the row position of the first real token. Slots count from there and
             wrap around at the row's end to the left padding.
-``listed``  ``start``, ``span``, ``owned`` ``[launched]``: a group's first token, how many tokens it
-            merges, and how many it owns. Groups behind the last real one own the tokens outside the
-            sequences (they wrap around at the end of the list), which are passed through.
+``listed``  ``start``, ``span``, ``owned`` ``[launched]``: a group's first token, how many slots it
+            merges (less those the mask leaves out), and how many it owns. Groups that merge nothing
+            own the tokens of no group, which are passed through; groups behind the last real one
+            of varlen input wrap around at the end of the list.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .arguments import (
     flat,
     require,
 )
-from .groups import Groups
+from .groups import Groups, count_tokens
 
 
 class GpuGroups(NamedTuple):
@@ -39,7 +40,7 @@ class GpuGroups(NamedTuple):
     span: Tensor | None
     owned: Tensor | None
     mask: Tensor | None
-    """uint8, a byte a token, nonzero for a real one; ``masked`` only."""
+    """uint8, a byte a token, nonzero for a real one; not where ``plain``."""
     n: int
     """Tokens a row; for varlen input all tokens."""
     per_row: int
@@ -49,6 +50,15 @@ class GpuGroups(NamedTuple):
     launched: int
     """Groups to walk over: varlen input has one more that may own tokens."""
     ratio: int
+    kept: Tensor | None = None
+    """uint8 ``[launched]``, nonzero for a group whose token stays whole; ``listed`` only."""
+
+    def adapted(self) -> GpuGroups:
+        """As the adapter's gradients see them: kept groups own their tokens, but hold none."""
+        if self.kept is None:
+            return self
+        assert self.span is not None
+        return self._replace(span=torch.where(self.kept != 0, 0, self.span), kept=None)
 
     @property
     def pointers(self) -> tuple[Tensor | None, ...]:
@@ -63,14 +73,20 @@ class GpuGroups(NamedTuple):
 def gpu_groups(groups: Groups, x: Tensor) -> GpuGroups:
     """Of ``x [B, n, ...]``, or of varlen ``[T, ...]``."""
     shape, k = groups.shape(x), groups.ratio
-    require(groups.kept is None, "these kernels keep no token whole; backend='reference' does")
+    mask, kept = (
+        None if t is None else t.contiguous().view(torch.uint8) for t in (groups.mask, groups.kept)
+    )
     if groups.form == "listed":
-        require(x.dim() == 2 and groups.owned is not None, "listed groups are of varlen input")
-        (total,) = shape
-        pointers = (groups.start, groups.span, groups.owned, None)
-        return GpuGroups("listed", *pointers, x.shape[0], total, total, total + 1, k)
+        require(groups.owned is not None, "groups without owned tokens are the CPU's")
+        lists = [t.contiguous() for t in (groups.start, groups.span, groups.owned) if t is not None]
+        launched, tokens = lists[0].numel(), count_tokens(x)
+        require(all(t.numel() == launched for t in lists), "start, span, owned are of one size")
+        require(kept is None or kept.numel() == launched, "start and kept are of one size")
+        require(mask is None or mask.numel() == tokens, "the mask's size")
+        total = launched - 1 if x.dim() == 2 else launched
+        return GpuGroups("listed", *lists, mask, tokens, total, total, launched, k, kept)
+    require(kept is None, "groups with kept tokens are listed")
     rows, per_row = shape
-    mask = None if groups.mask is None else groups.mask.view(torch.uint8)
     total = rows * per_row
     return GpuGroups(
         groups.form, groups.start, None, None, mask, x.shape[1], per_row, total, total, k

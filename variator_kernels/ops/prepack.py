@@ -62,17 +62,20 @@ class PackedLinear(NamedTuple):
 
         A product of its own if :mod:`row_blocks` knows that many rows, else one for each block.
         """
-        op, algorithm = _POST_OPS[activation]
-        linear = torch.ops.mkldnn._linear_pointwise
         rows = x.shape[0]
         if rows in SIZES or rows % SIZES[-1] == 0:
-            return linear(x, self.weight, self.bias, op, [], algorithm)
+            return self.block(x, activation)
         y = x.new_empty(rows, self.weight.shape[0])
         for first, count, size in blocks(rows):
             part = F.pad(x[first : first + count], (0, 0, 0, size - count))
-            product = linear(part, self.weight, self.bias, op, [], algorithm)
-            y[first : first + count] = product[:count]
+            y[first : first + count] = self.block(part, activation)[:count]
         return y
+
+    def block(self, x: Tensor, activation: str = "none") -> Tensor:
+        """The same in one product, of a number of rows that :mod:`row_blocks` knows."""
+        op, algorithm = _POST_OPS[activation]
+        linear = torch.ops.mkldnn._linear_pointwise
+        return linear(x, self.weight, self.bias, op, [], algorithm)
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
         """``(x · weightᵀ + bias) * other``, the gate of a gated FFN, in one product; of a number of

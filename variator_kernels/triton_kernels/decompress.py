@@ -41,7 +41,7 @@ def adapter_inner(
 
 @triton.jit
 def adapter_decompress_kernel(
-    p_u, p_projected, p_w1u, p_b1, p_w2, p_b2, p_residual, p_poison,
+    p_u, p_projected, p_w1u, p_b1, p_w2, p_b2, p_residual, p_poison, p_kept,
     p_start, p_span, p_owned, p_mask, p_y,
     count, launched, n, per_row, d, w1u_stride, w2_stride, residual_stride,
     K: tl.constexpr, BT: tl.constexpr, BU: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
@@ -51,7 +51,8 @@ def adapter_decompress_kernel(
     """A program writes the tokens of BT consecutive slots.
 
     ``p_poison [groups, K]`` are the merge's softmax weights: NaN where a token of the group held
-    NaN, which an activation between merge and decompress may have turned into a number.
+    NaN, which an activation between merge and decompress may have turned into a number. The tokens
+    of a group with a byte in ``p_kept [groups]`` stay whole.
     """
     dtype = p_u.dtype.element_ty
     o_slot = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
@@ -60,8 +61,11 @@ def adapter_decompress_kernel(
     token, owned, real = locate(
         o_g, o_j, p_start, p_span, p_owned, p_mask, launched, n, per_row, K, FORM
     )
+    adapted = real
+    if p_kept is not None:
+        adapted = real & (tl.load(p_kept + o_g, mask=real, other=0) == 0)
     b_t = adapter_inner(
-        p_u, p_projected, p_w1u, p_b1, token, real, o_g, first_group, count, d, w1u_stride,
+        p_u, p_projected, p_w1u, p_b1, token, adapted, o_g, first_group, count, d, w1u_stride,
         BT, BU, BD, R, R2, TANH, PRECISION,
     ).to(dtype)  # fmt: skip
     o_r = tl.arange(0, R2)
@@ -79,7 +83,11 @@ def adapter_decompress_kernel(
         m = real[:, None] & m_d[None, :]
         b_u = tl.load(p_group[:, None] + o_d[None, :], mask=m, other=0.0).to(tl.float32)
         b_2 = tl.load(p_b2 + o_d, mask=m_d, other=0.0).to(tl.float32)
-        b_o = tl.where(m, b_o + b_u + b_2[None, :] + poison[:, None], 0.0)
+        if p_kept is not None:
+            b_o = tl.where(adapted[:, None], b_o + b_2[None, :], 0.0) + b_u
+        else:
+            b_o = b_o + b_u + b_2[None, :]
+        b_o = tl.where(m, b_o + poison[:, None], 0.0)
         m = owned[:, None] & m_d[None, :]
         if p_residual is not None:
             p = p_residual + (token * residual_stride)[:, None] + o_d[None, :]

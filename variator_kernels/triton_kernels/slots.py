@@ -22,6 +22,8 @@ def locate(
         inside = (token >= 0) & (token < n)  # offsets on a device are not checked
         owned = owned & inside
         real = real & inside
+        if p_mask is not None:
+            real = real & (tl.load(p_mask + token, mask=real, other=0) != 0)
     else:
         row = o_g // per_row
         position = (o_g - row * per_row) * K + o_j

@@ -136,13 +136,13 @@ PYBIND11_MODULE(_cuda, m) {
     py::class_<Target>(m, "Target", py::module_local())
         .def(py::init([](int device, Address stream) { return Target{device, stream}; }));
     py::class_<Groups>(m, "Groups", py::module_local())
-        .def(py::init([](Address start, Address span, Address owned, Address mask, int64_t n,
-                         int64_t per_row, int64_t count, int64_t launched, int64_t k) {
-                 return Groups{at(start), at(span), at(owned), at(mask), n,
-                               per_row,   count,    launched,  k};
+        .def(py::init([](Address start, Address span, Address owned, Address mask, Address kept,
+                         int64_t n, int64_t per_row, int64_t count, int64_t launched, int64_t k) {
+                 return Groups{at(start), at(span), at(owned), at(mask), at(kept),
+                               n,         per_row,  count,     launched, k};
              }),
-             py::kw_only(), "start"_a, "span"_a, "owned"_a, "mask"_a, "n"_a, "per_row"_a, "count"_a,
-             "launched"_a, "k"_a);
+             py::kw_only(), "start"_a, "span"_a, "owned"_a, "mask"_a, "kept"_a, "n"_a, "per_row"_a,
+             "count"_a, "launched"_a, "k"_a);
     py::class_<Vector>(m, "Vector", py::module_local()).def(py::init([](Address data, bool wide) {
         return Vector{at(data), wide};
     }));

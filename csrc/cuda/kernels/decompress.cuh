@@ -1,5 +1,5 @@
 // adapter_decompress: y = residual + u + W_2 φ(W_1u u + W_1h h + b_1) + b_2, with a single write of
-// y.
+// y; in a kept group y = residual + u.
 #pragma once
 
 #include "kernels/adapter.cuh"
@@ -35,6 +35,32 @@ struct DecompressTile {
             expand(slot);
             block_sync();
         }
+        if (p.groups.kept != nullptr) write_whole();
+    }
+
+    // The tokens of kept groups, of which `expand` writes nothing; one warp per group.
+    VARIATOR_DEVICE void write_whole() {
+        const int64_t last = static_cast<int64_t>(end) * block_columns;
+        for (int g = at.warp; g < tile_groups; g += warps) {
+            const int64_t whole = first + g;
+            if (!p.groups.whole(whole)) continue;
+            for (int slot = 0; slot < k; ++slot) {
+                const Groups::Slot found = p.groups.slot(whole, slot);
+                const int64_t token = found.token;
+                if (token < 0) continue;
+                for (int64_t c = begin * block_columns + thread_index() % 32 * 8;
+                     c < last && c < p.d; c += 256) {
+                    float u[8], y[8] = {};
+                    widen<T>(load16_if(found.real, element(p.u, whole * p.d + c)), u);
+                    if (p.residual != nullptr)
+                        widen<T>(load16_once(element(p.residual, token * p.residual_stride + c)),
+                                 y);
+                    VARIATOR_UNROLL
+                    for (int i = 0; i < 8; ++i) y[i] += u[i];
+                    store16(element(p.y, token * p.d + c), narrow<T>(y));
+                }
+            }
+        }
     }
 
     // t = φ(W_1h h + q) for eight slots of each group, one warp per row.
@@ -57,7 +83,7 @@ struct DecompressTile {
         const BlockRange range = BlockRange::of_warp(at.warp, begin, end);
         for (int block = range.first; block < range.last; ++block) {
             const int column = block * block_columns + 8 * at.part;
-            const bool inside = column < p.d;
+            const bool inside = column < p.d && !p.groups.whole(group);
             expansion.start(block);
             const Vec16 u =
                 load16_if(inside && group < p.groups.count, element(p.u, group * p.d + column));

@@ -1,6 +1,7 @@
 // Gradients of adapter_decompress with respect to each token and group. With z = W_1u u + W_1h h +
 // b_1, t = φ(z), o = u + W_2 t + b_2:
-//   dt = W_2ᵀ do,  dz = φ'(z) dt,  d(W_1h h) = dz,  dq = Σ_j dz,  du = Σ_j do + W_1uᵀ dq.
+//   dt = W_2ᵀ do,  dz = φ'(z) dt,  d(W_1h h) = dz,  dq = Σ_j dz,  du = Σ_j do + W_1uᵀ dq;
+// in a kept group t and dz are 0.
 // weight_gradient.cuh has the weight gradients, sums over tokens.
 #pragma once
 
@@ -80,14 +81,15 @@ struct DecompressBackwardTile {
         add_warps(at, acc, shared.partial, [&](int row, int at_column, const float (&dt)[4]) {
             const int g = row % tile_groups;
             const Groups::Slot found = p.groups.slot(first + g, slot + row / tile_groups);
+            const bool adapted = found.real && !p.groups.whole(first + g);
             VARIATOR_UNROLL
             for (int i = 0; i < 4; ++i) {
                 const int64_t c = n + at_column + i, here = found.token * p.projected_columns + c;
                 float dz = 0;
                 if (found.token >= 0 && c < p.projected_columns) {
                     const float t =
-                        found.real ? phi(p.projected[here] + q[c * tile_groups + g], p.phi) : 0.0f;
-                    if (found.real) dz = dt[i] * phi_slope(t, p.phi);
+                        adapted ? phi(p.projected[here] + q[c * tile_groups + g], p.phi) : 0.0f;
+                    if (adapted) dz = dt[i] * phi_slope(t, p.phi);
                     p.d_projected[here] = dz;
                     p.bottleneck[here] = t;
                 }

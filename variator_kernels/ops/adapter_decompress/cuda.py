@@ -130,5 +130,5 @@ def adapter_decompress_backward(
     )
     by_group = Side(d_q, by_group=True), Side(u, by_group=True)
     d_w1u = weight_gradient(*by_group, launched, slot=0)
-    d_w2, d_b2 = weight_gradient(Side(t), Side(dy), launched, ones=True).split([r, 1])
+    d_w2, d_b2 = weight_gradient(Side(t), Side(dy), launched.adapted(), ones=True).split([r, 1])
     return du, d_projected, d_w1u, d_q.sum(0), d_w2.t().contiguous(), d_b2.view(d)

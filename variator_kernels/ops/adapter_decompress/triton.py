@@ -39,7 +39,7 @@ def run(inputs: DecompressInputs, groups: GpuGroups, adapter: AdapterWeights, y:
     )
     w1u, w2 = unit_rows(w1u), unit_rows(w2)
     adapter_decompress_kernel[(triton.cdiv(groups.launched * k, row["bt"]),)](
-        u, projected, w1u, b1.contiguous(), w2, b2.contiguous(), residual, poison,
+        u, projected, w1u, b1.contiguous(), w2, b2.contiguous(), residual, poison, groups.kept,
         *groups.pointers, y,
         *groups.sizes, d,
         w1u.stride(0), w2.stride(0), 0 if residual is None else residual.stride(0),
@@ -84,9 +84,10 @@ def adapter_decompress_backward(
         t = u.new_empty(dy.shape[0], r)
         rows = flat(projected.to(torch.float32)).contiguous()
         inputs = DecompressInputs(u, rows)
-        _inner_gradient(dy, inputs, launched, adapter, t, d_projected)
+        adapted = launched.adapted()
+        _inner_gradient(dy, inputs, adapted, adapter, t, d_projected)
         d_group = _group_gradient(dy, launched, d_projected, adapter.w1u, du)
-        sums = weight_sums(dy, launched, t, columns=True)
+        sums = weight_sums(dy, adapted, t, columns=True)
     d_w1u = (d_group.to(dtype).t() @ u).to(torch.float32)
     return du, d_projected, d_w1u, d_group.sum(0), sums.b.t().contiguous(), sums.a
 

@@ -29,7 +29,7 @@ from .layered import normalize_real
 
 
 def prepacked_products(g: Tensor, ffn: FeedForward) -> Tensor:
-    """``FFN(g)`` for ``g [rows, d]`` with prepacked weights, in g's dtype."""
+    """``FFN(g)`` for a block ``g [rows, d]`` with prepacked weights, in g's dtype."""
     linear = functools.partial(prepack.linear, rows=g.shape[0])
     w_in, w_out = linear(ffn.w_in, ffn.b_in), linear(ffn.w_out, ffn.b_out)
     w_gate = None if ffn.w_gate is None else linear(ffn.w_gate, ffn.b_gate)
@@ -37,10 +37,10 @@ def prepacked_products(g: Tensor, ffn: FeedForward) -> Tensor:
         return products(g, ffn).to(g.dtype)
     dtype = g.dtype
     g = g.to(prepack.product_dtype(ffn.w_in.dtype))
-    inner = w_in(g, ffn.activation)
+    inner = w_in.block(g, ffn.activation)
     if w_gate is not None:
         inner = w_gate.times(g, inner)
-    return w_out(inner.to(prepack.product_dtype(ffn.w_out.dtype))).to(dtype)
+    return w_out.block(inner.to(prepack.product_dtype(ffn.w_out.dtype))).to(dtype)
 
 
 def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups) -> Tensor:
@@ -60,7 +60,7 @@ def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: G
         return y
     packed, wide = _prepacked_plugin(x, plugin, ffn, groups), accumulator(dtype)
     projected = torch.empty(rows.shape[0], packed.merge.bottleneck, dtype=wide)
-    for first, count, size in blocks(total):
+    for first, count, size in blocks(total, groups.kept is not None):
         block = Listed(lists.kernel.part(first, count), lists.tensors, lists.covers_all)
         merged = torch.empty(size, d, dtype=dtype)
         merged[count:].zero_()
