@@ -252,7 +252,6 @@ def test_a_model_on_the_meta_device_has_shapes(variant, backend):
     assert all(p.grad is not None for p in vk.plugin_parameters(model, [4]))
 
 
-
 KEPT = {"keep_first": 2, "keep_last": 1, "keep": (5, 9)}
 
 

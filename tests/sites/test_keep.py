@@ -372,6 +372,21 @@ def test_a_second_run_keeps_the_same(variant, reentrant):
         torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
 
 
+def test_a_forward_looks_up_its_level_once(monkeypatch):
+    """Another thread may set the ratio meanwhile: mask and groups are those of one level."""
+    model, (ids, mask) = tiny.patched(keep_first=1), tiny.batch(11, 6)
+    state = state_of(model)
+    four, dense = state.level, state.check(1)
+    for first, then in ((dense, four), (four, dense)):
+        vk.set_ratio(model, first)
+        with torch.no_grad():
+            expected = tiny.encode(model, ids, mask)
+        answers = [first]
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(state, "current", lambda a=answers, b=then: a.pop() if a else b)
+            assert torch.equal(tiny.encode(model, ids, mask), expected)
+
+
 def test_copies_and_pickles_keep_the_same(tmp_path):
     model = tiny.patched(keep_first=1, keep_last=2, keep=(5,))
     torch.save(model, tmp_path / "model.pt")

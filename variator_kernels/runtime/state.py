@@ -108,13 +108,14 @@ class State:
             override = overrides.get().get(self)
         return self.level if override is None else override
 
-    def context(self, mask: Tensor | None = None, input_ids: Tensor | None = None) -> Context:
+    def context(
+        self, level: Level, mask: Tensor | None = None, input_ids: Tensor | None = None
+    ) -> Context:
         """That of a forward which begins here, over tokens of a checked ``mask``.
 
         Raises:
             ValueError: token ids stay whole and ``input_ids`` is None, at a ratio above 1.
         """
-        level = self.current()
         return Context(mask, level, keep=NOTHING_KEPT if level.is_dense else self._keep(input_ids))
 
     def groups(self, x: Tensor, ratio: int) -> Groups:

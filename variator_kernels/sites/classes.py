@@ -62,7 +62,7 @@ class _Encoder(nn.Module):
         if not level.is_dense or local.observer is not None:
             mask = token_mask(_argument("attention_mask", positions, args, kwargs))
             ids = _argument("input_ids", positions, args, kwargs)
-        context = state.context(mask, ids)
+        context = state.context(level, mask, ids)
         if not (self.training or state.warned or torch.compiler.is_compiling() or tracing()):
             _warn_if_untrained(self, level.ratios)
         outer = local.context
@@ -90,7 +90,7 @@ class _Block(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.gradient_checkpointing and self.training:
             state = self.variator_state
-            kwargs["variator_context"] = state.local.context or state.context()
+            kwargs["variator_context"] = state.local.context or state.context(state.current())
         return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, variator_context: Context | None = None, **kwargs: Any) -> Any:
@@ -125,7 +125,7 @@ class _Sublayer(nn.Module):
                     "a patched FFN is recomputed outside its encoder, without mask and ratio: "
                     "checkpoint with model.gradient_checkpointing_enable(), or the whole encoder"
                 )
-            context = state.context()
+            context = state.context(state.current())
         ratio = context.level.ratios[self.variator_site.number]
         if state.local.observer is not None:
             state.local.observer(self, x, context.mask_of(x), ratio)
