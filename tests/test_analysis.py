@@ -97,6 +97,31 @@ def test_counts_are_the_definitions(variant, k, threshold):
     assert got[0].groups == {1: 24, 2: 4 + 2 + 4 + 1, 4: 2 + 1 + 2}[k]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_kept_tokens_are_in_no_group(k):
+    """The first two and all of id 5 stay whole: what is left between them forms groups."""
+    model = tiny.patched(keep_first=2, keep=(5,), backend="reference")
+    batch = inputs(model, 12, 7)
+    ids = batch["input_ids"]
+    ids[ids == 5] = 6
+    ids[0, 7] = 5
+    got = neurons(model, [batch], k)
+    # Row 0: 2 kept, 5, 1 kept, 4; row 1: 2 kept, 5.
+    assert got[0].groups == {1: 19, 2: 2 + 2 + 2, 4: 1 + 1 + 1}[k]
+    assert got[0].tokens == 19
+    vk.set_ratio(model, k)
+    x = ffn_inputs(model, batch)[0]
+    expected = Activity(40)
+    runs = ((0, 0, 12), (1, 0, 7)) if k == 1 else ((0, 2, 7), (0, 8, 12), (1, 2, 7))
+    for row, start, end in runs:
+        run = x[row : row + 1, start:end]
+        ones = torch.ones(1, end - start)
+        expected += by_hand(model, tiny.layers(model)[0], run, ones, k, 0.0)
+    for name in ("groups", "merged", "intersection", "union", "merged_in_intersection"):
+        assert getattr(got[0], name) == getattr(expected, name)
+
+
 def test_padding_does_not_count():
     model = tiny.patched("bert", "gelu")
     for left in (False, True):

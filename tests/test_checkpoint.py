@@ -149,6 +149,69 @@ def test_reads_the_first_format(folder):
     assert same(plain, tiny.patched())
 
 
+KEPT = {"keep_first": 1, "keep_last": 2, "keep": (7, 3)}
+
+
+def kept(model):
+    return model.encoder.variator_state.kept[:3]
+
+
+@pytest.fixture
+def kept_folder(tmp_path):
+    vk.save_plugins(tiny.patched(**KEPT), tmp_path / "kept")
+    return tmp_path / "kept"
+
+
+def test_what_is_kept_is_saved_and_adopted(kept_folder, folder):
+    settings = json.loads((kept_folder / "plugins.json").read_text())
+    assert {name: settings[name] for name in KEPT} == KEPT | {"keep": [3, 7]}
+    plain, patched = tiny.model(), tiny.patched()
+    for model in (plain, patched):
+        vk.load_plugins(model, kept_folder)
+        assert kept(model) == (1, 2, (3, 7))
+    assert same(plain, tiny.patched(**KEPT))
+    assert not same(plain, tiny.patched())
+    for model in (plain, patched):  # nobody asked for anything: the next folder may change it
+        vk.load_plugins(model, folder)
+        assert kept(model) == (0, 0, ())
+    assert same(plain, tiny.patched())
+
+
+def test_the_first_format_keeps_nothing(folder):
+    first_format(folder)
+    for model in (tiny.model(), tiny.patched()):
+        vk.load_plugins(model, folder)
+        assert kept(model) == (0, 0, ())
+    with pytest.raises(ValueError, match="has plugins for keep_first=0, the model was patched"):
+        vk.load_plugins(tiny.patched(keep_first=1), folder)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"keep_first": 0}, {"keep_first": 2}, {"keep_last": 1}, {"keep": ()}, {"keep": (3,)}],
+)
+def test_refuses_plugins_that_keep_other_tokens(kept_folder, given):
+    model = tiny.patched(**given)
+    with torch.no_grad():
+        for parameter in vk.plugin_parameters(model):
+            parameter.add_(1)
+    before, was = values(model), model.encoder.variator_state.kept
+    (name,) = given
+    with pytest.raises(ValueError, match=f"has plugins for {name}=.*was patched with {name}="):
+        vk.load_plugins(model, kept_folder)
+    assert unchanged(model, before)
+    assert model.encoder.variator_state.kept == was
+
+
+def test_what_was_asked_for_and_is_the_same_loads(kept_folder, folder):
+    model = tiny.patched(keep_first=1)
+    vk.load_plugins(model, kept_folder)
+    assert kept(model) == (1, 2, (3, 7))
+    with pytest.raises(ValueError, match="keep_first=0"):
+        vk.load_plugins(model, folder)
+    vk.load_plugins(tiny.patched(**KEPT), kept_folder)
+
+
 def edit_settings(**changes):
     def edit(folder):
         tensors = load_file(folder / "plugins.safetensors")
@@ -196,7 +259,6 @@ DAMAGE = [
     (lambda f: (f / "plugins.safetensors").write_bytes(b"12345678"), ValueError, "is damaged"),
     (edit_settings(format=3, written_by="0.9.0"), ValueError, "has format 3.*kernels 0.9.0"),
     (edit_settings(extra=1, written_by="0.9.0"), ValueError, r"fields \['extra'\].*kernels 0.9.0"),
-    (edit_settings(keep_first=1), ValueError, "keep tokens whole"),
     (edit_settings(method="other"), ValueError, "method must be 'variator', got 'other'"),
     (edit_settings(placements={"ffn": [0]}), ValueError, "ratios must be >= 2, got 0"),
     (edit_settings(placements={"attention": [2]}), ValueError, "placements must be of"),
@@ -246,6 +308,11 @@ DAMAGE = [
     (edit_settings(keep=0), ValueError, "keep must be a list of token ids, got 0"),
     (edit_settings(keep=""), ValueError, "keep must be a list of token ids, got ''"),
     (edit_settings(keep=[0.5]), ValueError, "keep must be an integer.*got 0.5"),
+    (edit_settings(keep=[True]), ValueError, "keep must be an integer.*got True"),
+    (edit_settings(keep=[3, 3]), ValueError, "keep must name each token id once"),
+    (edit_settings(keep=[3, 40]), ValueError, "below the vocabulary's size, 40, got 40"),
+    (edit_settings(keep_first=2**31), ValueError, "keep_first must be <= 2147483647"),
+    (edit_settings(keep_last=2**70), ValueError, "keep_last must be <= 2147483647"),
     (edit_text('"format": 2,', '"format": 1, "format": 2,'), ValueError, "has 'format' twice"),
     (edit_text('"ffn"', '"ffn": [8], "ffn"'), ValueError, "has 'ffn' twice"),
     (edit_text("24", "[" * 10**5), ValueError, "is damaged"),

@@ -220,3 +220,87 @@ def test_low_rank_adapters_count_where_they_run(variant, targets):
     merged = flops.count(model, batch=2, length=9, ratio=4)
     assert merged.multiply_adds == plain.multiply_adds
     assert merged.dense_parameters == count.dense_parameters
+
+
+KEPT = [
+    # keep_first, keep_last, further tokens, and what lies between kept tokens
+    (1, 0, (), (12,)),
+    (2, 3, (), (8,)),
+    (0, 1, (4, 5), (4, 6)),
+    (1, 0, (1, 6, 12), (4, 5)),
+    (7, 7, (3,), ()),
+]
+
+
+@needs_cpu
+@pytest.mark.parametrize(("first", "last", "further", "runs"), KEPT)
+@pytest.mark.parametrize("variant", [("t5", "gated-gelu"), ("bert", "gelu")])
+@pytest.mark.parametrize("k", [2, 4])
+def test_kept_tokens_cost_what_they_cost_in_the_dense_ffn(variant, k, first, last, further, runs):
+    """Against the counter: what lies between them by itself, and the dense model for the rest."""
+    n, batch = 13, 2
+    model = tiny.patched(*variant, ratio=k)
+    layer = tiny.layers(model)[0]
+
+    def counted(length, ratio):
+        with vk.use_ratio(model, ratio), torch.no_grad():
+            with FlopCounterMode(display=False) as counter:
+                tiny.run(layer, torch.randn(batch, length, 24))
+        return counter.get_total_flops()
+
+    kept = n - sum(runs)
+    expected = counted(kept, 1) + sum(counted(length, k) for length in runs)
+    mask = torch.zeros(batch, n)
+    mask[:, list(further)] = 1
+    settings = {"ratio": {"ffn": {0: k}}, "batch": batch, "length": n, "kept": mask}
+    for made in (model, tiny.patched(*variant, ratio=k, keep_first=first, keep_last=last)):
+        given = {} if made is not model else {"keep_first": first, "keep_last": last}
+        count = flops.count(made, **settings, **given)
+        parts = count.multiply_adds
+        dense = count.dense_multiply_adds.ffn // 2  # of the other layer
+        assert 2 * (parts.ffn - dense + parts.merge + parts.decompress) == expected
+        assert count.dense_multiply_adds == flops.count(made, batch, n, 1).multiply_adds
+        assert count.parameters == flops.count(made, ratio={"ffn": {0: k}}).parameters
+
+
+def test_kept_tokens_of_rows_of_their_own_lengths():
+    model = tiny.model()
+    settings = {"ratio": 4, "bottleneck": 6, "keep_last": 1}
+    kept = torch.zeros(3, 9, dtype=torch.bool)
+    kept[0, 4] = kept[1, 8] = kept[2, 0] = True  # of row 1 that is padding, row 2 has no token
+    together = flops.count(model, length=(9, 5, 0), kept=kept, **settings).multiply_adds
+    alone = [
+        flops.count(model, 1, 9, kept=kept[:1], **settings).multiply_adds,
+        flops.count(model, 1, 5, **settings).multiply_adds,
+    ]
+    for part in ("ffn", "merge", "decompress"):
+        assert getattr(together, part) == sum(getattr(one, part) for one in alone)
+    everything = flops.count(model, 2, 9, keep_first=10**12, ratio=4)
+    assert everything.multiply_adds == everything.dense_multiply_adds
+
+
+@pytest.mark.parametrize("variant", [("t5", "relu"), ("bert", "gelu")])
+def test_the_counter_of_a_model_that_keeps_tokens(variant):
+    """Shapes do not tell which tokens stay whole: it counts their merge and adapter too."""
+    model = tiny.patched(*variant, keep_first=1, keep_last=2, attn_implementation="eager")
+    ids, _ = tiny.batch(9, 9)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        tiny.encode(model, ids)
+    count = flops.count(model, batch=2, length=9, ratio=4)
+    kept, layers = 2 * 3, 2
+    more = layers * kept * ((4 * 24 + 24) + 3 * 6 * 24)
+    assert counter.get_total_flops() == 2 * (count.multiply_adds.total + more)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep_first": -1}, "keep_first must be >= 0, got -1"),
+        ({"keep_last": True}, "keep_last must be an integer >= 0, got True"),
+        ({"kept": torch.ones(2, 3)}, r"kept must be a tensor of shape \[1, 512\], got \[2, 3\]"),
+        ({"kept": [[1]]}, r"kept must be a tensor of shape \[1, 512\], got list"),
+    ],
+)
+def test_refuses_kept_tokens_that_do_not_fit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        flops.count(tiny.model(), **settings)

@@ -38,6 +38,7 @@ def test_loads(prefix, bias, patched, tmp_path):
     model = tiny.patched(ratios=(2, 4)) if patched else tiny.model()
     vk.load_plugins(model, save(parts, tmp_path))
     assert model.encoder.variator_state.ratio == K
+    assert model.encoder.variator_state.kept[:3] == (0, 0, ())
     for i, block in enumerate(model.encoder.block):
         weights = block.layer[-1].plugins[str(K)].weights()
         for name, weight, b in (

@@ -5,6 +5,7 @@ from . import backends  # noqa: F401  (first: what it refuses must leave nothing
 # isort: split
 from . import analysis, flops, functional, pretrained
 from .checkpoint import load_plugins, save_plugins
+from .description import describe
 from .freezing import freeze, thaw
 from .methods.variator import AdapterDecompress, CompressedFFN, GroupMerge, Plugin
 from .methods.variator.calibration import calibrate
@@ -12,6 +13,7 @@ from .methods.variator.method import plugin_parameters
 from .ops import flop_formulas
 from .ops.feed_forward import FeedForward, PluginWeights
 from .patching import patch, patch_bert, patch_t5, unpatch
+from .runtime.keep import keep
 from .runtime.levels import set_ratio, use_ratio
 from .version import __version__
 
@@ -25,9 +27,11 @@ __all__ = [
     "__version__",
     "analysis",
     "calibrate",
+    "describe",
     "flops",
     "freeze",
     "functional",
+    "keep",
     "load_plugins",
     "patch",
     "patch_bert",

@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional
 from .ops.feed_forward import FeedForward, normalize
-from .ops.groups import slots
-from .ops.make_groups import make_groups
+from .ops.group_merge.reference import group_merge
+from .ops.groups import Groups, slots
 from .runtime.levels import use_ratio
-from .runtime.state import STATE, observe, states
+from .runtime.state import STATE, State, observe, states
 from .sites.feed_forward import describe
 from .sites.find import find
 
@@ -45,7 +44,7 @@ class Activity:
     tokens: int = 0
     """Real tokens."""
     groups: int = 0
-    """Groups of k real tokens; a shorter last group of a row, or one with a hole, is left out."""
+    """Groups of k real tokens; shorter ones, those with a hole and kept tokens are left out."""
     active: int = 0
     """Active neurons, over all tokens."""
     merged: int = 0
@@ -127,17 +126,18 @@ def neurons(
     found = find(model)
     place = {layer: i for i, layer in enumerate(found.layers)}
     counts: list[Activity | None] = [None] * len(place)
+    state: State = vars(found.encoder)[STATE]
 
     def see(layer: nn.Module, x: Tensor, mask: Tensor | None, k: int) -> None:
         i = place[layer]
         ffn = describe(layer)
         if ffn.module is not None:
             raise ValueError(f"model's FFN {i} is more than its weights: its neurons are not seen")
-        new = _activity(layer, ffn, x, mask, k, threshold)
+        new = _activity(layer, ffn, x, mask, state.groups(x, k), threshold)
         before = counts[i]
         counts[i] = new if before is None else before + new
 
-    with use_ratio(model, ratio), observe(vars(found.encoder)[STATE], see):
+    with use_ratio(model, ratio), observe(state, see):
         for batch in batches:
             found.encoder(**batch)
     seen = [activity for activity in counts if activity is not None]
@@ -147,20 +147,20 @@ def neurons(
 
 
 def _activity(
-    layer: Any, ffn: FeedForward, x: Tensor, mask: Tensor | None, k: int, threshold: float
+    layer: Any, ffn: FeedForward, x: Tensor, mask: Tensor | None, groups: Groups, threshold: float
 ) -> Activity:
     if not ffn.post_norm:
         x = normalize(x, ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)
-    index, exists = slots(make_groups(x, k, mask=mask))
+    index, exists = slots(groups)
     exists = exists.flatten(0, 1)
     active = _is_active(x.flatten(0, 1), ffn, threshold)
     whole = exists.all(-1)
     slotted = [active[slot] for slot in index.flatten(0, 1)[whole].unbind(-1)]  # k of [groups, f]
     every, some = reduce(and_, slotted), reduce(or_, slotted)
     merged = every
-    if k > 1:
-        merge = layer.plugins[str(k)].merge
-        vectors = functional.group_merge(x, merge.weight, merge.bias, mask=mask)
+    if groups.ratio > 1:
+        merge = layer.plugins[str(groups.ratio)].merge
+        vectors = group_merge(x, merge.weight, merge.bias, groups)
         merged = _is_active(vectors.flatten(0, 1)[whole], ffn, threshold)
     real = active if mask is None else active[mask.flatten() != 0]
     sums = (real, merged, every, some, merged & every, merged & some)

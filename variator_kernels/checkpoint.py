@@ -19,6 +19,7 @@ from .methods.variator import released, stored
 from .methods.variator.stored import FIELDS, Settings, key
 from .ops import checks
 from .patching import apply
+from .runtime.kept import Kept, adopted, token_ids
 from .runtime.state import STATE, State, states
 from .sites.find import Found, find, is_patched
 from .sites.wrappers import NO_VALUES, check_values
@@ -57,6 +58,9 @@ def gather(
         {place: list(config.ratios) for place in config.placements},
         stored.level_of(state.level, state.sites),
         written_by=__version__,
+        keep_first=state.kept.first,
+        keep_last=state.kept.last,
+        keep=state.kept.ids,
     )
     sharding.reshard(model)
     tensors = {}
@@ -92,7 +96,8 @@ def load_plugins(model: nn.Module, source: str | os.PathLike[str]) -> None:
     """Read plugins into a patched model, or patch it as the file says and read them.
 
     Tensors take the dtype and device of the model's. A patched model keeps its active ratio, and
-    plugins of ratios that the file does not have.
+    plugins of ratios that the file does not have. Which tokens stay whole is as the file says (none
+    in version 0.1.0's and the authors'), for all ratios.
 
     Args:
         model: patched or not, with one encoder.
@@ -102,7 +107,8 @@ def load_plugins(model: nn.Module, source: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: there is no such file. ValueError: the file is damaged or of a newer
-        version, or its plugins are not this model's; nothing has changed then.
+        version, its plugins are not this model's, or they keep other tokens whole than the model
+        was patched to keep; nothing has changed then.
     """
     found = find(model)
     path = Path(source)
@@ -113,7 +119,7 @@ def load_plugins(model: nn.Module, source: str | os.PathLike[str]) -> None:
         raise ValueError(f"source must be the folder of plugins or its {TENSORS}, got {path}")
     read = _read if path.suffix == ".safetensors" else released.read
     settings, tensors = read(path)
-    _check(found, settings, tensors, path)
+    kept = _check(found, settings, tensors, path)
     check_values(found.encoder)
     if not is_patched(model):
         apply(
@@ -132,6 +138,7 @@ def load_plugins(model: nn.Module, source: str | os.PathLike[str]) -> None:
                     parameter = layer.plugins[str(k)].get_parameter(field)
                     sharding.fill(parameter, tensors[key(i, k, field)])
     state: State = vars(found.encoder)[STATE]
+    state.kept = kept
     state.trained.clear()
     state.warned = False
 
@@ -179,8 +186,8 @@ def _parsed(text: str) -> Any:
     return json.loads(text, object_pairs_hook=once)
 
 
-def _check(found: Found, settings: Settings, tensors: dict[str, Tensor], path: Path) -> None:
-    """The plugins are this model's, complete and well-shaped."""
+def _check(found: Found, settings: Settings, tensors: dict[str, Tensor], path: Path) -> Kept:
+    """The plugins are this model's, complete and well-shaped. Returns what is kept with them."""
     state: State | None = vars(found.encoder).get(STATE)
     wanted: list[tuple[str, Any, Any]] = [
         ("hidden size", found.hidden_size, settings.hidden_size),
@@ -201,6 +208,8 @@ def _check(found: Found, settings: Settings, tensors: dict[str, Tensor], path: P
             f"source {path} has ratios {settings.ratios}, the model has plugins for "
             f"{state.ratios}: patch it with ratios= that hold them"
         )
+    token_ids(settings.keep, found.vocabulary)
+    kept = settings.kept if state is None else adopted(state.kept, settings.kept, path)
     shapes = stored.shapes(settings, [i for i, _ in found.own_layers])
     if tensors.keys() != shapes.keys():
         missing = sorted(shapes.keys() - tensors.keys())
@@ -214,3 +223,4 @@ def _check(found: Found, settings: Settings, tensors: dict[str, Tensor], path: P
             raise ValueError(f"{name} must be floating point, got {tensors[name].dtype}")
         if not tensors[name].isfinite().all():
             raise ValueError(f"{name} must be finite, got NaN or infinity")
+    return kept

@@ -27,6 +27,18 @@ def flag(value: object, name: str) -> bool:
     return value
 
 
+def integer(value: object, name: str, least: int = 0, most: int | None = None) -> int:
+    """An integer from ``least`` to ``most``; NumPy's too, but neither True nor 1.0."""
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    number = operator.index(value)  # type: ignore[arg-type]
+    if number < least:
+        raise ValueError(f"{name} must be >= {least}, got {number}")
+    if most is not None and number > most:
+        raise ValueError(f"{name} must be <= {most}, got {number}")
+    return number
+
+
 def choice(value: str, allowed: tuple[str, ...], name: str) -> str:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import repeat
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import checks
-from .ops.flop_formulas import decompress_macs, ffn_macs, merge_macs
+from .ops.flop_formulas import decompress_macs, ffn_macs, groups_around, merge_macs
 from .runtime.level import mentioned, resolve
 from .runtime.state import STATE
 from .sites.families import follow, lookup
@@ -55,6 +56,10 @@ def count(
     length: int | Sequence[int] = 512,
     ratio: Any = 4,
     bottleneck: int | None = None,
+    *,
+    keep_first: int | None = None,
+    keep_last: int | None = None,
+    kept: Tensor | None = None,
 ) -> Count:
     """Multiply-adds and parameters of a model's encoder, patched or not, on any device.
 
@@ -69,6 +74,11 @@ def count(
         ratio: k, or a mapping, as :func:`set_ratio` takes it; 1 is dense. Of a model that is not
             patched it may be any.
         bottleneck: r; by default the patched model's, else 64.
+        keep_first, keep_last: tokens at the ends of a row that stay whole; by default the patched
+            model's, else what :func:`patch` would take. They cost what they cost in the dense FFN,
+            and no merge and adapter.
+        kept: ``[batch, length]``, nonzero for further tokens that stay whole, rows beginning in
+            column 0. Those of a model's own ids (``keep``) are not known here: say where they are.
 
     Raises:
         ValueError: an argument is out of range, or the family is not known.
@@ -103,15 +113,23 @@ def count(
         "attention_core": layers * rows * 2 * longest**2 * inner,
         "other": _outside_blocks(found.encoder, rows, longest),
     }
+    first = state.kept.first if state else found.family.keep_first
+    last = state.kept.last if state else 0
+    first = first if keep_first is None else checks.integer(keep_first, "keep_first")
+    last = last if keep_last is None else checks.integer(keep_last, "keep_last")
+    whole = _whole(lengths, first, last, kept)
+    wholes = sum(map(len, whole))
     tokens = sum(lengths)
     ffns = [ffn_macs(d, f, gated) + macs for macs in beside_ffns]
     dense = Parts(**unchanged, ffn=tokens * sum(ffns))
-    vectors = {k: sum(-(-n // k) for n in lengths) for k in {1, *ratios}}  # that the FFN runs on
+    merged = tokens - wholes
+    groups = {k: sum(map(groups_around, lengths, repeat(k), whole)) for k in compressed}
+    vectors = {1: tokens, **{k: number + wholes for k, number in groups.items()}}  # in the FFN
     used = Parts(
         **unchanged,
         ffn=sum(vectors[k] * macs for k, macs in zip(ratios, ffns, strict=True)),
-        merge=sum(merge_macs(tokens, d, k) for k in compressed),
-        decompress=sum(decompress_macs(tokens, vectors[k], d, r) for k in compressed),
+        merge=sum(merge_macs(merged, d, k) for k in compressed),
+        decompress=sum(decompress_macs(merged, groups[k], d, r) for k in compressed),
     )
 
     own = [i for i, _ in found.own_layers]  # a shared module runs often and is there once
@@ -131,6 +149,22 @@ def count(
         other=rest,
     )
     return Count(used, dense, parameters, dense_parameters)
+
+
+def _whole(lengths: list[int], first: int, last: int, kept: Tensor | None) -> list[set[int]]:
+    """Of each row the positions of the tokens that stay whole."""
+    whole = [{*range(min(first, n)), *range(max(n - last, 0), n)} for n in lengths]
+    if kept is None:
+        return whole
+    shape = (len(lengths), max(lengths, default=0))
+    if not isinstance(kept, Tensor) or tuple(kept.shape) != shape:
+        got = list(kept.shape) if isinstance(kept, Tensor) else type(kept).__name__
+        raise ValueError(f"kept must be a tensor of shape {list(shape)}, got {got}")
+    further = [row.nonzero().flatten().tolist() for row in kept]
+    return [
+        ends | {at for at in places if at < n}
+        for ends, places, n in zip(whole, further, lengths, strict=True)
+    ]
 
 
 def _outside_blocks(encoder: nn.Module, rows: int, length: int) -> int:

@@ -11,6 +11,7 @@ from . import backends
 from .methods.variator.config import PLACEMENTS, configure
 from .methods.variator.method import Variator
 from .ops import prepack
+from .runtime import kept
 from .runtime.state import State
 from .sites.families import BERT_FAMILIES, FAMILIES, T5_FAMILIES, Family
 from .sites.find import check_unchanged, find, is_patched
@@ -29,6 +30,9 @@ def patch_t5(
     placements: Iterable[str] = ("ffn",),
     backend: str = "auto",
     *,
+    keep_first: int | None = None,
+    keep_last: int = 0,
+    keep: Iterable[int] | None = None,
     pack: bool = True,
 ) -> Model:
     """Put compression plugins around the encoder FFNs of a T5, mT5 or umT5 model, in place.
@@ -45,6 +49,11 @@ def patch_t5(
         bottleneck, activation: r and φ of the plugins.
         placements: only ``("ffn",)``.
         backend: as in :func:`functional.compressed_ffn`.
+        keep_first, keep_last: how many real tokens at either end of a row stay whole: merge and
+            adapter pass them by, and they get the dense sublayer's value. By default the family's
+            number of first ones, and none at the end.
+        keep: ids of tokens that stay whole wherever they stand. The encoder must get ``input_ids``
+            then. See :func:`keep` for tokens of one batch.
         pack: whether the CPU keeps packed copies of the FFNs' weights, as large as these in the
             dtype of the products; :func:`describe` tells their bytes. Without, inference is slower.
 
@@ -56,9 +65,19 @@ def patch_t5(
         offloads it, or somebody replaced what is to be patched, or has a module of the name that
         plugins take. Nothing has changed then.
     """
-    families = T5_FAMILIES
     return apply(
-        model, families, ratio, ratios, bottleneck, activation, placements, backend, pack=pack
+        model,
+        T5_FAMILIES,
+        ratio,
+        ratios,
+        bottleneck,
+        activation,
+        placements,
+        backend,
+        keep_first,
+        keep_last,
+        keep,
+        pack,
     )
 
 
@@ -71,6 +90,9 @@ def patch_bert(
     placements: Iterable[str] = ("ffn",),
     backend: str = "auto",
     *,
+    keep_first: int | None = None,
+    keep_last: int = 0,
+    keep: Iterable[int] | None = None,
     pack: bool = True,
 ) -> Model:
     """:func:`patch_t5` for a BERT, RoBERTa, DistilBERT or ELECTRA encoder, with or without a head.
@@ -81,9 +103,19 @@ def patch_bert(
         TypeError, ValueError: as :func:`patch_t5`; the model is a decoder (``config.is_decoder``);
         or ``config.chunk_size_feed_forward`` is not 0.
     """
-    families = BERT_FAMILIES
     return apply(
-        model, families, ratio, ratios, bottleneck, activation, placements, backend, pack=pack
+        model,
+        BERT_FAMILIES,
+        ratio,
+        ratios,
+        bottleneck,
+        activation,
+        placements,
+        backend,
+        keep_first,
+        keep_last,
+        keep,
+        pack,
     )
 
 
@@ -96,6 +128,9 @@ def patch(
     placements: Iterable[str] = ("ffn",),
     backend: str = "auto",
     *,
+    keep_first: int | None = None,
+    keep_last: int = 0,
+    keep: Iterable[int] | None = None,
     pack: bool = True,
 ) -> Model:
     """:func:`patch_t5` or its like, by the encoder that ``model`` holds at any depth.
@@ -105,9 +140,19 @@ def patch(
     Raises:
         TypeError, ValueError: the family is not known; else as :func:`patch_t5`.
     """
-    families = tuple(FAMILIES.values())
     return apply(
-        model, families, ratio, ratios, bottleneck, activation, placements, backend, pack=pack
+        model,
+        tuple(FAMILIES.values()),
+        ratio,
+        ratios,
+        bottleneck,
+        activation,
+        placements,
+        backend,
+        keep_first,
+        keep_last,
+        keep,
+        pack,
     )
 
 
@@ -131,7 +176,9 @@ def apply(
     activation: str,
     placements: Iterable[str] = PLACEMENTS,
     backend: str = "auto",
-    *,
+    keep_first: int | None = None,
+    keep_last: int = 0,
+    keep: Iterable[int] | None = None,
     pack: bool = True,
 ) -> Model:
     """:func:`patch_t5` for a model of any of ``families``."""
@@ -143,8 +190,10 @@ def apply(
     check_unchanged(found)
     config, active = configure(ratio, ratios, bottleneck, activation, placements, backend, pack)
     backends.resolve(config.backend, found.like(0))
+    chosen = kept.configure(keep_first, keep_last, keep, found.family.keep_first, found.vocabulary)
     method, sites = Variator(config), sites_of(found)
     state = State(found.family.name, method, sites, found.owners)
+    state.kept = chosen
     state.level = state.check(active)
     modules = {
         i: method.parameters(found.hidden_size, found.like(i), layer.training)

@@ -56,6 +56,51 @@ def test_comes_closer_to_the_dense_model(family, act):
         assert loss(made, k) < 0.8 * value
 
 
+@pytest.mark.parametrize(("family", "act"), [("t5", "relu"), ("bert", "gelu")])
+def test_fits_what_is_not_kept_whole(family, act, monkeypatch):
+    """In the groups that the model makes: the first token, the last and id 5 are in none."""
+    made = tiny.patched(family, act, keep_first=1, keep_last=1, keep=(5,), backend="reference")
+    with torch.no_grad():
+        for parameter in vk.plugin_parameters(made):
+            parameter.zero_()
+    before = {k: loss(made, k) for k in (2, 4)}
+    samples, real = [], calibration._fit
+    monkeypatch.setattr(
+        calibration, "_fit", lambda *given: samples.append(given[2]) or real(*given)
+    )
+    given = batches(left=True)
+    vk.calibrate(made, given)
+    for k, value in before.items():
+        assert loss(made, k) < 0.8 * value
+    ids, mask = (
+        torch.cat([batch[key] for batch in given]) for key in ("input_ids", "attention_mask")
+    )
+    fitted = (mask == 1) & (ids != 5)
+    for row, places in enumerate(mask):
+        found = places.nonzero().flatten()
+        fitted[row, found[0]] = fitted[row, found[-1]] = False
+    assert len(samples) == 4
+    for sample in samples:
+        assert torch.equal(sample.mask, fitted)
+        assert sample.groups.kept is not None
+        assert len(sample.tokens) == len(sample.wanted) == len(sample.held_out) == fitted.sum()
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_refuses_what_is_kept_whole_altogether(few):
+    made = tiny.patched(keep_first=25 if few else 30, backend="reference")
+    before = [p.clone() for p in vk.plugin_parameters(made)]
+    given = batches(3)
+    if few:  # only the last row has a token that is merged
+        given = [{key: rows[:3] for key, rows in batch.items()} for batch in batches(4)]
+        last = {key: rows[3:] for key, rows in batches(1)[0].items()}
+        given.append(last)
+    with pytest.raises(ValueError, match="tokens that are not kept whole"):
+        vk.calibrate(made, given)
+    for parameter, value in zip(vk.plugin_parameters(made), before, strict=True):
+        assert torch.equal(parameter, value)
+
+
 def test_uses_real_tokens_alone():
     ids, mask = tiny.batch(21, 8, 27, 15, seed=100)
     outputs = []

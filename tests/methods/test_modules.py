@@ -170,3 +170,15 @@ def test_refuses_bad_arguments(arguments, message):
     if not arguments.keys() & {"hidden_size"}:
         with pytest.raises(ValueError, match=message):
             vk.CompressedFFN(tiny.model().encoder.block[0].layer[-1], **{"ratio": K, **arguments})
+
+
+def test_compressed_ffn_keeps_tokens_whole():
+    layer = tiny.model().encoder.block[0].layer[-1].double()
+    module = randomise(vk.CompressedFFN(layer, K, R))
+    x, further = torch.randn(2, 9, 24).double(), torch.zeros(2, 9)
+    further[1, 5] = 1
+    out = module(x, keep_first=1, keep_last=2, keep=further)
+    whole = further.bool()
+    whole[:, [0, 7, 8]] = True
+    same = (out - layer(x)).abs().amax(-1) < 1e-5  # T5 norms in fp32
+    assert torch.equal(same, whole)

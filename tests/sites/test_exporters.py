@@ -256,3 +256,41 @@ def test_a_model_on_the_meta_device_has_shapes(variant, backend):
     assert out.shape == (2, 9, 24)
     out.sum().backward()
     assert all(p.grad is not None for p in vk.plugin_parameters(model, [4]))
+
+
+KEPT = {"keep_first": 2, "keep_last": 1, "keep": (5, 9)}
+
+
+@pytest.mark.parametrize(("variant", "backend"), [(MODELS[0], "auto"), (MODELS[1], "reference")])
+def test_exports_kept_tokens(variant, backend):
+    model = patched(variant, backend=backend, **KEPT)
+    check(export(model).module(), model)
+    first = patched(variant, backend=backend, keep_first=1)
+    check(export(first).module(), first)
+
+
+@every_model
+@pytest.mark.parametrize("kept", [{"keep_first": 1}, KEPT], ids=["first", "all"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traces_kept_tokens(variant, kept):
+    model = patched(variant, **kept)
+    check(torch.jit.trace(model, tiny.batch(8)), model)
+
+
+def test_compiles_kept_tokens_with_dynamic_sizes():
+    model = patched(MODELS[0], **KEPT)
+    check(torch.compile(model, fullgraph=True, dynamic=True, backend="eager"), model)
+
+
+@needs_onnx
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_knows_kept_tokens(dynamo, tmp_path, quiet):
+    model, path = patched(MODELS[0], **KEPT), tmp_path / "model.onnx"
+    if dynamo:
+        settings = {"dynamic_shapes": SHAPES, "verbose": False}
+    else:
+        axes = {0: "rows", 1: "tokens"}
+        settings = {"input_names": ["ids", "mask"], "dynamic_axes": {"ids": axes, "mask": axes}}
+    torch.onnx.export(model, tiny.batch(9, 4), path, dynamo=dynamo, **settings)
+    check(onnx_session(path), model)

@@ -144,7 +144,9 @@ def patched(
     *args, ratio: int = 4, ratios=(2, 4), activation="tanh", backend: str = "auto", **settings
 ):
     """A patched model with random plugins."""
-    made = vk.patch(model(*args, **settings), ratio, ratios, 6, activation, backend=backend)
+    names = ("keep_first", "keep_last", "keep")
+    kept = {name: settings.pop(name) for name in names if name in settings}
+    made = vk.patch(model(*args, **settings), ratio, ratios, 6, activation, backend=backend, **kept)
     train_plugins(made)
     return made
 

@@ -27,6 +27,7 @@ from variator_kernels.train.run import _load, plugged
 ROOT = Path(__file__).parents[2]
 SMALL = ["--bottleneck", "4", "--per_device_train_batch_size", "8", "--use_cpu"]
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+TASK = "sentence\tlabel\nw1\t0\n"
 PRETRAIN = ["--max-length", "24", *SMALL, "--ratios", "2", "4"]
 
 
@@ -205,6 +206,10 @@ def test_calibrates_before_the_first_step(folder, tmp_path):
         ("adapt", "a.tsv", "sentence\tlabel\nw1\t0\n", ["--template", "x"], "must name columns"),
         ("adapt", "a.tsv", "sentence\tlabel\nw1\t0\n", ["--ratios", "1"], "ratios must be >= 2"),
         ("adapt", "a.tsv", "sentence\tlabel\nw1\t0\n", ["--ratios", "x"], "integers >= 2, got 'x'"),
+        ("adapt", "a.tsv", TASK, ["--keep-first", "-1"], "keep_first must be >= 0, got -1"),
+        ("adapt", "a.tsv", TASK, ["--keep-last", "-1"], "keep_last must be >= 0, got -1"),
+        ("adapt", "a.tsv", TASK, ["--keep", "x"], "keep must be integers >= 0, got 'x'"),
+        ("adapt", "a.tsv", TASK, ["--keep", "5,99999"], "keep must hold token ids below the voc"),
         ("adapt", "none.tsv", None, [], "there is no .*none.tsv"),
         (
             "pretrain",
@@ -297,6 +302,36 @@ def test_takes_from_plugins_what_is_not_asked_for(folder, tmp_path):
     for wrong in ({"bottleneck": 5}, {"activation": "tanh"}, {"ratios": (3,)}):
         with pytest.raises(ValueError, match=f"source .* has {next(iter(wrong))} .*the model has"):
             plugged(AutoModel.from_pretrained(folder / "model"), replace(job, **wrong))
+
+
+def test_keeps_tokens_whole_and_hands_them_on(folder, tmp_path):
+    """Saved, taken from plugins where nobody says, refused where somebody says otherwise."""
+    more = ["--max_steps", "2", "--calibrate", "10", "--save_steps", "1"]
+    kept = ["--keep-first", "1", "--keep-last", "2", "--keep", "7,5", "3"]
+    main(command(folder, tmp_path / "a", "pretrain", "text.txt", *more, *kept))
+    main(command(folder, tmp_path / "none", "pretrain", "text.txt", *more, "--keep-first", "0"))
+    adapt = ["--plugins", str(tmp_path / "a"), "--max_steps", "1"]
+    main(command(folder, tmp_path / "b", "adapt", "task.tsv", *adapt))
+    for place in ("a", "a/checkpoint-1", "b"):
+        saved = json.loads((tmp_path / place / "plugins.json").read_text())
+        assert [saved[name] for name in ("keep_first", "keep_last", "keep")] == [1, 2, [3, 5, 7]]
+    a, none = (load_file(tmp_path / name / "plugins.safetensors") for name in ("a", "none"))
+    assert any(not torch.equal(a[key], none[key]) for key in a)
+    with pytest.raises(ValueError, match="has plugins for keep_first=1, the model was patched"):
+        main(command(folder, tmp_path / "c", "adapt", "task.tsv", *adapt, "--keep-first", "0"))
+    assert not (tmp_path / "c").exists()
+    with pytest.raises(ValueError, match=r"holds a run with keep_last=2, now it is None"):
+        main(command(folder, tmp_path / "a", "pretrain", "text.txt", *more, *kept[:2]))
+
+
+def test_a_resumed_run_keeps_what_its_checkpoint_keeps(folder, tmp_path):
+    """Also where the family's default has changed since."""
+    model = AutoModel.from_pretrained(folder / "model")
+    plugged(model, Job("pretrain", str(folder / "model"), "", "", ratios=(2,), keep_first=1))
+    save_plugins(model, tmp_path)
+    later = AutoModel.from_pretrained(folder / "model")
+    plugged(later, Job("pretrain", str(folder / "model"), "", "", plugins=str(tmp_path)))
+    assert states(later)[0].kept == (1, 0, (), ())
 
 
 def test_the_same_run_by_another_name_of_its_folder_goes_on(folder, tmp_path):

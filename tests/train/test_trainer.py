@@ -260,3 +260,20 @@ def test_an_epoch_is_a_pass_over_the_rows(tmp_path):
     found = [entry["epoch"] for entry in made.state.log_history if "loss" in entry]
     assert found == pytest.approx([passes / 2, passes])
     assert made.state.log_history[-1]["epoch"] == pytest.approx(passes)
+
+
+def test_kept_tokens_are_trained_with_saved_and_resumed(tmp_path):
+    kept = {"keep_first": 1, "keep": (5,)}
+    whole = trainer(tmp_path / "whole", tiny.patched(head="EncoderModel", **kept))
+    whole.train()
+    plain = trainer(tmp_path / "plain", tiny.patched(head="EncoderModel"))
+    plain.train()
+    assert not same(plugins(whole.model), plugins(plain.model))
+    (tmp_path / "whole" / "checkpoint-6" / checkpoints.COMPLETE).unlink()
+    again = trainer(tmp_path / "whole", tiny.patched(head="EncoderModel"))
+    again.train(resume_from_checkpoint=True)
+    assert again.model.encoder.variator_state.kept[:3] == (1, 0, (5,))
+    assert same(plugins(whole.model), plugins(again.model))
+    other = trainer(tmp_path / "whole", tiny.patched(head="EncoderModel", keep_first=2))
+    with pytest.raises(ValueError, match="has plugins for keep_first=1, the model was patched"):
+        other.train(resume_from_checkpoint=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +14,13 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 def ffn_macs(hidden: int, inner: int, gated: bool) -> int:
     """Of the FFN, a vector; also its number of weights."""
     return (3 if gated else 2) * hidden * inner
+
+
+def groups_around(length: int, ratio: int, kept: Iterable[int] = ()) -> int:
+    """Groups of up to k tokens in a row of ``length``, whose tokens at the positions ``kept`` stay
+    whole: these are vectors of the FFN too, but without merge and adapter."""
+    edges = (-1, *sorted(set(kept)), length)
+    return sum((end - start - 2 + ratio) // ratio for start, end in pairwise(edges))
 
 
 def merge_macs(tokens: int, hidden: int, ratio: int) -> int:
@@ -34,8 +43,9 @@ def register() -> None:
 
 
 # Formulas get the ops' arguments with shapes in the place of tensors (schemas: ops/<op>/op.py).
-# A shape does not tell padding: every token counts as real. Backward passes count two products
-# for each of the forward's, and what they compute again.
+# A shape does not tell padding, nor which tokens stay whole: every token counts as real, merged and
+# restored, and every group that a row may have as there. Backward passes count two products for
+# each of the forward's, and what they compute again.
 
 
 def _group_merge(x: Any, weight: Any, bias: Any, projection: Any, *_: Any, **__: Any) -> int:
@@ -66,7 +76,9 @@ def _compressed_ffn(*arguments: Any, **_: Any) -> int:
     x, _wc, bc, _w1, b1, _w2, _b2, w_in, _w_out, w_gate = arguments[:10]
     start = arguments[15]
     d, k, tokens = x[-1], bc[0], math.prod(x[:-1])
-    if len(x) == 3:
+    if len(x) == 3 and arguments[18] is not None:
+        groups = math.prod(start)  # around tokens that stay whole
+    elif len(x) == 3:
         groups = x[0] * ((x[1] + k - 1) // k)
     else:
         groups = start[0] - (arguments[17] is not None)  # on a GPU there is one more

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import checks
-from ..ops.groups import Groups
+from ..ops.groups import NOTHING_KEPT, Groups, Keep
 from ..ops.make_groups import make_groups
 from .level import Level
 
@@ -19,14 +19,21 @@ class Context:
     """Made when an encoder's forward begins; its sublayers read it until the forward ends.
 
     ``mask`` is bool ``[B, n]`` or None (no padding), checked; ``level`` has the ratio of each site;
-    ``phase`` is ``"prefill"`` in an encoder. Groups are made once for each ratio (and device: a
-    model may be spread over several).
+    ``phase`` is ``"prefill"`` in an encoder; ``keep`` says which tokens stay whole. Groups are made
+    once for each ratio (and device: a model may be spread over several).
     """
 
-    def __init__(self, mask: Tensor | None, level: Level, phase: Phase = "prefill") -> None:
+    def __init__(
+        self,
+        mask: Tensor | None,
+        level: Level,
+        phase: Phase = "prefill",
+        keep: Keep = NOTHING_KEPT,
+    ) -> None:
         self.mask = mask
         self.level = level
         self.phase = phase
+        self.keep = keep
         self._groups: dict[tuple[Any, ...], tuple[torch.Size, Groups]] = {}
 
     def mask_of(self, x: Tensor) -> Tensor | None:
@@ -49,15 +56,43 @@ class Context:
             )
         return self.mask[:, columns - n :].to(x.device)
 
+    def keep_of(self, x: Tensor) -> Keep:
+        """What stays whole of ``x [B, n, d]``; its mask is on x's device.
+
+        Raises:
+            ValueError: that mask has another shape.
+        """
+        mask = self.keep.mask
+        if mask is None:
+            return self.keep
+        check_kept(mask, x)
+        return self.keep._replace(mask=mask.to(x.device))
+
     def groups(self, x: Tensor, ratio: int, backend: str) -> Groups:
         """Those of ``x [B, n, d]``, the hidden states of this forward."""
         key = (ratio, x.device, backend)
         kept = self._groups.get(key)
         size = x.shape[:2]
         if kept is None or kept[0] != size:
-            kept = size, make_groups(x, ratio, mask=self.mask_of(x), backend=backend, inner=True)
-            self._groups[key] = kept
+            made = make_groups(
+                x,
+                ratio,
+                mask=self.mask_of(x),
+                backend=backend,
+                inner=True,
+                keep=self.keep_of(x) if ratio > 1 else NOTHING_KEPT,
+            )
+            kept = self._groups[key] = size, made
         return kept[1]
+
+
+def check_kept(mask: Tensor, x: Tensor) -> None:
+    """The mask of kept tokens is one of ``x [B, n, ...]``."""
+    if tuple(mask.shape) != tuple(x.shape[:2]):
+        raise ValueError(
+            f"the mask of kept tokens (of vk.keep, or made of input_ids) must have shape "
+            f"{list(x.shape[:2])}, as the encoder's tokens, got {list(mask.shape)}"
+        )
 
 
 def token_mask(mask: Any) -> Tensor | None:

@@ -12,8 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..ops.groups import NOTHING_KEPT, Groups, Keep
+from ..ops.transforms import exporting, tracing
 from . import level as levels
-from .context import Context
+from .context import Context, check_kept
+from .kept import Kept, are_among
 from .level import Level, Site
 
 STATE = "variator_state"
@@ -24,6 +27,7 @@ Observer = Callable[[nn.Module, Tensor, "Tensor | None", int], None]
 class Method(Protocol):
     """What a method has to offer to be put at the sites of a model."""
 
+    name: str
     config: Any
     """What was chosen when the model was patched."""
 
@@ -47,6 +51,7 @@ class _Local(threading.local):
     # Set here and not as class attributes: the compiler guards on the instance's own dict.
     def __init__(self) -> None:
         self.override: Level | None = None
+        self.kept: Tensor | None = None
         self.context: Context | None = None
         self.observer: Observer | None = None
 
@@ -54,8 +59,9 @@ class _Local(threading.local):
 class State:
     """Shared by all patched modules of one model; a deep copy of the model gets its own.
 
-    ``level`` is what :func:`~.levels.set_ratio` chose. ``local.context`` is that of the forward now
-    running in this thread; ``local.override`` mirrors :func:`~.levels.use_ratio` for compiled code,
+    ``level`` is what :func:`~.levels.set_ratio` chose, ``kept`` what stays whole in every forward.
+    ``local.context`` is that of the forward now running in this thread; ``local.override`` and
+    ``local.kept`` mirror :func:`~.levels.use_ratio` and :func:`~.keep.keep` for compiled code,
     which cannot read a ``ContextVar``.
     """
 
@@ -68,6 +74,7 @@ class State:
         self.sites = sites
         self.owners = owners
         self.level = Level((1,) * len(sites))
+        self.kept = Kept()
         self.trained: set[int] = set()
         self.warned = False
         self.local = _Local()
@@ -101,11 +108,54 @@ class State:
             override = overrides.get().get(self)
         return self.level if override is None else override
 
+    def context(
+        self, level: Level, mask: Tensor | None = None, input_ids: Tensor | None = None
+    ) -> Context:
+        """That of a forward which begins here, over tokens of a checked ``mask``.
+
+        Raises:
+            ValueError: token ids stay whole and ``input_ids`` is None, at a ratio above 1.
+        """
+        return Context(mask, level, keep=NOTHING_KEPT if level.is_dense else self._keep(input_ids))
+
+    def groups(self, x: Tensor, ratio: int) -> Groups:
+        """For an :data:`Observer`: those of ``x [B, n, d]`` in the forward that runs here."""
+        assert self.local.context is not None
+        return self.local.context.groups(x, ratio, "reference")
+
+    def _keep(self, input_ids: Tensor | None) -> Keep:
+        kept, mask = self.kept, self.local.kept
+        if not torch.compiler.is_compiling():
+            mask = kept_masks.get().get(self)
+        if mask is not None and (exporting() or tracing()):
+            raise ValueError(
+                "vk.keep's mask does not go into an exported or traced program, which would hold "
+                "it for every input: leave the block, and patch with keep_first, keep_last or keep"
+            )
+        if kept.ids:
+            if input_ids is None:
+                raise ValueError(
+                    f"keep={kept.ids} needs the encoder's input_ids at a ratio above 1, got none: "
+                    "with inputs_embeds, or for a sublayer by itself, patch without keep and name "
+                    "the tokens by vk.keep(model, mask)"
+                )
+            found = are_among(input_ids, kept.ids)
+            if mask is not None:
+                check_kept(mask, found)
+                found = found | mask.to(found.device)
+            mask = found
+        return Keep(kept.first, kept.last, mask)
+
 
 overrides: ContextVar[Mapping[State, Level]] = ContextVar(
     "variator_levels",
     default=MappingProxyType({}),
 )
+kept_masks: ContextVar[Mapping[State, Tensor]] = ContextVar(
+    "variator_kept_masks",
+    default=MappingProxyType({}),
+)
+"""What :func:`~.keep.keep` keeps whole here."""
 
 
 def states(model: nn.Module) -> list[State]:

@@ -35,7 +35,7 @@ SITE = "variator_site"
 """The attribute under which a patched sublayer has its :class:`SitePosition`."""
 DESCRIBED = "variator_described"
 """The attribute under which it keeps its :class:`~.feed_forward.Described`."""
-_MASK_INDEX = "variator_mask_index"
+_POSITIONS = "variator_positions"
 when_patched: list[Callable[[], None]] = []
 """Called when a model is patched or unpickled."""
 
@@ -52,21 +52,21 @@ class _Encoder(nn.Module):
 
     variator_state: State
     variator_family: Family
-    variator_mask_index: int
+    variator_positions: dict[str, int]
+    """Of arguments of ``forward``."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        state, index = self.variator_state, self.variator_mask_index
+        state, positions = self.variator_state, self.variator_positions
         local, level = state.local, state.current()
-        mask = None
+        mask = ids = None
         if not level.is_dense or local.observer is not None:
-            mask = kwargs.get("attention_mask")
-            if mask is None and len(args) > index:
-                mask = args[index]
-            mask = token_mask(mask)
+            mask = token_mask(_argument("attention_mask", positions, args, kwargs))
+            ids = _argument("input_ids", positions, args, kwargs)
+        context = state.context(level, mask, ids)
         if not (self.training or state.warned or torch.compiler.is_compiling() or tracing()):
             _warn_if_untrained(self, level.ratios)
         outer = local.context
-        local.context = Context(mask, level)
+        local.context = context
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -90,7 +90,7 @@ class _Block(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.gradient_checkpointing and self.training:
             state = self.variator_state
-            kwargs["variator_context"] = state.local.context or Context(None, state.current())
+            kwargs["variator_context"] = state.local.context or state.context(state.current())
         return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, variator_context: Context | None = None, **kwargs: Any) -> Any:
@@ -125,7 +125,7 @@ class _Sublayer(nn.Module):
                     "a patched FFN is recomputed outside its encoder, without mask and ratio: "
                     "checkpoint with model.gradient_checkpointing_enable(), or the whole encoder"
                 )
-            context = Context(None, state.current())
+            context = state.context(state.current())
         ratio = context.level.ratios[self.variator_site.number]
         if state.local.observer is not None:
             state.local.observer(self, x, context.mask_of(x), ratio)
@@ -148,6 +148,16 @@ class _BlockWithChunk(_Block, _Sublayer):
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         dense = super().feed_forward_chunk  # type: ignore[misc]
         return self._at_site(attention_output, dense)
+
+
+def _argument(
+    name: str, positions: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What a call gave for ``name``, or None."""
+    value = kwargs.get(name)
+    if value is None and len(args) > positions[name]:
+        value = args[positions[name]]
+    return value
 
 
 def _warn_if_untrained(encoder: _Encoder, ratios: tuple[int, ...]) -> None:
@@ -200,7 +210,8 @@ def patched_class(family: Family, name: str) -> type[nn.Module]:
         )
         copy.__signature__ = signature
         body["forward"] = copy
-        body[_MASK_INDEX] = list(signature.parameters).index("attention_mask") - 1
+        names = list(signature.parameters)[1:]
+        body[_POSITIONS] = {name: names.index(name) for name in ("attention_mask", "input_ids")}
     kind = type(name, (mixin, original), body)
     # Where transformers looks up, by the class's full name, which hidden states can be returned.
     library = importlib.import_module("transformers.modeling_utils")

@@ -48,6 +48,8 @@ class Family:
     """What the kernels replace: nobody may have hooked it."""
     inner_size: str = "intermediate_size"
     """Where the configuration has the FFN's inner size."""
+    keep_first: int = 0
+    """How many first tokens of a row new plugins keep whole, where nobody says."""
 
 
 def _t5(name: str, prefix: str) -> Family:

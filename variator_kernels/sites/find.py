@@ -36,6 +36,11 @@ class Found(NamedTuple):
     def hidden_size(self) -> int:
         return self.encoder.config.hidden_size
 
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids there are."""
+        return self.encoder.config.vocab_size
+
     def parts(self) -> list[tuple[Any, str]]:
         """Every module that patching changes, once, with its class's name."""
         family = self.family

@@ -22,11 +22,12 @@ torchrun or accelerate launch.
 """
 
 
-def _ratios(words: list[str]) -> tuple[int, ...]:
+def _integers(words: list[str], name: str, least: int) -> tuple[int, ...]:
     try:
         return tuple(sorted({int(word) for text in words for word in text.split(",") if word}))
     except ValueError:
-        raise ValueError(f"ratios must be integers >= 2, got {' '.join(words)!r}") from None
+        got = " ".join(words)
+        raise ValueError(f"{name} must be integers >= {least}, got {got!r}") from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--bottleneck", type=int, help="r; default: that of --plugins, or 64")
     add("--activation", help="tanh or identity; default: that of --plugins, or tanh")
+    add("--keep-first", type=int, help="so many first tokens stay whole; default: as --plugins")
+    add("--keep-last", type=int, help="the same for last tokens; default: those of --plugins, or 0")
+    add("--keep", nargs="*", help="ids of tokens that stay whole; default: those of --plugins")
     add("--backend", default="auto", help="auto (default), or one of the package's backends")
     add(
         "--text",
@@ -85,7 +89,9 @@ def main(arguments: list[str] | None = None) -> None:
     values = vars(given)
     values["text"] = tuple(name for name in given.text.split(",") if name)
     values["labels"] = tuple(name for name in given.labels.split(",") if name)
-    values["ratios"] = _ratios(given.ratios)
+    values["ratios"] = _integers(given.ratios, "ratios", 2)
+    if given.keep is not None:
+        values["keep"] = _integers(given.keep, "keep", 0)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("variator_kernels").setLevel(logging.INFO)
     metrics = run(Job(**values), config)

@@ -23,7 +23,8 @@ class Job:
     pre-training (128 if None); in adaptation longer texts are cut to it (None: they are an error if
     the model cannot take them). ``attention``: of ``transformers``, ``"eager"`` or ``"sdpa"``;
     None: the model's default. ``splice``: this part of the rows of adaptation goes on with a piece
-    of another row, see :func:`noise.spliced`.
+    of another row, see :func:`noise.spliced`. ``keep_first``, ``keep_last``, ``keep``: the tokens
+    that stay whole, as :func:`patch` takes them; None: as in ``plugins``, else patch's defaults.
     """
 
     step: str
@@ -44,6 +45,9 @@ class Job:
     max_length: int | None = None
     attention: str | None = None
     splice: float = 0.0
+    keep_first: int | None = None
+    keep_last: int | None = None
+    keep: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.step not in STEPS:

@@ -109,7 +109,17 @@ def plugged(model: Any, job: Job) -> None:
         ratios = job.ratios or saved.ratios
         config = saved.method.config
         bottleneck, activation = bottleneck or config.bottleneck, activation or config.activation
-    patch(model, ratios[0], ratios, bottleneck or 64, activation or "tanh", backend=job.backend)
+    patch(
+        model,
+        ratios[0],
+        ratios,
+        bottleneck or 64,
+        activation or "tanh",
+        backend=job.backend,
+        keep_first=job.keep_first,
+        keep_last=job.keep_last or 0,
+        keep=job.keep,
+    )
     if job.plugins:
         load_plugins(model, job.plugins)
 

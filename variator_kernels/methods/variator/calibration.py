@@ -32,8 +32,7 @@ from ... import backends, checks
 from ...ops import prepack
 from ...ops.feed_forward import FeedForward, normalize, products
 from ...ops.group_merge.reference import group_merge
-from ...ops.groups import token_slots
-from ...ops.make_groups import make_groups
+from ...ops.groups import Groups, token_slots
 from ...ops.prepacked_linear import FrozenProducts, linear
 from ...runtime.levels import use_ratio
 from ...runtime.state import STATE, State, observe, states
@@ -54,14 +53,16 @@ LEAST = 2 * HELD_OUT
 
 
 class _Sample(NamedTuple):
-    """What a plugin is fitted to: T real tokens of B rows."""
+    """What a plugin is fitted to: T real tokens of B rows, without those that stay whole."""
 
     h: Tensor
     """What the FFN sees, ``[B, n, d]``."""
     mask: Tensor
-    """``[B, n]`` bool."""
+    """``[B, n]`` bool: the T tokens."""
+    groups: Groups
+    """Of ``h``."""
     tokens: Tensor
-    """``h`` of real tokens, ``[T, d]``."""
+    """``h`` of them, ``[T, d]``."""
     wanted: Tensor
     """Their outputs, ``[T, d]``."""
     weight: Tensor
@@ -104,7 +105,8 @@ def calibrate(
 
     Raises:
         ValueError: the model is not patched, has no plugins for a ratio, or no values (on the
-            meta device); or ``batches`` has fewer than 10 sequences, or no ``attention_mask``.
+            meta device); or ``batches`` has fewer than 10 sequences, no ``attention_mask``, or
+            (almost) no token that is not kept whole.
             TypeError: ``batches`` does not hold mappings. FloatingPointError: the hidden states
             are not finite. All plugins have their old values then.
     """
@@ -134,7 +136,9 @@ def calibrate(
 
     def fit(place: Iterator[int], layer: Any, x: Tensor, mask: Tensor | None, k: int) -> None:
         ffn, i = describe(layer), next(place)
-        sample = _sample(x, real, torch.cat([behind[i] for behind in dense]), ffn)
+        sample = _sample(
+            x, real, state.groups(x, k), torch.cat([behind[i] for behind in dense]), ffn
+        )
         _fit(layer.plugins[str(k)], ffn, sample, merge, adapter)
 
     before = [(parameter, parameter.clone()) for parameter in plugin_parameters(model, wanted)]
@@ -192,8 +196,20 @@ def _hidden(x: Tensor, ffn: FeedForward) -> Tensor:
     return normalize(x, ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)
 
 
-def _sample(x: Tensor, mask: Tensor, dense: Tensor, ffn: FeedForward) -> _Sample:
-    y = dense.float()
+def _sample(x: Tensor, real: Tensor, groups: Groups, dense: Tensor, ffn: FeedForward) -> _Sample:
+    mask = real
+    if groups.kept is not None:
+        slot, merged = token_slots(groups, real.numel())
+        merged = merged & ~groups.kept.flatten()[slot // groups.ratio]
+        mask = real & merged.view(real.shape)
+    row = torch.arange(len(x), device=x.device)[:, None].expand(mask.shape)[mask]
+    held_out = row % HELD_OUT == 1
+    if not bool(held_out.any()) or bool(held_out.all()):
+        raise ValueError(
+            f"batches must hold tokens that are not kept whole, among every {HELD_OUT} sequences "
+            "and besides: there is nothing to fit"
+        )
+    y = dense[mask[real]].float()
     centred = y - y.mean(-1, keepdim=True) if ffn.norm == "layer" else y
     variance = centred.square().mean(-1, keepdim=True)
     scale = y.new_ones(y.shape[-1])
@@ -201,15 +217,15 @@ def _sample(x: Tensor, mask: Tensor, dense: Tensor, ffn: FeedForward) -> _Sample
         scale = ffn.norm_weight.float().abs()
         scale = scale.clamp_min(0.05 * float(scale.max()))
     h = _hidden(x, ffn)
-    row = torch.arange(len(x), device=x.device)[:, None].expand(mask.shape)[mask]
     return _Sample(
         h,
         mask,
+        groups,
         h[mask].float(),
         y - x[mask].float(),
         1 / variance.clamp_min(1e-3 * float(variance.mean()) + 1e-30),
         scale,
-        row % HELD_OUT == 1,
+        held_out,
     )
 
 
@@ -254,11 +270,10 @@ def _set_merge(merge: Any, scores: Tensor) -> None:
 
 def _merged(merge: Any, ffn: FeedForward, sample: _Sample) -> Tensor:
     """u of each real token's group, ``[T, d]``."""
-    groups = make_groups(sample.h, merge.ratio, mask=sample.mask)
-    g = group_merge(sample.h, merge.weight, merge.bias, groups).flatten(0, 1)
-    slot, real = token_slots(groups, sample.mask.numel())
+    g = group_merge(sample.h, merge.weight, merge.bias, sample.groups).flatten(0, 1)
+    slot, _ = token_slots(sample.groups, sample.mask.numel())
     # Most groups of rows much shorter than the longest hold padding alone.
-    used, place = (slot // merge.ratio)[real].unique(return_inverse=True)
+    used, place = (slot // merge.ratio)[sample.mask.flatten()].unique(return_inverse=True)
     return products(g[used], ffn, linear)[place].float()
 
 

@@ -59,15 +59,25 @@ class CompressedFFN(nn.Module):
         return describe(self.ffn) if own is None else own()
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        keep_first: int = 0,
+        keep_last: int = 0,
+        keep: Tensor | None = None,
     ) -> Tensor:
-        """The whole sublayer: ``x [B, n, d]`` to the same shape; packed as in ``functional``."""
+        """The whole sublayer: ``x [B, n, d]`` to the same shape; the rest as in ``functional``."""
         return functional.compressed_ffn(
             x,
             self.plugin.weights(),
             self.feed_forward(),
             mask=mask,
             cu_seqlens=cu_seqlens,
+            keep_first=keep_first,
+            keep_last=keep_last,
+            keep=keep,
             backend=self.backend,
         )
 

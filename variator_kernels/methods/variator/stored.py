@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import checks
 from ...ops.feed_forward import ADAPTER_ACTIVATIONS
+from ...runtime.kept import MOST, Kept
 from ...runtime.level import Level, Site
 from .config import PLACEMENTS
 
@@ -38,6 +39,11 @@ class Settings(NamedTuple):
     keep_first: int = 0
     keep_last: int = 0
     keep: tuple[int, ...] = ()
+
+    @property
+    def kept(self) -> Kept:
+        """The tokens that stay whole."""
+        return Kept(self.keep_first, self.keep_last, self.keep)
 
     @property
     def ratios(self) -> list[int]:
@@ -97,14 +103,13 @@ def read_settings(given: Any) -> Settings:
     if not isinstance(settings.written_by, str):
         raise ValueError(f"written_by must be a version, got {settings.written_by!r}")
     for name in ("keep_first", "keep_last"):
-        _integer(getattr(settings, name), name)
+        checks.integer(_integer(getattr(settings, name), name), name, most=MOST)
     if not isinstance(settings.keep, list | tuple):
         raise ValueError(f"keep must be a list of token ids, got {settings.keep!r}")
-    for token in settings.keep:
-        _integer(token, "keep")
-    if settings.keep_first or settings.keep_last or settings.keep:
-        raise ValueError("its plugins keep tokens whole, which this version does not: use a newer")
-    return _checked(settings)
+    ids = [_integer(token, "keep") for token in settings.keep]
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"keep must name each token id once, got {ids}")
+    return _checked(settings._replace(keep=tuple(sorted(ids))))
 
 
 def _first(given: Mapping[str, Any]) -> Settings:

@@ -1,0 +1,106 @@
+"""What a patched model is and does, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import backends
+from .freezing import packed_weights
+from .methods.variator.method import plugin_parameters
+from .runtime.level import Level, Site
+from .runtime.state import STATE, State, kept_masks, states
+from .sites.find import Found, find
+
+
+def describe(model: nn.Module) -> str:
+    """A patched model as text to print, a fact a line.
+
+    Family, method, sites, ratios and the level that holds here, the backend that runs on the
+    model's device, plugins and their size, the tokens that stay whole, packed copies of weights and
+    how changes of these are noticed, and the ratios whose plugins still have their initial values.
+
+    Raises:
+        TypeError: ``model`` is not a module. ValueError: it is not patched, or holds several
+        encoders.
+    """
+    facts = lines(model)
+    width = max(len(name) for name, _ in facts) + 2
+    return "\n".join(f"{name:<{width}}{value}" for name, value in facts)
+
+
+def lines(model: nn.Module) -> list[tuple[str, str]]:
+    """The same as names and values."""
+    states(model)
+    found = find(model)
+    state: State = vars(found.encoder)[STATE]
+    config = state.method.config
+    return [
+        ("family", f"{state.family}, hidden size {found.hidden_size}"),
+        ("method", f"{state.method.name}, bottleneck {config.bottleneck}, {config.activation}"),
+        ("sites", _sites(state)),
+        ("ratios", ", ".join(map(str, state.ratios))),
+        ("level", _level(state.current(), state.sites)),
+        ("backend", _backend(config.backend, found.like(0))),
+        ("plugins", _size(plugin_parameters(model))),
+        ("kept whole", _kept(state)),
+        ("packed", packed_weights(model) if config.pack else "nothing: pack=False"),
+        *((f"trained, k={k}", _trained(state, found, k)) for k in state.ratios),
+    ]
+
+
+def _sites(state: State) -> str:
+    by_placement: dict[str, int] = {}
+    for site in state.sites:
+        by_placement[site.placement] = by_placement.get(site.placement, 0) + 1
+    own = len(set(state.owners))
+    shared = f", {own} modules" if own < len(state.sites) else ""
+    return ", ".join(f"{place}: {n} layers" for place, n in by_placement.items()) + shared
+
+
+def _level(level: Level, sites: tuple[Site, ...]) -> str:
+    if level.uniform is not None:
+        return "1 (dense)" if level.is_dense else f"{level.uniform}"
+    chosen: dict[str, dict[int, int]] = {}
+    for site, ratio in zip(sites, level.ratios, strict=True):
+        if ratio > 1:
+            chosen.setdefault(site.placement, {})[site.layer] = ratio
+    return f"{chosen}, other layers dense"
+
+
+def _backend(asked: str, like: Tensor) -> str:
+    where = f"{str(like.dtype).removeprefix('torch.')} on {like.device}"
+    try:
+        runs = backends.resolve(asked, like)
+    except ValueError as error:
+        return f"none for {where}: {error}"
+    return f"{runs} for {where}" + (" (auto)" if asked == "auto" else "")
+
+
+def _size(parameters: list[nn.Parameter]) -> str:
+    number = sum(p.numel() for p in parameters)
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    return f"{number:,} parameters, {size:,} bytes"
+
+
+def _kept(state: State) -> str:
+    kept = state.kept
+    facts = [f"first {kept.first}, last {kept.last}"]
+    if kept.ids:
+        facts.append(f"ids {', '.join(map(str, kept.ids))}")
+    if state in kept_masks.get():
+        facts.append("those of vk.keep's mask")
+    return ", ".join(facts)
+
+
+def _trained(state: State, found: Found, ratio: int) -> str:
+    """Whether the plugins of a ratio differ from those that it starts with."""
+    layers: list[Any] = [layer for _, layer in found.own_layers]
+    parameters = [p for layer in layers for p in layer.plugins[str(ratio)].parameters()]
+    if any(p.is_meta or type(p) is not nn.Parameter for p in parameters):
+        return "not known: not all values are here"
+    trained = sum(state.method.is_trained(layer, ratio) for layer in layers)
+    if trained in (0, len(layers)):
+        return "yes" if trained else "no"
+    return f"{trained} of {len(layers)} sites"
