@@ -125,6 +125,16 @@ def test_no_more_groups_than_there_can_be(form):
     x = torch.empty(8, 512, 1)
     assert make_groups(x, 4, keep=Keep(1), backend=form).shape(x) == (8, 129)
     assert make_groups(x, 4, keep=Keep(2, 1), backend=form).shape(x) == (8, 131)
+    assert make_groups(x, 4, keep=Keep(10**9), backend=form).shape(x) == (8, 512)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 9, dtype=torch.bool)])
+def test_no_more_memory_than_tokens_ask_for(mask):
+    """However many tokens are to be kept: there are no more than a row has."""
+    x, keep = torch.empty(2, 9, 1), Keep(10**9, 10**9)
+    assert make_groups(x, 4, mask=mask, keep=keep, backend="triton").start.shape[1] <= 18
+    packed = make_groups(x[0], 4, cu_seqlens=torch.tensor([0, 9]), keep=keep, backend="triton")
+    assert packed.start.shape[0] <= 12
 
 
 @needs_cpu

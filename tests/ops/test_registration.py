@@ -134,8 +134,9 @@ def test_kept_tokens_compile_whole(mask, masked_too, backend):
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("masked_too", [False, True])
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu)])
-def test_kept_tokens_export_with_dynamic_sizes(backend):
+def test_kept_tokens_export_with_dynamic_sizes(backend, masked_too):
     class Layer(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -144,7 +145,13 @@ def test_kept_tokens_export_with_dynamic_sizes(backend):
 
         def forward(self, x, mask, keep):
             return vf.compressed_ffn(
-                x, self.p, self.f, mask=mask, keep_first=1, keep=keep, backend=backend
+                x,
+                self.p,
+                self.f,
+                mask=mask,
+                keep_first=3,
+                keep=keep if masked_too else None,
+                backend=backend,
             )
 
     def inputs(rows, n):
