@@ -37,7 +37,7 @@ class Rows(NamedTuple):
 
 def rows_of_batch(real: Tensor, keep: Keep) -> Rows:
     """Of a bool mask ``[B, n]``."""
-    rank = real.cumsum(-1)
+    rank = real.long().cumsum(-1)
     behind = rank[:, -1:] - rank if real.shape[1] else rank
     return Rows(real, _kept(real, rank - 1, behind, keep))
 
@@ -70,7 +70,7 @@ def kept_lists(rows: Rows, ratio: int, count: int, *, outside: bool = False) -> 
     real, kept, heads = rows
     n = real.shape[1]
     position = torch.arange(n, device=real.device).expand(real.shape)
-    through = real.cumsum(-1)
+    through = real.long().cumsum(-1)
     before = through - real.long()
     merged = real & ~kept
     # By its number from 1 on: whether a row's real token is one to be merged.
