@@ -154,8 +154,9 @@ def test_a_mask_of_numbers_counts_as_one_of_truth_values():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"keep_first": -1}, ValueError, "keep_first must be >= 0, got -1"),
-        ({"keep_last": -2}, ValueError, "keep_last must be >= 0, got -2"),
+        ({"keep_first": -1}, ValueError, "keep_first must be >= 0 and < 2.31, got -1"),
+        ({"keep_last": -2}, ValueError, "keep_last must be >= 0 and < 2.31, got -2"),
+        ({"keep_first": 2**70}, ValueError, "keep_first must be >= 0 and < 2.31, got 1180"),
         ({"keep_first": 1.0}, TypeError, "keep_first must be an integer, got 1.0"),
         ({"keep_last": True}, TypeError, "keep_last must be an integer, got True"),
         ({"keep": [1, 0]}, TypeError, "keep must be a torch.Tensor, got list"),
