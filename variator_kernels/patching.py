@@ -163,6 +163,7 @@ def unpatch(model: Model) -> Model:
         ValueError: the model is not patched, or somebody replaced a patched ``forward`` since.
     """
     remove(model)
+    prepack.cache.thaw(model.parameters())
     prepack.cache.forget(model.parameters())
     return model
 

@@ -52,8 +52,8 @@ def workload(backend: str, device: str = "cuda", tokens: int = 75) -> None:
         offsets = torch.tensor([3, tokens // 2, tokens // 2 + 1, 2 * tokens - 3], device=device)
         for groups in (0, 1024) if backend == "cuda" else (0,):
             with torch.no_grad(), internals.one_launch(groups):
-                for options in ({}, {"mask": mask}):
-                    functional.compressed_ffn(x, plugin, ffn, backend=backend, **options)
+                for where in (None, mask):
+                    functional.compressed_ffn(x, plugin, ffn, mask=where, backend=backend)
                 flat = x.view(-1, d)
                 functional.compressed_ffn(flat, plugin, ffn, cu_seqlens=offsets, backend=backend)
         leaves = (x, *plugin[:6], ffn.norm_weight, ffn.norm_bias)

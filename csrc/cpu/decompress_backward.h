@@ -1,8 +1,8 @@
 // Gradients of adapter_decompress. With z = W_1u u + W_1h h + b_1, t = φ(z), o = u + W_2 t + b_2:
 //   dt = W_2ᵀ do,  dz = φ'(z) dt,  dW_2 = Σ do tᵀ,  db_2 = Σ do,  d(W_1h h) = dz,
 //   du = Σ_j (do + W_1uᵀ dz),  dW_1u = Σ_i (Σ_j dz) uᵀ,  db_1 = Σ dz.
-// Of a kept group du = Σ_j do, and nothing else. t is computed again: r numbers a token, cheaper than
-// a trip to memory.
+// Of a kept group du = Σ_j do, and nothing else. t is computed again: r numbers a token, cheaper
+// than a trip to memory.
 #pragma once
 
 #include "decompress.h"

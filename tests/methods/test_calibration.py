@@ -146,7 +146,9 @@ def test_a_sublayer_that_two_layers_share():
 def test_runs_on_packed_weights_and_frees_them(monkeypatch):
     monkeypatch.setattr(prepacked_linear, "LEAST", 1)
     packed, real = [], prepack.linear
-    monkeypatch.setattr(prepack, "linear", lambda *args: packed.append(args[0]) or real(*args))
+    monkeypatch.setattr(
+        prepack, "linear", lambda *args, **more: packed.append(args[0]) or real(*args, **more)
+    )
     plain, ours = model(backend="reference"), model(backend="cpu")
     modules = []
     real_fit = calibration._fit

@@ -125,6 +125,16 @@ def test_no_more_groups_than_there_can_be(form):
     x = torch.empty(8, 512, 1)
     assert make_groups(x, 4, keep=Keep(1), backend=form).shape(x) == (8, 129)
     assert make_groups(x, 4, keep=Keep(2, 1), backend=form).shape(x) == (8, 131)
+    assert make_groups(x, 4, keep=Keep(10**9), backend=form).shape(x) == (8, 512)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 9, dtype=torch.bool)])
+def test_no_more_memory_than_tokens_ask_for(mask):
+    """However many tokens are to be kept: there are no more than a row has."""
+    x, keep = torch.empty(2, 9, 1), Keep(10**9, 10**9)
+    assert make_groups(x, 4, mask=mask, keep=keep, backend="triton").start.shape[1] <= 18
+    packed = make_groups(x[0], 4, cu_seqlens=torch.tensor([0, 9]), keep=keep, backend="triton")
+    assert packed.start.shape[0] <= 12
 
 
 @needs_cpu
@@ -144,8 +154,9 @@ def test_a_mask_of_numbers_counts_as_one_of_truth_values():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"keep_first": -1}, ValueError, "keep_first must be >= 0, got -1"),
-        ({"keep_last": -2}, ValueError, "keep_last must be >= 0, got -2"),
+        ({"keep_first": -1}, ValueError, "keep_first must be >= 0 and < 2.31, got -1"),
+        ({"keep_last": -2}, ValueError, "keep_last must be >= 0 and < 2.31, got -2"),
+        ({"keep_first": 2**70}, ValueError, "keep_first must be >= 0 and < 2.31, got 1180"),
         ({"keep_first": 1.0}, TypeError, "keep_first must be an integer, got 1.0"),
         ({"keep_last": True}, TypeError, "keep_last must be an integer, got True"),
         ({"keep": [1, 0]}, TypeError, "keep must be a torch.Tensor, got list"),

@@ -134,29 +134,65 @@ def test_kept_tokens_compile_whole(mask, masked_too, backend):
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu)])
-def test_kept_tokens_export_with_dynamic_sizes(backend):
-    class Layer(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.p = plugin(D, K, R, torch.float32)
-            self.f = feed_forward(D, 40, torch.float32, "t5")
+class Keeping(torch.nn.Module):
+    """Some tokens stay whole: the first, and with ``by_mask`` those of one."""
 
-        def forward(self, x, mask, keep):
-            return vf.compressed_ffn(
-                x, self.p, self.f, mask=mask, keep_first=1, keep=keep, backend=backend
-            )
+    def __init__(self, backend: str, by_mask: bool) -> None:
+        super().__init__()
+        self.p = plugin(D, K, R, torch.float32)
+        self.f = feed_forward(D, 40, torch.float32, "t5")
+        self.backend, self.by_mask = backend, by_mask
 
-    def inputs(rows, n):
-        return torch.randn(rows, n, D), masked("left", rows, n), torch.rand(rows, n) < 0.2
+    def forward(self, x, mask, keep):
+        options = {"keep": keep} if self.by_mask else {"keep_first": 3}
+        return vf.compressed_ffn(x, self.p, self.f, mask=mask, backend=self.backend, **options)
 
-    sizes = {0: torch.export.Dim("rows"), 1: torch.export.Dim("n")}
-    layer = Layer()
+
+def kept_inputs(rows, n):
+    return torch.randn(rows, n, D), masked("left", rows, n), torch.rand(rows, n) < 0.2
+
+
+exported_backends = pytest.mark.parametrize(
+    "backend", ["reference", pytest.param("cpu", marks=needs_cpu)]
+)
+LENGTHS = ((3, 9), (2, 33), (1, 1), (5, 2))
+
+
+@pytest.mark.parametrize("by_mask", [False, True])
+@pytest.mark.parametrize("how", ["export", "trace"])
+@exported_backends
+def test_kept_tokens_export_with_dynamic_sizes(backend, how, by_mask):
+    layer = Keeping(backend, by_mask)
     with torch.no_grad():
-        program = torch.export.export(layer, inputs(3, 9), dynamic_shapes=(sizes,) * 3).module()
-        for rows, n in ((3, 9), (2, 33), (1, 1), (5, 2)):
-            values = inputs(rows, n)
+        if how == "trace":
+            program = torch.jit.trace(layer, kept_inputs(3, 9))
+        else:
+            sizes = ({0: torch.export.Dim("rows"), 1: torch.export.Dim("n")},) * 3
+            program = torch.export.export(layer, kept_inputs(3, 9), dynamic_shapes=sizes).module()
+        for rows, n in LENGTHS:
+            values = kept_inputs(rows, n)
             torch.testing.assert_close(program(*values), layer(*values), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+@exported_backends
+def test_kept_tokens_in_onnx(backend, dynamo, tmp_path):
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    layer, names, path = Keeping(backend, True), ["x", "mask", "keep"], tmp_path / "layer.onnx"
+    sizes = {0: "rows", 1: "n"}
+    how = (
+        {"dynamic_shapes": (sizes,) * 3} if dynamo else {"dynamic_axes": {n: sizes for n in names}}
+    )
+    with torch.no_grad():
+        torch.onnx.export(layer, kept_inputs(3, 9), path, dynamo=dynamo, input_names=names, **how)
+        session = runtime.InferenceSession(path)
+        for rows, n in LENGTHS[:2]:
+            values = kept_inputs(rows, n)
+            given = {name: v.numpy() for name, v in zip(names, values, strict=True)}
+            got = torch.from_numpy(session.run(None, given)[0])
+            torch.testing.assert_close(got, layer(*values), rtol=1e-4, atol=1e-5)
 
 
 @needs_cpu

@@ -155,3 +155,15 @@ def test_unpatching_gives_everything_back():
     assert cache.nbytes(weights) == 0 and cache.rules(weights) == {}
     assert not any(frozen.storage() in [w.untyped_storage() for w in weights]
                    for frozen in cache._frozen.values())  # fmt: skip
+
+
+@torch.no_grad()
+def test_calibrating_leaves_a_model_frozen():
+    model, forward = ready("bert", "gelu")
+    forward()
+    vk.freeze(model)
+    batches = [
+        dict(zip(("input_ids", "attention_mask"), tiny.batch(*range(10, 34)), strict=True))
+    ] * 3
+    vk.calibrate(model, batches)
+    assert set(cache.rules([w_in(model)])) == {"frozen"}

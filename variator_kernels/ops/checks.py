@@ -78,8 +78,8 @@ def kept(first: int, last: int, keep: Tensor | None, x: Tensor) -> None:
     for number, name in ((first, "keep_first"), (last, "keep_last")):
         if not isinstance(number, int) or isinstance(number, bool):
             raise TypeError(f"{name} must be an integer, got {number!r}")
-        if number < 0:
-            raise ValueError(f"{name} must be >= 0, got {number}")
+        if not 0 <= number < 2**31:
+            raise ValueError(f"{name} must be >= 0 and < 2^31, got {number}")
     if keep is not None:
         shape(keep, tuple(x.shape[:-1]), "keep")
         same_device(keep, x, "keep")

@@ -78,13 +78,16 @@ def gpu_groups(groups: Groups, x: Tensor) -> GpuGroups:
     )
     if groups.form == "listed":
         require(groups.owned is not None, "groups without owned tokens are the CPU's")
-        lists = [t.contiguous() for t in (groups.start, groups.span, groups.owned) if t is not None]
-        launched, tokens = lists[0].numel(), count_tokens(x)
+        assert groups.start is not None and groups.span is not None and groups.owned is not None
+        lists = [t.contiguous() for t in (groups.start, groups.span, groups.owned)]
+        start, span, owned = lists
+        launched, tokens = start.numel(), count_tokens(x)
         require(all(t.numel() == launched for t in lists), "start, span, owned are of one size")
         require(kept is None or kept.numel() == launched, "start and kept are of one size")
         require(mask is None or mask.numel() == tokens, "the mask's size")
         total = launched - 1 if x.dim() == 2 else launched
-        return GpuGroups("listed", *lists, mask, tokens, total, total, launched, k, kept)
+        sizes = (tokens, total, total, launched, k)
+        return GpuGroups("listed", start, span, owned, mask, *sizes, kept)
     require(kept is None, "groups with kept tokens are listed")
     rows, per_row = shape
     total = rows * per_row

@@ -80,12 +80,15 @@ def max_groups(
     tokens: Any = x.shape[1] if cu_seqlens is None else x.shape[0]  # a tensor while it is traced
     if keep.mask is not None:
         return tokens  # perhaps each is kept
-    if keep.first + keep.last > 0 and not isinstance(tokens, Tensor) and tokens == 0:
-        return 0
+    kept: Any = keep.first + keep.last
+    if kept > 0 and not isinstance(tokens, Tensor):
+        if tokens == 0:
+            return 0
+        kept = torch.sym_min(kept, tokens)  # however many are asked for
     rows = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     # A kept token leaves k-1 slots empty, so may each row's last group. Not -(-n // k): exporters
     # truncate.
-    return (tokens + rows * (keep.first + keep.last + 1) * (ratio - 1)) // ratio
+    return (tokens + rows * (kept + 1) * (ratio - 1)) // ratio
 
 
 def count_tokens(x: Tensor) -> int:

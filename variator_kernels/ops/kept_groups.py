@@ -37,7 +37,7 @@ class Rows(NamedTuple):
 
 def rows_of_batch(real: Tensor, keep: Keep) -> Rows:
     """Of a bool mask ``[B, n]``."""
-    rank = real.long().cumsum(-1)  # exporters to ONNX sum no bool
+    rank = real.long().cumsum(-1)
     behind = rank[:, -1:] - rank if real.shape[1] else rank
     return Rows(real, _kept(real, rank - 1, behind, keep))
 

@@ -106,7 +106,7 @@ def _with_kept(
         # input before the first and behind the last sequence; and there is one group more.
         gaps = 2 if cu_seqlens is not None else 0
         if mask is not None and mask.shape[1] > 0:
-            gaps = keep.first + keep.last + 2
+            gaps = torch.sym_min(keep.first + keep.last, mask.shape[1]) + 2
         if keep.mask is None:
             count += (gaps * (ratio - 1) + ratio - 1) // ratio
         count = count if cu_seqlens is None else count + 1

@@ -83,10 +83,8 @@ class PackCache:
 
     def forget(self, sources: Iterable[Tensor]) -> None:
         """Free what is made of any of ``sources``; it is made again when it is asked for."""
-        sources = list(sources)
         for key in [key for key, _ in self._made_of(sources)]:
             self._entries.drop(key)
-        self.thaw(sources)
 
     def nbytes(self, sources: Iterable[Tensor]) -> int:
         """Memory of what is made of ``sources``."""

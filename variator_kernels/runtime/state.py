@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .. import backends
 from ..ops.groups import NOTHING_KEPT, Groups, Keep
 from ..ops.transforms import exporting, tracing
 from . import level as levels
@@ -119,9 +120,11 @@ class State:
         return Context(mask, level, keep=NOTHING_KEPT if level.is_dense else self._keep(input_ids))
 
     def groups(self, x: Tensor, ratio: int) -> Groups:
-        """For an :data:`Observer`: those of ``x [B, n, d]`` in the forward that runs here."""
+        """For an :data:`Observer`: listed, of ``x [B, n, d]`` in the forward that runs here."""
         assert self.local.context is not None
-        return self.local.context.groups(x, ratio, "reference")
+        # Around tokens of a mask the CPU's kernels list what is there, the reference what may be.
+        backend = "cpu" if backends.resolve("auto", x) == "cpu" else "reference"
+        return self.local.context.groups(x, ratio, backend)
 
     def _keep(self, input_ids: Tensor | None) -> Keep:
         kept, mask = self.kept, self.local.kept
