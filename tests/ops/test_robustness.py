@@ -276,5 +276,5 @@ def test_the_ops_themselves_refuse_what_does_not_fit(backend):
 def test_sizes_are_64_bit():
     """Of tokens and groups, up to the addresses that are made of them."""
     start, span = torch.tensor([0, 2**33]), torch.tensor([4, 3])
-    groups = cpu_arguments._kernel(start, span, None, 2, 4)
+    groups = cpu_arguments._kernel((start, span, None, None), 2, 4)
     assert groups.held(2**33 + 3) == 7 and groups.held(2**33 + 2) == -1
