@@ -26,10 +26,14 @@ def test_says_what_holds():
             "backend       cpu for float32 on cpu (auto)",
             "plugins       2,820 parameters, 11,280 bytes",
             "kept whole    first 1, last 2, ids 3, 7",
+            "packed        none yet",
             "trained, k=2  yes",
             "trained, k=4  yes",
         ]
     )
+    with torch.no_grad():
+        tiny.encode(model, *tiny.batch(19, 7))
+    assert "MiB; of their originals " in facts(model)["packed"]
     assert sum(p.numel() for p in vk.plugin_parameters(model)) == 2820
 
 
@@ -47,7 +51,8 @@ def test_follows_level_backend_and_masks():
 def test_a_backend_that_cannot_run_is_an_answer():
     model = tiny.patched(backend="reference")
     config = tiny.encoder(model).variator_state.method
-    config.config = config.config._replace(backend="cuda")
+    config.config = config.config._replace(backend="cuda", pack=False)
+    assert facts(model)["packed"] == "nothing: pack=False"
     assert facts(model)["backend"].startswith("none for float32 on cpu: backend 'cuda' cannot run")
 
 
