@@ -6,7 +6,7 @@ import torch
 import variator_kernels as vk
 from tests.ops.cases import needs_cpu
 from tests.sites import tiny
-from variator_kernels.methods.variator import calibration
+from variator_kernels.methods.variator.calibration.fit import SiteFit
 from variator_kernels.ops import prepack, prepacked_linear
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:the plugins of ratio")
@@ -101,14 +101,14 @@ def test_a_sublayer_that_two_layers_share():
 def test_runs_on_packed_weights_and_frees_them(monkeypatch):
     monkeypatch.setattr(prepacked_linear, "LEAST", 1)
     packed, real = [], prepack.linear
-    monkeypatch.setattr(prepack, "linear", lambda *args: packed.append(args[0]) or real(*args))
+    monkeypatch.setattr(
+        prepack, "linear", lambda *args, **more: packed.append(args[0]) or real(*args, **more)
+    )
     plain, ours = model(backend="reference"), model(backend="cpu")
     modules = []
-    real_fit = calibration._fit
+    real_fit = SiteFit.fit
     monkeypatch.setattr(
-        calibration,
-        "_fit",
-        lambda plugin, ffn, *rest: modules.append(ffn.module) or real_fit(plugin, ffn, *rest),
+        SiteFit, "fit", lambda fit, *rest: modules.append(fit.ffn.module) or real_fit(fit, *rest)
     )
     vk.calibrate(plain, batches())
     assert not packed
@@ -149,14 +149,14 @@ def test_an_error_changes_nothing(monkeypatch):
     made = model()
     vk.calibrate(made, batches(), ratios=[2])
     before = [p.clone() for p in vk.plugin_parameters(made)]
-    real, calls = calibration._set_adapter, []
+    real, calls = SiteFit._set_adapter, []
 
     def broken(*args):
         calls.append(real(*args))
         if len(calls) == 3:
             raise RuntimeError("in the first layer of the second ratio")
 
-    monkeypatch.setattr(calibration, "_set_adapter", broken)
+    monkeypatch.setattr(SiteFit, "_set_adapter", broken)
     with pytest.raises(RuntimeError, match="in the first layer"):
         vk.calibrate(made, batches(20))
     assert all(map(torch.equal, vk.plugin_parameters(made), before))
