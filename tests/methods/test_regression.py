@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from variator_kernels.methods.variator import regression
-from variator_kernels.methods.variator.regression import Moments, reduced_rank
+from variator_kernels.methods.variator.calibration import regression
+from variator_kernels.methods.variator.calibration.regression import Moments, reduced_rank
 
 
 def samples(seed, number=400, p=7, q=5, rank=2, noise=0.0):

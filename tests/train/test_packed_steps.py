@@ -22,9 +22,9 @@ def products(monkeypatch):
     for name in ("linear", "transposed"):
         plain = getattr(prepack, name)
 
-        def noted(weight, *rest, name=name, plain=plain):
+        def noted(weight, *rest, name=name, plain=plain, **more):
             found.append((name, weight))
-            return plain(weight, *rest)
+            return plain(weight, *rest, **more)
 
         monkeypatch.setattr(prepack, name, noted)
     return found

@@ -1,13 +1,14 @@
-"""Reduced-rank ridge regression from streamed moments."""
+"""Ridge regression from streamed moments, of full or of limited rank."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-RIDGES = (1e-2, 3e-2, 1e-1)
+RIDGES = (1.0, 3e-1, 1e-1, 3e-2, 3e-3)
 """Tried strengths, in units of each input's variance."""
 
 
@@ -34,13 +35,6 @@ class Moments:
         self.zt = self.zt.to(z.device) + (wz.T @ t).double()
         self.tt = self.tt.to(z.device) + (t * weight * t).double().sum()
 
-    def __add__(self, other: Moments) -> Moments:
-        """Of both, which have the same origin."""
-        both = Moments(self.origin_z, self.origin_t)
-        for name in ("total", "z", "t", "zz", "zt", "tt"):
-            setattr(both, name, getattr(self, name) + getattr(other, name))
-        return both
-
     def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Means of z and t, from the origin; covariances of z, and of z with t."""
         mean_z, mean_t = self.z / self.total, self.t / self.total
@@ -48,62 +42,70 @@ class Moments:
         return mean_z, mean_t, covariance, self.zt / self.total - torch.outer(mean_z, mean_t)
 
 
-class Fit(NamedTuple):
-    """``t ≈ left · right · (z - mean_in) + mean_out``; ``left [q, r]`` has orthonormal columns.
+class Line(NamedTuple):
+    """``t ≈ weight · (z - mean_in) + mean_out``, ``weight [q, p]``; fp32."""
 
-    ``deviation [r]`` is the standard deviation of ``right · z``. ``error`` is the mean squared
-    error, on what was held out, of the map that the rank does not limit.
-    """
+    weight: Tensor
+    mean_in: Tensor
+    mean_out: Tensor
+    error: float
+    """Mean squared error on what was held out."""
+
+    def predict(self, z: Tensor) -> Tensor:
+        """``[N, p]`` to ``[N, q]``."""
+        return (z - self.mean_in) @ self.weight.T + self.mean_out
+
+
+class Fit(NamedTuple):
+    """``t ≈ left · right · (z - mean_in) + mean_out``; ``left [q, r]`` has orthonormal columns."""
 
     left: Tensor
     right: Tensor
     mean_in: Tensor
-    mean_out: Tensor
     deviation: Tensor
-    error: float
-
-    def predict(self, z: Tensor) -> Tensor:
-        """``[N, p]`` to ``[N, q]``."""
-        return (z - self.mean_in) @ self.right.T @ self.left.T + self.mean_out
+    """``[r]``: the standard deviation of ``right · z``."""
 
 
-def reduced_rank(fitted: Moments, held_out: Moments, rank: int) -> Fit:
-    """The best linear map of at most ``rank``, its ridge chosen on ``held_out``, from both.
+def regression(fitted: Moments, held_out: Moments, ridges: Sequence[float] = RIDGES) -> Line:
+    """The best linear map of ``fitted``, of the ridges the one that ``held_out`` likes best."""
+    full, error = _best(fitted, held_out, ridges)
+    mean_in, mean_out, _, _ = fitted.centred()
+    mean_in, mean_out = fitted.origin_z + mean_in, fitted.origin_t + mean_out
+    return Line(full.T.float(), mean_in.float(), mean_out.float(), error)
 
-    Returns:
-        The fit in fp32.
-    """
-    errors = [_error(fitted, _solve(fitted, ridge), held_out) for ridge in RIDGES]
-    error, ridge = min(zip(errors, RIDGES, strict=True))
-    both = fitted + held_out
-    mean_in, mean_out, covariance, _ = both.centred()
-    full = _solve(both, ridge)
+
+def reduced_rank(
+    fitted: Moments, held_out: Moments, rank: int, ridges: Sequence[float] = RIDGES
+) -> Fit:
+    """The same, of at most ``rank``."""
+    full, _ = _best(fitted, held_out, ridges)
+    mean_in, _, covariance, _ = fitted.centred()
     # The directions of the output that the fit explains most of.
     values, vectors = torch.linalg.eigh(full.T @ covariance @ full)
-    rank = min(rank, len(values))
     left = vectors[:, -rank:].flip(-1)
     deviation = values[-rank:].flip(-1).clamp_min(0).sqrt()
-    return Fit(
-        left.float(),
-        (full @ left).T.float(),
-        (both.origin_z + mean_in).float(),
-        (both.origin_t + mean_out).float(),
-        deviation.float(),
-        error,
-    )
+    right = (full @ left).T
+    mean = fitted.origin_z + mean_in
+    return Fit(left.float(), right.float(), mean.float(), deviation.float())
 
 
-def _solve(moments: Moments, ridge: float) -> Tensor:
-    """``[p, q]``: ridge regression of t on z."""
-    _, _, covariance, cross = moments.centred()
+def _best(fitted: Moments, held_out: Moments, ridges: Sequence[float]) -> tuple[Tensor, float]:
+    """``[p, q]`` and its error on ``held_out``."""
+    _, _, covariance, cross = fitted.centred()
     variance = covariance.diagonal()
     variance = variance.clamp_min(1e-9 * float(variance.mean()) + 1e-30)
-    factor = torch.linalg.cholesky(covariance + torch.diag((ridge + 1e-7) * variance))
-    return torch.cholesky_solve(cross, factor)
+    tried = []
+    for ridge in ridges:
+        factor = torch.linalg.cholesky(covariance + torch.diag((ridge + 1e-7) * variance))
+        full = torch.cholesky_solve(cross, factor)
+        tried.append((full, _error(fitted, full, held_out)))
+    return min(tried, key=lambda pair: pair[1])
 
 
 def _error(fitted: Moments, full: Tensor, held_out: Moments) -> float:
     """Mean squared error, on ``held_out``, of a map whose means are those of ``fitted``."""
+    if not held_out.total:
+        return 0.0  # of several strengths the first: the strongest
     mean_z, mean_t, _, _ = fitted.centred()
     offset, total = mean_t - full.T @ mean_z, held_out.total
     squared = (

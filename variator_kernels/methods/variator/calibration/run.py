@@ -1,0 +1,237 @@
+"""Initial values of plugins in closed form, without training.
+
+The model runs block by block. The hidden states between two blocks, of the dense model and of each
+ratio, lie in temporary files, so memory does not grow with the tokens and every block runs a few
+times only. At each site a plugin is fitted to what the dense model has behind that site, on inputs
+that the sites before, fitted already, have compressed:
+
+- the merge: tokens whose FFN output a linear map cannot predict get more weight. The scores are the
+  least-squares fit of that error's logarithm, used if they serve better than a mean;
+- the adapter: the best map of rank r from ``concat(u, h)`` to the wanted output less u
+  (reduced-rank regression on moments of all tokens), scaled so that tanh is close to linear, and
+  then W_2 once more by least squares on the tanh's real outputs.
+
+Tokens weigh by one over their residual's variance, hidden dimensions by the norm's weight where the
+norm follows (BERT): that is how much an error matters behind the norm. Runs of sequences are held
+out from all fits. They decide how strongly the regressions are regularised, and whether a site
+takes its fitted values: only if these lower the error of the model's last hidden state.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .... import backends, checks
+from ....ops import prepack
+from ....ops.feed_forward import products
+from ....ops.groups import Groups
+from ....ops.prepacked_linear import FrozenProducts, linear
+from ....runtime.state import STATE, State, states
+from ....sites.feed_forward import describe
+from ....sites.find import Found, find
+from ....sites.wrappers import check_values
+from ..method import plugin_parameters
+from .fit import Part, SiteFit, hidden, part
+from .inputs import Chunk, chunks
+from .search import Errors, put, search, values
+from .streams import Blocks, Store
+from .table import Calibration, Row
+
+SAMPLE = 8192
+"""Tokens, with padding, that decide about the merge and W_2."""
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    ratios: Iterable[int] | None = None,
+    *,
+    merge: bool = True,
+    adapter: bool = True,
+    progress: bool = False,
+) -> Calibration:
+    """Give the plugins of a patched model initial values that fit these inputs.
+
+    Values that raise the model's final error on held-out sequences are not taken. Memory holds the
+    inputs themselves (token ids and masks) and the work of one chunk of 4096 tokens; temporary
+    files (``TMPDIR``) hold ``4 + len(ratios)`` hidden states of every token, padding between rows
+    of similar length included; on the CPU kernels there are packed copies of the encoder's linear
+    weights, which are freed at the end together with those that inference made of this model, and
+    makes again. No other thread may use the model meanwhile.
+
+    Args:
+        model: patched. Its other parameters stay as they are.
+        batches: arguments of the encoder, ``attention_mask`` among them, read once; a few hundred
+            sequences of what it will be used on, or of plain text. About a fifth of them, at most
+            4096 tokens, in runs of neighbours, is held out.
+        ratios: which plugins; by default all.
+        merge, adapter: which parts; the other keeps its values.
+        progress: show a bar, and print the table.
+
+    Returns:
+        The final error on held-out sequences before and after, per ratio and site.
+
+    Raises:
+        ValueError: the model is not patched, has no plugins for a ratio, or no values (on the
+            meta device); or ``batches`` has fewer than 10 sequences, or no ``attention_mask``.
+            TypeError: ``batches`` does not hold mappings. FloatingPointError: the hidden states
+            are not finite. OSError: no room for the temporary files. All plugins have their old
+            values then.
+    """
+    states(model)
+    found = find(model)
+    check_values(found.encoder)
+    state: State = vars(found.encoder)[STATE]
+    wanted = list(state.ratios if ratios is None else ratios)
+    for k in wanted:
+        state.check(checks.ratio(k, "ratios"))
+    wanted = list(dict.fromkeys(k for k in wanted if k > 1))
+    on_cpu = backends.resolve(state.method.config.backend, found.like(0)) == "cpu"
+    given = chunks(batches, inspect.signature(found.encoder.forward).parameters)
+    with _restored(model, state, wanted):
+        blocks = Blocks(model, found, state)
+        with FrozenProducts(found.encoder) if on_cpu else nullcontext(), blocks.installed():
+            with _Run(found, state, blocks, given, wanted) as run:
+                table = run.all(merge, adapter, progress)
+    if progress:
+        tqdm.write(str(table))
+    return table
+
+
+@contextmanager
+def _restored(model: nn.Module, state: State, ratios: list[int]) -> Iterator[None]:
+    """Modes and caches afterwards as before; after an error the plugins too."""
+    before = [(parameter, parameter.clone()) for parameter in plugin_parameters(model, ratios)]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    warned, state.warned = state.warned, True
+    try:
+        yield
+    except BaseException:
+        for parameter, value in before:
+            parameter.copy_(value)
+        raise
+    finally:
+        state.warned = warned
+        prepack.cache.forget(model.parameters())
+        for module, training in modes:
+            module.training = training
+
+
+class _Run:
+    """One calibration. ``dense`` and ``streams`` hold the input of the block that is next."""
+
+    def __init__(
+        self, found: Found, state: State, blocks: Blocks, given: list[Chunk], ratios: list[int]
+    ) -> None:
+        self.layers, self.owners = found.layers, state.owners
+        self.blocks, self.chunks, self.ratios = blocks, given, ratios
+        held_out = {i: chunk for i, chunk in enumerate(given) if chunk.held_out}
+        fitted = [i for i, chunk in enumerate(given) if not chunk.held_out]
+        size = sum(given[i].mask.numel() for i in fitted)
+        self.sample = [*fitted[:: max(1, size // SAMPLE)], *held_out]
+        self.groups: dict[tuple[int, int], Groups] = {}
+        self.dense, self.after, self.wanted, self.x = Store(), Store(), Store(), Store()
+        self.streams = {k: Store() for k in ratios}
+        self.errors = Errors(blocks, state, held_out)
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for store in (self.dense, self.after, self.wanted, self.x, *self.streams.values()):
+            store.close()
+
+    def all(self, merge: bool, adapter: bool, progress: bool) -> Calibration:
+        own = sorted(set(self.owners))
+        plugins = {(k, i): self.layers[i].plugins[str(k)] for k in self.ratios for i in own}
+        initial = {place: values(plugin) for place, plugin in plugins.items()}
+        before = {k: self.errors.of(k) for k in self.ratios}
+        rows: dict[tuple[int, int], Row] = {}
+        bar = tqdm(total=len(self.layers) * len(self.ratios), disable=not progress, unit="site")
+        with bar:
+            for i in range(len(self.layers) if self.ratios else 0):
+                self._dense(i)
+                for k in self.ratios:
+                    if i in own:
+                        rows[k, i] = self._site(i, k, merge, adapter)
+                    if i + 1 < len(self.layers):
+                        self._advance(i, k)
+                    bar.update()
+                self.dense, self.after = self.after, self.dense
+        made = []
+        for k in self.ratios:
+            mine, end = [rows[k, i] for i in own], self.errors.of(k)
+            if end > before[k]:
+                for i in own:
+                    put(plugins[k, i], initial[k, i])
+                mine, end = [row._replace(after=row.before, step=0.0) for row in mine], before[k]
+            made += [*mine, Row(k, None, before[k], end, None)]
+        return Calibration(tuple(made))
+
+    def _dense(self, i: int) -> None:
+        """Block ``i`` of the dense model: what is behind its FFN, and behind the block."""
+        ffn = describe(self.layers[i])
+        for j, chunk in enumerate(self.chunks):
+            got: list[Tensor] = []
+            before = self._input(self.dense, i, j)
+            self.after[j] = self.blocks.run(
+                chunk.inputs, 1, i, i + 1, before, partial(_collect, got)
+            )
+            y = got[0] + products(hidden(got[0], ffn), ffn, linear)
+            if not y[chunk.mask].isfinite().all():
+                raise FloatingPointError(
+                    f"the dense model's hidden states behind FFN {i} are not finite: "
+                    "look for non-finite weights and inputs, or use a wider dtype"
+                )
+            self.wanted[j] = y
+
+    def _site(self, i: int, k: int, merge: bool, adapter: bool) -> Row:
+        ffn, plugin = describe(self.layers[i]), self.layers[i].plugins[str(k)]
+        stream = self.streams[k]
+        for j, chunk in enumerate(self.chunks):
+            self.x[j], context = self.blocks.at(chunk.inputs, k, i, self._input(stream, i, j))
+            if (k, j) not in self.groups:  # the same in every layer
+                self.groups[k, j] = context.groups(self.x[j], k, "reference")
+
+        def make(j: int) -> Part:
+            held_out = self.chunks[j].held_out
+            return part(self.x[j], self.wanted[j], self.groups[k, j], ffn, held_out)
+
+        before = values(plugin)
+        sample = [made for j in self.sample if len((made := make(j)).place)]
+        if any(not part.held_out for part in sample):
+            fit = SiteFit(ffn, sample, lambda: map(make, range(len(self.chunks))))
+            fit.fit(plugin, merge, adapter)
+        found = search(
+            plugin,
+            before,
+            lambda: (
+                self.errors.upto(k, i, stream if i else None),
+                self.errors.alone(k, i, self.dense if i else None),
+            ),
+        )
+        return Row(k, i, *found)
+
+    def _advance(self, i: int, k: int) -> None:
+        """Block ``i`` as it is compressed now."""
+        stream = self.streams[k]
+        for j, chunk in enumerate(self.chunks):
+            stream[j] = self.blocks.run(chunk.inputs, k, i, i + 1, self._input(stream, i, j))
+
+    @staticmethod
+    def _input(stream: Store, i: int, j: int) -> Tensor | None:
+        """Of block ``i``; the first has the encoder's own."""
+        return stream[j] if i else None
+
+
+def _collect(into: list[Tensor], layer: nn.Module, x: Tensor) -> None:
+    into.append(x)

@@ -1,0 +1,85 @@
+"""The model's error at its end, and the step that a fitted plugin takes towards it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ....runtime.state import State
+from .inputs import Chunk
+from .streams import Blocks, Store
+
+STEPS = (1.0, 0.5, 0.25)
+"""Tried shares of the fitted correction; the values before are tried too."""
+Values = list[Tensor]
+
+
+class Errors:
+    """Relative squared errors of the last hidden state, on held-out sequences."""
+
+    def __init__(self, blocks: Blocks, state: State, chunks: Mapping[int, Chunk]) -> None:
+        self.blocks, self.chunks = blocks, chunks
+        self.owners = state.owners
+        self.real = [chunk.mask.nonzero(as_tuple=True) for chunk in chunks.values()]
+        self.dense = [self._last(chunk, 1, 0, None) for chunk in chunks.values()]
+        self.dense = [x[real].float() for x, real in zip(self.dense, self.real, strict=True)]
+        self.total = sum(float(x.double().square().sum()) for x in self.dense)
+
+    def upto(self, ratio: int, site: int, stream: Store | None) -> float:
+        """The sites up to this one compressed, on what ``stream`` has in front of its block."""
+        return self.of(self._level(ratio, range(site + 1)), site, stream)
+
+    def alone(self, ratio: int, site: int, dense: Store | None) -> float:
+        """Only this site compressed."""
+        return self.of(self._level(ratio, [site]), site, dense)
+
+    def _level(self, ratio: int, owners: Iterable[int]) -> Any:
+        """These sites and those that share their modules compressed, the others dense."""
+        wanted = set(owners)
+        return {"ffn": {i: ratio for i, owner in enumerate(self.owners) if owner in wanted}}
+
+    def of(self, level: Any, begin: int = 0, stream: Store | None = None) -> float:
+        """At this level, the blocks from ``begin`` on what ``stream`` holds of the ones before."""
+        squared = 0.0
+        for (i, chunk), real, dense in zip(self.chunks.items(), self.real, self.dense, strict=True):
+            x = self._last(chunk, level, begin, stream[i] if stream is not None else None)
+            squared += float((x[real].float() - dense).double().square().sum())
+        error = squared / self.total if self.total else 0.0
+        return error if math.isfinite(error) else math.inf
+
+    def _last(self, chunk: Chunk, level: Any, begin: int, hidden: Tensor | None) -> Tensor:
+        return self.blocks.run(chunk.inputs, level, begin, hidden=hidden)
+
+
+def values(plugin: Any) -> Values:
+    return [parameter.detach().clone() for parameter in plugin.parameters()]
+
+
+def put(plugin: Any, found: Sequence[Tensor]) -> None:
+    for parameter, value in zip(plugin.parameters(), found, strict=True):
+        parameter.copy_(value)
+
+
+def search(
+    plugin: Any, before: Values, errors: Callable[[], tuple[float, float]]
+) -> tuple[float, float, float]:
+    """Leaves in ``plugin`` the longest step from ``before`` to its values that harms nowhere.
+
+    ``errors`` are those with the sites before compressed too, and with this site alone. Returns
+    the second, before and after, and the step.
+    """
+    fitted = values(plugin)
+    put(plugin, before)
+    start = errors()
+    for step in STEPS:
+        put(plugin, fitted)
+        plugin.adapter.w2.mul_(step)
+        plugin.adapter.b2.mul_(step)
+        now = errors()
+        if now[0] < start[0] and now[1] <= start[1]:
+            return start[1], now[1], step
+    put(plugin, before)
+    return start[1], start[1], 0.0
