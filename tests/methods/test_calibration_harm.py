@@ -9,8 +9,10 @@ import variator_kernels as vk
 from tests.methods.test_calibration import batches, model
 from tests.sites import tiny
 from variator_kernels.methods.variator.calibration import inputs, streams
-from variator_kernels.methods.variator.calibration.fit import SiteFit
+from variator_kernels.methods.variator.calibration.fit import SiteFit, part
+from variator_kernels.ops.groups import Groups
 from variator_kernels.runtime.state import STATE
+from variator_kernels.sites.feed_forward import describe
 from variator_kernels.sites.find import find
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:the plugins of ratio")
@@ -204,3 +206,16 @@ def test_blocks_run_apart_give_what_the_encoder_gives(family):
         x, real = blocks.run(given, 2, 0, 1), given["attention_mask"] != 0
         for again in (blocks.run(given, 2, 1, hidden=x), blocks.run(given, 2)):
             torch.testing.assert_close(again[real], whole[real], rtol=1e-5, atol=1e-5)
+
+
+def test_kept_tokens_are_not_fitted():
+    x, dense = torch.randn(2, 5, 24), torch.randn(2, 5, 24)
+    start = torch.tensor([[0, 1, 3], [5, 6, 8]])
+    span = torch.tensor([[1, 2, 2], [1, 2, 2]])
+    kept = torch.tensor([[True, False, False]] * 2)
+    groups = Groups(start, span, None, kept, None, 2, "listed")
+    ffn = describe(tiny.layers(tiny.model("bert", "gelu"))[0])
+    found = part(x, dense, groups, ffn, False)
+    assert found.place.tolist() == [1, 2, 3, 4, 6, 7, 8, 9]
+    assert found.group.tolist() == [1, 1, 2, 2, 4, 4, 5, 5]
+    assert torch.equal(found.wanted, (dense - x).flatten(0, 1)[found.place])

@@ -1,10 +1,13 @@
-"""Reduced-rank regression against what plain least squares gives."""
+"""Ridge regression, of full and of limited rank, against what plain least squares gives."""
 
 import pytest
 import torch
 
-from variator_kernels.methods.variator.calibration import regression
-from variator_kernels.methods.variator.calibration.regression import Moments, reduced_rank
+from variator_kernels.methods.variator.calibration.regression import (
+    Moments,
+    reduced_rank,
+    regression,
+)
 
 
 def samples(seed, number=400, p=7, q=5, rank=2, noise=0.0):
@@ -38,41 +41,58 @@ def _cut(triple):
     return zip(*(part.split(150) for part in triple), strict=True)
 
 
-def test_finds_a_map_of_its_rank(monkeypatch):
-    monkeypatch.setattr(regression, "RIDGES", (0.0,))
-    found = reduced_rank(moments(samples(0)), moments(samples(1)), 2)
+def predict(fit, fitted, z):
+    """A map of limited rank, from what was fitted to."""
+    _, mean_t, _, _ = fitted.centred()
+    return (z - fit.mean_in) @ (fit.left @ fit.right).T + (fitted.origin_t + mean_t).to(z.dtype)
+
+
+def test_finds_a_map_of_its_rank():
+    fitted = moments(samples(0))
+    found = reduced_rank(fitted, moments(samples(1)), 2, (0.0,))
     z, t, _ = samples(2)
-    torch.testing.assert_close(found.predict(z), t, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(predict(found, fitted, z), t, rtol=1e-3, atol=1e-2)
     torch.testing.assert_close(found.left.T @ found.left, torch.eye(2), rtol=0, atol=1e-5)
     deviation = (z @ found.right.T).std(0)
     torch.testing.assert_close(found.deviation, deviation, rtol=0.2, atol=0)
-    assert found.error < 1e-6 * float(t.square().sum(-1).mean())
+    line = regression(fitted, moments(samples(1)), (0.0,))
+    assert line.error < 1e-6 * float(t.square().sum(-1).mean())
 
 
-def test_full_rank_is_weighted_least_squares(monkeypatch):
-    monkeypatch.setattr(regression, "RIDGES", (0.0,))
+@pytest.mark.parametrize("limited", [False, True])
+def test_full_rank_is_weighted_least_squares(limited):
     z, t, w = samples(0, noise=5.0)
-    found = reduced_rank(
-        moments((z[:200], t[:200], w[:200])), moments((z[200:], t[200:], w[200:])), 9
-    )
-    ones = torch.cat([z, torch.ones(len(z), 1)], -1).double()
-    root = w.sqrt().double()
+    fitted, held_out = moments((z[:200], t[:200], w[:200])), moments((z[200:], t[200:], w[200:]))
+    if limited:
+        out = predict(reduced_rank(fitted, held_out, 9, (0.0,)), fitted, z)
+    else:
+        out = regression(fitted, held_out, (0.0,)).predict(z)
+    ones, root = torch.cat([z, torch.ones(len(z), 1)], -1).double(), w.sqrt().double()
+    root[200:] = 0
     expected = ones @ torch.linalg.lstsq(ones * root, t.double() * root).solution
-    torch.testing.assert_close(found.predict(z).double(), expected, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-2)
 
 
-def test_the_error_is_that_on_what_is_held_out_and_decides_the_ridge(monkeypatch):
-    monkeypatch.setattr(regression, "RIDGES", (1e-6, 3e-3, 10.0))
+def test_what_is_held_out_decides_the_ridge():
+    ridges = (1e-6, 0.1, 10.0)
     few, held_out = samples(0, number=12, p=10, noise=20.0), samples(1, p=10, noise=20.0)
-    found = reduced_rank(moments(few), moments(held_out), 5)
     z, t, w = held_out
     tried = []
-    for ridge in regression.RIDGES:
-        mean_z, mean_t, _, _ = moments(few).centred()
-        predicted = (z - mean_z) @ regression._solve(moments(few), ridge) + mean_t
-        tried.append(float((w * (predicted - t).square()).sum() / w.sum()))
+    for ridge in ridges:
+        line = regression(moments(few), moments(held_out), (ridge,))
+        tried.append(float((w * (line.predict(z) - t).square()).sum() / w.sum()))
+        assert line.error == pytest.approx(tried[-1], rel=1e-3)
+    found = regression(moments(few), moments(held_out), ridges)
     assert found.error == pytest.approx(min(tried), rel=1e-3)
     assert tried.index(min(tried)) == 1, "neither hardly any nor far too much"
+
+
+def test_with_nothing_held_out_the_strongest_ridge_is_taken():
+    few = samples(0, number=12)
+    nothing = Moments(torch.zeros(7), torch.zeros(5))
+    found = regression(moments(few), nothing, (1.0, 1e-3))
+    expected = regression(moments(few), nothing, (1.0,))
+    torch.testing.assert_close(found.weight, expected.weight)
 
 
 def test_inputs_far_from_zero():
@@ -83,9 +103,9 @@ def test_inputs_far_from_zero():
 
     def fitted(dtype, origin=None):
         cut = [[x[part].to(dtype) for x in (z, t, w)] for part in parts]
-        return reduced_rank(*(moments(triple, origin=origin) for triple in cut), 2)
+        return regression(*(moments(triple, origin=origin) for triple in cut))
 
     near, exact = fitted(torch.float32, (z.mean(0), t.mean(0))), fitted(torch.float64)
     assert near.error == pytest.approx(exact.error, rel=0.05)  # 60 times it without the origin
-    a, b = (float((fit.predict(z) - t).square().mean()) for fit in (near, exact))
+    a, b = (float((line.predict(z) - t).square().mean()) for line in (near, exact))
     assert a == pytest.approx(b, rel=0.05)
