@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import memory, targets
+from bench import memory, packing, targets
 from bench.harness import tables
 from bench.harness.results import Row, pick, speedup
 from bench.harness.tables import Column, key, number
@@ -117,6 +117,22 @@ def of_memory(found: Machine, folder: Path) -> str:
     return tables.markdown(memory.columns(rows), pick(rows, status="ok"))
 
 
+def of_packing(found: Machine, folder: Path) -> str:
+    """What noticing writes costs, and what memory packed weights leave behind."""
+    content = found.files.get("packing")
+    if content is None:
+        return ""
+    here, settings = content["machine"], content["settings"]
+    rows = pick(content["rows"], status="ok")
+    looking = tables.markdown(packing.LOOKING, pick(rows, case="looking"))
+    kept = tables.markdown(packing.MEMORY, [row for row in rows if row["case"] in packing.CELLS])
+    return (
+        f"{here['cpu']}, {here['cores']} cores, {settings['threads']} threads, "
+        f"{content['model']['name']}, k={settings['k']}, {settings['lengths']:,} lengths:\n\n"
+        f"{looking}\n\n{kept}"
+    )
+
+
 def of_targets(found: Machine, folder: Path) -> str:
     """Every target beside its measurement."""
     rows = [row for content in found.files.values() for row in content["rows"]]
@@ -127,5 +143,5 @@ TABLES: dict[str, Callable[[Machine, Path], str]] = {
     "machine": caption, "figure": figure, "sublayer": _of_cells("sublayer", SUBLAYER),
     "small": _of_cells("small", SMALL), "encoder": encoder,
     "backward": _of_cells("backward", BACKWARD), "ragged": _of_cells("ragged", RAGGED),
-    "memory": of_memory, "targets": of_targets,
+    "memory": of_memory, "packing": of_packing, "targets": of_targets,
 }  # fmt: skip
