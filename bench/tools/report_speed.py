@@ -134,7 +134,9 @@ def of_packing(found: Machine, folder: Path) -> str:
 
 
 def of_targets(found: Machine, folder: Path) -> str:
-    """Every target beside its measurement."""
+    """Every target beside its measurement, where the curve was measured."""
+    if "speed_vs_k" not in found.files:
+        return ""
     rows = [row for content in found.files.values() for row in content["rows"]]
     return tables.markdown(targets.columns(2), targets.as_rows(rows))
 
