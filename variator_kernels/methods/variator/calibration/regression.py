@@ -94,9 +94,11 @@ def _best(fitted: Moments, held_out: Moments, ridges: Sequence[float]) -> tuple[
     _, _, covariance, cross = fitted.centred()
     variance = covariance.diagonal()
     variance = variance.clamp_min(1e-9 * float(variance.mean()) + 1e-30)
+    # Far from the origin, what an input varies by is lost in the rounding of its square.
+    rounding = 1e-7 * torch.maximum(variance, fitted.zz.diagonal() / fitted.total)
     tried = []
     for ridge in ridges:
-        factor = torch.linalg.cholesky(covariance + torch.diag((ridge + 1e-7) * variance))
+        factor = torch.linalg.cholesky(covariance + torch.diag(ridge * variance + rounding))
         full = torch.cholesky_solve(cross, factor)
         tried.append((full, _error(fitted, full, held_out)))
     return min(tried, key=lambda pair: pair[1])
