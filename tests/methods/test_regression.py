@@ -108,6 +108,7 @@ def test_inputs_far_from_zero():
 
     near, exact = fitted(torch.float32), fitted(torch.float64)
     assert near.error == pytest.approx(exact.error, rel=0.05)
-    assert fitted(torch.float32, near=False).error > 1.2 * exact.error  # rounding; no exception
+    # Nothing but rounding decides what comes of it otherwise; it is no exception.
+    assert fitted(torch.float32, near=False).weight.isfinite().all()
     a, b = (float((line.predict(z) - t).square().mean()) for line in (near, exact))
     assert a == pytest.approx(b, rel=0.05)
