@@ -98,10 +98,19 @@ def _best(fitted: Moments, held_out: Moments, ridges: Sequence[float]) -> tuple[
     rounding = 1e-7 * torch.maximum(variance, fitted.zz.diagonal() / fitted.total)
     tried = []
     for ridge in ridges:
-        factor = torch.linalg.cholesky(covariance + torch.diag(ridge * variance + rounding))
+        factor = _factor(covariance + torch.diag(ridge * variance), rounding)
         full = torch.cholesky_solve(cross, factor)
         tried.append((full, _error(fitted, full, held_out)))
     return min(tried, key=lambda pair: pair[1])
+
+
+def _factor(matrix: Tensor, rounding: Tensor) -> Tensor:
+    """Cholesky's factor of a matrix whose diagonal is right up to some multiple of ``rounding``."""
+    for times in (1.0, 10.0, 100.0):
+        factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag(times * rounding))
+        if not failed:
+            return factor
+    return torch.linalg.cholesky(matrix + torch.diag(1000.0 * rounding))
 
 
 def _error(fitted: Moments, full: Tensor, held_out: Moments) -> float:
