@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import signal
 import threading
 import weakref
 
@@ -208,6 +209,7 @@ def test_memory_shared_with_another_process(rule):
     assert cache.rules([weight]) == {"read": weight.nbytes}
     child = os.fork()
     if child == 0:
+        signal.alarm(60)  # better dead than waited for
         weight.numpy()[50] = 4.0
         os._exit(0)
     os.waitpid(child, 0)
@@ -220,6 +222,7 @@ def test_forked_children_look_for_themselves():
     weight.numpy()[3] = 1.0  # nobody looked yet
     child = os.fork()
     if child == 0:
+        signal.alarm(60)  # better dead than waited for
         torch.set_num_threads(1)  # OpenMP's threads did not come along
         right = same(weight) and same(other)
         other.numpy()[50] = 4.0

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import resource
+import signal
 import threading
 
 import numpy as np
@@ -173,6 +174,7 @@ def test_a_thread_that_forks_while_others_look():
     for _ in range(20):
         child = os.fork()
         if child == 0:
+            signal.alarm(60)  # better dead than waited for
             torch.set_num_threads(1)
             weights[0].numpy()[9] = 4.0
             os._exit(0 if all(map(same, weights)) else 1)
@@ -187,6 +189,7 @@ def in_child(run):
     """The exit status of a forked child that runs ``run()``."""
     child = os.fork()
     if child == 0:
+        signal.alarm(60)  # better dead than waited for
         status = 255
         try:
             torch.set_num_threads(1)
