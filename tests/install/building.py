@@ -14,13 +14,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def build(tree: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+def environment(**more: str) -> dict[str, str]:
+    """This process's, without what it says to a build, and ``more``."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("VARIATOR_")}
     kept.pop("LD_PRELOAD", None)  # the sanitizers are no concern of the compiler's
+    return {**kept, "VARIATOR_CUDA": "0", **more}
+
+
+def build(tree: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "setup.py", "build_ext", *args],
         cwd=tree,
-        env={**kept, "VARIATOR_CUDA": "0", **env},
+        env=environment(**env),
         capture_output=True,
         text=True,
         timeout=300,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.install.building import ROOT, build, build_info, needs
+from tests.install.building import ROOT, build, build_info, environment, needs
 
 
 def test_build_records_what_it_did(tree: Path) -> None:
@@ -53,14 +53,12 @@ def test_builds_for_other_pythons_stay_in_the_sources(tree: Path) -> None:
 
 def wheel(tree: Path, **env: str) -> tuple[str, set[str]]:
     """The name and the files of the wheel that pip makes of a tree."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("VARIATOR_")}
-    kept.pop("LD_PRELOAD", None)
     shutil.rmtree(tree / "wheels", ignore_errors=True)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation"]
     done = subprocess.run(
         [*command, "--no-deps", "--no-index", "--wheel-dir", "wheels", "."],
         cwd=tree,
-        env={**kept, "VARIATOR_CUDA": "0", **env},
+        env=environment(**env),
         capture_output=True,
         text=True,
         timeout=300,

@@ -163,6 +163,18 @@ def onnx_session(path):
     return run
 
 
+def as_onnx(model, folder, dynamo):
+    """``model`` with dynamic sizes, by one of the two exporters, in onnxruntime."""
+    path = folder / "model.onnx"
+    if dynamo:
+        settings = {"dynamic_shapes": SHAPES, "verbose": False}
+    else:
+        axes = {0: "rows", 1: "tokens"}
+        settings = {"input_names": ["ids", "mask"], "dynamic_axes": {"ids": axes, "mask": axes}}
+    torch.onnx.export(model, tiny.batch(9, 4), path, dynamo=dynamo, **settings)
+    return onnx_session(path)
+
+
 @needs_onnx
 @every_model
 @pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
@@ -171,14 +183,8 @@ def onnx_session(path):
 def test_onnx_is_right_at_every_length(variant, backend, dynamo, tmp_path, quiet):
     if backend == "cpu" and CPU is None:
         pytest.skip("no CPU kernels")
-    model, path = patched(variant, backend=backend), tmp_path / "model.onnx"
-    if dynamo:
-        settings = {"dynamic_shapes": SHAPES, "verbose": False}
-    else:
-        axes = {0: "rows", 1: "tokens"}
-        settings = {"input_names": ["ids", "mask"], "dynamic_axes": {"ids": axes, "mask": axes}}
-    torch.onnx.export(model, tiny.batch(9, 4), path, dynamo=dynamo, **settings)
-    check(onnx_session(path), model)
+    model = patched(variant, backend=backend)
+    check(as_onnx(model, tmp_path, dynamo), model)
 
 
 @every_model
@@ -286,11 +292,5 @@ def test_compiles_kept_tokens_with_dynamic_sizes():
 @pytest.mark.parametrize("dynamo", [True, False])
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_knows_kept_tokens(dynamo, tmp_path, quiet):
-    model, path = patched(MODELS[0], **KEPT), tmp_path / "model.onnx"
-    if dynamo:
-        settings = {"dynamic_shapes": SHAPES, "verbose": False}
-    else:
-        axes = {0: "rows", 1: "tokens"}
-        settings = {"input_names": ["ids", "mask"], "dynamic_axes": {"ids": axes, "mask": axes}}
-    torch.onnx.export(model, tiny.batch(9, 4), path, dynamo=dynamo, **settings)
-    check(onnx_session(path), model)
+    model = patched(MODELS[0], **KEPT)
+    check(as_onnx(model, tmp_path, dynamo), model)
