@@ -12,6 +12,7 @@ from ....ops.feed_forward import FeedForward, normalize, products
 from ....ops.group_merge.reference import group_merge
 from ....ops.groups import Groups, token_slots
 from ....ops.prepacked_linear import linear
+from .descent import Spread
 from .regression import Fit, Moments, reduced_rank, regression
 
 SHARPNESS = (0.0, 1.0)
@@ -99,6 +100,12 @@ class SiteFit:
         """``concat(u, h)`` of each token, and what the adapter is to add to u."""
         u = merged(merge, self.ffn, part)
         return torch.cat([u, part.tokens], -1), (part.wanted - u) * self.scale, part
+
+    def spread(self, merge: Any) -> Spread:
+        """Of what the sample puts into the adapter, and wants from it."""
+        pairs = [self.pair(merge, part) for part in self.sample if not part.held_out]
+        z, t, _ = zip(*pairs, strict=True)
+        return Spread(torch.cat(z), torch.cat(t) / self.scale)
 
     def moments(self, pairs: Iterable[tuple[Tensor, Tensor, Part]]) -> tuple[Moments, Moments]:
         """Of what is fitted, and of what is held out."""

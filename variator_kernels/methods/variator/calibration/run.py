@@ -38,6 +38,7 @@ from ....sites.feed_forward import describe
 from ....sites.find import Found, find
 from ....sites.wrappers import check_values
 from ..method import plugin_parameters
+from .descent import Behind, descend, differentiable
 from .fit import Part, SiteFit, hidden, part
 from .inputs import Chunk, chunks
 from .search import Errors, put, search, values
@@ -99,7 +100,8 @@ def calibrate(
     with _restored(model, state, wanted):
         blocks = Blocks(model, found, state)
         with FrozenProducts(found.encoder) if on_cpu else nullcontext(), blocks.installed():
-            with _Run(found, state, blocks, given, wanted) as run:
+            backend = "cpu" if on_cpu else "reference"
+            with _Run(found, state, blocks, given, wanted, backend) as run:
                 table = run.all(merge, adapter, progress)
     if progress:
         tqdm.write(str(table))
@@ -130,8 +132,15 @@ class _Run:
     """One calibration. ``dense`` and ``streams`` hold the input of the block that is next."""
 
     def __init__(
-        self, found: Found, state: State, blocks: Blocks, given: list[Chunk], ratios: list[int]
+        self,
+        found: Found,
+        state: State,
+        blocks: Blocks,
+        given: list[Chunk],
+        ratios: list[int],
+        backend: str,
     ) -> None:
+        self.backend = backend
         self.layers, self.owners = found.layers, state.owners
         self.blocks, self.chunks, self.ratios = blocks, given, ratios
         held_out = {i: chunk for i, chunk in enumerate(given) if chunk.held_out}
@@ -211,6 +220,14 @@ class _Run:
         if any(not part.held_out for part in sample):
             fit = SiteFit(ffn, sample, lambda: map(make, range(len(self.chunks))))
             fit.fit(plugin, merge, adapter)
+            if differentiable(ffn, self.x[0].shape[-1]):
+                fitted = [
+                    partial(self._behind, k, j)
+                    for j, chunk in enumerate(self.chunks)
+                    if not chunk.held_out
+                ]
+                spread = fit.spread(plugin.merge)
+                descend(plugin, ffn, spread, fit.floor, fitted, self.backend, merge, adapter)
         found = search(
             plugin,
             before,
@@ -220,6 +237,9 @@ class _Run:
             ),
         )
         return Row(k, i, *found)
+
+    def _behind(self, k: int, j: int) -> Behind:
+        return Behind(self.x[j], self.wanted[j], self.groups[k, j])
 
     def _advance(self, i: int, k: int) -> None:
         """Block ``i`` as it is compressed now."""

@@ -1,0 +1,161 @@
+"""A few passes of gradient descent at one site, from the closed form on.
+
+The closed form sees a linear map and squared errors in front of the norm. What is left is the merge,
+the tanh and the norm: each step runs the whole sublayer on some rows of a chunk, and compares what
+it gives with what the dense model has there. No gradient leaves the site.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ....ops.compressed_ffn import run
+from ....ops.feed_forward import FeedForward, PluginWeights, normalize, products
+from ....ops.groups import Groups, token_slots
+
+TOKENS = 512
+"""Of a step, with padding."""
+PASSES, LEAST_STEPS = 3, 100
+"""Over all tokens; more of them if that makes fewer steps."""
+RATE, WARM_UP = 1e-3, 10
+"""Adam's, for inputs and outputs of variance 1; falls linearly to zero."""
+
+
+class Spread:
+    """Standard deviations ``[2d]`` of ``concat(u, h)`` and ``[d]`` of what the adapter adds to u.
+
+    The descent takes its steps in parameters of standardised inputs and outputs, whatever the
+    model's scale.
+    """
+
+    def __init__(self, z: Tensor, t: Tensor) -> None:
+        def deviation(x: Tensor) -> Tensor:
+            found = x.std(0, correction=0)
+            return found.clamp_min(1e-3 * float(found.mean()) + 1e-30)
+
+        self.z, self.t = deviation(z), deviation(t)
+
+    def scales(self, ratio: int) -> tuple[Tensor, ...]:
+        """Of merge weight and bias, W_1, b_1, W_2, b_2: a parameter over its standardised form."""
+        one = self.z.new_ones(())
+        h = self.z[self.z.shape[0] // 2 :]
+        return 1 / h.repeat(ratio), one, 1 / self.z, one, self.t[:, None], self.t
+
+
+class Behind(NamedTuple):
+    """What a chunk tells about a site: its input, and what the dense model has behind it."""
+
+    x: Tensor
+    """``[B, n, d]``."""
+    dense: Tensor
+    """The same, in front of a norm that follows."""
+    groups: Groups
+
+
+def descend(
+    plugin: Any,
+    ffn: FeedForward,
+    spread: Spread,
+    floor: float,
+    chunks: Sequence[Callable[[], Behind]],
+    backend: str,
+    merge: bool,
+    adapter: bool,
+) -> None:
+    """Moves ``plugin`` towards the sublayer's dense outputs.
+
+    Args:
+        floor: without a norm behind, a token weighs one over its variance, which is at least this.
+        chunks: make what there is to fit to. ``merge``, ``adapter``: which parts move.
+    """
+    weights = plugin.weights()
+    parameters = weights[:6]
+    moving = [i for i in range(6) if (merge if i < 2 else adapter)]
+    scales = spread.scales(weights.ratio)
+    leaves = [parameters[i].detach().float() / scales[i] for i in moving]
+    steps = sum(len(_slices(chunk().x)) for chunk in chunks)
+    if not steps or not moving:
+        return
+    passes = max(PASSES, math.ceil(LEAST_STEPS / steps))
+    generator, done = torch.Generator().manual_seed(0), 0
+    with torch.enable_grad():
+        for leaf in leaves:
+            leaf.requires_grad_()
+        adam = torch.optim.Adam(leaves, betas=(0.9, 0.98))
+        for _ in range(passes):
+            for chunk in _shuffled(chunks, generator):
+                behind = chunk()
+                for begin, end in _shuffled(_slices(behind.x), generator):
+                    values = list(parameters)
+                    for i, leaf in zip(moving, leaves, strict=True):
+                        values[i] = (leaf * scales[i]).to(parameters[i].dtype)
+                    now = PluginWeights(*values, weights.activation)
+                    loss = _loss(_rows(behind, begin, end), now, ffn, floor, backend)
+                    left = 1 - done / (passes * steps)
+                    adam.param_groups[0]["lr"] = RATE * min((done + 1) / WARM_UP, left)
+                    found = torch.autograd.grad(loss, leaves)
+                    for leaf, gradient in zip(leaves, found, strict=True):
+                        leaf.grad = gradient
+                    adam.step()
+                    done += 1
+    for i, leaf in zip(moving, leaves, strict=True):
+        parameters[i].copy_(leaf.detach() * scales[i])
+
+
+def differentiable(ffn: FeedForward, width: int) -> bool:
+    """Whether gradients pass the FFN: those of some quantised modules cannot."""
+    if ffn.module is None:
+        return True
+    with torch.enable_grad():
+        try:
+            return products(ffn.w_out.new_zeros(1, width).requires_grad_(), ffn).requires_grad
+        except (RuntimeError, NotImplementedError):
+            return False
+
+
+def _loss(
+    rows: Behind, weights: PluginWeights, ffn: FeedForward, floor: float, backend: str
+) -> Tensor:
+    x, dense, groups = rows
+    y = run(x, weights, ffn, groups, backend).float()
+    wanted = dense.float()
+    slot, used = token_slots(groups, x.shape[0] * x.shape[1])
+    if groups.kept is not None:  # those bypass the plugin
+        used = used & ~groups.kept.flatten()[slot // groups.ratio]
+    weight = used.view(x.shape[:2]).float()
+    if ffn.post_norm:
+        wanted = normalize(wanted, *ffn.any_norm).float()
+    else:
+        weight = weight / wanted.square().mean(-1).clamp_min(floor)
+        y = y if ffn.residual else x.float() + y
+    error = (y - wanted).square().mean(-1)
+    return torch.where(used.view(error.shape), error * weight, 0).sum() / weight.sum()
+
+
+def _slices(x: Tensor) -> list[tuple[int, int]]:
+    """Rows of about :data:`TOKENS` tokens."""
+    rows = max(1, TOKENS // x.shape[1])
+    return [(i, min(i + rows, len(x))) for i in range(0, len(x), rows)]
+
+
+def _rows(behind: Behind, begin: int, end: int) -> Behind:
+    x, dense, groups = behind
+    start, span, _, kept, mask = (None if t is None else t[begin:end] for t in groups[:5])
+    assert start is not None  # the groups are listed
+    start = (start - begin * x.shape[1]).clamp_min(0)  # an empty group may start anywhere
+    return Behind(
+        x[begin:end], dense[begin:end],
+        groups._replace(start=start, span=span, kept=kept, mask=mask, owned=None),
+    )  # fmt: skip
+
+
+T = TypeVar("T")
+
+
+def _shuffled(given: Sequence[T], generator: torch.Generator) -> list[T]:
+    return [given[i] for i in torch.randperm(len(given), generator=generator).tolist()]
