@@ -1,8 +1,8 @@
 """A few passes of gradient descent at one site, from the closed form on.
 
-The closed form sees a linear map and squared errors in front of the norm. What is left is the merge,
-the tanh and the norm: each step runs the whole sublayer on some rows of a chunk, and compares what
-it gives with what the dense model has there. No gradient leaves the site.
+The closed form sees a linear map and squared errors in front of the norm. What is left is the
+merge, the tanh and the norm: each step runs the whole sublayer on some rows of a chunk, and
+compares what it gives with what the dense model has there. No gradient leaves the site.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ....ops.groups import Groups, token_slots
 
 TOKENS = 512
 """Of a step, with padding."""
-PASSES, LEAST_STEPS = 3, 100
-"""Over all tokens; more of them if that makes fewer steps."""
+LEAST_STEPS = 100
+"""With few tokens, of as many passes as it takes."""
 RATE, WARM_UP = 1e-3, 10
 """Adam's, for inputs and outputs of variance 1; falls linearly to zero."""
 
@@ -64,6 +64,7 @@ def descend(
     floor: float,
     chunks: Sequence[Callable[[], Behind]],
     backend: str,
+    passes: int,
     merge: bool,
     adapter: bool,
 ) -> None:
@@ -71,17 +72,19 @@ def descend(
 
     Args:
         floor: without a norm behind, a token weighs one over its variance, which is at least this.
-        chunks: make what there is to fit to. ``merge``, ``adapter``: which parts move.
+        chunks: make what there is to fit to.
+        passes: over all of it, at least.
+        merge, adapter: which parts move.
     """
     weights = plugin.weights()
-    parameters = weights[:6]
+    parameters: list[Any] = list(weights[:6])
     moving = [i for i in range(6) if (merge if i < 2 else adapter)]
     scales = spread.scales(weights.ratio)
     leaves = [parameters[i].detach().float() / scales[i] for i in moving]
     steps = sum(len(_slices(chunk().x)) for chunk in chunks)
     if not steps or not moving:
         return
-    passes = max(PASSES, math.ceil(LEAST_STEPS / steps))
+    passes = max(passes, math.ceil(LEAST_STEPS / steps))
     generator, done = torch.Generator().manual_seed(0), 0
     with torch.enable_grad():
         for leaf in leaves:
@@ -94,7 +97,7 @@ def descend(
                     values = list(parameters)
                     for i, leaf in zip(moving, leaves, strict=True):
                         values[i] = (leaf * scales[i]).to(parameters[i].dtype)
-                    now = PluginWeights(*values, weights.activation)
+                    now = weights._replace(**dict(zip(weights._fields, values, strict=False)))
                     loss = _loss(_rows(behind, begin, end), now, ffn, floor, backend)
                     left = 1 - done / (passes * steps)
                     adam.param_groups[0]["lr"] = RATE * min((done + 1) / WARM_UP, left)
@@ -121,20 +124,24 @@ def differentiable(ffn: FeedForward, width: int) -> bool:
 def _loss(
     rows: Behind, weights: PluginWeights, ffn: FeedForward, floor: float, backend: str
 ) -> Tensor:
-    x, dense, groups = rows
-    y = run(x, weights, ffn, groups, backend).float()
-    wanted = dense.float()
+    wanted, weight = _weights(rows, ffn, floor)
+    y = run(rows.x, weights, ffn, rows.groups, backend).float()
+    error = (y if ffn.residual else rows.x.float() + y) - wanted
+    error = torch.where(weight > 0, error.square().mean(-1), 0)
+    return (error * weight).sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
+
+
+def _weights(rows: Behind, ffn: FeedForward, floor: float) -> tuple[Tensor, Tensor]:
+    """What the sublayer should give, ``[B, n, d]``, and what a token's error weighs, ``[B, n]``:
+    nothing for padding and for kept tokens, which bypass the plugin."""
+    x, wanted, groups = rows.x, rows.dense.float(), rows.groups
     slot, used = token_slots(groups, x.shape[0] * x.shape[1])
-    if groups.kept is not None:  # those bypass the plugin
+    if groups.kept is not None:
         used = used & ~groups.kept.flatten()[slot // groups.ratio]
     weight = used.view(x.shape[:2]).float()
     if ffn.post_norm:
-        wanted = normalize(wanted, *ffn.any_norm).float()
-    else:
-        weight = weight / wanted.square().mean(-1).clamp_min(floor)
-        y = y if ffn.residual else x.float() + y
-    error = (y - wanted).square().mean(-1)
-    return torch.where(used.view(error.shape), error * weight, 0).sum() / weight.sum()
+        return normalize(wanted, *ffn.any_norm).float(), weight
+    return wanted, weight / wanted.square().mean(-1).clamp_min(floor)
 
 
 def _slices(x: Tensor) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Initial values of plugins in closed form, without training.
+"""Initial values of plugins: in closed form, then by gradient descent at each site alone.
 
 The model runs block by block. The hidden states between two blocks, of the dense model and of each
 ratio, lie in temporary files, so memory does not grow with the tokens and every block runs a few
@@ -9,7 +9,9 @@ that the sites before, fitted already, have compressed:
   least-squares fit of that error's logarithm, used if they serve better than a mean;
 - the adapter: the best map of rank r from ``concat(u, h)`` to the wanted output less u
   (reduced-rank regression on moments of all tokens), scaled so that tanh is close to linear, and
-  then W_2 once more by least squares on the tanh's real outputs.
+  then W_2 once more by least squares on the tanh's real outputs;
+- then a few passes of gradient descent through the whole sublayer, its norm included
+  (:mod:`descent`).
 
 Tokens weigh by one over their residual's variance, hidden dimensions by the norm's weight where the
 norm follows (BERT): that is how much an error matters behind the norm. Runs of sequences are held
@@ -57,6 +59,7 @@ def calibrate(
     *,
     merge: bool = True,
     adapter: bool = True,
+    passes: int = 3,
     progress: bool = False,
 ) -> Calibration:
     """Give the plugins of a patched model initial values that fit these inputs.
@@ -75,6 +78,8 @@ def calibrate(
             4096 tokens, in runs of neighbours, is held out.
         ratios: which plugins; by default all.
         merge, adapter: which parts; the other keeps its values.
+        passes: of gradient descent at each site, over all tokens; 0: the closed form alone, which
+            takes half the time. FFNs that pass no gradient (some quantised ones) have none.
         progress: show a bar, and print the table.
 
     Returns:
@@ -88,6 +93,7 @@ def calibrate(
             values then.
     """
     states(model)
+    passes = checks.integer(passes, "passes")
     found = find(model)
     check_values(found.encoder)
     state: State = vars(found.encoder)[STATE]
@@ -102,7 +108,7 @@ def calibrate(
         with FrozenProducts(found.encoder) if on_cpu else nullcontext(), blocks.installed():
             backend = "cpu" if on_cpu else "reference"
             with _Run(found, state, blocks, given, wanted, backend) as run:
-                table = run.all(merge, adapter, progress)
+                table = run.all(merge, adapter, passes, progress)
     if progress:
         tqdm.write(str(table))
     return table
@@ -159,7 +165,7 @@ class _Run:
         for store in (self.dense, self.after, self.wanted, self.x, *self.streams.values()):
             store.close()
 
-    def all(self, merge: bool, adapter: bool, progress: bool) -> Calibration:
+    def all(self, merge: bool, adapter: bool, passes: int, progress: bool) -> Calibration:
         own = sorted(set(self.owners))
         plugins = {(k, i): self.layers[i].plugins[str(k)] for k in self.ratios for i in own}
         initial = {place: values(plugin) for place, plugin in plugins.items()}
@@ -171,7 +177,7 @@ class _Run:
                 self._dense(i)
                 for k in self.ratios:
                     if i in own:
-                        rows[k, i] = self._site(i, k, merge, adapter)
+                        rows[k, i] = self._site(i, k, merge, adapter, passes)
                     if i + 1 < len(self.layers):
                         self._advance(i, k)
                     bar.update()
@@ -203,7 +209,7 @@ class _Run:
                 )
             self.wanted[j] = y
 
-    def _site(self, i: int, k: int, merge: bool, adapter: bool) -> Row:
+    def _site(self, i: int, k: int, merge: bool, adapter: bool, passes: int) -> Row:
         ffn, plugin = describe(self.layers[i]), self.layers[i].plugins[str(k)]
         stream = self.streams[k]
         for j, chunk in enumerate(self.chunks):
@@ -220,14 +226,15 @@ class _Run:
         if any(not part.held_out for part in sample):
             fit = SiteFit(ffn, sample, lambda: map(make, range(len(self.chunks))))
             fit.fit(plugin, merge, adapter)
-            if differentiable(ffn, self.x[0].shape[-1]):
+            if passes and differentiable(ffn, self.x[0].shape[-1]):
                 fitted = [
                     partial(self._behind, k, j)
                     for j, chunk in enumerate(self.chunks)
                     if not chunk.held_out
                 ]
                 spread = fit.spread(plugin.merge)
-                descend(plugin, ffn, spread, fit.floor, fitted, self.backend, merge, adapter)
+                free = passes, merge, adapter
+                descend(plugin, ffn, spread, fit.floor, fitted, self.backend, *free)
         found = search(
             plugin,
             before,

@@ -1,0 +1,143 @@
+"""Gradient descent at one site: what it lowers, what it leaves alone, on which inputs."""
+
+import pytest
+import torch
+from torch import nn
+
+import variator_kernels as vk
+from tests.methods.test_calibration import batches, loss, model
+from tests.ops.cases import needs_cpu
+from tests.sites import tiny
+from variator_kernels.methods.variator.calibration import descent, run
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:the plugins of ratio")
+
+
+@pytest.mark.parametrize(("family", "act"), tiny.VARIANTS)
+def test_lowers_what_the_closed_form_leaves(family, act, monkeypatch):
+    """At every site, on what it was fitted to."""
+    errors, real = [], run.descend
+
+    def measured(plugin, ffn, spread, floor, chunks, backend, *free):
+        def error():
+            now = plugin.weights()
+            return sum(float(descent._loss(chunk(), now, ffn, floor, backend)) for chunk in chunks)
+
+        before = error()
+        real(plugin, ffn, spread, floor, chunks, backend, *free)
+        errors.append(error() / before)
+
+    monkeypatch.setattr(run, "descend", measured)
+    vk.calibrate(model(family, act), batches())
+    # Of a random model little can be fitted; what is left is the merge.
+    assert len(errors) == 4 and max(errors) < 1.0 and min(errors) < 0.98, errors
+
+
+@pytest.mark.parametrize("part", ["merge", "adapter"])
+def test_moves_the_chosen_part_alone(part, monkeypatch):
+    made = model("bert", "gelu")
+    before = {name: p.clone() for name, p in made.named_parameters() if ".plugins." in name}
+    vk.calibrate(made, batches(), [2], merge=part == "merge", adapter=part == "adapter")
+    after = dict(made.named_parameters())
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert moved and all(f".plugins.2.{part}." in name for name in moved)
+
+
+@needs_cpu
+@pytest.mark.parametrize("family", ["t5", "bert", "distilbert"])
+def test_kernels_and_reference_go_the_same_way(family):
+    found = []
+    for backend in ("cpu", "reference"):
+        made = model(family, {"t5": "relu"}.get(family, "gelu"), backend=backend)
+        vk.calibrate(made, batches(left=True), [2])
+        found.append(loss(made, 2))
+    assert found[0] == pytest.approx(found[1], rel=0.02)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_the_models_scale_does_not_matter(scale):
+    """A T5 whose FFNs and residual stream are larger or smaller alike loses the same share."""
+    shares = []
+    for factor in (1.0, scale):
+        made = model("t5", "relu")
+        with torch.no_grad():
+            made.get_input_embeddings().weight.mul_(factor)
+            for name, parameter in made.named_parameters():
+                if name.endswith(("wo.weight", "o.weight")) and ".plugins." not in name:
+                    parameter.mul_(factor)
+                if name.endswith("final_layer_norm.weight"):
+                    parameter.fill_(1.0)
+        before = loss(made, 2)
+        vk.calibrate(made, batches(), [2])
+        shares.append(loss(made, 2) / before)
+    assert shares[0] == pytest.approx(shares[1], rel=0.1)
+
+
+class Rounded(nn.Linear):
+    """No gradient passes it, as with some quantised layers."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            return super().forward(x)
+
+
+def test_an_ffn_that_passes_no_gradient_keeps_the_closed_form():
+    made = tiny.model("bert", "gelu")
+    for layer in tiny.layers(made):
+        old = layer.output.dense
+        layer.output.dense = Rounded(old.in_features, old.out_features)
+        layer.output.dense.load_state_dict(old.state_dict())
+    vk.patch(made, 2, (2, 4), bottleneck=12)
+    before = {k: loss(made, k) for k in (2, 4)}
+    vk.calibrate(made, batches())
+    assert all(loss(made, k) < 0.9 * value for k, value in before.items())
+
+
+def test_without_passes_it_is_the_closed_form(monkeypatch):
+    monkeypatch.setattr(run, "descend", None)
+    made = model("bert", "gelu")
+    before = loss(made, 2)
+    vk.calibrate(made, batches(), [2], passes=0)
+    assert loss(made, 2) < before
+
+
+@pytest.mark.parametrize("passes", [-1, 1.5, True, None])
+def test_a_wrong_number_of_passes_is_refused(passes):
+    made = model()
+    before = [p.clone() for p in vk.plugin_parameters(made)]
+    with pytest.raises(ValueError, match="passes must be"):
+        vk.calibrate(made, batches(), passes=passes)
+    for parameter, value in zip(vk.plugin_parameters(made), before, strict=True):
+        assert torch.equal(parameter, value)
+
+
+def test_nothing_is_recorded_and_base_weights_have_no_gradient():
+    made = model("bert", "gelu")
+    for parameter in made.parameters():
+        parameter.requires_grad_(True)
+    vk.calibrate(made, batches(), [2])
+    assert all(p.grad is None and p.requires_grad for p in made.parameters())
+    assert all(p.grad_fn is None for p in vk.plugin_parameters(made))
+
+
+def test_steps_see_rows_of_a_chunk_with_their_own_groups(monkeypatch):
+    """Slices of a chunk give the loss of the whole."""
+    seen, real = [], descent._loss
+
+    def record(rows, *more):
+        seen.append((rows, more))
+        return real(rows, *more)
+
+    monkeypatch.setattr(descent, "_loss", record)
+    monkeypatch.setattr(descent, "TOKENS", 64)
+    made = tiny.patched("bert", "gelu", keep_first=1, keep=(5,), backend="reference")
+    vk.calibrate(made, batches(left=True), [2])
+    slices = [rows for rows, _ in seen]
+    assert len({len(rows.x) for rows in slices}) > 1 or len(slices) > 100
+    for rows, more in seen[:40]:
+        parts = [descent._rows(rows, i, i + 1) for i in range(len(rows.x))]
+        whole = real(rows, *more)
+        weights = [float(descent._weights(part, *more[1:3])[1].sum()) for part in parts]
+        alone = [real(part, *more).item() for part in parts]
+        mean = sum(w * a for w, a in zip(weights, alone, strict=True)) / sum(weights)
+        assert mean == pytest.approx(whole.item(), rel=1e-4)
