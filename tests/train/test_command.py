@@ -218,7 +218,6 @@ def test_calibrates_before_the_first_step(folder, tmp_path):
             ["--task_weight", "1"],
             "task_weight .* must be 0 in pretr",
         ),
-        ("pretrain", "text.txt", "w1 " * 20, ["--splice", "1"], "splice must be 0 in pretrain"),
         ("adapt", "a.tsv", "", ["--splice", "2"], "splice must be a part from 0 to 1, got 2"),
         ("adapt", "a.tsv", "", ["--splice", "1", "--task_weight", "1"], "got 1.0 and 1.0"),
         ("adapt", "a.tsv", "", ["--max-length", "0"], "max_length must be .* >= 1, got 0"),

@@ -160,3 +160,19 @@ def test_a_stream_repeats_itself_and_deals_every_row_once_a_turn():
 def test_batches_hold_every_row_once():
     assert batches(range(7), list, 3) == [[0, 1, 2], [3, 4, 5], [6]]
     assert batches([], list, 3) == []
+
+
+def test_varied_pieces_keep_all_text_and_repeat_themselves():
+    words = toy.tokenizer()
+    text = [data.Row("", {"text": line}) for line in toy.sentences(40, 100, 200)]
+    pieces = rows.paragraphs(text, words, 33, varied=3)
+    assert rows.paragraphs(text, words, 33, varied=3) == pieces
+    assert rows.paragraphs(text, words, 33, varied=4) != pieces
+    sizes = [len(piece["input_ids"]) for piece in pieces]
+    assert min(sizes) >= 9 and max(sizes) <= 33 and len(set(sizes)) > 20
+    assert all(piece["input_ids"][-1] == 1 for piece in pieces)
+    found = " ".join(words.decode(piece["input_ids"][:-1]) for piece in pieces)
+    whole = " ".join(row.values["text"] for row in text)
+    assert len(found.split()) > 0.9 * len(whole.split()), "ends below 8 tokens are left out"
+    with pytest.raises(ValueError, match="max_length must be at least 9, got 8"):
+        rows.paragraphs(text, words, 8, varied=3)

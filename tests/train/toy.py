@@ -56,12 +56,16 @@ def t5(folder: Path, dropout: float = 0.1) -> Path:
     return folder
 
 
-def bert(folder: Path) -> Path:
-    """A random BERT with two layers and a classifier, and its tokenizer."""
+def bert(folder: Path, spread: float = 0.02) -> Path:
+    """A random BERT with two layers and a classifier, and its tokenizer.
+
+    ``spread``: of its weights; where it is small, compression changes next to nothing.
+    """
     torch.manual_seed(0)
     words = tokenizer()
     config = BertConfig(
         vocab_size=len(words),
+        initializer_range=spread,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -88,3 +92,16 @@ def table(path: Path, number: int = 40, labels: tuple[str, ...] = ("0", "1")) ->
     lines = [f"{text}\t{labels[i % len(labels)]}" for i, text in enumerate(sentences(number))]
     path.write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
     return path
+
+
+def embedder(folder: Path, pooling: str) -> str:
+    """:func:`bert` as a model of sentence-transformers, with another layer behind its pooling."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
+    torch.manual_seed(0)
+    transformer = modules.Transformer(str(bert(folder, spread=0.4)))
+    pool = modules.Pooling(16, pooling)
+    made = SentenceTransformer(modules=[transformer, pool, modules.Dense(16, 12)], device="cpu")
+    made.save(str(folder))
+    return str(folder)

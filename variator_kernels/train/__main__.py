@@ -17,8 +17,8 @@ from .run import run
 EPILOG = """\
 Every other option is one of DistillationConfig's, a transformers.TrainingArguments:
 --learning_rate, --max_steps, --per_device_train_batch_size, --eval_steps, --save_steps, --seed,
---bf16, --task_weight, --layer_weight, --logits_weight and so on. Start several processes with
-torchrun or accelerate launch.
+--bf16, --task_weight, --layer_weight, --logits_weight, --embedding_weight and so on. Start several
+processes with torchrun or accelerate launch.
 """
 
 
@@ -45,7 +45,11 @@ def parser() -> argparse.ArgumentParser:
         choices=STEPS,
         help="pretrain on plain text, or adapt to a task",
     )
-    add("--model", required=True, help="folder of a Hugging Face model and its tokenizer")
+    add(
+        "--model",
+        required=True,
+        help="folder of a Hugging Face model and its tokenizer; or of sentence-transformers",
+    )
     add("--data", required=True, help=".txt, .tsv, .jsonl, or name[:config[:split]] for datasets")
     add("--output", required=True, help="folder for plugins, checkpoints and metrics")
     add("--ratios", nargs="+", default=[], help="k, one or more; default: those of --plugins, or 4")
@@ -70,7 +74,9 @@ def parser() -> argparse.ArgumentParser:
     add("--labels", default="", help="names of the labels, with commas, if the model has none")
     add("--template", help='one text of several columns: "sst2 sentence: {sentence}"')
     add("--max-length", type=int, help="tokens of a piece (pretrain, 128), or to cut texts to")
-    add("--splice", type=float, default=0.0, help="adapt: part of rows mixed with another; 0 to 1")
+    add("--splice", type=float, default=0.0, help="part of rows mixed with another; 0 to 1")
+    add("--noise", default="default", help="pretrain: default (masks, corrupted spans) or none")
+    add("--vary-lengths", action="store_true", help="pretrain: pieces of 8 to --max-length tokens")
     add("--attention", help="of transformers: eager (on a CPU in bf16 the faster) or sdpa")
     return made
 

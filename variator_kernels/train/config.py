@@ -81,6 +81,9 @@ class DistillationConfig(TrainingArguments):
     task_weight: float = _option(0.0, "weight of the model's own loss (paper: 0 is best)")
     layer_weight: float = _option(0.0, "weight of matching the output of every layer")
     logits_weight: float = _option(0.0, "weight of matching the teacher's class distribution")
+    embedding_weight: float = _option(
+        0.0, "weight of matching a sentence-transformers model's own embeddings"
+    )
     dropout: bool = _option(False, "leave the model's dropout on while its plugins train")
     packed_products: bool = _option(
         True, "on the CPU: keep the frozen weights packed, two copies of each, which is faster"
@@ -88,7 +91,7 @@ class DistillationConfig(TrainingArguments):
     group_by_length: bool = _option(True, "put rows of similar length into one step")
 
     def __post_init__(self) -> None:
-        for name in ("task_weight", "layer_weight", "logits_weight"):
+        for name in ("task_weight", "layer_weight", "logits_weight", "embedding_weight"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")

@@ -15,10 +15,15 @@ Correct = Callable[[Any, Mapping[str, Any]], Tensor]
 
 
 def rows(
-    teacher: Any, students: Iterable[Any], batch: Mapping[str, Any], correct: Correct | None
+    teacher: Any,
+    students: Iterable[Any],
+    batch: Mapping[str, Any],
+    correct: Correct | None,
+    embed: losses.Embed | None = None,
 ) -> Tensor:
     """What :func:`metrics` adds up, ``[B, ...]``: 1, tokens of both stacks, right (the teacher);
-    then of each student the errors in both stacks, right. Students may be made one by one."""
+    then of each student the errors in both stacks, right, and the cosine of its embedding to the
+    teacher's. Students may be made one by one."""
     masks = losses.masks(batch)
     none = torch.zeros(len(masks[0]), device=masks[0].device)
 
@@ -31,24 +36,27 @@ def rows(
         pairs = zip(losses.stacks(student), losses.stacks(teacher), masks, strict=True)
         errors = [losses.squared_errors(a[-1], b[-1], mask) for a, b, mask in pairs]
         columns += [*errors, *([none] * (2 - len(errors))), right(student)]
+        columns.append(none if embed is None else losses.cosines(embed, student, teacher, batch))
     return torch.stack(columns, -1)
 
 
 def metrics(
-    sums: Sequence[float], ratios: Sequence[int], prefix: str, accuracy: bool
+    sums: Sequence[float], ratios: Sequence[int], prefix: str, accuracy: bool, cosine: bool = False
 ) -> dict[str, float]:
-    """Means over tokens and rows: ``eval_k4_loss``, ``eval_k4_accuracy`` and so on."""
+    """Means over tokens and rows: ``eval_k4_loss``, ``eval_k4_accuracy``, ``eval_k4_cosine``."""
     count, encoder, decoder, dense = sums[:4]
     found = {}
     if accuracy:
         found[f"{prefix}_dense_accuracy"] = dense / count
     total = 0.0
     for i, ratio in enumerate(ratios):
-        first, second, right = sums[4 + 3 * i : 7 + 3 * i]
+        first, second, right, near = sums[4 + 4 * i : 8 + 4 * i]
         loss = first / max(encoder, 1) + second / max(decoder, 1)
         total += loss
         found[f"{prefix}_k{ratio}_loss"] = loss
         if accuracy:
             found[f"{prefix}_k{ratio}_accuracy"] = right / count
+        if cosine:
+            found[f"{prefix}_k{ratio}_cosine"] = near / count
     found[f"{prefix}_loss"] = total / len(ratios)
     return found

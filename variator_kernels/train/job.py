@@ -9,6 +9,8 @@ from ..methods.variator import calibration
 from . import data
 from .config import STEPS
 
+NOISE = ("default", "none")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -22,9 +24,11 @@ class Job:
     label may have, for a model that does not know them. ``max_length``: tokens of a piece in
     pre-training (128 if None); in adaptation longer texts are cut to it (None: they are an error if
     the model cannot take them). ``attention``: of ``transformers``, ``"eager"`` or ``"sdpa"``;
-    None: the model's default. ``splice``: this part of the rows of adaptation goes on with a piece
-    of another row, see :func:`noise.spliced`. ``keep_first``, ``keep_last``, ``keep``: the tokens
-    that stay whole, as :func:`patch` takes them; None: as in ``plugins``, else patch's defaults.
+    None: the model's default. ``splice``: this part of the rows goes on with a piece of another
+    row, see :func:`noise.spliced`. ``noise``: what pre-training does to text, ``"default"`` (masked
+    tokens, corrupted spans) or ``"none"``. ``vary_lengths``: pre-training cuts each paragraph into
+    pieces of a length drawn for it. ``keep_first``, ``keep_last``, ``keep``: the tokens that stay
+    whole, as :func:`patch` takes them; None: as in ``plugins``, else patch's defaults.
     """
 
     step: str
@@ -45,6 +49,8 @@ class Job:
     max_length: int | None = None
     attention: str | None = None
     splice: float = 0.0
+    noise: str = "default"
+    vary_lengths: bool = False
     keep_first: int | None = None
     keep_last: int | None = None
     keep: tuple[int, ...] | None = None
@@ -60,6 +66,11 @@ class Job:
             raise ValueError(f"calibrate must be 0 or at least {least} rows, got {self.calibrate}")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be a number of tokens >= 1, got {self.max_length}")
+        if self.noise not in NOISE:
+            raise ValueError(f"noise must be one of {NOISE}, got {self.noise!r}")
+        if self.step == "adapt" and (self.noise, self.vary_lengths) != ("default", False):
+            got = f"{self.noise!r} and {self.vary_lengths}"
+            raise ValueError(f"noise and vary_lengths may be set in pretrain alone, got {got}")
         if not 0 <= self.splice <= 1:
             raise ValueError(f"splice must be a part from 0 to 1, got {self.splice}")
 

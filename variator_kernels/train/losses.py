@@ -1,13 +1,13 @@
 """The distillation loss: hidden states of the compressed model against those of the dense one.
 
-All sums run over real tokens and are divided by their number, so padding changes nothing. Numbers
-of tokens are counted over all devices and accumulated batches of a step first (:func:`counts`):
-the same global batch gives the same gradient, however it is cut up.
+All sums run over real tokens (embeddings: rows) and are divided by their number, so padding
+changes nothing. Numbers of them are counted over all devices and accumulated batches of a step
+first (:func:`counts`): the same global batch gives the same gradient, however it is cut up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 IGNORED = -100
 """The label of a position that has none, as in ``transformers``."""
 LABELS = ("labels", "label", "label_ids")
+Embed = Callable[[Tensor, Mapping[str, Any]], Tensor]
+"""``embed(hidden, batch)``: ``[B, e]``, rows of length 1, of the last hidden states."""
 
 
 def masks(batch: Mapping[str, Any]) -> list[Tensor]:
@@ -46,12 +48,13 @@ def without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def counts(batch: Mapping[str, Any]) -> Tensor:
-    """``[3]``: real tokens of the encoder and of the decoder, and labels."""
-    sizes = [mask.sum() for mask in masks(batch)]
+    """``[4]``: real tokens of the encoder and of the decoder, labels, and rows with a token."""
+    real = masks(batch)
+    sizes = [mask.sum() for mask in real]
     sizes += [sizes[0].new_zeros(())] * (2 - len(sizes))
     labels = batch.get("labels")
     sizes.append(sizes[0].new_zeros(()) if labels is None else (labels != IGNORED).sum())
-    return torch.stack(sizes)
+    return torch.stack([*sizes, real[0].any(-1).sum()])
 
 
 def stacks(outputs: Any) -> list[tuple[Tensor, ...]]:
@@ -127,3 +130,16 @@ def logits(student: Any, teacher: Any, batch: Mapping[str, Any], total: Tensor) 
         log_target=True,
     ).sum(-1)
     return torch.where(real, divergence, 0).sum() / total[2].clamp_min(1)
+
+
+def cosines(embed: Embed, student: Any, teacher: Any, batch: Mapping[str, Any]) -> Tensor:
+    """``[B]``: of each row's embedding to the teacher's; 1 for a row without real tokens."""
+    ours, theirs = (embed(stacks(found)[0][-1], batch) for found in (student, teacher))
+    return torch.where(masks(batch)[0].any(-1), (ours * theirs).sum(-1), 1)
+
+
+def embeddings(
+    embed: Embed, student: Any, teacher: Any, batch: Mapping[str, Any], total: Tensor
+) -> Tensor:
+    """1 - the cosine of the embeddings, half their squared distance: a mean over rows."""
+    return (1 - cosines(embed, student, teacher, batch)).sum() / total[3].clamp_min(1)

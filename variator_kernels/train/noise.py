@@ -1,5 +1,5 @@
 """What training does to rows: masked tokens for BERT and corrupted spans for T5 in pre-training,
-spliced rows in adaptation."""
+spliced rows in both steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def masked_tokens(tokenizer: Any, rate: float = RATE) -> Noise:
     """
     if tokenizer.mask_token is None:
         raise ValueError(
-            "the tokenizer must have a mask token to pre-train an encoder, it has none"
+            "the tokenizer must have a mask token to pre-train an encoder, it has none: set noise "
+            "to none"
         )
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=rate)
 
@@ -94,6 +95,17 @@ def spliced(rows: Sequence[dict[str, Any]], tokenizer: Any, rate: float = 1.0) -
         for i, place in enumerate(places):
             ids[place] = text[(start + i) % len(text)]
         return {**row, "input_ids": ids}
+
+    return noise
+
+
+def chained(first: Noise, then: Noise | None) -> Noise:
+    """One after the other, from one generator."""
+    if then is None:
+        return first
+
+    def noise(row: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        return then(first(row, generator), generator)
 
     return noise
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,10 +59,16 @@ class Rows(Dataset):
         return self.noise(self.rows[row], torch.Generator().manual_seed(seed))
 
 
-def paragraphs(rows: Sequence[Row], tokenizer: Any, length: int) -> list[dict[str, Any]]:
+def paragraphs(
+    rows: Sequence[Row], tokenizer: Any, length: int, varied: int | None = None
+) -> list[dict[str, Any]]:
     """Plain text as pieces of at most ``length`` tokens, special tokens included.
 
     A longer paragraph becomes several pieces. Those with less than 8 tokens of text are left out.
+
+    Args:
+        varied: the seed of other lengths: each paragraph is cut into pieces of one that is drawn
+            for it, up to ``length``, each as likely. None: all have ``length``.
 
     Raises:
         ValueError: ``length`` leaves no room for text, or nothing is left.
@@ -70,9 +77,17 @@ def paragraphs(rows: Sequence[Row], tokenizer: Any, length: int) -> list[dict[st
     if length < shortest:
         raise ValueError(f"max_length must be at least {shortest}, got {length}")
     texts = [row.values[TEXT] for row in rows]
+    if varied is None:
+        encoded = _encode([texts], tokenizer, length, overflow=True)
+    else:
+        draw = random.Random(varied)
+        sizes = [draw.randint(shortest, length) for _ in texts]
+        encoded = []
+        for text, size in zip(texts, sizes, strict=True):
+            encoded += _encode([[text]], tokenizer, size, overflow=True)
     pieces = [
         {"input_ids": piece["input_ids"]}
-        for piece in _encode([texts], tokenizer, length, overflow=True)
+        for piece in encoded
         if len(piece["input_ids"]) >= shortest
     ]
     if not pieces:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from ..runtime.state import states
 from . import checkpoints, data, noise, rows, task
 from .collate import batches, collator
 from .config import DistillationConfig, fingerprint
+from .embeddings import MODULES, Pooler, is_embedder
+from .embeddings import load as load_embedder
 from .evaluation import Correct
 from .job import Job
 from .trainer import DistillationTrainer
@@ -44,8 +46,15 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
     """
     if job.step == "pretrain" and (config.task_weight or config.logits_weight):
         raise ValueError("task_weight and logits_weight must be 0 in pretrain: it has no task")
-    if job.splice and job.step == "pretrain":
-        raise ValueError(f"splice must be 0 in pretrain, it is for adapt, got {job.splice}")
+    if config.embedding_weight and job.step == "adapt":
+        raise ValueError(
+            "embedding_weight must be 0 in adapt, a task's model has no embedding: use pretrain"
+        )
+    if config.embedding_weight and not is_embedder(job.model):
+        raise ValueError(
+            f"embedding_weight must be 0, or model must be a folder of sentence-transformers (with "
+            f"{MODULES}): {job.model} does not say how it pools"
+        )
     if job.splice and config.task_weight:
         raise ValueError(
             "splice must be 0 with task_weight, the labels of spliced rows do not hold, got "
@@ -65,10 +74,11 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
         LOG.info("%s holds this run, finished: there is nothing to do", output)
         return json.loads((output / METRICS).read_text(encoding="utf-8"))
     set_seed(config.seed)
-    model, tokenizer = _load(job)
+    model, tokenizer, pooler = _load(job)
     train, correct = _rows(job, job.data, model, tokenizer, config.seed)
     if job.splice:
-        train = train.corrupted(noise.spliced(train.rows, tokenizer, job.splice), config.seed)
+        mixed = noise.spliced(train.rows, tokenizer, job.splice)
+        train = train.corrupted(noise.chained(mixed, train.noise), config.seed)
     held_out = job.eval_data and _rows(job, job.eval_data, model, tokenizer, config.seed)[0]
     plugged(model, job)
     pad = collator(tokenizer, model.config)
@@ -85,6 +95,7 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
         train_dataset=train,
         eval_dataset=held_out,
         correct=correct,
+        pooler=pooler,
         data_collator=pad,
     )
     if config.should_save:
@@ -124,8 +135,10 @@ def plugged(model: Any, job: Job) -> None:
         load_plugins(model, job.plugins)
 
 
-def _load(job: Job) -> tuple[Any, Any]:
-    """The model in fp32, with the head that the step needs, and its tokenizer."""
+def _load(job: Job) -> tuple[Any, Any, Pooler | None]:
+    """The model in fp32, with the head that the step needs, its tokenizer, and how it pools."""
+    if job.step == "pretrain" and is_embedder(job.model):
+        return load_embedder(job.model, job.attention)
     if not (Path(job.model) / "config.json").is_file():
         raise FileNotFoundError(f"model must be a folder with config.json, got {job.model!r}")
     known = AutoConfig.from_pretrained(job.model, local_files_only=True)
@@ -145,7 +158,7 @@ def _load(job: Job) -> tuple[Any, Any]:
             f"model must be fine-tuned on its task before adapt, {job.model} has no {missing[0]}: "
             "its answers would be random"
         )
-    return model, AutoTokenizer.from_pretrained(job.model, local_files_only=True)
+    return model, AutoTokenizer.from_pretrained(job.model, local_files_only=True), None
 
 
 def _rows(
@@ -155,9 +168,10 @@ def _rows(
     limit = _limit(model.config)
     if job.step == "pretrain":
         read = [data.Row(row.place, {data.TEXT: row.values[job.texts[0]]}) for row in read]
-        pieces = rows.paragraphs(read, tokenizer, min(job.max_length or 128, limit or 1 << 30))
-        corrupt = noise.corrupted_spans if model.config.is_encoder_decoder else noise.masked_tokens
-        return rows.Rows(pieces, corrupt(tokenizer), seed), None
+        length = min(job.max_length or 128, limit or 1 << 30)
+        varied = seed if job.vary_lengths else None
+        pieces = rows.paragraphs(read, tokenizer, length, varied)
+        return rows.Rows(pieces, _noise(job, model, tokenizer), seed), None
     labels, correct = task.targets(
         read, job.label, task.names_of(model, job.labels), model, tokenizer
     )
@@ -169,6 +183,18 @@ def _rows(
     for row, label in zip(made, labels, strict=True):
         row["labels"] = label
     return rows.Rows(made), correct
+
+
+def _noise(job: Job, model: Any, tokenizer: Any) -> rows.Noise | None:
+    if job.noise == "default":
+        spans = model.config.is_encoder_decoder
+        return (noise.corrupted_spans if spans else noise.masked_tokens)(tokenizer)
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            "noise must be default for an encoder-decoder, which learns to fill the corrupted "
+            f"spans, got {job.noise!r}"
+        )
+    return None
 
 
 def _limit(config: Any) -> int | None:
@@ -194,7 +220,11 @@ def _check_same(output: Path, settings: dict[str, Any]) -> None:
         if checkpoints.every(output):
             raise ValueError(f"output {output} holds another program's checkpoints: name another")
         return
-    before = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
+    # What the version that wrote it did not have was at its default.
+    kinds: tuple[Any, ...] = (Job, DistillationConfig)
+    before = {field.name: field.default for kind in kinds for field in fields(kind)}
+    before = {name: before[name] for name in settings if name in before}
+    before |= json.loads((output / SETTINGS).read_text(encoding="utf-8"))
     for name in {**before, **settings}:
         if name != "output" and before.get(name) != settings.get(name):
             raise ValueError(

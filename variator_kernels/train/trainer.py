@@ -19,6 +19,7 @@ from ..runtime.levels import use_ratio
 from ..runtime.state import states
 from . import checkpoints, evaluation, losses
 from .config import DistillationConfig
+from .embeddings import Pooler
 from .evaluation import Correct
 from .resumable import ResumableTrainer
 
@@ -37,10 +38,12 @@ class DistillationTrainer(ResumableTrainer):
         args: a :class:`DistillationConfig`.
         train_dataset, eval_dataset: map-style, rows of dicts with ``input_ids``.
         correct: for an accuracy beside the loss, see :data:`~.evaluation.Correct`.
+        pooler: for ``embedding_weight``, and cosines beside the loss, see :class:`~.Pooler`.
         rest: as for ``transformers.Trainer``.
 
     Raises:
-        ValueError: the model is not patched, or there is nothing to train at its ratio.
+        ValueError: the model is not patched, there is nothing to train at its ratio, or
+        ``embedding_weight`` has no ``pooler``.
         FloatingPointError: a loss was not finite, and the step was not taken; or the plugins were
             not, and no checkpoint was written.
     """
@@ -54,6 +57,7 @@ class DistillationTrainer(ResumableTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         correct: Correct | None = None,
+        pooler: Pooler | None = None,
         **rest: Any,
     ) -> None:
         (state,) = states(model)
@@ -85,7 +89,10 @@ class DistillationTrainer(ResumableTrainer):
                 "ratios_per_step must be 1 or the number of ratios in several processes, got "
                 f"{shared} for {self.ratios}"
             )
+        if args.embedding_weight and pooler is None:
+            raise ValueError(f"embedding_weight needs a pooler, got {args.embedding_weight} alone")
         self.correct = correct
+        self.pooler = None if pooler is None else pooler.to(args.device)
         self.plugin_state = state
         state.warned = True  # that plugins are untrained is no news here
         model.requires_grad_(False)
@@ -176,6 +183,10 @@ class DistillationTrainer(ResumableTrainer):
             loss = loss + args.task_weight * losses.task(student, inputs, total)
         if args.logits_weight:
             loss = loss + args.logits_weight * losses.logits(student, teacher, inputs, total)
+        if args.embedding_weight:
+            assert self.pooler is not None
+            apart = losses.embeddings(self.pooler, student, teacher, inputs, total)
+            loss = loss + args.embedding_weight * apart
         return loss
 
     def _check(self, loss: Tensor, ratio: int) -> None:
@@ -215,11 +226,11 @@ class DistillationTrainer(ResumableTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Distillation loss and accuracy of every trained ratio, means over tokens and rows.
+        """Loss, accuracy and cosine of every trained ratio, means over tokens and rows.
 
         Returns:
-            ``eval_k4_loss``, ``eval_k4_accuracy`` and so on, ``eval_dense_accuracy``, and
-            ``eval_loss``, the mean over ratios.
+            ``eval_k4_loss``, ``eval_k4_accuracy``, ``eval_k4_cosine`` and so on,
+            ``eval_dense_accuracy``, and ``eval_loss``, the mean over ratios.
         """
         loader = self.get_eval_dataloader(eval_dataset)
         self.callback_handler.eval_dataloader = loader
@@ -230,8 +241,8 @@ class DistillationTrainer(ResumableTrainer):
                 self.args, self.state, self.control
             )
         sums = torch.cat(rows).double().sum(0).tolist()
-        accuracy = self.correct is not None
-        metrics = evaluation.metrics(sums, self.ratios, metric_key_prefix, accuracy)
+        beside = self.correct is not None, self.pooler is not None
+        metrics = evaluation.metrics(sums, self.ratios, metric_key_prefix, *beside)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -242,7 +253,7 @@ class DistillationTrainer(ResumableTrainer):
         model = self.model_wrapped
         teacher = self._teacher(model, inputs)
         students = (self._student(model, inputs, ratio) for ratio in self.ratios)
-        found = evaluation.rows(teacher, students, inputs, self.correct)
+        found = evaluation.rows(teacher, students, inputs, self.correct, self.pooler)
         return self.accelerator.gather_for_metrics(found).cpu()
 
     # Checkpoints
