@@ -52,6 +52,12 @@ def backend(model: nn.Module) -> str:
     return states(model)[0].method.config.backend
 
 
+def kept(model: nn.Module) -> tuple[int, int, tuple[int, ...], int]:
+    """What a patched model keeps whole (first and last tokens, token ids), and its bottleneck."""
+    state = states(model)[0]
+    return state.kept.first, state.kept.last, state.kept.ids, state.method.config.bottleneck
+
+
 @contextmanager
 def using_backend(model: nn.Module, name: str) -> Iterator[None]:
     """A patched model on another backend."""

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from .harness import results
 from .harness.results import Row
 from .harness.style import AMBER, BLUE, BROWN, GREY, INK, NAVY, commit, over_k, sheet
+from .quality import figure
 from .quality.rivals import rivals
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -233,6 +234,7 @@ FIGURES: dict[str, Callable[[Row, Path], None]] = {
     "speed_vs_k": speed,
     "neurons": neurons,
     "quality_vs_k": quality,
+    "quality_embeddings": figure.embeddings,
     "gpu_report": gpu,
 }
 

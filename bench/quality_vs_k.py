@@ -2,7 +2,8 @@
 
 A model is fine-tuned on a task, plugins are trained for it in two steps, and both answer the dev
 set, and a test set where there is one. Every stage is kept in a folder (``--work``): a run that was
-killed goes on where it was.
+killed goes on where it was. ``--task embeddings`` compares a sentence-embedding model's embeddings
+with its own.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from . import plot
 from .cases import models
 from .harness import machine, options, results, tables
 from .harness.results import Row
-from .quality import originals, recipe, speed, stages, tasks
+from .quality import embedders, embeddings, originals, recipe, speed, stages, tasks
 from .quality.recipe import TARGETS, VARIANTS, Recipe, Variant
 from .quality.rivals import rivals
 
@@ -36,15 +37,31 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--data", type=Path, default=machine.DATA, help="folder with sst2/, rte/, wikitext2/")
     add("--work", type=Path, help="where stages are kept; default build/quality/<model>")
-    add("--tasks", type=options.words, default=["sst2"], help="some of sst2, rte; default sst2")
-    add("--variants", type=options.words, help=f"some of {', '.join(VARIANTS)}; default all")
-    add("--seeds", type=options.count, default=3, help="of the full variant; the others have 1")
-    add("--ratios", type=options.ratios, default=list(recipe.RATIOS), help="default 2,4,8,16,32")
+    names = (*tasks.TASKS, embeddings.NAME)
+    add("--tasks", "--task", type=options.words, default=["sst2"],
+        help=f"some of {', '.join(names)}; default sst2")  # fmt: skip
+    add("--variants", type=options.words,
+        help=f"some of {', '.join(VARIANTS)}; default all "
+        f"(embeddings: {', '.join(embedders.VARIANTS)})")  # fmt: skip
+    add(
+        "--seeds",
+        type=options.count,
+        help="of the full variant, default 3 (embeddings: trained, 1)",
+    )
+    add("--ratios", type=options.ratios, help="default 2,4,8,16,32 (embeddings: 2,4)")
+    add("--plugins", nargs="+", default=[], metavar="[LABEL=]FOLDER",
+        help="embeddings: more plugins to compare; folders of one label are seeds")  # fmt: skip
+    add("--keep-first", type=_integers, default=[0, 1],
+        help="embeddings: first tokens that stay whole, of the variants; default 0,1")  # fmt: skip
     add("--rounds", type=options.count, default=7, help="of the timing; default 7")
     add("--threads", type=options.count, default=torch.get_num_threads())
     options.add_output(made)
     add("--quick", action="store_true", help="a few steps of everything: does it run?")
     return made
+
+
+def _integers(text: str) -> list[int]:
+    return sorted({int(word) for word in options.words(text)})
 
 
 def base(name: str) -> str:
@@ -67,8 +84,8 @@ def chosen(args: argparse.Namespace) -> list[tuple[Variant, int]]:
     made = []
     for name in wanted:
         variant = VARIANTS[name]
-        ratios = tuple(k for k in variant.ratios if k in args.ratios)
-        seeds = args.seeds if name == "full" else 1
+        ratios = tuple(k for k in variant.ratios if k in (args.ratios or recipe.RATIOS))
+        seeds = (args.seeds or 3) if name == "full" else 1
         made += [(replace(variant, ratios=ratios), seed) for seed in range(seeds) if ratios]
     return made
 
@@ -135,7 +152,8 @@ def columns(content: Row) -> list[tables.Column]:
 
 def run(args: argparse.Namespace, setup: stages.Setup, task: tasks.Task, console: Console) -> Row:
     """All stages of a task; its result file is written after each."""
-    settings = {"threads": args.threads, "rounds": args.rounds, "ratios": args.ratios}
+    ratios = args.ratios or list(recipe.RATIOS)
+    settings = {"threads": args.threads, "rounds": args.rounds, "ratios": ratios}
     model = {"name": args.model if args.model == "minilm" else Path(args.model).name}
     content = results.result("quality_vs_k", settings | stages.settings(setup), model)
     name = f"quality_vs_k_{model['name']}_{task.name}.json"
@@ -143,11 +161,11 @@ def run(args: argparse.Namespace, setup: stages.Setup, task: tasks.Task, console
     tasks.check(args.data, task)
     folder, accuracy = stages.original(setup, task)
     console.print(f"{task.name}: the original answers {100 * accuracy:.1f} % right")
-    measured = speed.measure(folder, task, args.data, tuple(args.ratios), args.rounds)
+    measured = speed.measure(folder, task, args.data, tuple(ratios), args.rounds)
     content |= {"task": task.name, "original": accuracy, "costs": measured}
     wanted = chosen(args)
     if any(variant.name == "calibrated only" for variant, _ in wanted):
-        content["calibration"] = stages.calibration(setup, task, tuple(args.ratios))
+        content["calibration"] = stages.calibration(setup, task, tuple(ratios))
     for variant, seed in wanted:
         console.print(f"{task.name}: {variant.name}, seed {seed}")
         content["rows"] += stages.answers(setup, task, variant, seed)
@@ -167,27 +185,45 @@ def has_targets(content: Row) -> bool:
     return (content["model"]["name"], content["task"]) == ("minilm", "sst2")
 
 
+def recipes(args: argparse.Namespace) -> tuple[Recipe, embedders.Recipe]:
+    """The settings of both kinds of tasks."""
+    settings: dict[str, Any] = {"bf16": machine.has_bf16()}
+    other = dict(settings)
+    if args.quick:
+        steps = [field.name for field in fields(Recipe) if field.name.endswith("_steps")]
+        settings |= {"calibration_tokens": 400} | dict.fromkeys(steps, 2)
+        other |= {"few": 12, "many": 20, "steps": 2, "warmup": 1}
+    return Recipe(**settings), embedders.Recipe(**other)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run, print, write JSON and PNG; 1 if a check failed."""
     command = parser()
     args = command.parse_args(arguments)
+    classified = [name for name in args.tasks if name != embeddings.NAME]
+    name = "quick" if args.quick else Path(args.model).name
+    work = args.work or machine.ROOT / "build" / "quality" / name
     try:
-        settings: dict[str, Any] = {"bf16": machine.has_bf16()}
-        if args.quick:
-            settings |= {"calibration_tokens": 400}
-            steps = [field.name for field in fields(Recipe) if field.name.endswith("_steps")]
-            settings |= dict.fromkeys(steps, 2)
-        name = "quick" if args.quick else Path(args.model).name
-        work = args.work or machine.ROOT / "build" / "quality" / name
-        setup = stages.Setup(base(args.model), args.data, work, Recipe(**settings))
-        chosen(args)
-        stages.claim(setup)
-    except ValueError as error:
+        unknown = set(classified) - set(tasks.TASKS)
+        if unknown:
+            raise ValueError(f"tasks must be of {(*tasks.TASKS, embeddings.NAME)}, got {unknown}")
+        of_tasks, of_embeddings = recipes(args)
+        setup = stages.Setup(base(args.model), args.data, work, of_tasks)
+        if classified:
+            chosen(args)
+            stages.claim(work, stages.settings(setup))
+        if embeddings.NAME in args.tasks:
+            embeddings.check(args, setup.base)
+            stages.claim(work / embeddings.NAME, embedders.settings(of_embeddings))
+    except (ValueError, ImportError, FileNotFoundError) as error:
         command.error(str(error))
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
     console = options.screen()
-    made = [run(args, setup, tasks.TASKS[name], console) for name in args.tasks]
+    made = [run(args, setup, tasks.TASKS[name], console) for name in classified]
+    if embeddings.NAME in args.tasks:
+        own = work / embeddings.NAME
+        made.append(embeddings.run(args, setup.base, own, of_embeddings, console, plot.draw))
     return int(any(row["status"] != "ok" for content in made for row in content["costs"]))
 
 

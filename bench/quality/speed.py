@@ -36,7 +36,7 @@ def measure(
     inputs = [{k: batch[k] for k in ("input_ids", "attention_mask")} for batch in padded]
     encoder = _encoder(model)
     vk.patch(model, ratios[0], ratios)
-    _fill(model)
+    fill(model)
 
     def over_all(k: int) -> Callable[[], None]:
         def run() -> None:
@@ -46,14 +46,14 @@ def measure(
 
         return run
 
-    verdicts = {k: _check(encoder, model, inputs[len(inputs) // 2], k) for k in ratios}
+    verdicts = {k: check(encoder, model, inputs[len(inputs) // 2], k) for k in ratios}
     calls = {k: over_all(k) for k in (1, *ratios)}
     for call in calls.values():
         call()
     seconds, _ = Wall().interleave(calls, rounds)
     made = []
     for k in ratios:
-        row: Row = {"k": k, **_cost(encoder, inputs, k)}
+        row: Row = {"k": k, **cost(encoder, inputs, k)}
         row |= {"error": verdicts[k].error, "allowed": verdicts[k].allowed}
         if verdicts[k].ok:
             row |= {
@@ -79,14 +79,15 @@ def _encoder(model: Any) -> Any:
     return model.get_encoder() if model.config.is_encoder_decoder else model.base_model
 
 
-def _fill(model: Any) -> None:
+@torch.no_grad()
+def fill(model: Any) -> None:
     """Plugins away from zero, so that the check sees every term."""
     generator = torch.Generator().manual_seed(0)
     for parameter in vk.plugin_parameters(model):
         parameter.normal_(0, 0.02, generator=generator)
 
 
-def _check(encoder: Any, model: Any, batch: dict[str, Tensor], ratio: int) -> checks.Verdict:
+def check(encoder: Any, model: Any, batch: dict[str, Tensor], ratio: int) -> checks.Verdict:
     """Real tokens of the kernels' outputs, against float64 and plain PyTorch."""
     real = losses.masks(batch)[0]
 
@@ -103,7 +104,7 @@ def _check(encoder: Any, model: Any, batch: dict[str, Tensor], ratio: int) -> ch
     return checks.judge(hidden("auto", torch.float32), checks.truth(exact, plain))
 
 
-def _cost(encoder: Any, inputs: list[dict[str, Tensor]], ratio: int) -> Row:
+def cost(encoder: Any, inputs: list[dict[str, Tensor]], ratio: int) -> Row:
     """Multiply-adds left in the encoder and in its FFNs, as fractions, and the rows' length."""
     used = dense = ffn = ffn_dense = tokens = rows = 0
     for batch in inputs:

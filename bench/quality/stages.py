@@ -193,19 +193,19 @@ def _folder(setup: Setup, variant: Variant, seed: int, stage: str) -> Path:
     return setup.work / "plugins" / f"{name}-seed{seed}" / stage
 
 
-def claim(setup: Setup) -> None:
-    """Remember the recipe in the folder; ``ValueError`` if its stages were made by another."""
-    path, wanted = setup.work / "recipe.json", settings(setup)
+def claim(work: Path, wanted: Row) -> None:
+    """Remember the settings in the folder; ``ValueError`` if its stages were made by others."""
+    path = work / "recipe.json"
     if path.is_file():
         made = json.loads(path.read_text())
         changed = [name for name in {**made, **wanted} if made.get(name) != wanted.get(name)]
         if changed:
             raise ValueError(
-                f"work {setup.work} holds stages made with another {', '.join(changed)}: name "
+                f"work {work} holds stages made with another {', '.join(changed)}: name "
                 "another folder, or remove it"
             )
         return
-    setup.work.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     results.write(path, wanted)
 
 

@@ -32,6 +32,12 @@ def training(data: Path) -> list[str]:
     return [text for i, texts in enumerate(articles(data)) if i % TENTH for text in texts]
 
 
+def write(path: Path, lines: list[str]) -> None:
+    """A paragraph a line, as the training command reads it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
 def held_out(data: Path, least: int = LEAST_WORDS) -> list[str]:
     """Paragraphs of at least ``least`` words, of articles that :func:`training` leaves out."""
     found = [text for texts in articles(data)[::TENTH] for text in texts]

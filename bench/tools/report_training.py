@@ -7,6 +7,7 @@ from bench import quality_vs_k, training_speed
 from bench.harness import tables
 from bench.harness.results import Row, pick
 from bench.harness.tables import key, number
+from bench.quality import embeddings as of_embeddings
 from bench.quality.recipe import ABLATED
 from bench.tools.report_speed import Machine
 
@@ -75,6 +76,23 @@ def calibration(found: Machine, folder: Path) -> str:
     return tables.markdown(CALIBRATION, rows)
 
 
+def embeddings(found: Machine, folder: Path) -> str:
+    """A row a kind of text, set of plugins and k."""
+    parts = [
+        tables.markdown(of_embeddings.columns(content), content["summary"])
+        for name, content in sorted(found.files.items())
+        if name.startswith("quality_embeddings_")
+    ]
+    return "\n\n".join(parts)
+
+
+def embeddings_figure(found: Machine, folder: Path) -> str:
+    """Embeddings against speed."""
+    names = sorted(name for name in found.files if name.startswith("quality_embeddings_"))
+    text = "Nearness to the original's embeddings against measured speed"
+    return "\n".join(found.picture(name, text, folder) for name in names)
+
+
 def step(found: Machine, folder: Path) -> str:
     """Time and memory of a training step."""
     return tables.markdown(training_speed.COLUMNS, pick(found.rows("training_speed"), status="ok"))
@@ -85,5 +103,7 @@ TABLES: dict[str, Callable[[Machine, Path], str]] = {
     "quality": quality,
     "ablation": ablation,
     "calibration": calibration,
+    "embeddings": embeddings,
+    "embeddings-figure": embeddings_figure,
     "training-step": step,
 }

@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> None:
     made.add_argument("--data", type=Path, default=machine.DATA, help="folder with wikitext2/")
     args = made.parse_args(arguments)
     found = text.training(args.data)
-    args.output.write_text("".join(f"{line}\n" for line in found), encoding="utf-8")
+    text.write(args.output, found)
     words = sum(len(line.split()) for line in found)
     print(f"{args.output}: {len(found)} paragraphs, {words} words")
 

@@ -1,0 +1,87 @@
+"""Measured time of ``SentenceTransformer.encode``, dense against k, for each kind of text."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import variator_kernels as vk
+
+from ..harness.clock import Wall, quartiles, ratio
+from ..harness.results import Row
+from . import embedders, speed
+
+ROWS = 32
+"""Texts of one batch, as in ``encode``; texts of similar length share one."""
+
+
+@torch.no_grad()
+def measure(
+    base: str, folders: list[Path], texts: dict[str, list[str]], ratios: tuple[int, ...],
+    rounds: int,
+) -> list[Row]:  # fmt: skip
+    """A row a kind of text, what is kept, and ratio: seconds of ``encode`` over all of its texts.
+
+    ``folders``: of plugins; their values do not matter. A row whose hidden states are not right,
+    against float64, has no time. The original runs as Hugging Face runs it.
+    """
+    models: dict[tuple[str, int], Any] = {}
+    for folder in folders:
+        model = embedders.load(base)
+        vk.load_plugins(model, folder)
+        speed.fill(model)
+        models.setdefault(embedders.kept(model), model)
+    made: list[Row] = []
+    for kind, lines in texts.items():
+        made += _measure(kind, lines, models, ratios, rounds)
+    return made
+
+
+def _measure(
+    kind: str, lines: list[str], models: dict[tuple[str, int], Any], ratios: tuple[int, ...],
+    rounds: int,
+) -> list[Row]:  # fmt: skip
+    def over_all(model: Any, k: int) -> Callable[[], Any]:
+        def run() -> Any:
+            with vk.use_ratio(model, k):
+                return embedders.encode(model, lines)
+
+        return run
+
+    dense = next(iter(models.values()))
+    inputs = batches(dense, lines)
+    keys = [(kept, k) for kept in models for k in ratios]
+    verdicts = {}
+    for kept, k in keys:
+        inner = models[kept][0].auto_model
+        verdicts[kept, k] = speed.check(inner, inner, inputs[len(inputs) // 2], k)
+    calls: dict[Any, Callable[[], Any]] = {"dense": over_all(dense, 1)}
+    calls |= {(kept, k): over_all(models[kept], k) for kept, k in keys}
+    for call in calls.values():
+        call()
+    seconds, _ = Wall().interleave(calls, rounds)
+    made = []
+    for kept, k in keys:
+        verdict, own = verdicts[kept, k], seconds[kept, k]
+        row: Row = {"text": kind, "kept": kept[0], "bottleneck": kept[1], "k": k}
+        row |= speed.cost(models[kept][0].auto_model, inputs, k)
+        row |= {"error": verdict.error, "allowed": verdict.allowed}
+        if verdict.ok:
+            row |= {"status": "ok", "seconds": quartiles(own)}
+            row |= {"dense_seconds": quartiles(seconds["dense"])}
+            row |= {"speedup": ratio(seconds["dense"], own)}
+        else:
+            row |= {"status": "failed", "reason": "the hidden states are not right"}
+        made.append(row)
+    return made
+
+
+def batches(model: Any, lines: list[str]) -> list[dict[str, Any]]:
+    """What ``encode`` feeds to the encoder."""
+    ordered = sorted(lines, key=len)
+    options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+    return [
+        dict(model.tokenizer(ordered[i : i + ROWS], max_length=model.max_seq_length, **options))
+        for i in range(0, len(ordered), ROWS)
+    ]
