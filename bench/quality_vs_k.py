@@ -219,6 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.error(str(error))
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     console = options.screen()
     made = [run(args, setup, tasks.TASKS[name], console) for name in classified]
     if embeddings.NAME in args.tasks:

@@ -70,7 +70,7 @@ def run(
     args: argparse.Namespace, base: str, work: Path, recipe: Recipe, console: Console,
     draw: Callable[[Row, Path], Path],
 ) -> Row:  # fmt: skip
-    """Makes the variants, compares, and times ``encode``. The result is written at the end."""
+    """Makes the variants, compares, and times ``encode``."""
     ratios = _ratios(args)
     texts = measured(args.data, args.quick)
     sets = _all(args, base, work, recipe, ratios, console)
@@ -80,11 +80,12 @@ def run(
     content["texts"] = {kind: len(lines) for kind, lines in texts.items()}
     console.print(f"{NAME}: comparing {len(sets)} sets of plugins")
     content["rows"] = compared(base, sets, texts, ratios)
+    path = results.folder(args.output, args.publish) / f"quality_embeddings_{model['name']}.json"
+    results.write(path, content)
     content["costs"] = encoding.measure(
         base, [made.folder for made in sets], texts, ratios, args.rounds
     )
     content["summary"] = summary(content["rows"], content["costs"])
-    path = results.folder(args.output, args.publish) / f"quality_embeddings_{model['name']}.json"
     table = tables.screen("medians over seeds", columns(content), content["summary"], "text")
     options.finish(content, path, console, table, draw=draw)
     return content

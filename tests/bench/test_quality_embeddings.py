@@ -96,6 +96,7 @@ def run(folder, *more):
     return json.loads((folder / "out" / "quality_embeddings_model.json").read_text())
 
 
+@pytest.mark.slow
 def test_makes_measures_and_reports_every_variant(folder):
     content = run(folder)
     kinds = ("paragraphs", "sst2")
