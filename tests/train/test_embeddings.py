@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity, normalize
-from transformers import AutoModel
+from transformers import AutoModel, T5EncoderModel
 
 import variator_kernels as vk
 from tests.train import toy
@@ -238,3 +238,41 @@ def test_a_run_of_an_older_version_goes_on(folder, tmp_path):
     main(given)
     with pytest.raises(ValueError, match=r"run with logits_weight=0\.0, now it is 1\.0"):
         main([*given, "--logits_weight", "1"])
+
+
+def test_embeds_in_full_precision_under_autocast(folder):
+    """Autocast would round the layers behind the pooling, which the loss compares."""
+    _, _, pooler = load(folder / "model")
+    hidden, batch = torch.randn(3, 4, 16), {"attention_mask": torch.ones(3, 4)}
+    expected = pooler(hidden, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pooler(hidden, batch), expected)
+
+
+def test_an_encoder_out_of_an_encoder_decoder(tmp_path):
+    """sentence-transformers takes the encoder of a T5 alone; it has no mask token."""
+    toy.plain_text(tmp_path / "text.txt")
+    first = modules.Transformer(str(toy.t5(tmp_path / "t5")))
+    made = library.SentenceTransformer(modules=[first, modules.Pooling(16, "mean")], device="cpu")
+    made.save(str(tmp_path / "model"))
+    pretrain(tmp_path, tmp_path / "output", "--embedding_weight", "1", "--calibrate", "10")
+    texts = toy.sentences(5)
+    before = made.encode(texts)
+    vk.load_plugins(made, tmp_path / "output")
+    assert abs(made.encode(texts) - before).max() > 0
+    assert isinstance(load(tmp_path / "model")[0], T5EncoderModel)
+
+
+def test_refuses_a_model_without_a_transformer(tmp_path):
+    static = modules.StaticEmbedding(toy.tokenizer(), embedding_dim=8)
+    library.SentenceTransformer(modules=[static], device="cpu").save(str(tmp_path))
+    with pytest.raises(ValueError, match=r"must start with a transformer, got .* StaticEmbedding"):
+        load(tmp_path)
+
+
+def test_an_encoder_decoder_needs_its_noise(tmp_path):
+    toy.plain_text(tmp_path / "text.txt")
+    toy.t5(tmp_path / "model")
+    with pytest.raises(ValueError, match="noise must be default for an encoder-decoder"):
+        pretrain(tmp_path, tmp_path / "output")
+    assert not (tmp_path / "output").exists()

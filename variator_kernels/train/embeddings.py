@@ -38,8 +38,9 @@ class Pooler(nn.Module):
         # What padding holds is nobody's business, and a mean multiplies it by 0: NaN would stay.
         hidden = hidden.float().masked_fill(mask[..., None] == 0, 0)
         features = {**batch, "token_embeddings": hidden}
-        for module in self.modules_behind:
-            features = module(features)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for module in self.modules_behind:
+                features = module(features)
         return F.normalize(features["sentence_embedding"], dim=-1)
 
 
