@@ -29,7 +29,7 @@ def embeddings(content: Row, target: Path) -> None:
             for axes, kind in zip(line, kinds, strict=True):
                 _panel(axes, results.pick(rows, text=kind), metric)
                 axes.set_title(f"{content['texts'][kind]} texts: {kind}")
-        grid[0][0].legend(fontsize=7)
+        grid[0][0].legend(fontsize=7, loc="lower left", handlelength=4)
 
 
 def _panel(axes: Any, rows: list[Row], metric: str) -> None:
