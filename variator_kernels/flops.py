@@ -13,7 +13,7 @@ from . import checks
 from .ops.flop_formulas import decompress_macs, ffn_macs, groups_around, merge_macs
 from .runtime.level import mentioned, resolve
 from .runtime.state import STATE
-from .sites.families import follow, lookup
+from .sites.family import follow, lookup
 from .sites.find import Found, find
 from .sites.install import attached, sites_of
 

@@ -13,7 +13,8 @@ from .methods.variator.method import Variator
 from .ops import prepack
 from .runtime import kept
 from .runtime.state import State
-from .sites.families import BERT_FAMILIES, FAMILIES, T5_FAMILIES, Family
+from .sites.families import BERT_FAMILIES, FAMILIES, T5_FAMILIES
+from .sites.family import Family
 from .sites.find import check_unchanged, find, is_patched
 from .sites.install import install, remove, sites_of
 from .sites.wrappers import check_present, check_unwrapped

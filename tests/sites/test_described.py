@@ -10,7 +10,8 @@ from torch import nn
 import variator_kernels as vk
 from tests.sites import tiny
 from variator_kernels.sites import feed_forward
-from variator_kernels.sites.families import FAMILIES, follow, lookup
+from variator_kernels.sites.families import FAMILIES
+from variator_kernels.sites.family import follow, lookup
 from variator_kernels.sites.feed_forward import Described, describe
 
 

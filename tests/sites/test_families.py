@@ -8,7 +8,8 @@ from torch.nn.utils import parametrize
 import variator_kernels as vk
 from tests.sites import tiny
 from variator_kernels.ops.feed_forward import normalize, products
-from variator_kernels.sites.families import FAMILIES, follow, is_a
+from variator_kernels.sites.families import FAMILIES
+from variator_kernels.sites.family import follow, is_a
 from variator_kernels.sites.feed_forward import describe
 from variator_kernels.sites.find import find
 

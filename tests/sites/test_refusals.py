@@ -7,7 +7,7 @@ from torch import nn
 
 import variator_kernels as vk
 from tests.sites import tiny
-from variator_kernels.sites.families import follow
+from variator_kernels.sites.family import follow
 
 
 def other_class(model):

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..runtime.state import STATE
-from .families import FAMILIES, Family, follow, is_a, lookup
+from .families import FAMILIES
+from .family import Family, blocks_of, follow, is_a, lookup
 from .loading import ATTACHED
 
 
@@ -92,7 +93,7 @@ def find(model: nn.Module, families: tuple[Family, ...] = tuple(FAMILIES.values(
         )
     family, encoder = encoders[0]
     try:
-        blocks = list(follow(encoder, family.blocks))
+        blocks = blocks_of(encoder, family)
         layers = [follow(block, family.sublayer) for block in blocks]
     except (AttributeError, IndexError, TypeError) as error:
         raise ValueError(f"model lacks the expected sublayers: {error}") from error
