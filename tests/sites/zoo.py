@@ -55,7 +55,6 @@ OWN = {
     "roc_bert": {"enable_pronunciation": False, "enable_shape": False},
     "markuplm": {"max_depth": 4, "xpath_unit_hidden_size": 8},
     "layoutlmv3": {"visual_embed": False, "coordinate_size": 4, "shape_size": 4},
-    "bros": {"dim_bbox": 8},
     "lilt": {"channel_shrink_ratio": 2},
     "tapas": {"type_vocab_sizes": [3, 8, 8, 2, 8, 8, 3]},
     "convbert": {"embedding_size": D, "conv_kernel_size": 3},
@@ -78,8 +77,9 @@ ABSOLUTE = {"bart", "mbart", "plbart", "mvp", "led", "bigbird_pegasus", "marian"
 }
 """Positions are those of columns and cannot be given: left padding moves a row, plugins or not."""
 GIVEN = {
-    *("bert", "electra", "ernie", "rembert", "roc_bert", "splinter", "layoutlm", "bros", "tapas"),
-    *("bert-generation", "convbert", "big_bird", "deberta", "albert", "megatron-bert"),
+    *("bert", "electra", "ernie", "rembert", "roc_bert", "splinter", "layoutlm", "tapas"),
+    *("mpnet", "bert-generation", "convbert", "big_bird", "deberta", "deberta-v2", "albert",
+    "megatron-bert"),
 }
 """Positions are absolute and can be given."""
 LEAKS = {"convbert": "its convolutions read padding"}
@@ -105,14 +105,14 @@ def installed(name: str) -> bool:
 NAMES = [name for name in FAMILIES if installed(name)]
 
 
-def plain(name: str, **settings) -> nn.Module:
+def plain(name: str, attention: str | None = None, **settings) -> nn.Module:
     """A random model in eval mode; norms and biases are no longer ones and zeros."""
     torch.manual_seed(0)
     made = config(name, **settings)
     if name == "bert-generation":
-        model = transformers.BertGenerationEncoder(made)
+        model = transformers.BertGenerationEncoder._from_config(made, attn_implementation=attention)
     else:
-        model = transformers.AutoModel.from_config(made)
+        model = transformers.AutoModel.from_config(made, attn_implementation=attention)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key.lower() and parameter.dim() == 1:
@@ -125,19 +125,13 @@ def plain(name: str, **settings) -> nn.Module:
     return model.eval()
 
 
-def besides(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What an encoder wants beside ids and mask."""
-    name = model.config.model_type
-    return {"bbox": torch.ones(*ids.shape, 4)} if name == "bros" else {}
-
-
 @functools.cache
 def runs(name: str, dtype: torch.dtype) -> bool:
     """Whether the plain model runs in ``dtype``."""
     model, ids = plain(name).to(dtype), torch.full((1, 3), 5)
     encoder = getattr(model, "encoder", model) if FAMILIES[name] in (*BART_FAMILIES, *T5_FAMILIES) else model
     try:
-        encoder(ids, **besides(model, ids))
+        encoder(ids)
     except RuntimeError:
         return False
     return True

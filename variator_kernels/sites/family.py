@@ -84,9 +84,9 @@ class Family:
     """The argument of the encoder's ``forward`` that is 1 for tokens and 0 for padding."""
     pads: bool = False
     """Whether the encoder appends padding of its own to a row."""
-    attention: str = ""
-    """What :func:`flops.count` does not count of the attention, in words; full attention if
-    empty."""
+    uncounted: str = ""
+    """What :func:`flops.count` does not know of the encoder, in words: it refuses then. It knows
+    embeddings, full attention and what lies around."""
     keep_first: int = 0
     """How many first tokens of a row new plugins keep whole, where nobody says."""
 
