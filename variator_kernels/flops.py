@@ -102,9 +102,9 @@ def count(
         bottleneck = 64 if state is None else state.method.config.bottleneck
     r = checks.ratio(bottleneck, "bottleneck")
 
-    config, layers = found.encoder.config, len(found.layers)
-    d, f = config.hidden_size, getattr(config, found.family.inner_size)
-    heads = config.num_attention_heads
+    config, layers = getattr(found.encoder, "config", None), len(found.layers)
+    d, f = found.hidden_size, _of(config, found.family.inner_size)
+    heads = _of(config, "num_attention_heads")
     size = getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or d // heads
     inner = heads * size
     both = inner + (getattr(config, "num_key_value_heads", None) or heads) * size
@@ -174,6 +174,13 @@ def _whole(lengths: list[int], first: int, last: int, kept: Tensor | None) -> li
         ends | {at for at in places if at < n}
         for ends, places, n in zip(whole, further, lengths, strict=True)
     ]
+
+
+def _of(config: Any, name: str) -> int:
+    value = getattr(config, name, None)
+    if value is None:
+        raise ValueError(f"model's encoder must have config.{name} for flops.count, it has none")
+    return value
 
 
 def _outside_blocks(encoder: nn.Module, rows: int, length: int) -> int:

@@ -30,6 +30,7 @@ from .feed_forward import Described
 from .find import whole_rows
 from .inline import Inline, attributes
 from .loading import check_loaded
+from .unchanged import module_of
 
 SITE = "variator_site"
 """The attribute under which a patched sublayer has its :class:`SitePosition`."""
@@ -214,10 +215,24 @@ def _roles(family: Family) -> dict[str, type[nn.Module]]:
     return {family.encoder: _Encoder, family.block: _Block, family.layer: _Layer}
 
 
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    """Pickles of a class that no name in this module leads to: the family is the user's own."""
+    made, arguments, *rest = nn.Module.__reduce_ex__(self, protocol)
+    family = getattr(type(self), ROW)
+    return _restored, (family, type(self).__name__), *rest
+
+
+def _restored(family: Family, name: str) -> nn.Module:
+    for call in when_patched:
+        call()
+    kind = patched_class(family, name)
+    return kind.__new__(kind)
+
+
 @functools.cache
 def patched_class(family: Family, name: str) -> type[nn.Module]:
     """The subclass that replaces the family's class ``name`` (its encoder, block or layer)."""
-    original = getattr(importlib.import_module(family.module), name)
+    original = getattr(module_of(family), name)
     mixin = _roles(family)[name]
     body: dict[str, Any] = {
         "__module__": __name__,
@@ -225,6 +240,8 @@ def patched_class(family: Family, name: str) -> type[nn.Module]:
         ORIGINAL: original,
         ROW: family,
     }
+    if FAMILIES.get(family.name) is not family:
+        body["__reduce_ex__"] = _reduce
     if mixin is _Encoder:
         # generate() reads the encoder's signature to learn which arguments it takes.
         signature = inspect.signature(original.forward)

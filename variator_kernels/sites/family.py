@@ -69,6 +69,8 @@ class Family:
     """``"layer"`` or ``"rms"``."""
     eps: tuple[str, ...] = ("eps",)
     """The norm's epsilon: the first of these attributes that is there."""
+    residual: bool | None = None
+    """Whether the sublayer adds its input; by default where it has a norm."""
     post_norm: bool = False
     """Whether the norm is applied to ``x + FFN(x)``."""
     bypassed: tuple[str, ...] = ()
@@ -110,8 +112,8 @@ class Family:
             )
         if self.fused and self.w_gate:
             raise ValueError("family.w_gate must be empty where fused says that w_in has the gate")
-        if self.post_norm and not self.norm:
-            raise ValueError("family.norm must be a path where post_norm is set")
+        if self.post_norm and not (self.norm and self.adds):
+            raise ValueError("family.norm must be a path, and residual not False, with post_norm")
         inside = self.layer == self.block
         if inside and not self.steps:
             raise ValueError("family.steps must name the FFN's modules where layer is the block")
@@ -124,9 +126,9 @@ class Family:
             raise ValueError(f"family.sublayer must be empty: block {self.block!r} is the layer")
 
     @property
-    def gated(self) -> bool:
-        """Whether every FFN of the family has a gate."""
-        return bool(self.fused)
+    def adds(self) -> bool:
+        """Whether the sublayer adds its input."""
+        return bool(self.norm) if self.residual is None else self.residual
 
 
 _CHOICES = {
@@ -139,7 +141,9 @@ _CHOICES = {
 def _check_type(name: str, declared: str, value: Any) -> None:
     if declared == "str" and not isinstance(value, str):
         raise TypeError(f"family.{name} must be a str, got {value!r}")
-    if declared == "bool" and not isinstance(value, bool):
+    if "None" in declared and value is None:
+        return
+    if declared.startswith("bool") and not isinstance(value, bool):
         raise TypeError(f"family.{name} must be a bool, got {value!r}")
     if declared == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
         raise TypeError(f"family.{name} must be an integer >= 0, got {value!r}")

@@ -99,8 +99,8 @@ def describe(layer: nn.Module) -> FeedForward:
     sublayer = FeedForward(
         *(_stand_in(layer, family, w_out),) * 2,
         post_norm=family.post_norm,
-        # A sublayer without a norm leaves the residual to its block.
-        residual=bool(family.norm),
+        # A sublayer without a norm mostly leaves the residual to its block.
+        residual=family.adds,
         dropout_outer=_probability(layer, family.outer_dropout),
     )
     norm = lookup(layer, family.norm)
