@@ -39,7 +39,9 @@ def save_plugins(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ValueError: the model is not patched, ``folder`` is a file, or plugins are not in this
         process (DeepSpeed's ZeRO stage 3).
     """
-    for encoder, place in folders(model, folder):
+    places = folders(model, folder)
+    sharding.reshard(model)  # all of it: an encoder alone may be no unit that is sharded
+    for encoder, place in places:
         write(*gather(encoder), place)
 
 
@@ -144,9 +146,12 @@ def load_plugins(
     named = _encoders(model, families)
     if len(named) < 2:
         one = named[0][1] if named and is_patched(named[0][1]) else model
-        _fill(one, *_checked(find(one, families), source))
+        checked_one = _checked(find(one, families), source)
+        sharding.reshard(model)
+        _fill(one, *checked_one)
         return
     checked = [_checked(find(part, families), place) for part, place in _places(named, source)]
+    sharding.reshard(model)
     made: list[nn.Module] = []
     try:
         for (_, part), (found, *rest) in zip(named, checked, strict=True):

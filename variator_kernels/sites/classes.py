@@ -144,6 +144,12 @@ class _Sublayer(nn.Module):
             state.local.observer(self, x, context.mask_of(x), ratio)
         if ratio == 1:
             return dense(x)
+        if x.dim() != 3:
+            raise ValueError(
+                f"hidden states must be [batch, length, hidden] at a ratio above 1, got "
+                f"{list(x.shape)}: where flash attention runs without padding, load the model with "
+                'attn_implementation="sdpa"'
+            )
         whole_rows(self)
         return state.method.feed_forward(self, x, ratio, context, dense)
 

@@ -70,17 +70,17 @@ def _watched(layer: nn.Module, family: Family) -> Watch:
     return watch
 
 
-def describe(layer: nn.Module) -> FeedForward:
+def describe(layer: nn.Module, family: Family | None = None) -> FeedForward:
     """What the FFN sublayer ``layer`` consists of now; traceable by ``torch.compile``.
 
-    Plain products where the weights tell all that the FFN does; otherwise (replaced, quantised,
+    ``family`` is the sublayer's; by default what it is patched by, or the table's. Plain products where the weights tell all that the FFN does; otherwise (replaced, quantised,
     parametrised or hooked linear layers, an unknown activation) ``module`` is the FFN itself.
 
     Raises:
         TypeError: ``layer`` is not an FFN sublayer of a known family, or what the kernels replace
             (its norm, its dropout) was replaced or hooked. ValueError: accelerate offloads it.
     """
-    family = family_of(layer)
+    family = family_of(layer) if family is None else family
     check_present(layer)
     for name in family.bypassed:
         part = follow(layer, name)
@@ -144,10 +144,9 @@ def family_of(layer: nn.Module) -> Family:
     for family in FAMILIES.values():
         if is_a(layer, family, family.layer):
             return family
-    known = tuple(dict.fromkeys(family.layer for family in FAMILIES.values()))
     raise TypeError(
-        f"ffn must be an FFN sublayer of a known family, {known}, or have a feed_forward(), got "
-        f"{type(layer).__name__}"
+        "ffn must be an FFN sublayer of a known family (docs/families.md), or have a "
+        f"feed_forward(), got {type(layer).__name__}"
     )
 
 

@@ -114,7 +114,7 @@ def check_described(found: Found) -> None:
 
 
 def _described(layer: nn.Module, x: Tensor, family: Family) -> Tensor:
-    ffn: FeedForward = describe(layer)
+    ffn: FeedForward = describe(layer, family)
     norm = (ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)
     o = products(x if ffn.post_norm or family.called else normalize(x, *norm), ffn)
     if family.called:

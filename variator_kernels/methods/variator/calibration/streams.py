@@ -114,6 +114,8 @@ class Blocks:
             return _first(self._last)
         finally:
             self._hidden = None
+        if isinstance(output, Tensor):
+            return output
         return output[0] if isinstance(output, tuple) else output.last_hidden_state
 
     def at(self, inputs: dict[str, Tensor], level: Any, block: int, hidden: Tensor | None) -> Any:
