@@ -10,6 +10,7 @@ from torch import nn
 import variator_kernels as vk
 from tests.sites import tiny, zoo
 from tests.sites.test_table import encode, patched
+from variator_kernels.runtime.state import observe
 from variator_kernels.sites.families import FAMILIES
 from variator_kernels.sites.find import find
 
@@ -24,8 +25,7 @@ def test_compiles_as_one_graph(name):
     model = patched(name)
     ids, mask = tiny.batch(9, 4)
     encoder = find(model).encoder
-    whole = name not in ("deberta", "mpnet")  # which break graphs without plugins too
-    compiled = torch.compile(encoder, fullgraph=whole, backend="eager")
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
     for ratio in (3, 2, 1):
         with torch.no_grad(), vk.use_ratio(model, ratio):
             out = compiled(ids, attention_mask=mask).last_hidden_state
@@ -104,7 +104,7 @@ def test_parts_can_be_replaced_after_patching():
     block.fc1 = new
     assert block.fc1 is new and block._modules["fc1"] is new
     assert not torch.allclose(encode(model, ids, mask), before, atol=1e-4)
-    with pytest.raises(TypeError, match="fc1 must be a module, got str"):
+    with pytest.raises(TypeError, match="fc1"):
         block.fc1 = "linear"
     with vk.use_ratio(model, 1):
         dense = encode(model, ids, mask)
@@ -132,8 +132,6 @@ def test_padding_that_the_encoder_appends_is_in_no_group(name):
         torch.testing.assert_close(out[:, :length], masked, atol=1e-5, rtol=1e-4)
     seen = []
     state = find(model).encoder.variator_state
-    from variator_kernels.runtime.state import observe
-
     with observe(state, lambda layer, x, m, k: seen.append((x.shape[1], m.sum(1).tolist()))):
         encode(model, ids)
     assert seen[0][0] > length and seen[0][1] == [length, length]

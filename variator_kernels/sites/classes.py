@@ -67,7 +67,7 @@ class _Encoder(nn.Module):
                 tokens = _argument("inputs_embeds", positions, args, kwargs) if ids is None else ids
                 mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         context = state.context(level, mask, ids)
-        context.pads = family.pads
+        context.pads = bool(family.pads)
         if not (self.training or state.warned or torch.compiler.is_compiling() or tracing()):
             _warn_if_untrained(self, level.ratios)
         outer = local.context

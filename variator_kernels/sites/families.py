@@ -173,8 +173,8 @@ BERT_FAMILIES = (
     _bert("lilt", "Lilt", uncounted="the stream of the layout"),
     _bert("tapas", "Tapas"),
     _bert("convbert", "ConvBert", uncounted="convolutions"),
-    _bert("big_bird", "BigBird", pads=True, uncounted=_SPARSE),
-    _bert("longformer", "Longformer", method="ff_chunk", pads=True, uncounted=_SPARSE),
+    _bert("big_bird", "BigBird", pads="block_size", uncounted=_SPARSE),
+    _bert("longformer", "Longformer", method="ff_chunk", pads="attention_window", uncounted=_SPARSE),
     _bert("mpnet", "MPNet", called=_CALLED),
     _bert(
         "deberta",
@@ -231,8 +231,8 @@ BART_FAMILIES = (
     _bart("pegasus", "Pegasus"),
     _bart("blenderbot", "Blenderbot"),
     _bart("blenderbot-small", "BlenderbotSmall"),
-    _bart("led", "LED", pads=True, uncounted=_SPARSE),
-    _bart("bigbird_pegasus", "BigBirdPegasus", inner_dropout="", pads=True, uncounted=_SPARSE),
+    _bart("led", "LED", pads="attention_window", uncounted=_SPARSE),
+    _bart("bigbird_pegasus", "BigBirdPegasus", inner_dropout="", pads="block_size", uncounted=_SPARSE),
 )
 FAMILIES = {family.name: family for family in (*T5_FAMILIES, *BERT_FAMILIES, *BART_FAMILIES)}
 

@@ -84,8 +84,8 @@ class Family:
     in turn."""
     mask: str = "attention_mask"
     """The argument of the encoder's ``forward`` that is 1 for tokens and 0 for padding."""
-    pads: bool = False
-    """Whether the encoder appends padding of its own to a row."""
+    pads: str = ""
+    """Where the configuration has what the encoder pads rows to a multiple of, if it does."""
     uncounted: str = ""
     """What :func:`flops.count` does not know of the encoder, in words: it refuses then. It knows
     embeddings, full attention and what lies around."""

@@ -40,6 +40,14 @@ class Found(NamedTuple):
         """How many token ids there are; a configuration that does not say so bears any."""
         return getattr(getattr(self.encoder, "config", None), "vocab_size", 1 << 62)
 
+    @property
+    def pads_to(self) -> int:
+        """What the encoder makes the length of its rows a multiple of."""
+        if not self.family.pads:
+            return 1
+        size = follow(self.encoder.config, self.family.pads)
+        return size if isinstance(size, int) else max(size)
+
     def parts(self) -> list[tuple[Any, str]]:
         """Every module that patching changes, once, with its class's name."""
         family = self.family
