@@ -141,7 +141,9 @@ def test_several_patched_encoders_in_one_model(tmp_path):
     vk.load_plugins(again, tmp_path)
     ids, mask = tiny.batch(9, 4)
     for ours, wanted in ((again.a, model.a), (again.b, model.b)):
-        assert torch.equal(tiny.encode(ours.eval(), ids, mask), tiny.encode(wanted.eval(), ids, mask))
+        assert torch.equal(
+            tiny.encode(ours.eval(), ids, mask), tiny.encode(wanted.eval(), ids, mask)
+        )
 
 
 @pytest.fixture

@@ -154,10 +154,10 @@ def load_plugins(
     sharding.reshard(model)
     made: list[nn.Module] = []
     try:
-        for (_, part), (found, *rest) in zip(named, checked, strict=True):
+        for (_, part), content in zip(named, checked, strict=True):
             if not is_patched(part):
                 made.append(part)
-            _fill(part, found, *rest)
+            _fill(part, *content)
     except BaseException:
         for part in made:
             if is_patched(part):
@@ -165,9 +165,7 @@ def load_plugins(
         raise
 
 
-def _encoders(
-    model: nn.Module, families: tuple[Family, ...] | None
-) -> list[tuple[str, nn.Module]]:
+def _encoders(model: nn.Module, families: tuple[Family, ...] | None) -> list[tuple[str, nn.Module]]:
     """By their names in ``model``: those that are patched, or all if none is."""
     wanted = {id(encoder) for _, encoder in find_all(model, families)}
     named = [(name, part) for name, part in model.named_modules() if id(part) in wanted]

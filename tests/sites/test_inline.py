@@ -19,7 +19,9 @@ INLINE = [name for name in zoo.NAMES if FAMILIES[name].called]
 SOME = ["bart", "mbart", "mpnet", "deberta"]
 
 
-@pytest.mark.parametrize("name", [*SOME, "modernbert", "gte", "albert", "esm"])
+@pytest.mark.parametrize(
+    "name", [n for n in (*SOME, "modernbert", "gte", "albert", "esm") if n in zoo.NAMES]
+)
 def test_compiles_as_one_graph(name):
     torch._dynamo.reset()
     model = patched(name)
@@ -83,16 +85,16 @@ def test_dropout_is_where_the_specification_has_it(monkeypatch):
         return real(x, 0.0, training)
 
     monkeypatch.setattr(nn.functional, "dropout", dropout)
-    ids, mask = tiny.batch(9, 9)
     hidden = torch.randn(2, 9, 24)
-    block(hidden, None)
-    wide = [(tuple(shape)[0], p) for shape, p in seen if p > 0]
+    arguments = zoo.arguments(block)
+    block(hidden, None, **arguments)
+    wide = [(shape[0], p) for shape, p in seen if p > 0]
     # The attention's on 9 tokens; the FFN's two on groups; none on tokens behind them.
     assert [p for n, p in wide if n == 9 and p == 0.25] == [0.25]
     assert sorted(p for n, p in wide if n != 9) == [0.125, 0.25]
     seen.clear()
     with vk.use_ratio(model, 1):
-        block(hidden, None)
+        block(hidden, None, **arguments)
     assert sorted(p for _, p in [(n, p) for n, p in seen if p > 0]) == [0.125, 0.25, 0.25]
 
 
@@ -152,7 +154,9 @@ def test_byt5_and_flan_are_t5s():
     from transformers import MT5Config, T5Config, T5EncoderModel
 
     byt5 = T5Config(vocab_size=384, feed_forward_proj="gated-gelu", **sizes)
-    flan = T5Config(vocab_size=40, feed_forward_proj="gated-gelu", tie_word_embeddings=False, **sizes)
+    flan = T5Config(
+        vocab_size=40, feed_forward_proj="gated-gelu", tie_word_embeddings=False, **sizes
+    )
     ids, mask = tiny.batch(9, 4)
     for config in (byt5, flan, MT5Config(vocab_size=40, **sizes)):
         model = vk.patch(T5EncoderModel._from_config(config).eval(), 4)

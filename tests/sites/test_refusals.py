@@ -205,7 +205,9 @@ def test_refuses_other_models():
         vk.patch_t5(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"exactly one encoder.*got 0 in a T5Stack"):
         vk.patch_t5(tiny.model().decoder)
-    with pytest.raises(ValueError, match=r"\('t5', 'mt5', 'umt5', 'longt5'\), got 0 in a BertModel"):
+    with pytest.raises(
+        ValueError, match=r"\('t5', 'mt5', 'umt5', 'longt5'\), got 0 in a BertModel"
+    ):
         vk.patch_t5(tiny.model("bert", "gelu"))
     with pytest.raises(ValueError, match=r"family, \('bert',.*got 0 in a T5EncoderModel"):
         vk.patch_bert(tiny.model(head="EncoderModel"))

@@ -4,14 +4,15 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 import variator_kernels as vk
 from tests.sites import tiny, zoo
 from variator_kernels.runtime.state import observe
 from variator_kernels.sites.families import FAMILIES
-from variator_kernels.sites.feed_forward import describe
 from variator_kernels.sites.family import follow
+from variator_kernels.sites.feed_forward import describe
 from variator_kernels.sites.find import find
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -171,6 +172,8 @@ def test_gradients_with_checkpointing(name):
 
 @every
 def test_cost(name):
+    if name == "modernbert" and transformers.__version__ < "5":
+        pytest.skip("this version makes angles of positions by a product, in every layer")
     model = vk.patch(zoo.plain(name, "eager"), 3, (3,), 6)
     ids, _ = tiny.batch(9, 9)
     if FAMILIES[name].uncounted:

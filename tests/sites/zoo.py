@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
 import torch
 import transformers
@@ -63,7 +64,11 @@ OWN = {
     "longformer": {"attention_window": 4},
     "led": {"attention_window": 4, "max_encoder_position_embeddings": 64},
     "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0},
-    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0},
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "type_vocab_size": 0,
+    },
     "esm": {"position_embedding_type": "rotary", "token_dropout": False},
     "modernbert": {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 8},
     "eurobert": {"num_key_value_heads": 2, "mask_token_id": 3},
@@ -78,8 +83,16 @@ ABSOLUTE = {"bart", "mbart", "plbart", "mvp", "led", "bigbird_pegasus", "marian"
 """Positions are those of columns and cannot be given: left padding moves a row, plugins or not."""
 GIVEN = {
     *("bert", "electra", "ernie", "rembert", "roc_bert", "splinter", "layoutlm", "tapas"),
-    *("mpnet", "bert-generation", "convbert", "big_bird", "deberta", "deberta-v2", "albert",
-    "megatron-bert"),
+    *(
+        "mpnet",
+        "bert-generation",
+        "convbert",
+        "big_bird",
+        "deberta",
+        "deberta-v2",
+        "albert",
+        "megatron-bert",
+    ),
 }
 """Positions are absolute and can be given."""
 LEAKS = {"convbert": "its convolutions read padding"}
@@ -129,9 +142,19 @@ def plain(name: str, attention: str | None = None, **settings) -> nn.Module:
 def runs(name: str, dtype: torch.dtype) -> bool:
     """Whether the plain model runs in ``dtype``."""
     model, ids = plain(name).to(dtype), torch.full((1, 3), 5)
-    encoder = getattr(model, "encoder", model) if FAMILIES[name] in (*BART_FAMILIES, *T5_FAMILIES) else model
+    encoder = (
+        getattr(model, "encoder", model)
+        if FAMILIES[name] in (*BART_FAMILIES, *T5_FAMILIES)
+        else model
+    )
     try:
         encoder(ids)
     except RuntimeError:
         return False
     return True
+
+
+def arguments(block: nn.Module) -> dict[str, None]:
+    """What a block of older versions of transformers wants besides hidden states and mask."""
+    names = inspect.signature(block.forward).parameters
+    return {"layer_head_mask": None} if "layer_head_mask" in names else {}

@@ -57,7 +57,11 @@ class _Encoder(nn.Module):
     """Of arguments of ``forward``."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        state, positions, family = self.variator_state, self.variator_positions, self.variator_family
+        state, positions, family = (
+            self.variator_state,
+            self.variator_positions,
+            self.variator_family,
+        )
         local, level = state.local, state.current()
         mask = ids = None
         if not level.is_dense or local.observer is not None:
@@ -223,9 +227,9 @@ def _roles(family: Family) -> dict[str, type[nn.Module]]:
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
     """Pickles of a class that no name in this module leads to: the family is the user's own."""
-    made, arguments, *rest = nn.Module.__reduce_ex__(self, protocol)
+    reduced: Any = nn.Module.__reduce_ex__(self, protocol)
     family = getattr(type(self), ROW)
-    return _restored, (family, type(self).__name__), *rest
+    return _restored, (family, type(self).__name__), *reduced[2:]
 
 
 def _restored(family: Family, name: str) -> nn.Module:

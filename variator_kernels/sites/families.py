@@ -161,7 +161,11 @@ BERT_FAMILIES = (
     _bert("xlm-roberta", "XLMRoberta"),
     _bert("camembert", "Camembert"),
     _bert("ernie", "Ernie"),
-    _bert("data2vec-text", "Data2VecText", module="transformers.models.data2vec.modeling_data2vec_text"),
+    _bert(
+        "data2vec-text",
+        "Data2VecText",
+        module="transformers.models.data2vec.modeling_data2vec_text",
+    ),
     _bert("bert-generation", "BertGeneration", encoder="BertGenerationEncoder"),
     _bert("rembert", "RemBert"),
     _bert("roc_bert", "RoCBert", uncounted="what makes its embeddings"),
@@ -174,7 +178,9 @@ BERT_FAMILIES = (
     _bert("tapas", "Tapas"),
     _bert("convbert", "ConvBert", uncounted="convolutions"),
     _bert("big_bird", "BigBird", pads="block_size", uncounted=_SPARSE),
-    _bert("longformer", "Longformer", method="ff_chunk", pads="attention_window", uncounted=_SPARSE),
+    _bert(
+        "longformer", "Longformer", method="ff_chunk", pads="attention_window", uncounted=_SPARSE
+    ),
     _bert("mpnet", "MPNet", called=_CALLED),
     _bert(
         "deberta",
@@ -232,7 +238,9 @@ BART_FAMILIES = (
     _bart("blenderbot", "Blenderbot"),
     _bart("blenderbot-small", "BlenderbotSmall"),
     _bart("led", "LED", pads="attention_window", uncounted=_SPARSE),
-    _bart("bigbird_pegasus", "BigBirdPegasus", inner_dropout="", pads="block_size", uncounted=_SPARSE),
+    _bart(
+        "bigbird_pegasus", "BigBirdPegasus", inner_dropout="", pads="block_size", uncounted=_SPARSE
+    ),
 )
 FAMILIES = {family.name: family for family in (*T5_FAMILIES, *BERT_FAMILIES, *BART_FAMILIES)}
 

@@ -104,7 +104,9 @@ class Family:
             raise ValueError("family.w_in must name a path")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"family.{name} must be one of {known}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"family.{name} must be one of {known}, got {getattr(self, name)!r}"
+                )
         if bool(self.act) == bool(self.activation):
             raise ValueError(
                 "family must have either act, the path of the activation module, or activation, "
@@ -119,8 +121,8 @@ class Family:
             raise ValueError("family.steps must name the FFN's modules where layer is the block")
         if self.called and not inside:
             raise ValueError(
-                f"family.called is for an FFN that is no module: layer must be block, {self.block!r},"
-                f" got {self.layer!r}"
+                "family.called is for an FFN that is no module: layer must be block, "
+                f"{self.block!r}, got {self.layer!r}"
             )
         if inside and self.sublayer:
             raise ValueError(f"family.sublayer must be empty: block {self.block!r} is the layer")

@@ -19,6 +19,7 @@ from .plain import activation_name, plain_linear, untouched
 from .watch import Watch, same_tensors
 from .wrappers import check_present
 
+
 class Described:
     """A sublayer's :func:`describe`, kept while nothing that it looked at has changed.
 
@@ -73,8 +74,9 @@ def _watched(layer: nn.Module, family: Family) -> Watch:
 def describe(layer: nn.Module, family: Family | None = None) -> FeedForward:
     """What the FFN sublayer ``layer`` consists of now; traceable by ``torch.compile``.
 
-    ``family`` is the sublayer's; by default what it is patched by, or the table's. Plain products where the weights tell all that the FFN does; otherwise (replaced, quantised,
+    Plain products where the weights tell all that the FFN does; otherwise (replaced, quantised,
     parametrised or hooked linear layers, an unknown activation) ``module`` is the FFN itself.
+    ``family`` is the sublayer's: by default the one it is patched by, else the table's.
 
     Raises:
         TypeError: ``layer`` is not an FFN sublayer of a known family, or what the kernels replace
@@ -158,7 +160,7 @@ def _stand_in(layer: nn.Module, family: Family, w_out: Any) -> Tensor:
     return torch.empty(w_out.out_features)
 
 
-def _halves(both: Tensor | None, family: Family) -> tuple[Tensor | None, Tensor | None]:
+def _halves(both: Any, family: Family) -> tuple[Any, Any]:
     """The parts of ``w_in`` and gate in one matrix ``[2f, d]`` or bias ``[2f]``: views of it."""
     if both is None:
         return None, None

@@ -26,13 +26,16 @@ def check_unchanged(found: Found) -> None:
     family = found.family
     module = module_of(family)
     norms = [lookup(layer, family.norm) for layer in found.layers] if family.norm else []
-    for part, name in (*found.parts(), *((norm, family.norm_class) for norm in norms)):
-        kind = getattr(module, name, None) or getattr(nn, name, None)
+    parts = found.parts() + [(norm, family.norm_class) for norm in norms]
+    for part, name in parts:
+        kind: Any = getattr(module, name, None) or getattr(nn, name, None)
         if not isinstance(kind, type):
-            raise ValueError(f"family.module {family.module!r} has no class {name!r} to be imported")
+            raise ValueError(
+                f"family.module {family.module!r} has no class {name!r} to be imported"
+            )
         if type(part) is not kind:
             raise ValueError(f"model must have a plain {name}, got {full_name(type(part))}")
-        home = next(base for base in kind.__mro__ if "forward" in vars(base))
+        home: Any = next(base for base in kind.__mro__ if "forward" in vars(base))
         if replaced(part) or inspect.unwrap(home.forward).__module__ != home.__module__:
             raise ValueError(
                 f"the forward of {name} was replaced; patch the model before other tools do, or "
@@ -107,8 +110,8 @@ def check_described(found: Found) -> None:
         if not off <= (1e-3 if x.dtype.itemsize >= 4 else 5e-2):
             raise ValueError(
                 f"family {family.name!r} does not describe what {type(layer).__name__} of block "
-                f"{position} computes: on random input it is off by {off:.2g} of the output's norm. "
-                "Compare with its forward: w_in (goes through act) and w_gate or the order in "
+                f"{position} computes: on random input it is off by {off:.2g} of the output's "
+                "norm. Compare with its forward: w_in (goes through act), w_gate or the order in "
                 "fused; norm, norm_kind, post_norm and residual; steps and called"
             )
 
