@@ -20,7 +20,7 @@ from variator_kernels.ops.group_merge import op as merge_op
 from variator_kernels.ops.groups import Keep
 from variator_kernels.ops.make_groups import make_groups
 from variator_kernels.runtime.state import states
-from variator_kernels.sites.families import lookup
+from variator_kernels.sites.family import lookup
 from variator_kernels.sites.feed_forward import describe, family_of
 from variator_kernels.sites.find import find
 

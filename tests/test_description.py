@@ -86,6 +86,10 @@ def test_refuses_what_is_not_patched():
         vk.describe(tiny.model())
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got int"):
         vk.describe(3)
-    both = torch.nn.ModuleList([tiny.patched(), tiny.patched()])
-    with pytest.raises(ValueError, match="exactly one encoder"):
-        vk.describe(both)
+
+
+def test_several_encoders_are_described_one_by_one():
+    both = torch.nn.ModuleList([tiny.patched(), tiny.patched("bert", "gelu")])
+    text = vk.describe(both)
+    assert "encoder       0.encoder\nfamily        t5," in text
+    assert "\n\nencoder       1\nfamily        bert," in text

@@ -131,10 +131,19 @@ def test_several_patched_encoders_in_one_model(tmp_path):
     model = Two(tiny.config("bert", "gelu"))
     vk.patch(model.a, ratio=2)
     vk.patch(model.b, ratio=2)
-    with pytest.warns(UserWarning, match="leaves out the plugins of 2 patched encoders"):
-        model.save_pretrained(tmp_path)
+    tiny.train_plugins(model)
+    model.save_pretrained(tmp_path)
+    for name in ("a", "b"):
+        assert {path.name for path in (tmp_path / name).iterdir()} == FILES
     assert not FILES & {path.name for path in tmp_path.iterdir()}
     assert not any("plugins" in key for key in load_file(tmp_path / "model.safetensors"))
+    again = Two.from_pretrained(tmp_path)
+    vk.load_plugins(again, tmp_path)
+    ids, mask = tiny.batch(9, 4)
+    for ours, wanted in ((again.a, model.a), (again.b, model.b)):
+        assert torch.equal(
+            tiny.encode(ours.eval(), ids, mask), tiny.encode(wanted.eval(), ids, mask)
+        )
 
 
 @pytest.fixture

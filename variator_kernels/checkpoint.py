@@ -18,10 +18,11 @@ from . import sharding
 from .methods.variator import released, stored
 from .methods.variator.stored import FIELDS, Settings, key
 from .ops import checks
-from .patching import apply
+from .patching import apply, unpatch
 from .runtime.kept import Kept, adopted, token_ids
 from .runtime.state import STATE, State, states
-from .sites.find import Found, find, is_patched
+from .sites.family import ROW, Family, is_a
+from .sites.find import Found, find, find_all, is_patched
 from .sites.wrappers import NO_VALUES, check_values
 from .version import __version__
 
@@ -38,7 +39,34 @@ def save_plugins(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ValueError: the model is not patched, ``folder`` is a file, or plugins are not in this
         process (DeepSpeed's ZeRO stage 3).
     """
-    write(*gather(model), folder)
+    places = folders(model, folder)
+    sharding.reshard(model)  # all of it: an encoder alone may be no unit that is sharded
+    for encoder, place in places:
+        write(*gather(encoder), place)
+
+
+def folders(model: nn.Module, folder: str | os.PathLike[str]) -> list[tuple[nn.Module, Path]]:
+    """Each patched encoder of ``model`` with its folder: ``folder`` itself, or one of the encoder's
+    path in ``model`` in it where there are several.
+
+    Raises:
+        ValueError: nothing is patched.
+    """
+    states(model)
+    named = [(name, part) for name, part in model.named_modules() if _is_patched_encoder(part)]
+    return _places(named, folder)
+
+
+def _is_patched_encoder(part: nn.Module) -> bool:
+    row = getattr(type(part), ROW, None)
+    return row is not None and STATE in vars(part) and is_a(part, row, row.encoder)
+
+
+def _places(
+    named: list[tuple[str, nn.Module]], folder: str | os.PathLike[str]
+) -> list[tuple[nn.Module, Path]]:
+    several = len(named) > 1
+    return [(part, Path(folder) / name if several else Path(folder)) for name, part in named]
 
 
 def gather(
@@ -92,7 +120,9 @@ def write(settings: Settings, tensors: dict[str, Tensor], folder: str | os.PathL
     _replace(path / SETTINGS, lambda to: Path(to).write_text(text, encoding="utf-8"))
 
 
-def load_plugins(model: nn.Module, source: str | os.PathLike[str]) -> None:
+def load_plugins(
+    model: nn.Module, source: str | os.PathLike[str], *, family: Family | None = None
+) -> None:
     """Read plugins into a patched model, or patch it as the file says and read them.
 
     Tensors take the dtype and device of the model's. A patched model keeps its active ratio, and
@@ -100,17 +130,53 @@ def load_plugins(model: nn.Module, source: str | os.PathLike[str]) -> None:
     in version 0.1.0's and the authors'), for all ratios.
 
     Args:
-        model: patched or not, with one encoder.
+        model: patched or not. Of several encoders (a bi-encoder's) each takes its plugins from the
+            folder of its name in ``source``.
         source: a folder that :func:`save_plugins` wrote (also version 0.1.0's), or a patched
             model's ``save_pretrained``; its ``plugins.safetensors``; or a file of the authors' (a
             torch pickle with one ratio; only tensors are read from it).
+        family: of an unpatched model outside of the table, as :func:`patch` takes it.
 
     Raises:
         FileNotFoundError: there is no such file. ValueError: the file is damaged or of a newer
         version, its plugins are not this model's, or they keep other tokens whole than the model
         was patched to keep; nothing has changed then.
     """
-    found = find(model)
+    families = None if family is None else (family,)
+    named = _encoders(model, families)
+    if len(named) < 2:
+        one = named[0][1] if named and is_patched(named[0][1]) else model
+        checked_one = _checked(find(one, families), source)
+        sharding.reshard(model)
+        _fill(one, *checked_one)
+        return
+    checked = [_checked(find(part, families), place) for part, place in _places(named, source)]
+    sharding.reshard(model)
+    made: list[nn.Module] = []
+    try:
+        for (_, part), content in zip(named, checked, strict=True):
+            if not is_patched(part):
+                made.append(part)
+            _fill(part, *content)
+    except BaseException:
+        for part in made:
+            if is_patched(part):
+                unpatch(part)
+        raise
+
+
+def _encoders(model: nn.Module, families: tuple[Family, ...] | None) -> list[tuple[str, nn.Module]]:
+    """By their names in ``model``: those that are patched, or all if none is."""
+    wanted = {id(encoder) for _, encoder in find_all(model, families)}
+    named = [(name, part) for name, part in model.named_modules() if id(part) in wanted]
+    return [pair for pair in named if _is_patched_encoder(pair[1])] or named
+
+
+_Checked = tuple[Found, Settings, dict[str, Tensor], Kept]
+
+
+def _checked(found: Found, source: str | os.PathLike[str]) -> _Checked:
+    """What is in ``source``, which fits; nothing has changed yet."""
     path = Path(source)
     path = path / TENSORS if path.is_dir() else path
     if not path.is_file():
@@ -121,6 +187,12 @@ def load_plugins(model: nn.Module, source: str | os.PathLike[str]) -> None:
     settings, tensors = read(path)
     kept = _check(found, settings, tensors, path)
     check_values(found.encoder)
+    return found, settings, tensors, kept
+
+
+def _fill(
+    model: nn.Module, found: Found, settings: Settings, tensors: dict[str, Tensor], kept: Kept
+) -> None:
     if not is_patched(model):
         apply(
             model,

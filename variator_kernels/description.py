@@ -11,7 +11,7 @@ from .freezing import packed_weights
 from .methods.variator.method import plugin_parameters
 from .runtime.level import Level, Site
 from .runtime.state import STATE, State, kept_masks, states
-from .sites.find import Found, find
+from .sites.find import Found, find, find_all
 
 
 def describe(model: nn.Module) -> str:
@@ -22,10 +22,17 @@ def describe(model: nn.Module) -> str:
     how changes of these are noticed, and the ratios whose plugins still have their initial values.
 
     Raises:
-        TypeError: ``model`` is not a module. ValueError: it is not patched, or holds several
-        encoders.
+        TypeError: ``model`` is not a module. ValueError: it is not patched.
     """
-    facts = lines(model)
+    states(model)
+    own = {id(encoder): family for family, encoder in find_all(model)}
+    named = [(n, m) for n, m in model.named_modules() if id(m) in own and STATE in vars(m)]
+    if len(named) < 2:
+        return _text(lines(named[0][1] if named else model))
+    return "\n\n".join(_text([("encoder", name), *lines(part)]) for name, part in named)
+
+
+def _text(facts: list[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in facts) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in facts)
 

@@ -13,7 +13,7 @@ from . import checks
 from .ops.flop_formulas import decompress_macs, ffn_macs, groups_around, merge_macs
 from .runtime.level import mentioned, resolve
 from .runtime.state import STATE
-from .sites.families import follow, lookup
+from .sites.family import follow, lookup
 from .sites.find import Found, find
 from .sites.install import attached, sites_of
 
@@ -84,6 +84,11 @@ def count(
         ValueError: an argument is out of range, or the family is not known.
     """
     found = find(model)
+    if found.family.uncounted:
+        raise ValueError(
+            f"model must be of a family that flops.count knows whole, {found.family.name} has "
+            f"{found.family.uncounted}"
+        )
     sites = sites_of(found)
     available = tuple(map(checks.ratio, mentioned(ratio)))
     ratios = resolve(ratio, sites, available, found.owners).ratios
@@ -97,19 +102,23 @@ def count(
         bottleneck = 64 if state is None else state.method.config.bottleneck
     r = checks.ratio(bottleneck, "bottleneck")
 
-    config, layers = found.encoder.config, len(found.layers)
-    d, f = config.hidden_size, getattr(config, found.family.inner_size)
-    heads = config.num_attention_heads
-    inner = heads * getattr(config, "d_kv", d // heads)
-    gated = lookup(found.layers[0], found.family.w_gate) is not None or getattr(
-        config, "is_gated_act", False
+    config, layers = getattr(found.encoder, "config", None), len(found.layers)
+    d, f = found.hidden_size, _of(config, found.family.inner_size)
+    heads = _of(config, "num_attention_heads")
+    size = getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or d // heads
+    inner = heads * size
+    both = inner + (getattr(config, "num_key_value_heads", None) or heads) * size
+    gated = (
+        bool(found.family.fused)
+        or lookup(found.layers[0], found.family.w_gate) is not None
+        or getattr(config, "is_gated_act", False)
     )
     rows, longest = len(lengths), max(lengths, default=0)
     low_rank = [_low_rank_parts(found, i) for i in range(layers)]
     beside_attention = sum(attention.macs for attention, _ in low_rank)
     beside_ffns = [ffn.macs for _, ffn in low_rank]
     unchanged = {
-        "attention_projections": rows * longest * (layers * 4 * d * inner + beside_attention),
+        "attention_projections": rows * longest * (layers * 2 * d * both + beside_attention),
         "attention_core": layers * rows * 2 * longest**2 * inner,
         "other": _outside_blocks(found.encoder, rows, longest),
     }
@@ -137,7 +146,7 @@ def count(
     plugins = {id(m) for top in attached(found.encoder) for m in top.modules()} if state else ()
     base = _parameters(m for m in found.encoder.modules() if id(m) not in plugins)
     blocks = {id(block): i for i, block in enumerate(found.blocks)}.values()
-    projections = sum(4 * d * inner + low_rank[i][0].parameters for i in blocks)
+    projections = sum(2 * d * both + low_rank[i][0].parameters for i in blocks)
     plain = {"attention_projections": projections, "ffn": weights}
     rest = base - projections - weights
     dense_parameters = Parts(**plain, other=rest)
@@ -167,14 +176,25 @@ def _whole(lengths: list[int], first: int, last: int, kept: Tensor | None) -> li
     ]
 
 
+def _of(config: Any, name: str) -> int:
+    value = getattr(config, name, None)
+    if value is None:
+        raise ValueError(f"model's encoder must have config.{name} for flops.count, it has none")
+    return value
+
+
 def _outside_blocks(encoder: nn.Module, rows: int, length: int) -> int:
-    """ELECTRA's projection of its embeddings, a token, and BERT's pooler, a row."""
-    projection, pooler = lookup(encoder, "embeddings_project"), lookup(encoder, "pooler.dense")
+    """Projections of embeddings (ELECTRA's, ALBERT's), a token, and poolers (BERT's), a row."""
+    found: list[tuple[int, Any]] = [(rows * length, lookup(encoder, path)) for path in _PROJECTIONS]
+    found += [(rows, lookup(encoder, path)) for path in ("pooler.dense", "pooler")]
     return sum(
         vectors * (linear.in_features * linear.out_features + _low_rank([linear]).macs)
-        for vectors, linear in ((rows * length, projection), (rows, pooler))
-        if linear is not None
+        for vectors, linear in found
+        if hasattr(linear, "in_features")
     )
+
+
+_PROJECTIONS = ("embeddings_project", "encoder.embedding_hidden_mapping_in")
 
 
 def _parameters(modules: Iterable[nn.Module]) -> int:
@@ -205,7 +225,8 @@ class _Beside(NamedTuple):
 def _low_rank_parts(found: Found, position: int) -> tuple[_Beside, _Beside]:
     """Beside the attention of one block, and beside its FFN."""
     layer = found.layers[position]
-    ffn = {id(m): m for step in found.family.steps for m in follow(layer, step).modules()}
+    steps = found.family.steps or ("",)
+    ffn = {id(m): m for step in steps for m in follow(layer, step).modules()}
     rest = [m for m in found.blocks[position].modules() if id(m) not in ffn]
     return _low_rank(rest), _low_rank(ffn.values())
 

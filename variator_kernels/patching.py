@@ -13,9 +13,11 @@ from .methods.variator.method import Variator
 from .ops import prepack
 from .runtime import kept
 from .runtime.state import State
-from .sites.families import BERT_FAMILIES, FAMILIES, T5_FAMILIES, Family
-from .sites.find import check_unchanged, find, is_patched
+from .sites.families import BERT_FAMILIES, FAMILIES, T5_FAMILIES
+from .sites.family import Family
+from .sites.find import find, find_all, is_patched, parts_of
 from .sites.install import install, remove, sites_of
+from .sites.unchanged import check_described, check_unchanged, module_of
 from .sites.wrappers import check_present, check_unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,7 +37,7 @@ def patch_t5(
     keep: Iterable[int] | None = None,
     pack: bool = True,
 ) -> Model:
-    """Put compression plugins around the encoder FFNs of a T5, mT5 or umT5 model, in place.
+    """Put compression plugins around the encoder FFNs of a T5, mT5, umT5 or LongT5, in place.
 
     Base parameters keep their names, values and ``requires_grad``: freeze them yourself to train
     plugins alone. The plugins of a sublayer are ``plugins[str(k)]``; ``model.save_pretrained``
@@ -95,9 +97,7 @@ def patch_bert(
     keep: Iterable[int] | None = None,
     pack: bool = True,
 ) -> Model:
-    """:func:`patch_t5` for a BERT, RoBERTa, DistilBERT or ELECTRA encoder, with or without a head.
-
-    The norm comes after the residual here: ``y = LayerNorm(x + o)``.
+    """:func:`patch_t5` for BERT and relatives (see docs/families.md), with or without a head.
 
     Raises:
         TypeError, ValueError: as :func:`patch_t5`; the model is a decoder (``config.is_decoder``);
@@ -132,13 +132,20 @@ def patch(
     keep_last: int = 0,
     keep: Iterable[int] | None = None,
     pack: bool = True,
+    family: Family | None = None,
 ) -> Model:
-    """:func:`patch_t5` or its like, by the encoder that ``model`` holds at any depth.
+    """:func:`patch_t5` or its like, by the encoders that ``model`` holds at any depth.
 
-    A ``SentenceTransformer``, a DPR encoder and an ``EncoderDecoderModel`` are taken too.
+    A ``SentenceTransformer``, a DPR encoder and an ``EncoderDecoderModel`` are taken too. Several
+    encoders (a bi-encoder's) are patched alike.
+
+    Args:
+        family: where a model outside of the table has its FFNs. On small random inputs it is
+            checked that this describes what they compute.
 
     Raises:
-        TypeError, ValueError: the family is not known; else as :func:`patch_t5`.
+        TypeError, ValueError: the family is not known, or ``family`` does not describe the model;
+        else as :func:`patch_t5`.
     """
     return apply(
         model,
@@ -153,6 +160,7 @@ def patch(
         keep_last,
         keep,
         pack,
+        family,
     )
 
 
@@ -181,24 +189,40 @@ def apply(
     keep_last: int = 0,
     keep: Iterable[int] | None = None,
     pack: bool = True,
+    family: Family | None = None,
 ) -> Model:
     """:func:`patch_t5` for a model of any of ``families``."""
     if isinstance(model, nn.Module) and is_patched(model):
         raise ValueError("model is already patched: use set_ratio(), or unpatch() it first")
-    found = find(model, families)
+    if family is not None:
+        if not isinstance(family, Family):
+            raise TypeError(f"family must be a vk.Family, got {type(family).__name__}")
+        module_of(family)
+        families = (family,)
+    several = [parts_of(*one) for one in find_all(model, families)]
+    every = several if len(several) > 1 else [find(model, families)]
     check_unwrapped(model)
-    check_present(found.encoder)
-    check_unchanged(found)
+    for found in every:
+        check_present(found.encoder)
+        check_unchanged(found)
+        if FAMILIES.get(found.family.name) is not found.family:
+            check_described(found)
     config, active = configure(ratio, ratios, bottleneck, activation, placements, backend, pack)
-    backends.resolve(config.backend, found.like(0))
-    chosen = kept.configure(keep_first, keep_last, keep, found.family.keep_first, found.vocabulary)
-    method, sites = Variator(config), sites_of(found)
-    state = State(found.family.name, method, sites, found.owners)
-    state.kept = chosen
-    state.level = state.check(active)
-    modules = {
-        i: method.parameters(found.hidden_size, found.like(i), layer.training)
-        for i, layer in found.own_layers
-    }
-    install(model, found, state, modules)
+    for found in every:
+        backends.resolve(config.backend, found.like(0))
+    made = []
+    for found in every:
+        row = found.family
+        chosen = kept.configure(keep_first, keep_last, keep, row.keep_first, found.vocabulary)
+        method = Variator(config)
+        state = State(row.name, method, sites_of(found), found.owners)
+        state.kept = chosen
+        state.level = state.check(active)
+        modules = {
+            i: method.parameters(found.hidden_size, found.like(i), layer.training)
+            for i, layer in found.own_layers
+        }
+        made.append((found, state, modules))
+    for found, state, modules in made:
+        install(model, found, state, modules)  # takes off all of the model where it fails
     return model

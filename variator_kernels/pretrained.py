@@ -14,7 +14,6 @@ import inspect
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,7 +73,7 @@ def _saving(original: Any) -> Any:
                 "distributed_checkpoint must be False for a patched model: such a checkpoint "
                 "would hold the plugins' keys"
             )
-        write = _writer(self, encoders, given.get("state_dict"))
+        write = _writer(self, given.get("state_dict"))
         if not given.get("is_main_process", True):
             write = _nothing
         with _plugins_apart(self, write):
@@ -85,19 +84,8 @@ def _saving(original: Any) -> Any:
     return save_pretrained
 
 
-def _writer(
-    model: nn.Module, encoders: list[nn.Module], state_dict: Mapping[str, Tensor] | None
-) -> Callable[[Any], None]:
+def _writer(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Callable[[Any], None]:
     """Writes the plugins, as they are now, into a folder."""
-    if len(encoders) > 1:
-        warnings.warn(
-            f"save_pretrained leaves out the plugins of {len(encoders)} patched encoders in one "
-            f"{type(model).__name__}: save_plugins() each of them",
-            UserWarning,
-            stacklevel=4,
-        )
-        return _nothing
-
     sharding.reshard(model)  # all of it: the encoder alone may be no unit that is sharded
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
 
@@ -106,7 +94,15 @@ def _writer(
         found = None if state_dict is None else state_dict.get(names[id(parameter)])
         return sharding.whole(parameter if found is None else found)
 
-    return functools.partial(checkpoint.write, *checkpoint.gather(encoders[0], value))
+    gathered = {
+        place: checkpoint.gather(encoder, value) for encoder, place in checkpoint.folders(model, "")
+    }
+
+    def write(folder: Any) -> None:
+        for place, content in gathered.items():
+            checkpoint.write(*content, Path(folder) / place)
+
+    return write
 
 
 def _nothing(folder: Any) -> None:
@@ -142,11 +138,11 @@ def _loading(original: Any) -> Any:
         given = list(signature.bind(self, *args, **kwargs).arguments.values())
         folder = given[1] if len(given) > 1 else self.state.best_model_checkpoint
         encoders = classes.patched_encoders(self.model)
-        files = folder is not None and (Path(folder) / checkpoint.TENSORS).is_file()
-        if len(encoders) != 1 or not files:
+        places = checkpoint.folders(self.model, folder) if encoders and folder is not None else ()
+        if not places or not all((place / checkpoint.TENSORS).is_file() for _, place in places):
             return original(self, *args, **kwargs)
         sharding.reshard(self.model)
-        checkpoint.load_plugins(encoders[0], folder)  # first: nothing has changed if it raises
+        checkpoint.load_plugins(self.model, folder)  # first: nothing has changed if it raises
         with loading.plugins_are_loaded(), _plugins_apart(self.model, _nothing):
             return original(self, *args, **kwargs)
 
@@ -157,10 +153,15 @@ def _pushing(original: Any) -> Any:
     """The Trainer pushes its output folder, and copies there files that it knows by name."""
 
     def push(self: Any, checkpoint_folder: Any, *args: Any, **kwargs: Any) -> Any:
-        files = [Path(checkpoint_folder) / name for name in checkpoint.FILES]
-        if self.is_world_process_zero() and all(file.is_file() for file in files):
-            for file in files:
-                shutil.copy(file, self.args.output_dir)
+        begin = Path(checkpoint_folder)
+        encoders = classes.patched_encoders(self.model) if self.is_world_process_zero() else ()
+        for _, place in checkpoint.folders(self.model, begin) if encoders else ():
+            files = [place / name for name in checkpoint.FILES]
+            if all(file.is_file() for file in files):
+                to = Path(self.args.output_dir) / place.relative_to(begin)
+                to.mkdir(parents=True, exist_ok=True)
+                for file in files:
+                    shutil.copy(file, to)
         return original(self, checkpoint_folder, *args, **kwargs)
 
     return push

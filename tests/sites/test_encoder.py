@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import variator_kernels as vk
 from tests.sites import tiny
-from variator_kernels.sites.families import follow
+from variator_kernels.sites.family import follow
 from variator_kernels.sites.feed_forward import describe
 from variator_kernels.sites.find import find
 

@@ -15,7 +15,7 @@ from torch.export import Dim
 import variator_kernels as vk
 from tests.ops.cases import CPU
 from tests.sites import tiny
-from variator_kernels.sites.families import follow
+from variator_kernels.sites.family import follow
 from variator_kernels.sites.find import find
 
 MODELS = [("bert", "gelu"), ("t5", "relu"), ("distilbert", "gelu")]

@@ -6,9 +6,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import variator_kernels as vk
-from tests.sites import tiny
+from tests.sites import tiny, zoo
 from variator_kernels.ops.feed_forward import normalize, products
-from variator_kernels.sites.families import FAMILIES, follow, is_a
+from variator_kernels.sites.families import FAMILIES
+from variator_kernels.sites.family import follow, is_a
 from variator_kernels.sites.feed_forward import describe
 from variator_kernels.sites.find import find
 
@@ -151,14 +152,14 @@ def test_refuses_what_it_does_not_know():
         describe(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
-def test_names_exist_in_transformers(family):
-    made = tiny.model(family.name)
-    assert made.config.model_type == family.name
-    for part, name in find(made).parts():
-        assert type(part).__name__ == name
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_names_exist_in_transformers(name):
+    made, family = zoo.plain(name), FAMILIES[name]
+    assert made.config.model_type == name
+    for part, kind in find(made).parts():
+        assert type(part).__name__ == kind
         assert type(part).__module__ == family.module
-    layer = tiny.layers(made)[0]
+    layer = find(made).layers[0]
     if family.norm:
         assert type(follow(layer, family.norm)).__name__ == family.norm_class
     if family.container:

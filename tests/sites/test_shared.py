@@ -5,7 +5,7 @@ import torch
 
 import variator_kernels as vk
 from tests.sites import tiny
-from variator_kernels.sites.families import follow
+from variator_kernels.sites.family import follow
 from variator_kernels.sites.find import find
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import checks
@@ -19,8 +20,9 @@ class Context:
     """Made when an encoder's forward begins; its sublayers read it until the forward ends.
 
     ``mask`` is bool ``[B, n]`` or None (no padding), checked; ``level`` has the ratio of each site;
-    ``phase`` is ``"prefill"`` in an encoder; ``keep`` says which tokens stay whole. Groups are made
-    once for each ratio (and device: a model may be spread over several).
+    ``phase`` is ``"prefill"`` in an encoder; ``keep`` says which tokens stay whole. ``pads``: the
+    encoder appends padding of its own, which no mask speaks of. Groups are made once for each ratio
+    (and device: a model may be spread over several).
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Context:
         self.level = level
         self.phase = phase
         self.keep = keep
+        self.pads = False
         self._groups: dict[tuple[Any, ...], tuple[torch.Size, Groups]] = {}
 
     def mask_of(self, x: Tensor) -> Tensor | None:
@@ -49,6 +52,8 @@ class Context:
             return None
         batch, n = x.shape[:2]
         rows, columns = self.mask.shape
+        if self.pads and columns < n and rows == batch:
+            return F.pad(self.mask, (0, n - columns)).to(x.device)
         if rows != batch or columns < n:
             raise ValueError(
                 f"attention_mask must have shape [{batch}, {n}] (or more columns, of which the "
@@ -65,6 +70,8 @@ class Context:
         mask = self.keep.mask
         if mask is None:
             return self.keep
+        if self.pads and mask.dim() == 2 and mask.shape[1] < x.shape[1]:
+            mask = F.pad(mask, (0, x.shape[1] - mask.shape[1]))
         check_kept(mask, x)
         return self.keep._replace(mask=mask.to(x.device))
 

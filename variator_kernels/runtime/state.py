@@ -55,6 +55,8 @@ class _Local(threading.local):
         self.kept: Tensor | None = None
         self.context: Context | None = None
         self.observer: Observer | None = None
+        self.inline = 0
+        """Of a block that calls the parts of its FFN one after another: see ``sites/inline.py``."""
 
 
 class State:

@@ -24,13 +24,14 @@ from ..ops.transforms import tracing
 from ..runtime.context import Context, token_mask
 from ..runtime.level import Site
 from ..runtime.state import State
-from .families import FAMILIES, ROW, Family, follow
+from .families import FAMILIES
+from .family import ORIGINAL, ROW, Family, blocks_of, follow
 from .feed_forward import Described
 from .find import whole_rows
+from .inline import Inline, attributes
 from .loading import check_loaded
+from .unchanged import module_of
 
-ORIGINAL = "variator_original"
-"""Class attribute of a generated class: the class it replaces."""
 SITE = "variator_site"
 """The attribute under which a patched sublayer has its :class:`SitePosition`."""
 DESCRIBED = "variator_described"
@@ -56,13 +57,21 @@ class _Encoder(nn.Module):
     """Of arguments of ``forward``."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        state, positions = self.variator_state, self.variator_positions
+        state, positions, family = (
+            self.variator_state,
+            self.variator_positions,
+            self.variator_family,
+        )
         local, level = state.local, state.current()
         mask = ids = None
         if not level.is_dense or local.observer is not None:
-            mask = token_mask(_argument("attention_mask", positions, args, kwargs))
+            mask = token_mask(_argument(family.mask, positions, args, kwargs))
             ids = _argument("input_ids", positions, args, kwargs)
+            if mask is None and family.pads:
+                tokens = _argument("inputs_embeds", positions, args, kwargs) if ids is None else ids
+                mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         context = state.context(level, mask, ids)
+        context.pads = bool(family.pads)
         if not (self.training or state.warned or torch.compiler.is_compiling() or tracing()):
             _warn_if_untrained(self, level.ratios)
         outer = local.context
@@ -85,7 +94,7 @@ class _Block(nn.Module):
     """
 
     variator_state: State
-    gradient_checkpointing: bool
+    gradient_checkpointing = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.gradient_checkpointing and self.training:
@@ -116,7 +125,7 @@ class _Sublayer(nn.Module):
         """What the sublayer consists of now."""
         return self.variator_described.of(self)
 
-    def _at_site(self, x: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
+    def _context(self) -> Context:
         state = self.variator_state
         context = state.local.context
         if context is None:
@@ -126,11 +135,25 @@ class _Sublayer(nn.Module):
                     "checkpoint with model.gradient_checkpointing_enable(), or the whole encoder"
                 )
             context = state.context(state.current())
+        return context
+
+    def ratio_here(self) -> int:
+        """The ratio that holds here."""
+        return self._context().level.ratios[self.variator_site.number]
+
+    def _at_site(self, x: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
+        state, context = self.variator_state, self._context()
         ratio = context.level.ratios[self.variator_site.number]
         if state.local.observer is not None:
             state.local.observer(self, x, context.mask_of(x), ratio)
         if ratio == 1:
             return dense(x)
+        if x.dim() != 3:
+            raise ValueError(
+                f"hidden states must be [batch, length, hidden] at a ratio above 1, got "
+                f"{list(x.shape)}: where flash attention runs without padding, load the model with "
+                'attn_implementation="sdpa"'
+            )
         whole_rows(self)
         return state.method.feed_forward(self, x, ratio, context, dense)
 
@@ -142,12 +165,22 @@ class _Layer(_Sublayer):
         return self._at_site(hidden_states, super().forward)
 
 
-class _BlockWithChunk(_Block, _Sublayer):
+class _BlockWithMethod(_Block, _Sublayer):
     """A block that has the FFN sublayer as a method."""
 
-    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
-        dense = super().feed_forward_chunk  # type: ignore[misc]
-        return self._at_site(attention_output, dense)
+
+class _BlockInline(_Block, Inline, _Sublayer):
+    """A block whose ``forward`` calls the parts of its FFN."""
+
+
+def _method(original: type, name: str) -> Callable[[Any, Tensor], Tensor]:
+    """In the place of a block's method that is the sublayer."""
+    dense = getattr(original, name)
+
+    def feed_forward(self: Any, attention_output: Tensor) -> Tensor:
+        return self._at_site(attention_output, functools.partial(dense, self))
+
+    return feed_forward
 
 
 def _argument(
@@ -155,7 +188,7 @@ def _argument(
 ) -> Any:
     """What a call gave for ``name``, or None."""
     value = kwargs.get(name)
-    if value is None and len(args) > positions[name]:
+    if value is None and len(args) > positions.get(name, len(args)):
         value = args[positions[name]]
     return value
 
@@ -166,7 +199,7 @@ def _warn_if_untrained(encoder: _Encoder, ratios: tuple[int, ...]) -> None:
     unknown = {ratio for ratio in ratios if ratio > 1} - state.trained
     if not unknown:
         return
-    for block in follow(encoder, family.blocks):
+    for block in blocks_of(encoder, family):
         layer = follow(block, family.sublayer)
         ratio = ratios[layer.variator_site.number]
         if ratio in unknown and state.method.is_trained(layer, ratio):
@@ -185,15 +218,31 @@ def _warn_if_untrained(encoder: _Encoder, ratios: tuple[int, ...]) -> None:
 
 
 def _roles(family: Family) -> dict[str, type[nn.Module]]:
+    if family.called:
+        return {family.encoder: _Encoder, family.block: _BlockInline}
     if family.block == family.layer:
-        return {family.encoder: _Encoder, family.block: _BlockWithChunk}
+        return {family.encoder: _Encoder, family.block: _BlockWithMethod}
     return {family.encoder: _Encoder, family.block: _Block, family.layer: _Layer}
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    """Pickles of a class that no name in this module leads to: the family is the user's own."""
+    reduced: Any = nn.Module.__reduce_ex__(self, protocol)
+    family = getattr(type(self), ROW)
+    return _restored, (family, type(self).__name__), *reduced[2:]
+
+
+def _restored(family: Family, name: str) -> nn.Module:
+    for call in when_patched:
+        call()
+    kind = patched_class(family, name)
+    return kind.__new__(kind)
 
 
 @functools.cache
 def patched_class(family: Family, name: str) -> type[nn.Module]:
     """The subclass that replaces the family's class ``name`` (its encoder, block or layer)."""
-    original = getattr(importlib.import_module(family.module), name)
+    original = getattr(module_of(family), name)
     mixin = _roles(family)[name]
     body: dict[str, Any] = {
         "__module__": __name__,
@@ -201,6 +250,8 @@ def patched_class(family: Family, name: str) -> type[nn.Module]:
         ORIGINAL: original,
         ROW: family,
     }
+    if FAMILIES.get(family.name) is not family:
+        body["__reduce_ex__"] = _reduce
     if mixin is _Encoder:
         # generate() reads the encoder's signature to learn which arguments it takes.
         signature = inspect.signature(original.forward)
@@ -211,7 +262,13 @@ def patched_class(family: Family, name: str) -> type[nn.Module]:
         copy.__signature__ = signature
         body["forward"] = copy
         names = list(signature.parameters)[1:]
-        body[_POSITIONS] = {name: names.index(name) for name in ("attention_mask", "input_ids")}
+        wanted = (name for name in (family.mask, "input_ids", "inputs_embeds") if name in names)
+        body[_POSITIONS] = {name: names.index(name) for name in wanted}
+    if mixin is _BlockWithMethod:
+        body[family.method] = _method(original, family.method)
+    if mixin is _BlockInline:
+        dropouts = (family.outer_dropout, family.inner_dropout)
+        body |= attributes(family.called, dropouts)
     kind = type(name, (mixin, original), body)
     # Where transformers looks up, by the class's full name, which hidden states can be returned.
     library = importlib.import_module("transformers.modeling_utils")

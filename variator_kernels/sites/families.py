@@ -1,61 +1,21 @@
-"""Where each Hugging Face family keeps its FFN sublayers, as data."""
+"""Where each Hugging Face family keeps its FFN sublayers: a row of data for each."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Family:
-    """One family's names. Paths are dotted attributes; a number in them is an index, and the empty
-    path is the module itself."""
-
-    name: str
-    """``config.model_type``."""
-    module: str
-    """The module that defines its classes."""
-    encoder: str
-    """The module that takes the 2-D ``attention_mask``; one that is a decoder is left alone."""
-    block: str
-    layer: str
-    """The FFN sublayer, norm to residual. In some families it is the block."""
-    blocks: str
-    """From the encoder to its blocks."""
-    sublayer: str
-    """From a block to its FFN sublayer. All paths below start there."""
-    steps: tuple[str, ...]
-    """The modules that, one after another, are the FFN proper."""
-    w_in: tuple[str, ...]
-    """The product under the activation: the first that is there."""
-    w_out: str
-    act: str
-    outer_dropout: str
-    container: str = ""
-    """The module around ``w_in``, if there is one, and the classes whose weights tell all."""
-    container_classes: tuple[str, ...] = ()
-    w_gate: str = ""
-    """The product beside ``w_in``, if there is one."""
-    inner_dropout: str = ""
-    norm: str = ""
-    """The sublayer's norm; empty where the block has it (and the residual) outside of ``layer``."""
-    norm_class: str = "LayerNorm"
-    norm_kind: str = "layer"
-    eps: tuple[str, ...] = ("eps",)
-    """The norm's epsilon: the first that is there (a fused norm may stand in)."""
-    post_norm: bool = False
-    bypassed: tuple[str, ...] = ()
-    """What the kernels replace: nobody may have hooked it."""
-    inner_size: str = "intermediate_size"
-    """Where the configuration has the FFN's inner size."""
-    keep_first: int = 0
-    """How many first tokens of a row new plugins keep whole, where nobody says."""
+from .family import Family
 
 
-def _t5(name: str, prefix: str) -> Family:
-    return Family(
+def _module(name: str) -> str:
+    return f"transformers.models.{name}.modeling_{name.removesuffix('_text')}"
+
+
+def _t5(name: str, prefix: str, **own: Any) -> Family:
+    row = Family(
         name=name,
-        module=f"transformers.models.{name}.modeling_{name}",
+        module=_module(name),
         encoder=f"{prefix}Stack",
         block=f"{prefix}Block",
         layer=f"{prefix}LayerFF",
@@ -77,17 +37,17 @@ def _t5(name: str, prefix: str) -> Family:
         bypassed=("layer_norm", "dropout"),
         inner_size="d_ff",
     )
+    return dataclasses.replace(row, **own)
 
 
-def _bert(name: str, prefix: str) -> Family:
-    return Family(
+def _bert(name: str, prefix: str, **own: Any) -> Family:
+    row = Family(
         name=name,
-        module=f"transformers.models.{name}.modeling_{name}",
+        module=_module(name.replace("-", "_")),
         encoder=f"{prefix}Model",
         block=f"{prefix}Layer",
         layer=f"{prefix}Layer",
         blocks="encoder.layer",
-        sublayer="",
         steps=("intermediate", "output.dense"),
         w_in=("intermediate.dense",),
         w_out="output.dense",
@@ -99,12 +59,63 @@ def _bert(name: str, prefix: str) -> Family:
         post_norm=True,
         bypassed=("output", "output.LayerNorm", "output.dropout"),
     )
+    return dataclasses.replace(row, **own)
 
+
+def _pre_norm(name: str, prefix: str, norm: str, **own: Any) -> Family:
+    """A BERT whose blocks norm in front of their FFN."""
+    bypassed = (*dict.fromkeys((norm, "output", own.get("outer_dropout", "output.dropout"))),)
+    row = _bert(name, prefix, norm=norm, post_norm=False)
+    return dataclasses.replace(row, **{"bypassed": tuple(filter(None, bypassed)), **own})
+
+
+def _gated(name: str, prefix: str, **own: Any) -> Family:
+    """Its block norms and adds the residual around a gated FFN that is a module."""
+    row = Family(
+        name=name,
+        module=_module(name),
+        encoder=f"{prefix}Model",
+        block=f"{prefix}Layer",
+        layer=f"{prefix}MLP",
+        blocks="layers",
+        sublayer="mlp",
+        w_in=("gate_proj",),
+        w_gate="up_proj",
+        w_out="down_proj",
+        act="act_fn",
+    )
+    return dataclasses.replace(row, **own)
+
+
+def _bart(name: str, prefix: str, **own: Any) -> Family:
+    """The encoder of an encoder-decoder: its FFN is three attributes of the block."""
+    row = Family(
+        name=name,
+        module=_module(name.replace("-", "_")),
+        encoder=f"{prefix}Encoder",
+        block=f"{prefix}EncoderLayer",
+        layer=f"{prefix}EncoderLayer",
+        blocks="layers",
+        steps=("fc1", "activation_fn", "fc2"),
+        called=("fc1", "activation_fn", "fc2"),
+        w_in=("fc1",),
+        w_out="fc2",
+        act="activation_fn",
+        inner_dropout="activation_dropout",
+        outer_dropout="dropout",
+        inner_size="encoder_ffn_dim",
+    )
+    return dataclasses.replace(row, **own)
+
+
+_CALLED = ("intermediate", "output")
+_RELATIVE = "relative positions that depend on the content"
+_SPARSE = "sparse attention"
 
 # Its block adds the residual and norms by itself, around the module that is patched.
 _DISTILBERT = Family(
     name="distilbert",
-    module="transformers.models.distilbert.modeling_distilbert",
+    module=_module("distilbert"),
     encoder="DistilBertModel",
     block="TransformerBlock",
     layer="FFN",
@@ -119,37 +130,128 @@ _DISTILBERT = Family(
     inner_size="hidden_dim",
 )
 
-T5_FAMILIES = (_t5("t5", "T5"), _t5("mt5", "MT5"), _t5("umt5", "UMT5"))
+# Few blocks run many times.
+_ALBERT = Family(
+    name="albert",
+    module=_module("albert"),
+    encoder="AlbertModel",
+    block="AlbertLayer",
+    layer="AlbertLayer",
+    blocks="encoder.albert_layer_groups",
+    inner_blocks="albert_layers",
+    passes="num_hidden_layers",
+    method="ff_chunk",
+    steps=("ffn", "activation", "ffn_output"),
+    w_in=("ffn",),
+    w_out="ffn_output",
+    act="activation",
+)
+
+T5_FAMILIES = (
+    _t5("t5", "T5"),
+    _t5("mt5", "MT5"),
+    _t5("umt5", "UMT5"),
+    _t5("longt5", "LongT5", uncounted="local attention"),
+)
 BERT_FAMILIES = (
     _bert("bert", "Bert"),
     _bert("roberta", "Roberta"),
     _DISTILBERT,
     _bert("electra", "Electra"),
+    _bert("xlm-roberta", "XLMRoberta"),
+    _bert("camembert", "Camembert"),
+    _bert("ernie", "Ernie"),
+    _bert(
+        "data2vec-text",
+        "Data2VecText",
+        module="transformers.models.data2vec.modeling_data2vec_text",
+    ),
+    _bert("bert-generation", "BertGeneration", encoder="BertGenerationEncoder"),
+    _bert("rembert", "RemBert"),
+    _bert("roc_bert", "RoCBert", uncounted="what makes its embeddings"),
+    _bert("roformer", "RoFormer"),
+    _bert("splinter", "Splinter"),
+    _bert("layoutlm", "LayoutLM"),
+    _bert("layoutlmv3", "LayoutLMv3"),
+    _bert("markuplm", "MarkupLM", uncounted="what makes its embeddings"),
+    _bert("lilt", "Lilt", uncounted="the stream of the layout"),
+    _bert("tapas", "Tapas"),
+    _bert("convbert", "ConvBert", uncounted="convolutions"),
+    _bert("big_bird", "BigBird", pads="block_size", uncounted=_SPARSE),
+    _bert(
+        "longformer", "Longformer", method="ff_chunk", pads="attention_window", uncounted=_SPARSE
+    ),
+    _bert("mpnet", "MPNet", called=_CALLED),
+    _bert(
+        "deberta",
+        "Deberta",
+        called=_CALLED,
+        norm_class="DebertaLayerNorm",
+        eps=("variance_epsilon", "eps"),
+        uncounted=_RELATIVE,
+    ),
+    _bert("deberta-v2", "DebertaV2", called=_CALLED, uncounted=_RELATIVE),
+    _ALBERT,
+    _pre_norm("megatron-bert", "MegatronBert", "ln"),
+    _pre_norm("xlm-roberta-xl", "XLMRobertaXL", "LayerNorm", outer_dropout=""),
+    _pre_norm("esm", "Esm", "LayerNorm", act="", activation="gelu"),
+    _pre_norm(
+        "roberta-prelayernorm",
+        "RobertaPreLayerNorm",
+        "intermediate.LayerNorm",
+        steps=("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense"),
+        container="",
+        container_classes=(),
+        bypassed=("intermediate", "intermediate.LayerNorm", "output", "output.dropout"),
+    ),
+    _gated(
+        "modernbert",
+        "ModernBert",
+        block="ModernBertEncoderLayer",
+        w_in=("Wi",),
+        w_gate="",
+        fused="in_gate",
+        w_out="Wo",
+        act="act",
+        inner_dropout="drop",
+    ),
+    _gated("nomic_bert", "NomicBert"),
+    _gated("gte", "Gte", inner_dropout="dropout"),
+    _gated("eurobert", "EuroBert", block="EuroBertDecoderLayer"),
+    _gated(
+        "jina_embeddings_v3",
+        "JinaEmbeddingsV3",
+        w_in=("fc1",),
+        w_gate="",
+        w_out="fc2",
+        act="activation_fn",
+    ),
 )
-FAMILIES = {family.name: family for family in (*T5_FAMILIES, *BERT_FAMILIES)}
-ROW = "variator_family"
-"""Class attribute of a patched class: its :class:`Family`."""
+BART_FAMILIES = (
+    _bart("bart", "Bart"),
+    _bart("mbart", "MBart"),
+    _bart("plbart", "PLBart"),
+    _bart("mvp", "Mvp"),
+    _bart("marian", "Marian"),
+    _bart("m2m_100", "M2M100"),
+    _bart("pegasus", "Pegasus"),
+    _bart("blenderbot", "Blenderbot"),
+    _bart("blenderbot-small", "BlenderbotSmall"),
+    _bart("led", "LED", pads="attention_window", uncounted=_SPARSE),
+    _bart(
+        "bigbird_pegasus", "BigBirdPegasus", inner_dropout="", pads="block_size", uncounted=_SPARSE
+    ),
+)
+FAMILIES = {family.name: family for family in (*T5_FAMILIES, *BERT_FAMILIES, *BART_FAMILIES)}
 
-
-def follow(module: Any, path: str) -> Any:
-    """``follow(block, "layer.-1")`` is ``block.layer[-1]``; the empty path is ``block``."""
-    for name in path.split(".") if path else ():
-        module = module[int(name)] if name.lstrip("-").isdigit() else getattr(module, name)
-    return module
-
-
-def lookup(module: Any, path: str) -> Any:
-    """:func:`follow` over attributes alone; None where one is missing, or for the empty path."""
-    if not path:
-        return None
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return module
-
-
-def is_a(module: Any, family: Family, name: str) -> bool:
-    """Whether ``module`` is, or derives from, the family's class ``name``."""
-    # By name along the MRO: no family has to be imported only to see that it is absent.
-    return any(
-        kind.__name__ == name and kind.__module__ == family.module for kind in type(module).__mro__
-    )
+REFUSED = {
+    "switch_transformers": "its FFNs are mixtures of experts, and which tokens fit depends on all",
+    "mobilebert": "each of its blocks has several FFNs between bottlenecks",
+    "squeezebert": "its FFNs are grouped convolutions over channels-first states",
+    "funnel": "its blocks pool the sequence, so the mask does not fit their tokens",
+    "fnet": "it mixes tokens by Fourier transforms and takes no mask",
+    "luke": "its blocks run over words and entities, and the mask is of words alone",
+    "ibert": "its FFNs are quantised step by step, with scales beside the hidden states",
+    "xmod": "its blocks have language adapters between FFN and norm",
+}
+"""Encoders that no row can describe, and why."""

@@ -8,33 +8,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.fx.experimental import proxy_tensor
 
 from ..ops.feed_forward import FeedForward
-from ..ops.prepacked_linear import Forward
 from ..ops.transforms import tracing
-from .families import FAMILIES, ROW, Family, follow, is_a, lookup
-from .find import replaced
+from .families import FAMILIES
+from .family import ORIGINAL, ROW, Family, follow, is_a, lookup
+from .plain import activation_name, plain_linear, untouched
 from .watch import Watch, same_tensors
 from .wrappers import check_present
-
-_ACTIVATIONS = {
-    "ReLU": "relu",
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELUActivation": "gelu",
-    "NewGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-}
-
-
-_PROXY: Any = getattr(proxy_tensor, "_AttrProxy", None)
-# The last two stand for plain weights while a program is exported, and under a fake mode.
-_PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
 class Described:
@@ -46,7 +29,7 @@ class Described:
     __slots__ = ("_kept",)
 
     def __init__(self) -> None:
-        self._kept: tuple[FeedForward, Watch, weakref.ref[nn.Module]] | None = None
+        self._kept: tuple[FeedForward, Watch, weakref.ref[nn.Module], Any] | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
@@ -57,11 +40,18 @@ class Described:
             return describe(layer)
         kept = self._kept
         # A replica of DataParallel shares this object with the original.
-        if kept is None or kept[2]() is not layer or not kept[1].holds():
+        if (
+            kept is None
+            or kept[2]() is not layer
+            or not kept[1].holds()
+            or (kept[3] is not None and kept[3] != _memory(layer))
+        ):
             # Watched first: what changes in between is looked at again in the next call.
-            watch = _watched(layer, family_of(layer))
-            kept = describe(layer), watch, weakref.ref(layer)
-            self._kept = kept if same_tensors(kept[0], describe(layer)) else None
+            family = family_of(layer)
+            watch, memory = _watched(layer, family), _memory(layer) if family.fused else None
+            kept = describe(layer), watch, weakref.ref(layer), memory
+            same = same_tensors(kept[0], describe(layer)) and memory != ()
+            self._kept = kept if same else None
         return kept[0]
 
 
@@ -72,6 +62,8 @@ def _watched(layer: nn.Module, family: Family) -> Watch:
     dropouts = (family.outer_dropout, family.inner_dropout)
     paths = {*family.steps, *family.bypassed, *family.w_in, *single, *dropouts} - {""}
     ends = [watch.path(layer, path) for path in sorted(paths)]
+    if any(isinstance(end, float) for end in ends):  # probabilities of the layer's own
+        watch.entries(vars(layer), ("training",))
     for module in {id(end): end for end in ends if isinstance(end, nn.Module)}.values():
         mode = ("training", "p") if hasattr(module, "p") else ()
         watch.module(module, (*mode, "approximate", "weight", "bias", *family.eps))
@@ -79,22 +71,24 @@ def _watched(layer: nn.Module, family: Family) -> Watch:
     return watch
 
 
-def describe(layer: nn.Module) -> FeedForward:
+def describe(layer: nn.Module, family: Family | None = None) -> FeedForward:
     """What the FFN sublayer ``layer`` consists of now; traceable by ``torch.compile``.
 
     Plain products where the weights tell all that the FFN does; otherwise (replaced, quantised,
     parametrised or hooked linear layers, an unknown activation) ``module`` is the FFN itself.
+    ``family`` is the sublayer's: by default the one it is patched by, else the table's.
 
     Raises:
         TypeError: ``layer`` is not an FFN sublayer of a known family, or what the kernels replace
             (its norm, its dropout) was replaced or hooked. ValueError: accelerate offloads it.
     """
-    family = family_of(layer)
+    family = family_of(layer) if family is None else family
     check_present(layer)
     for name in family.bypassed:
         part = follow(layer, name)
         home = type(part).forward.__module__
-        if not _untouched(part) or home.split(".")[0] not in ("torch", "transformers", "apex"):
+        homes = ("torch", "transformers", "apex", family.module.split(".")[0])
+        if not untouched(part) or home.split(".")[0] not in homes:
             raise TypeError(
                 f"{name} of {type(layer).__name__} was replaced or hooked ({type(part).__name__}): "
                 "the compressed layer would pass it by; unpatch the model to use it"
@@ -103,13 +97,13 @@ def describe(layer: nn.Module) -> FeedForward:
     w_in: Any = next((part for part in found if part is not None), None)
     w_gate = lookup(layer, family.w_gate)
     w_out = lookup(layer, family.w_out)
-    activation = _activation(lookup(layer, family.act))
+    activation = family.activation or activation_name(lookup(layer, family.act))
     sublayer = FeedForward(
         *(_stand_in(layer, family, w_out),) * 2,
         post_norm=family.post_norm,
-        # A sublayer without a norm leaves the residual to its block.
-        residual=bool(family.norm),
-        dropout_outer=_probability(follow(layer, family.outer_dropout)),
+        # A sublayer without a norm mostly leaves the residual to its block.
+        residual=family.adds,
+        dropout_outer=_probability(layer, family.outer_dropout),
     )
     norm = lookup(layer, family.norm)
     if norm is not None:
@@ -121,20 +115,26 @@ def describe(layer: nn.Module) -> FeedForward:
         )
     plain = (
         _tells_all(lookup(layer, family.container), family)
-        and all(_plain_linear(p) for p in (w_in, w_out))
-        and (w_gate is None or _plain_linear(w_gate))
+        and all(plain_linear(p) for p in (w_in, w_out))
+        and (w_gate is None or plain_linear(w_gate))
     )
     if not plain or activation is None:
-        return sublayer._replace(module=_chain([follow(layer, step) for step in family.steps]))
+        return sublayer._replace(module=_whole(layer, family))
+    if family.fused:
+        weights, biases = _halves(w_in.weight, family), _halves(w_in.bias, family)
+    elif w_gate is None:
+        weights, biases = (w_in.weight, None), (w_in.bias, None)
+    else:
+        weights, biases = (w_in.weight, w_gate.weight), (w_in.bias, w_gate.bias)
     return sublayer._replace(
-        w_in=w_in.weight,
+        w_in=weights[0],
         w_out=w_out.weight,
-        w_gate=None if w_gate is None else w_gate.weight,
-        b_in=w_in.bias,
+        w_gate=weights[1],
+        b_in=biases[0],
         b_out=w_out.bias,
-        b_gate=None if w_gate is None else w_gate.bias,
+        b_gate=biases[1],
         activation=activation,
-        dropout_inner=_probability(lookup(layer, family.inner_dropout)),
+        dropout_inner=_probability(layer, family.inner_dropout),
     )
 
 
@@ -146,10 +146,9 @@ def family_of(layer: nn.Module) -> Family:
     for family in FAMILIES.values():
         if is_a(layer, family, family.layer):
             return family
-    known = tuple(dict.fromkeys(family.layer for family in FAMILIES.values()))
     raise TypeError(
-        f"ffn must be an FFN sublayer of a known family, {known}, or have a feed_forward(), got "
-        f"{type(layer).__name__}"
+        "ffn must be an FFN sublayer of a known family (docs/families.md), or have a "
+        f"feed_forward(), got {type(layer).__name__}"
     )
 
 
@@ -161,57 +160,54 @@ def _stand_in(layer: nn.Module, family: Family, w_out: Any) -> Tensor:
     return torch.empty(w_out.out_features)
 
 
+def _halves(both: Any, family: Family) -> tuple[Any, Any]:
+    """The parts of ``w_in`` and gate in one matrix ``[2f, d]`` or bias ``[2f]``: views of it."""
+    if both is None:
+        return None, None
+    inner = both.shape[0] // 2
+    first, second = both[:inner], both[inner:]
+    return (first, second) if family.fused == "in_gate" else (second, first)
+
+
+def _memory(layer: nn.Module) -> tuple[Any, ...]:
+    """Where the views of :func:`_halves` lie; empty where they are part of an autograd graph, so
+    that they cannot be kept."""
+    weight = lookup(layer, f"{family_of(layer).w_in[0]}.weight")
+    if not isinstance(weight, Tensor) or (weight.requires_grad and torch.is_grad_enabled()):
+        return ()
+    return weight.data_ptr(), weight.dtype, weight.shape, torch.is_inference_mode_enabled()
+
+
 def _tells_all(container: nn.Module | None, family: Family) -> bool:
     return container is None or (
-        _untouched(container)
+        untouched(container)
         and type(container).__name__ in family.container_classes
         and type(container).forward.__module__ == family.module
     )
 
 
-def _chain(steps: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
-    """One module, or a function that runs several in turn."""
-    return steps[0] if len(steps) == 1 else functools.partial(_run, tuple(steps))
+def _whole(layer: nn.Module, family: Family) -> Callable[[Tensor], Tensor]:
+    """The FFN as it runs without plugins, up to the dropout behind it."""
+    if not family.steps:
+        return functools.partial(getattr(type(layer), ORIGINAL, type(layer)).forward, layer)
+    steps: list[Callable[[Tensor], Tensor]] = [follow(layer, step) for step in family.steps]
+    if len(steps) == 1:
+        return steps[0]
+    inner = _probability(layer, family.inner_dropout)
+    if inner > 0:
+        steps.insert(-1, functools.partial(F.dropout, p=inner))
+    return functools.partial(_run, tuple(steps))
 
 
-def _run(steps: tuple[nn.Module, ...], x: Tensor) -> Tensor:
+def _run(steps: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
     for step in steps:
         x = step(x)
     return x
 
 
-def _untouched(module: nn.Module) -> bool:
-    """Nobody replaced its ``forward`` or hooked it; packed products are what it is."""
-    packed = isinstance(module.__dict__.get("forward"), Forward)
-    return (packed or not replaced(module)) and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def _kind(module: nn.Module) -> type:
-    """Its class, without what ``torch.export`` may put around a module that it traces."""
-    kinds = type(module).__mro__
-    return kinds[kinds.index(_PROXY) + 1] if _PROXY in kinds else kinds[0]
-
-
-def _plain_linear(linear: nn.Module) -> bool:
-    """Its weight is all it is: no subclass of either (quantised, sharded), no hook."""
-    return _kind(linear) is nn.Linear and type(linear.weight) in _PLAIN and _untouched(linear)
-
-
-def _probability(dropout: nn.Module | None) -> float:
+def _probability(layer: nn.Module, path: str) -> float:
+    """Of a dropout module, or of a number that a block has; 0 outside of training."""
+    dropout = lookup(layer, path)
+    if isinstance(dropout, int | float):
+        return float(dropout) if layer.training else 0.0
     return 0.0 if dropout is None or not dropout.training else getattr(dropout, "p", 0.0)
-
-
-def _activation(act: Any) -> str | None:
-    """The name of a recognised activation, or None."""
-    if not isinstance(act, nn.Module) or not _untouched(act):
-        return None
-    kind = _kind(act)
-    if kind is nn.GELU:
-        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
-    ours = kind.__module__.split(".")[0] in ("torch", "transformers")
-    return _ACTIVATIONS.get(kind.__name__) if ours else None

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..runtime.state import STATE
-from .families import FAMILIES, Family, follow, is_a, lookup
-from .loading import ATTACHED
+from .families import FAMILIES, REFUSED
+from .family import ROW, Family, blocks_of, follow, is_a, lookup
 
 
 class Found(NamedTuple):
@@ -34,12 +32,21 @@ class Found(NamedTuple):
 
     @property
     def hidden_size(self) -> int:
-        return self.encoder.config.hidden_size
+        size = getattr(getattr(self.encoder, "config", None), "hidden_size", None)
+        return self.like(0).shape[-1] if size is None else size
 
     @property
     def vocabulary(self) -> int:
-        """How many token ids there are."""
-        return self.encoder.config.vocab_size
+        """How many token ids there are; a configuration that does not say so bears any."""
+        return getattr(getattr(self.encoder, "config", None), "vocab_size", 1 << 62)
+
+    @property
+    def pads_to(self) -> int:
+        """What the encoder makes the length of its rows a multiple of."""
+        if not self.family.pads:
+            return 1
+        size = follow(self.encoder.config, self.family.pads)
+        return size if isinstance(size, int) else max(size)
 
     def parts(self) -> list[tuple[Any, str]]:
         """Every module that patching changes, once, with its class's name."""
@@ -60,83 +67,146 @@ class Found(NamedTuple):
         raise ValueError(f"model's block {position} has no floating point parameter")
 
 
-def find(model: nn.Module, families: tuple[Family, ...] = tuple(FAMILIES.values())) -> Found:
+def find(model: nn.Module, families: tuple[Family, ...] | None = None) -> Found:
     """The one encoder of ``model`` (which may be the encoder itself).
+
+    ``families``: those that are looked for; by default the table's, and those of the patched
+    encoders in ``model``.
 
     Raises:
         TypeError: ``model`` is not a module. ValueError: it has no encoder of these families, or
         more than one, or an encoder without the expected sublayers.
     """
+    found = find_all(model, families)
+    if len(found) != 1:
+        raise ValueError(_not_one(model, families or tuple(FAMILIES.values()), len(found)))
+    return parts_of(*found[0])
+
+
+def find_all(
+    model: nn.Module, families: tuple[Family, ...] | None = None
+) -> list[tuple[Family, Any]]:
+    """Every encoder of ``model`` with its family, once, in the order of ``modules()``.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    stacks = [
+    return [
         (family, module)
-        for module in model.modules()
-        for family in families
-        if is_a(module, family, family.encoder)
+        for family, module in _stacks(model, families)
+        if not getattr(getattr(module, "config", None), "is_decoder", False)
     ]
-    encoders = [
-        (family, module)
-        for family, module in stacks
-        if not getattr(module.config, "is_decoder", False)
-    ]
-    known = tuple(family.name for family in families)
-    if len(encoders) != 1:
-        decoders = len(stacks) - len(encoders)
-        kind = getattr(getattr(model, "config", None), "model_type", None)
-        raise ValueError(
-            f"model must hold exactly one encoder of a known family, {known}, got "
-            f"{len(encoders)} in a {type(model).__name__}"
-            + (f" of model_type {kind!r}" if kind and not stacks else "")
-            + (f", and {decoders} with config.is_decoder=True, which stay dense" * (decoders > 0))
-        )
-    family, encoder = encoders[0]
+
+
+def _stacks(model: nn.Module, families: tuple[Family, ...] | None) -> list[tuple[Family, Any]]:
+    """The same with decoders."""
+    rows = FAMILIES.values() if families is None else families
+    table = {(family.module, family.encoder): family for family in rows}
+    stacks: list[tuple[Family, Any]] = []
+    for module in model.modules():
+        kinds = type(module).__mro__
+        row = next((table[key] for key in map(_key, kinds) if key in table), None)
+        own = getattr(kinds[0], ROW, None)
+        if own is not None and families is None:  # patched, perhaps by a family of somebody's own
+            row = own if is_a(module, own, own.encoder) else None
+        if row is not None:
+            stacks.append((row, module))
+    return stacks
+
+
+def _key(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__name__
+
+
+def _not_one(model: nn.Module, families: tuple[Family, ...], number: int) -> str:
+    decoders = len(_stacks(model, families)) - number
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    text = (
+        f"model must hold exactly one encoder of a known family, "
+        f"{tuple(family.name for family in families)}, got {number} in a {type(model).__name__}"
+    )
+    if number == 0 and not decoders and kind:
+        text += f" of model_type {kind!r}"
+        if kind in REFUSED:
+            return f"{text}, which cannot be patched: {REFUSED[kind]}"
+        if kind not in FAMILIES:
+            text += ": describe it by vk.patch(model, family=vk.Family(...)), see docs/families.md"
+    if decoders > 0:
+        text += f", and {decoders} with config.is_decoder=True, which stay dense"
+    if number > 1:
+        text += ": call this for each of them, or see docs/families.md on two encoders in one model"
+    return text
+
+
+def parts_of(family: Family, encoder: Any) -> Found:
+    """The blocks and sublayers of an encoder.
+
+    Raises:
+        ValueError: it lacks some; the message names the family's field and what was found.
+    """
     try:
-        blocks = list(follow(encoder, family.blocks))
-        layers = [follow(block, family.sublayer) for block in blocks]
+        blocks = blocks_of(encoder, family)
     except (AttributeError, IndexError, TypeError) as error:
-        raise ValueError(f"model lacks the expected sublayers: {error}") from error
-    if not layers:
-        raise ValueError("model's encoder has no blocks")
-    for position, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
-        for part, name in ((block, family.block), (layer, family.layer)):
-            if not is_a(part, family, name):
-                got = type(part).__name__
-                raise ValueError(f"model's block {position} must have a {name}, got {got}")
-        for path in (*family.steps, *family.bypassed):
-            if lookup(layer, path) is None:
-                raise ValueError(f"model's FFN sublayer {position} has no {path!r}")
+        raise ValueError(
+            f"model's {family.encoder} lacks the expected sublayers, family.blocks is "
+            f"{family.blocks!r}: {error}"
+        ) from error
+    if not blocks:
+        raise ValueError(f"model's encoder has no blocks at {family.blocks!r} (family.blocks)")
+    layers = []
+    for position, block in enumerate(blocks):
+        _check_class(block, family, "block", position)
+        try:
+            layers.append(follow(block, family.sublayer))
+        except (AttributeError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"model's block {position} lacks the expected sublayers, family.sublayer is "
+                f"{family.sublayer!r}: {error}"
+            ) from error
+        _check_class(layers[-1], family, "layer", position)
+        _check_paths(layers[-1], family, position)
     return Found(family, encoder, blocks, layers)
 
 
-def check_unchanged(found: Found) -> None:
-    """Every class is exactly the family's, every ``forward`` its own, no layer cuts its rows, and
-    the name of plugins is free.
+def _check_class(part: Any, family: Family, field: str, position: int) -> None:
+    name = getattr(family, field)
+    if not is_a(part, family, name):
+        raise ValueError(
+            f"model's block {position} must have a {name} (family.{field}, of {family.module}), "
+            f"got {full_name(type(part))}"
+        )
 
-    Raises:
-        ValueError: somebody replaced one; the message says which.
-    """
-    family = found.family
-    module = importlib.import_module(family.module)
-    norms = [lookup(layer, family.norm) for layer in found.layers] if family.norm else []
-    for part, name in (*found.parts(), *((norm, family.norm_class) for norm in norms)):
-        kind = getattr(module, name, None) or getattr(nn, name)
-        if type(part) is not kind:
-            raise ValueError(f"model must have a plain {name}, got {_full_name(type(part))}")
-        source = inspect.unwrap(kind.forward).__module__
-        own = source == family.module or name == family.norm_class
-        if replaced(part) or not own:
+
+def _check_paths(layer: Any, family: Family, position: int) -> None:
+    """Whatever must be there is there."""
+    fields = ("steps", "bypassed", "called", "w_out", "act", "norm", "outer_dropout")
+    paths = [(field, path) for field in fields for path in _paths(getattr(family, field))]
+    for field, path in paths:
+        if lookup(layer, path) is None:
             raise ValueError(
-                f"the forward of {name} was replaced; patch the model before other tools do, or "
-                "undo theirs first"
+                f"model's FFN sublayer {position} has no {path!r} (family.{field}): its "
+                f"{type(layer).__name__} has {_children(layer)}"
             )
-    for layer in found.layers:
-        whole_rows(layer)
-        if hasattr(layer, ATTACHED):
-            raise ValueError(
-                f"model's {type(layer).__name__} must not have {ATTACHED!r}, the name that plugins "
-                f"take, got {type(getattr(layer, ATTACHED)).__name__}: rename or remove it"
-            )
+    if all(lookup(layer, path) is None for path in family.w_in):
+        raise ValueError(
+            f"model's FFN sublayer {position} has none of {family.w_in} (family.w_in): its "
+            f"{type(layer).__name__} has {_children(layer)}"
+        )
+    if family.layer == family.block and not family.called and not hasattr(layer, family.method):
+        raise ValueError(
+            f"model's {family.layer} has no method {family.method!r} (family.method): where its "
+            "forward calls the FFN's modules one after another, family.called names them"
+        )
+
+
+def _paths(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(filter(None, (value,) if isinstance(value, str) else value))
+
+
+def _children(layer: nn.Module) -> list[str]:
+    return [name for name, _ in layer.named_modules() if name and name.count(".") < 2]
 
 
 def replaced(module: nn.Module) -> bool:
@@ -166,5 +236,5 @@ def is_patched(model: nn.Module) -> bool:
     return any(STATE in vars(module) for module in model.modules())
 
 
-def _full_name(kind: type) -> str:
+def full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -31,8 +31,12 @@ class Chunk(NamedTuple):
     held_out: bool
 
 
-def chunks(batches: Iterable[Mapping[str, Tensor]], names: Iterable[str]) -> list[Chunk]:
+def chunks(
+    batches: Iterable[Mapping[str, Tensor]], names: Iterable[str], multiple: int = 1
+) -> list[Chunk]:
     """All sequences with a token, whatever batches they came in; ``batches`` is read once.
+
+    Their length is a ``multiple`` of that of an encoder that would pad them itself.
 
     Raises:
         TypeError: a batch is not a mapping. ValueError: it has no ``attention_mask``, other
@@ -70,7 +74,7 @@ def chunks(batches: Iterable[Mapping[str, Tensor]], names: Iterable[str]) -> lis
         for i in range(1, len(part) + 1):
             # Sorted: the next row would be the longest.
             if i == len(part) or (i + 1 - begin) * len(part[i]["attention_mask"]) > CHUNK:
-                made.append(_chunk(part[begin:i], held_out))
+                made.append(_chunk(part[begin:i], held_out, multiple))
                 begin = i
     return made
 
@@ -90,8 +94,8 @@ def _mask(batch: Mapping[str, Tensor]) -> Tensor:
     return mask != 0
 
 
-def _chunk(rows: list[dict[str, Tensor]], held_out: bool) -> Chunk:
-    n = len(rows[-1]["attention_mask"])
+def _chunk(rows: list[dict[str, Tensor]], held_out: bool, multiple: int) -> Chunk:
+    n = -(-len(rows[-1]["attention_mask"]) // multiple) * multiple
 
     def padded(row: Tensor) -> Tensor:
         return F.pad(row, (0, 0) * (row.dim() - 1) + (0, n - len(row)))

@@ -95,6 +95,11 @@ def calibrate(
     states(model)
     passes = checks.integer(passes, "passes")
     found = find(model)
+    if found.family.mask != "attention_mask":
+        raise ValueError(
+            "calibrate needs an encoder that takes attention_mask, the family of this one says "
+            f"mask={found.family.mask!r}: give its forward such an argument"
+        )
     check_values(found.encoder)
     state: State = vars(found.encoder)[STATE]
     wanted = list(state.ratios if ratios is None else ratios)
@@ -102,7 +107,7 @@ def calibrate(
         state.check(checks.ratio(k, "ratios"))
     wanted = list(dict.fromkeys(k for k in wanted if k > 1))
     on_cpu = backends.resolve(state.method.config.backend, found.like(0)) == "cpu"
-    given = chunks(batches, inspect.signature(found.encoder.forward).parameters)
+    given = chunks(batches, inspect.signature(found.encoder.forward).parameters, found.pads_to)
     with _restored(model, state, wanted):
         blocks = Blocks(model, found, state)
         with FrozenProducts(found.encoder) if on_cpu else nullcontext(), blocks.installed():

@@ -70,6 +70,7 @@ class Blocks:
         self._last: Any = None
         self._plain = True
         self._extras: bool | None = None
+        self._rest: tuple[Any, ...] = ()
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -114,6 +115,8 @@ class Blocks:
             return _first(self._last)
         finally:
             self._hidden = None
+        if isinstance(output, Tensor):
+            return output
         return output[0] if isinstance(output, tuple) else output.last_hidden_state
 
     def at(self, inputs: dict[str, Tensor], level: Any, block: int, hidden: Tensor | None) -> Any:
@@ -136,12 +139,13 @@ class Blocks:
             # A T5's first block makes the position bias that the others get: it always runs.
             if skipped and (number > 0 or self._extras is False):
                 if self._last is None or isinstance(self._last, Tensor):
-                    self._last = self._hidden if self._plain else (self._hidden,)
+                    self._last = self._hidden if self._plain else (self._hidden, *self._rest)
             else:
                 self._last = type(block).forward(block, *args, **kwargs)
                 if self._extras is None:
                     self._plain = isinstance(self._last, Tensor)
-                    self._extras = not self._plain and any(x is not None for x in self._last[1:])
+                    self._rest = () if self._plain else tuple(self._last[1:])
+                    self._extras = any(x is not None for x in self._rest)
             if skipped:
                 if isinstance(self._last, tuple):
                     self._last = (self._hidden, *self._last[1:])

@@ -1,0 +1,59 @@
+"""Whether a module is no more than it seems: nothing replaced, hooked, quantised or sharded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.experimental import proxy_tensor
+
+from ..ops.prepacked_linear import Forward
+from .find import replaced
+
+_ACTIVATIONS = {
+    "ReLU": "relu",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+}
+_PROXY: Any = getattr(proxy_tensor, "_AttrProxy", None)
+# The last two stand for plain weights while a program is exported, and under a fake mode.
+_PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+
+
+def untouched(module: nn.Module) -> bool:
+    """Nobody replaced its ``forward`` or hooked it; packed products are what it is."""
+    packed = isinstance(module.__dict__.get("forward"), Forward)
+    return (packed or not replaced(module)) and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _kind(module: nn.Module) -> type:
+    """Its class, without what ``torch.export`` may put around a module that it traces."""
+    kinds = type(module).__mro__
+    return kinds[kinds.index(_PROXY) + 1] if _PROXY in kinds else kinds[0]
+
+
+def plain_linear(linear: nn.Module) -> bool:
+    """Its weight is all it is: no subclass of either (quantised, sharded), no hook."""
+    return _kind(linear) is nn.Linear and type(linear.weight) in _PLAIN and untouched(linear)
+
+
+def activation_name(act: Any) -> str | None:
+    """The name of a recognised activation, or None."""
+    if not isinstance(act, nn.Module) or not untouched(act):
+        return None
+    kind = _kind(act)
+    if kind is nn.GELU:
+        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
+    ours = kind.__module__.split(".")[0] in ("torch", "transformers")
+    return _ACTIVATIONS.get(kind.__name__) if ours else None
