@@ -18,13 +18,13 @@ def test_lowers_what_the_closed_form_leaves(family, act, monkeypatch):
     """At every site, on what it was fitted to."""
     errors, real = [], run.descend
 
-    def measured(plugin, ffn, spread, floor, chunks, backend, *free):
+    def measured(plugin, ffn, spread, root, chunks, backend, *free):
         def error():
             now = plugin.weights()
-            return sum(float(descent._loss(chunk(), now, ffn, floor, backend)) for chunk in chunks)
+            return sum(float(descent._loss(chunk(), now, ffn, root, backend)) for chunk in chunks)
 
         before = error()
-        real(plugin, ffn, spread, floor, chunks, backend, *free)
+        real(plugin, ffn, spread, root, chunks, backend, *free)
         errors.append(error() / before)
 
     monkeypatch.setattr(run, "descend", measured)
@@ -137,7 +137,7 @@ def test_steps_see_rows_of_a_chunk_with_their_own_groups(monkeypatch):
     for rows, more in seen[:40]:
         parts = [descent._rows(rows, i, i + 1) for i in range(len(rows.x))]
         whole = real(rows, *more)
-        weights = [float(descent._weights(part, *more[1:3])[1].sum()) for part in parts]
+        weights = [float(part.weight.sum()) for part in parts]
         alone = [real(part, *more).item() for part in parts]
         mean = sum(w * a for w, a in zip(weights, alone, strict=True)) / sum(weights)
         assert mean == pytest.approx(whole.item(), rel=1e-4)

@@ -48,20 +48,49 @@ class Spread:
 
 
 class Behind(NamedTuple):
-    """What a chunk tells about a site: its input, and what the dense model has behind it."""
+    """What a chunk tells about a site."""
 
     x: Tensor
-    """``[B, n, d]``."""
-    dense: Tensor
-    """The same, in front of a norm that follows."""
+    """Its input, ``[B, n, d]``."""
+    wanted: Tensor
+    """What the dense model has behind it, and behind a norm that follows; fp32."""
+    weight: Tensor
+    """``[B, n]``: what a token's error weighs; nothing for padding and for kept tokens, which
+    bypass the plugin."""
     groups: Groups
+
+
+def behind(
+    x: Tensor,
+    dense: Tensor,
+    groups: Groups,
+    ffn: FeedForward,
+    floor: float,
+    weights: Tensor | None,
+) -> Behind:
+    """Of ``x [B, n, d]`` and what the dense model has behind the site, in front of a norm.
+
+    ``weights [B, n]``: of each token. None: all alike behind a norm, else one over the token's
+    variance, which is at least ``floor``.
+    """
+    slot, used = token_slots(groups, x.shape[0] * x.shape[1])
+    if groups.kept is not None:
+        used = used & ~groups.kept.flatten()[slot // groups.ratio]
+    weight, wanted = used.view(x.shape[:2]).float(), dense.float()
+    if weights is not None:
+        weight = weight * weights
+    elif not ffn.post_norm:
+        weight = weight / wanted.square().mean(-1).clamp_min(floor)
+    if ffn.post_norm:
+        wanted = normalize(wanted, *ffn.any_norm).float()
+    return Behind(x, wanted, weight, groups)
 
 
 def descend(
     plugin: Any,
     ffn: FeedForward,
     spread: Spread,
-    floor: float,
+    root: Tensor | None,
     chunks: Sequence[Callable[[], Behind]],
     backend: str,
     passes: int,
@@ -71,7 +100,7 @@ def descend(
     """Moves ``plugin`` towards the sublayer's dense outputs.
 
     Args:
-        floor: without a norm behind, a token weighs one over its variance, which is at least this.
+        root: ``[d, d]``, errors ``e [.., d]`` count as ``e @ root``; None: as they are.
         chunks: make what there is to fit to.
         passes: over all of it, at least.
         merge, adapter: which parts move.
@@ -92,13 +121,13 @@ def descend(
         adam = torch.optim.Adam(leaves, betas=(0.9, 0.98))
         for _ in range(passes):
             for chunk in _shuffled(chunks, generator):
-                behind = chunk()
-                for begin, end in _shuffled(_slices(behind.x), generator):
+                site = chunk()
+                for begin, end in _shuffled(_slices(site.x), generator):
                     values = list(parameters)
                     for i, leaf in zip(moving, leaves, strict=True):
                         values[i] = (leaf * scales[i]).to(parameters[i].dtype)
                     now = weights._replace(**dict(zip(weights._fields, values, strict=False)))
-                    loss = _loss(_rows(behind, begin, end), now, ffn, floor, backend)
+                    loss = _loss(_rows(site, begin, end), now, ffn, root, backend)
                     left = 1 - done / (passes * steps)
                     adam.param_groups[0]["lr"] = RATE * min((done + 1) / WARM_UP, left)
                     found = torch.autograd.grad(loss, leaves)
@@ -122,26 +151,14 @@ def differentiable(ffn: FeedForward, width: int) -> bool:
 
 
 def _loss(
-    rows: Behind, weights: PluginWeights, ffn: FeedForward, floor: float, backend: str
+    rows: Behind, weights: PluginWeights, ffn: FeedForward, root: Tensor | None, backend: str
 ) -> Tensor:
-    wanted, weight = _weights(rows, ffn, floor)
     y = run(rows.x, weights, ffn, rows.groups, backend).float()
-    error = (y if ffn.residual else rows.x.float() + y) - wanted
-    error = torch.where(weight > 0, error.square().mean(-1), 0)
-    return (error * weight).sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
-
-
-def _weights(rows: Behind, ffn: FeedForward, floor: float) -> tuple[Tensor, Tensor]:
-    """What the sublayer should give, ``[B, n, d]``, and what a token's error weighs, ``[B, n]``:
-    nothing for padding and for kept tokens, which bypass the plugin."""
-    x, wanted, groups = rows.x, rows.dense.float(), rows.groups
-    slot, used = token_slots(groups, x.shape[0] * x.shape[1])
-    if groups.kept is not None:
-        used = used & ~groups.kept.flatten()[slot // groups.ratio]
-    weight = used.view(x.shape[:2]).float()
-    if ffn.post_norm:
-        return normalize(wanted, *ffn.any_norm).float(), weight
-    return wanted, weight / wanted.square().mean(-1).clamp_min(floor)
+    error = (y if ffn.residual else rows.x.float() + y) - rows.wanted
+    # What padding holds must not reach a gradient.
+    error = torch.where(rows.weight[..., None] > 0, error, 0)
+    squared = (error if root is None else error @ root).square().mean(-1)
+    return (squared * rows.weight).sum() / rows.weight.sum().clamp_min(1e-30)
 
 
 def _slices(x: Tensor) -> list[tuple[int, int]]:
@@ -150,15 +167,13 @@ def _slices(x: Tensor) -> list[tuple[int, int]]:
     return [(i, min(i + rows, len(x))) for i in range(0, len(x), rows)]
 
 
-def _rows(behind: Behind, begin: int, end: int) -> Behind:
-    x, dense, groups = behind
-    start, span, _, kept, mask = (None if t is None else t[begin:end] for t in groups[:5])
+def _rows(site: Behind, begin: int, end: int) -> Behind:
+    start, span, _, kept, mask = (None if t is None else t[begin:end] for t in site.groups[:5])
     assert start is not None  # the groups are listed
-    start = (start - begin * x.shape[1]).clamp_min(0)  # an empty group may start anywhere
-    return Behind(
-        x[begin:end], dense[begin:end],
-        groups._replace(start=start, span=span, kept=kept, mask=mask, owned=None),
-    )  # fmt: skip
+    start = (start - begin * site.x.shape[1]).clamp_min(0)  # an empty group may start anywhere
+    groups = site.groups._replace(start=start, span=span, kept=kept, mask=mask, owned=None)
+    x, wanted, weight = (part[begin:end] for part in site[:3])
+    return Behind(x, wanted, weight, groups)
 
 
 T = TypeVar("T")

@@ -22,6 +22,7 @@ takes its fitted values: only if these lower the error of the model's last hidde
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -35,15 +36,17 @@ from ....ops import prepack
 from ....ops.feed_forward import products
 from ....ops.groups import Groups
 from ....ops.prepacked_linear import FrozenProducts, linear
+from ....runtime.levels import use_ratio
 from ....runtime.state import STATE, State, states
 from ....sites.feed_forward import describe
 from ....sites.find import Found, find
 from ....sites.wrappers import check_values
 from ..method import plugin_parameters
-from .descent import Behind, descend, differentiable
+from .descent import Behind, behind, descend, differentiable
 from .fit import Part, SiteFit, hidden, part
 from .inputs import Chunk, chunks
 from .search import Errors, put, search, values
+from .sensitivity import Output, Sensitivity, output_of, sensitivities
 from .streams import Blocks, Store
 from .table import Calibration, Row
 
@@ -112,7 +115,8 @@ def calibrate(
         blocks = Blocks(model, found, state)
         with FrozenProducts(found.encoder) if on_cpu else nullcontext(), blocks.installed():
             backend = "cpu" if on_cpu else "reference"
-            with _Run(found, state, blocks, given, wanted, backend) as run:
+            output = output_of(model, found.encoder)
+            with _Run(found, state, blocks, given, wanted, backend, output) as run:
                 table = run.all(merge, adapter, passes, progress)
     if progress:
         tqdm.write(str(table))
@@ -150,8 +154,9 @@ class _Run:
         given: list[Chunk],
         ratios: list[int],
         backend: str,
+        output: Output,
     ) -> None:
-        self.backend = backend
+        self.backend, self.output = backend, output
         self.layers, self.owners = found.layers, state.owners
         self.blocks, self.chunks, self.ratios = blocks, given, ratios
         held_out = {i: chunk for i, chunk in enumerate(given) if chunk.held_out}
@@ -162,6 +167,7 @@ class _Run:
         self.dense, self.after, self.wanted, self.x = Store(), Store(), Store(), Store()
         self.streams = {k: Store() for k in ratios}
         self.errors = Errors(blocks, state, held_out)
+        self.sensitivities: list[Sensitivity] | None = None
 
     def __enter__(self) -> _Run:
         return self
@@ -175,6 +181,8 @@ class _Run:
         plugins = {(k, i): self.layers[i].plugins[str(k)] for k in self.ratios for i in own}
         initial = {place: values(plugin) for place, plugin in plugins.items()}
         before = {k: self.errors.of(k) for k in self.ratios}
+        if passes and self.ratios:
+            self._look()
         rows: dict[tuple[int, int], Row] = {}
         bar = tqdm(total=len(self.layers) * len(self.ratios), disable=not progress, unit="site")
         with bar:
@@ -196,6 +204,14 @@ class _Run:
                 mine, end = [row._replace(after=row.before, step=0.0) for row in mine], before[k]
             made += [*mine, Row(k, None, before[k], end, None)]
         return Calibration(tuple(made))
+
+    def _look(self) -> None:
+        """What matters behind each site, where gradients pass the model."""
+        try:
+            with use_ratio(self.blocks.model, 1):
+                self.sensitivities = sensitivities(self.layers, self.output, self.chunks)
+        except (RuntimeError, NotImplementedError) as error:
+            logging.getLogger(__name__).info("no gradient passes the model: %s", error)
 
     def _dense(self, i: int) -> None:
         """Block ``i`` of the dense model: what is behind its FFN, and behind the block."""
@@ -232,14 +248,7 @@ class _Run:
             fit = SiteFit(ffn, sample, lambda: map(make, range(len(self.chunks))))
             fit.fit(plugin, merge, adapter)
             if passes and differentiable(ffn, self.x[0].shape[-1]):
-                fitted = [
-                    partial(self._behind, k, j)
-                    for j, chunk in enumerate(self.chunks)
-                    if not chunk.held_out
-                ]
-                spread = fit.spread(plugin.merge)
-                free = passes, merge, adapter
-                descend(plugin, ffn, spread, fit.floor, fitted, self.backend, *free)
+                self._descend(i, k, fit, passes, merge, adapter)
         found = search(
             plugin,
             before,
@@ -250,8 +259,20 @@ class _Run:
         )
         return Row(k, i, *found)
 
-    def _behind(self, k: int, j: int) -> Behind:
-        return Behind(self.x[j], self.wanted[j], self.groups[k, j])
+    def _descend(
+        self, i: int, k: int, fit: SiteFit, passes: int, merge: bool, adapter: bool
+    ) -> None:
+        plugin, known = self.layers[i].plugins[str(k)], self.sensitivities
+        root, weights = (None, None) if known is None else known[i]
+
+        def make(j: int) -> Behind:
+            weight = None if weights is None else weights[j]
+            given = self.x[j], self.wanted[j], self.groups[k, j]
+            return behind(*given, fit.ffn, fit.floor, weight)
+
+        fitted = [partial(make, j) for j, chunk in enumerate(self.chunks) if not chunk.held_out]
+        spread = fit.spread(plugin.merge)
+        descend(plugin, fit.ffn, spread, root, fitted, self.backend, passes, merge, adapter)
 
     def _advance(self, i: int, k: int) -> None:
         """Block ``i`` as it is compressed now."""
