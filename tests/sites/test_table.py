@@ -39,6 +39,12 @@ def positions(model, mask):
     return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0) + first}
 
 
+def test_no_two_families_share_the_name_of_a_patched_class():
+    """A pickle finds a class by its name alone."""
+    names = [name for f in FAMILIES.values() for name in {f.encoder, f.block, f.layer}]
+    assert len(names) == len(set(names))
+
+
 def test_at_least_thirty():
     assert len(FAMILIES) >= 30 and len(zoo.NAMES) >= 30
 

@@ -12,165 +12,20 @@ import functools
 import importlib
 import inspect
 import types
-import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..ops.feed_forward import FeedForward
-from ..ops.transforms import tracing
-from ..runtime.context import Context, token_mask
-from ..runtime.level import Site
-from ..runtime.state import State
 from .families import FAMILIES
-from .family import ORIGINAL, ROW, Family, blocks_of, follow
-from .feed_forward import Described
-from .find import whole_rows
-from .inline import Inline, attributes
-from .loading import check_loaded
+from .family import ORIGINAL, ROW, Family
+from .inline import attributes
+from .mixins import Block, BlockInline, BlockWithMethod, Encoder, Layer
 from .unchanged import module_of
 
-SITE = "variator_site"
-"""The attribute under which a patched sublayer has its :class:`SitePosition`."""
-DESCRIBED = "variator_described"
-"""The attribute under which it keeps its :class:`~.feed_forward.Described`."""
 _POSITIONS = "variator_positions"
 when_patched: list[Callable[[], None]] = []
 """Called when a model is patched or unpickled."""
-
-
-class SitePosition(NamedTuple):
-    """Which site a sublayer is, and where a level has its ratio."""
-
-    site: Site
-    number: int
-
-
-class _Encoder(nn.Module):
-    """Holds the context ready for the sublayers, which ``transformers`` never passes the mask."""
-
-    variator_state: State
-    variator_family: Family
-    variator_positions: dict[str, int]
-    """Of arguments of ``forward``."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        state, positions, family = (
-            self.variator_state,
-            self.variator_positions,
-            self.variator_family,
-        )
-        local, level = state.local, state.current()
-        mask = ids = None
-        if not level.is_dense or local.observer is not None:
-            mask = token_mask(_argument(family.mask, positions, args, kwargs))
-            ids = _argument("input_ids", positions, args, kwargs)
-            if mask is None and family.pads:
-                tokens = _argument("inputs_embeds", positions, args, kwargs) if ids is None else ids
-                mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        context = state.context(level, mask, ids)
-        context.pads = bool(family.pads)
-        if not (self.training or state.warned or torch.compiler.is_compiling() or tracing()):
-            _warn_if_untrained(self, level.ratios)
-        outer = local.context
-        local.context = context
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            local.context = outer
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        check_loaded(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class _Block(nn.Module):
-    """Carries the context through gradient checkpointing.
-
-    The recompute runs in backward, where the encoder's forward and ``use_ratio`` may be over: so
-    the context travels with the call that is checkpointed, as one more keyword argument.
-    """
-
-    variator_state: State
-    gradient_checkpointing = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.gradient_checkpointing and self.training:
-            state = self.variator_state
-            kwargs["variator_context"] = state.local.context or state.context(state.current())
-        return super().__call__(*args, **kwargs)
-
-    def forward(self, *args: Any, variator_context: Context | None = None, **kwargs: Any) -> Any:
-        if variator_context is None:
-            return super().forward(*args, **kwargs)
-        local = self.variator_state.local
-        outer = local.context
-        local.context = variator_context
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            local.context = outer
-
-
-class _Sublayer(nn.Module):
-    """The FFN sublayer: as it was where its ratio is 1, else what the method makes of it."""
-
-    variator_state: State
-    variator_site: SitePosition
-    variator_described: Described
-
-    def feed_forward(self) -> FeedForward:
-        """What the sublayer consists of now."""
-        return self.variator_described.of(self)
-
-    def _context(self) -> Context:
-        state = self.variator_state
-        context = state.local.context
-        if context is None:
-            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-                raise RuntimeError(
-                    "a patched FFN is recomputed outside its encoder, without mask and ratio: "
-                    "checkpoint with model.gradient_checkpointing_enable(), or the whole encoder"
-                )
-            context = state.context(state.current())
-        return context
-
-    def ratio_here(self) -> int:
-        """The ratio that holds here."""
-        return self._context().level.ratios[self.variator_site.number]
-
-    def _at_site(self, x: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
-        state, context = self.variator_state, self._context()
-        ratio = context.level.ratios[self.variator_site.number]
-        if state.local.observer is not None:
-            state.local.observer(self, x, context.mask_of(x), ratio)
-        if ratio == 1:
-            return dense(x)
-        if x.dim() != 3:
-            raise ValueError(
-                f"hidden states must be [batch, length, hidden] at a ratio above 1, got "
-                f"{list(x.shape)}: where flash attention runs without padding, load the model with "
-                'attn_implementation="sdpa"'
-            )
-        whole_rows(self)
-        return state.method.feed_forward(self, x, ratio, context, dense)
-
-
-class _Layer(_Sublayer):
-    """A module that is the FFN sublayer."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self._at_site(hidden_states, super().forward)
-
-
-class _BlockWithMethod(_Block, _Sublayer):
-    """A block that has the FFN sublayer as a method."""
-
-
-class _BlockInline(_Block, Inline, _Sublayer):
-    """A block whose ``forward`` calls the parts of its FFN."""
 
 
 def _method(original: type, name: str) -> Callable[[Any, Tensor], Tensor]:
@@ -183,46 +38,12 @@ def _method(original: type, name: str) -> Callable[[Any, Tensor], Tensor]:
     return feed_forward
 
 
-def _argument(
-    name: str, positions: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """What a call gave for ``name``, or None."""
-    value = kwargs.get(name)
-    if value is None and len(args) > positions.get(name, len(args)):
-        value = args[positions[name]]
-    return value
-
-
-def _warn_if_untrained(encoder: _Encoder, ratios: tuple[int, ...]) -> None:
-    """Once per model: plugins that run still have their initial values."""
-    state, family = encoder.variator_state, encoder.variator_family
-    unknown = {ratio for ratio in ratios if ratio > 1} - state.trained
-    if not unknown:
-        return
-    for block in blocks_of(encoder, family):
-        layer = follow(block, family.sublayer)
-        ratio = ratios[layer.variator_site.number]
-        if ratio in unknown and state.method.is_trained(layer, ratio):
-            state.trained.add(ratio)
-            unknown.discard(ratio)
-    if not unknown:
-        return
-    ratio = min(unknown)
-    state.warned = True
-    warnings.warn(
-        f"the plugins of ratio {ratio} are untrained: each group of {ratio} tokens gets the FFN "
-        "output of its mean. Train them or load_plugins()",
-        UserWarning,
-        stacklevel=4,
-    )
-
-
 def _roles(family: Family) -> dict[str, type[nn.Module]]:
     if family.called:
-        return {family.encoder: _Encoder, family.block: _BlockInline}
+        return {family.encoder: Encoder, family.block: BlockInline}
     if family.block == family.layer:
-        return {family.encoder: _Encoder, family.block: _BlockWithMethod}
-    return {family.encoder: _Encoder, family.block: _Block, family.layer: _Layer}
+        return {family.encoder: Encoder, family.block: BlockWithMethod}
+    return {family.encoder: Encoder, family.block: Block, family.layer: Layer}
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
@@ -252,10 +73,10 @@ def patched_class(family: Family, name: str) -> type[nn.Module]:
     }
     if FAMILIES.get(family.name) is not family:
         body["__reduce_ex__"] = _reduce
-    if mixin is _Encoder:
+    if mixin is Encoder:
         # generate() reads the encoder's signature to learn which arguments it takes.
         signature = inspect.signature(original.forward)
-        forward: Any = _Encoder.forward
+        forward: Any = Encoder.forward
         copy: Any = types.FunctionType(
             forward.__code__, forward.__globals__, "forward", None, forward.__closure__
         )
@@ -264,9 +85,9 @@ def patched_class(family: Family, name: str) -> type[nn.Module]:
         names = list(signature.parameters)[1:]
         wanted = (name for name in (family.mask, "input_ids", "inputs_embeds") if name in names)
         body[_POSITIONS] = {name: names.index(name) for name in wanted}
-    if mixin is _BlockWithMethod:
+    if mixin is BlockWithMethod:
         body[family.method] = _method(original, family.method)
-    if mixin is _BlockInline:
+    if mixin is BlockInline:
         dropouts = (family.outer_dropout, family.inner_dropout)
         body |= attributes(family.called, dropouts)
     kind = type(name, (mixin, original), body)
@@ -279,7 +100,7 @@ def patched_class(family: Family, name: str) -> type[nn.Module]:
 
 def patched_encoders(model: nn.Module) -> list[nn.Module]:
     """Every patched encoder inside ``model``, or that it is."""
-    return [module for module in model.modules() if isinstance(module, _Encoder)]
+    return [module for module in model.modules() if isinstance(module, Encoder)]
 
 
 def __getattr__(name: str) -> type[nn.Module]:

@@ -9,11 +9,12 @@ from torch import nn
 
 from ..runtime.level import Site
 from ..runtime.state import STATE, State, states
-from .classes import DESCRIBED, SITE, SitePosition, patched_class, when_patched
+from .classes import patched_class, when_patched
 from .family import ORIGINAL
 from .feed_forward import Described
 from .find import Found, replaced
 from .loading import ATTACHED
+from .mixins import DESCRIBED, SITE, SitePosition
 
 
 def sites_of(found: Found) -> tuple[Site, ...]:

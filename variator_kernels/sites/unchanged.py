@@ -28,6 +28,7 @@ def check_unchanged(found: Found) -> None:
     norms = [lookup(layer, family.norm) for layer in found.layers] if family.norm else []
     parts = found.parts() + [(norm, family.norm_class) for norm in norms]
     for part, name in parts:
+        changed = replaced(part)
         kind: Any = getattr(module, name, None) or getattr(nn, name, None)
         if not isinstance(kind, type):
             raise ValueError(
@@ -36,7 +37,7 @@ def check_unchanged(found: Found) -> None:
         if type(part) is not kind:
             raise ValueError(f"model must have a plain {name}, got {full_name(type(part))}")
         home: Any = next(base for base in kind.__mro__ if "forward" in vars(base))
-        if replaced(part) or inspect.unwrap(home.forward).__module__ != home.__module__:
+        if changed or inspect.unwrap(home.forward).__module__ != home.__module__:
             raise ValueError(
                 f"the forward of {name} was replaced; patch the model before other tools do, or "
                 "undo theirs first"
