@@ -146,6 +146,8 @@ def patched(
     """A patched model with random plugins."""
     names = ("keep_first", "keep_last", "keep")
     kept = {name: settings.pop(name) for name in names if name in settings}
+    if args and not args[0].endswith("t5"):
+        kept.setdefault("keep_first", 0)  # whatever the family says
     made = vk.patch(model(*args, **settings), ratio, ratios, 6, activation, backend=backend, **kept)
     train_plugins(made)
     return made

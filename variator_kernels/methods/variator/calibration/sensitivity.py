@@ -48,6 +48,8 @@ def output_of(model: nn.Module, encoder: Any) -> Output:
             if isinstance(logits, Tensor) and logits.dim() == 2:
                 return logits - logits.mean(-1, keepdim=True)
         found = encoder(**inputs)
+        if isinstance(found, Tensor):
+            return found
         return found[0] if isinstance(found, tuple) else found.last_hidden_state
 
     return output
