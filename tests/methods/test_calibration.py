@@ -102,11 +102,12 @@ def test_where_all_is_kept_whole_nothing_is_fitted(few):
 
 
 def test_uses_real_tokens_alone():
+    """In the closed form: descent goes through rows in another order, padded on the other side."""
     ids, mask = tiny.batch(21, 8, 27, 15, seed=100)
     outputs = []
     for left in (False, True):
         made = model()
-        vk.calibrate(made, batches(left=left), ratios=[4])
+        vk.calibrate(made, batches(left=left), ratios=[4], passes=0)
         with torch.no_grad():
             outputs.append(tiny.encode(made, ids, mask)[mask != 0])
     torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
@@ -130,7 +131,7 @@ def test_how_sequences_are_cut_into_batches_does_not_matter(family):
         found.append(loss(made, 2))
     assert found[0] == pytest.approx(found[1], rel=1e-3)
     # Which sequences are held out depends on their order.
-    assert found[0] == pytest.approx(found[2], rel=0.05)
+    assert found[0] == pytest.approx(found[2], rel=0.1)
 
 
 def test_a_sublayer_that_two_layers_share():

@@ -21,10 +21,11 @@ def classifier():
     return made
 
 
-def found(made, given, layers=None):
+def found(made, given, layers=None, keep_first=0):
     encoder = made if layers is None else made.base_model
     output = sensitivity.output_of(made, encoder)
-    return sensitivity.sensitivities(tiny.layers(encoder), output, given)
+    merged = [chunk.mask & (torch.arange(chunk.mask.shape[1]) >= keep_first) for chunk in given]
+    return sensitivity.sensitivities(tiny.layers(encoder), output, given, merged)
 
 
 def test_lengths_of_gradients_are_those_of_small_changes():
@@ -82,8 +83,11 @@ def test_a_classifier_reads_nothing_behind_the_last_layer_but_its_first_token():
         first = weights[:, 0]
         assert (first > 1 / sensitivity.RANGE).all() and first.max() > 2
         assert (weights[:, 1:][chunk.mask[:, 1:]] == 1 / sensitivity.RANGE).all()
-    inner = found(made, given, "bert")[0]
-    assert any((w[:, 1:] > 1.01 / sensitivity.RANGE).any() for w in inner.weights)
+    inner = found(made, given, "bert", keep_first=1)[0]
+    real = torch.cat([w[:, 1:][c.mask[:, 1:]] for w, c in zip(inner.weights, given, strict=True)])
+    assert real.mean() == pytest.approx(1, rel=0.05) and real.max() > 2 * real.min()
+    for site in found(made, given, "bert", keep_first=1)[-1:]:  # nothing else is read there
+        assert torch.equal(site.root, torch.eye(len(site.root)))
 
 
 def test_what_nothing_reads_weighs_the_same_everywhere():
@@ -141,7 +145,8 @@ def test_hooks_go_also_after_an_error():
         raise KeyError
 
     with pytest.raises(KeyError):
-        sensitivity.sensitivities(tiny.layers(made), fails, inputs.chunks(batches(3), NAMES))
+        given = inputs.chunks(batches(3), NAMES)
+        sensitivity.sensitivities(tiny.layers(made), fails, given, [c.mask for c in given])
     assert not any(layer._forward_hooks for layer in tiny.layers(made))
 
 

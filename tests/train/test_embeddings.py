@@ -127,7 +127,7 @@ def test_trains_what_loads_on_both_models(folder, tmp_path):
     vk.patch(made, 2, bottleneck=4)
     untrained = made.encode(texts, convert_to_tensor=True)
     apart = [1 - cosine_similarity(x, dense).mean() for x in (found, untrained)]
-    assert apart[0] < 0.8 * apart[1] and apart[1] > 1e-3
+    assert apart[0] < 0.9 * apart[1] and apart[1] > 1e-3
 
 
 def test_the_weight_pulls_embeddings_together(folder, tmp_path):

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ....ops.compressed_ffn import run
 from ....ops.feed_forward import FeedForward, PluginWeights, normalize, products
-from ....ops.groups import Groups, token_slots
+from ....ops.groups import Groups
+from .inputs import merged_tokens
 
 TOKENS = 512
 """Of a step, with padding."""
@@ -73,10 +74,8 @@ def behind(
     ``weights [B, n]``: of each token. None: all alike behind a norm, else one over the token's
     variance, which is at least ``floor``.
     """
-    slot, used = token_slots(groups, x.shape[0] * x.shape[1])
-    if groups.kept is not None:
-        used = used & ~groups.kept.flatten()[slot // groups.ratio]
-    weight, wanted = used.view(x.shape[:2]).float(), dense.float()
+    weight = merged_tokens(x, groups)[1].view(x.shape[:2]).float()
+    wanted = dense.float()
     if weights is not None:
         weight = weight * weights
     elif not ffn.post_norm:

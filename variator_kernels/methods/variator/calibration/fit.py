@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ....ops.feed_forward import FeedForward, normalize, products
 from ....ops.group_merge.reference import group_merge
-from ....ops.groups import Groups, token_slots
+from ....ops.groups import Groups
 from ....ops.prepacked_linear import linear
 from .descent import Spread
+from .inputs import merged_tokens
 from .regression import Fit, Moments, reduced_rank, regression
 
 SHARPNESS = (0.0, 1.0)
@@ -55,10 +56,7 @@ def hidden(x: Tensor, ffn: FeedForward) -> Tensor:
 def part(x: Tensor, dense: Tensor, groups: Groups, ffn: FeedForward, held_out: bool) -> Part:
     """Of ``x [B, n, d]`` and what the dense model has behind the site. Kept tokens bypass the
     plugin, so they are none of its business."""
-    slot, used = token_slots(groups, x.shape[0] * x.shape[1])
-    group = slot // groups.ratio
-    if groups.kept is not None:
-        used = used & ~groups.kept.flatten()[group]
+    group, used = merged_tokens(x, groups)
     place = used.nonzero()[:, 0]
     y = dense.flatten(0, 1)[place].float()
     centred = y - y.mean(-1, keepdim=True) if ffn.norm == "layer" else y

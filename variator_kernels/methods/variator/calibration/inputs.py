@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ....ops.groups import Groups, token_slots
+
 SHARE = 5
 """Each fifth sequence is held out, or fewer:"""
 HELD_OUT = 4096
@@ -102,3 +104,11 @@ def _chunk(rows: list[dict[str, Tensor]], held_out: bool, multiple: int) -> Chun
 
     inputs = {key: torch.stack([padded(row[key]) for row in rows]) for key in rows[0]}
     return Chunk(inputs, inputs["attention_mask"] != 0, held_out)
+
+
+def merged_tokens(x: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+    """The group of each token of ``x [B, n, ..]``, and whether it is merged, both ``[B * n]``:
+    padding is not, nor are kept tokens."""
+    slot, used = token_slots(groups, x.shape[0] * x.shape[1])
+    group = slot // groups.ratio
+    return group, used if groups.kept is None else used & ~groups.kept.flatten()[group]

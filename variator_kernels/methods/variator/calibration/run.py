@@ -44,7 +44,7 @@ from ....sites.wrappers import check_values
 from ..method import plugin_parameters
 from .descent import Behind, behind, descend, differentiable
 from .fit import Part, SiteFit, hidden, part
-from .inputs import Chunk, chunks
+from .inputs import Chunk, chunks, merged_tokens
 from .search import Errors, put, search, values
 from .sensitivity import Output, Sensitivity, output_of, sensitivities
 from .streams import Blocks, Store
@@ -207,9 +207,14 @@ class _Run:
 
     def _look(self) -> None:
         """What matters behind each site, where gradients pass the model."""
+        merged = []
+        for chunk in self.chunks:
+            x, context = self.blocks.at(chunk.inputs, self.ratios[0], 0, None)
+            groups = context.groups(x, self.ratios[0], "reference")
+            merged.append(merged_tokens(x, groups)[1].view(chunk.mask.shape))
         try:
             with use_ratio(self.blocks.model, 1):
-                self.sensitivities = sensitivities(self.layers, self.output, self.chunks)
+                self.sensitivities = sensitivities(self.layers, self.output, self.chunks, merged)
         except (RuntimeError, NotImplementedError) as error:
             logging.getLogger(__name__).info("no gradient passes the model: %s", error)
 

@@ -40,13 +40,16 @@ def output_of(model: nn.Module, encoder: Any) -> Output:
     """What ``model`` gives: class logits, a sentence's embedding, else the last hidden states."""
     if any(kind.__name__ == "SentenceTransformer" for kind in type(model).__mro__):
         return lambda inputs: model(dict(inputs))["sentence_embedding"]
-    heads = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    config = getattr(model, "config", None)
+    heads = model is not encoder and not getattr(config, "is_encoder_decoder", False)
 
     def output(inputs: Mapping[str, Tensor]) -> Tensor:
-        if heads and model is not encoder:
+        nonlocal heads
+        if heads:
             logits = getattr(model(**inputs), "logits", None)
             if isinstance(logits, Tensor) and logits.dim() == 2:
                 return logits - logits.mean(-1, keepdim=True)
+            heads = False
         found = encoder(**inputs)
         if isinstance(found, Tensor):
             return found
@@ -56,9 +59,15 @@ def output_of(model: nn.Module, encoder: Any) -> Output:
 
 
 def sensitivities(
-    layers: Sequence[nn.Module], output: Output, chunks: Sequence[Chunk]
+    layers: Sequence[nn.Module],
+    output: Output,
+    chunks: Sequence[Chunk],
+    merged: Sequence[Tensor],
 ) -> list[Sensitivity]:
     """For each of ``layers``, at the ratio in force (the dense one).
+
+    ``merged``, bool ``[B, n]`` for each chunk: the tokens that errors are made at. Those that stay
+    whole, perhaps the most important of all, do not count.
 
     Raises:
         RuntimeError: something on the way passes no gradient.
@@ -69,33 +78,39 @@ def sensitivities(
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad(), _probed(layers) as probes:
         for j, chunk in enumerate(chunks):
-            for inputs, mask in _pieces(chunk):
+            for rows in _pieces(chunk):
                 probes.clear()
-                given = output(inputs)
-                direction = torch.randn(given.shape, generator=generator).to(given)
-                if direction.shape[:2] == mask.shape:
-                    direction = direction * mask[..., None]
-                gradients = torch.autograd.grad(given, probes, direction, allow_unused=True)
-                for i, (g, probe) in enumerate(zip(gradients, probes, strict=True)):
+                given = output({key: value[rows] for key, value in chunk.inputs.items()})
+                used = probes[-size:]  # of the run that made it
+                direction = _direction(given, chunk.mask[rows], generator)
+                gradients = torch.autograd.grad(given, used, direction, allow_unused=True)
+                for i, (g, probe) in enumerate(zip(gradients, used, strict=True)):
                     g = torch.zeros_like(probe) if g is None else g
-                    g = torch.where(mask[..., None], g.float(), 0)
+                    g = torch.where(merged[j][rows][..., None], g.float(), 0)
                     weights[i][j].append(g.square().sum(-1))
                     flat = g.flatten(0, 1)
                     outer[i] = outer[i] + (flat.T @ flat).double()
-    return [
-        _of(outer[i], [torch.cat(pieces) for pieces in weights[i]], chunks) for i in range(size)
-    ]
+    return [_of(outer[i], [torch.cat(rows) for rows in weights[i]], merged) for i in range(size)]
 
 
-def _of(outer: Tensor, weights: list[Tensor], chunks: Sequence[Chunk]) -> Sensitivity:
+def _direction(given: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    """Random, and the same for a token wherever the padding is."""
+    if given.shape[:2] != mask.shape:
+        return torch.randn(given.shape, generator=generator).to(given)
+    tokens = torch.randn(int(mask.sum()), *given.shape[2:], generator=generator).to(given)
+    spread = torch.zeros_like(given)
+    spread[mask] = tokens
+    return spread
+
+
+def _of(outer: Tensor, weights: list[Tensor], merged: Sequence[Tensor]) -> Sensitivity:
     d, total = len(outer), float(outer.trace())
     if not total > 0:  # nothing behind reads it
         return Sensitivity(torch.eye(d).to(weights[0]), [torch.ones_like(w) for w in weights])
     values, vectors = torch.linalg.eigh(outer * (d / total))
     root = (vectors * (values.clamp_min(0) + PLAIN).sqrt()).float()
-    real = torch.cat([w[chunk.mask] for w, chunk in zip(weights, chunks, strict=True)])
-    weights = [(w / real.mean()).clamp(1 / RANGE, RANGE) for w in weights]
-    return Sensitivity(root, weights)
+    mean = torch.cat([w[m] for w, m in zip(weights, merged, strict=True)]).mean()
+    return Sensitivity(root, [(w / mean).clamp(1 / RANGE, RANGE) for w in weights])
 
 
 @contextmanager
@@ -117,9 +132,8 @@ def _probed(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def _pieces(chunk: Chunk) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+def _pieces(chunk: Chunk) -> Iterator[slice]:
     rows, n = chunk.mask.shape
     step = max(1, TOKENS // n)
     for i in range(0, rows, step):
-        inputs = {key: value[i : i + step] for key, value in chunk.inputs.items()}
-        yield inputs, chunk.mask[i : i + step]
+        yield slice(i, i + step)
