@@ -3,5 +3,13 @@
 from .ops.adapter_decompress import adapter_decompress
 from .ops.compressed_ffn import compressed_ffn
 from .ops.group_merge import group_merge
+from .ops.grouped_attention import DistanceBias, distance_bias, grouped_attention
 
-__all__ = ["adapter_decompress", "compressed_ffn", "group_merge"]
+__all__ = [
+    "DistanceBias",
+    "adapter_decompress",
+    "compressed_ffn",
+    "distance_bias",
+    "group_merge",
+    "grouped_attention",
+]

@@ -1,6 +1,7 @@
 // The kernels of one instruction set as a table; isa_*.cpp defines VARIATOR_ISA and includes this.
 #pragma once
 
+#include "attention.h"
 #include "decompress_backward.h"
 #include "merge_backward.h"
 
@@ -33,6 +34,7 @@ VARIATOR_BY_DTYPE(merge, MergeParams)
 VARIATOR_BY_DTYPE(merge_backward, MergeBackwardParams)
 VARIATOR_BY_DTYPE(decompress, DecompressParams)
 VARIATOR_BY_DTYPE(decompress_backward, DecompressBackwardParams)
+VARIATOR_BY_DTYPE(attention, AttentionParams)
 #undef VARIATOR_BY_DTYPE
 #undef VARIATOR_DOUBLE
 
@@ -73,6 +75,7 @@ inline Kernels table(const char* name) {
     kernels.merge_backward = merge_backward_any;
     kernels.decompress = decompress_any;
     kernels.decompress_backward = decompress_backward_any;
+    kernels.attention = attention_any;
     kernels.packed_bytes = packed_bytes;
     kernels.pack = pack;
 #ifdef VARIATOR_HAS_DOUBLE

@@ -131,6 +131,31 @@ struct PackParams {
     void* packed;
 };
 
+// A tensor [rows, tokens, heads, d] with unit inner stride.
+struct HeadRows {
+    const void* data;
+    int64_t row, token, head;  // strides
+};
+
+// "positions" and "pattern": ops/grouped_attention/relative.py: DistanceBias.
+struct AttentionParams {
+    DType dtype;
+    int threads;
+    int64_t rows, queries, keys, heads, kv_heads, d;
+    HeadRows q, k, v;
+    double scale;
+    const void* bias;      // acc [rows, keys] or null
+    const int32_t* first;  // [rows, keys] or null: from query 0
+    const int32_t* last;   // [rows, keys] or null: to the last query
+    const void* terms;     // acc [patterns, term_heads, width] or null
+    int64_t term_heads, width, origin;
+    const double* query_positions;  // [rows, queries]
+    const double* key_positions;    // [rows, keys]
+    const int64_t* pattern;         // [rows, keys] or null: all 0
+    void* out;                      // out [rows, queries, heads, d]
+    void* logsumexp;                // out acc [rows, heads, queries]; 0 where no key is visible
+};
+
 // The entry points of one instruction set.
 struct Kernels {
     const char* name;
@@ -138,6 +163,7 @@ struct Kernels {
     void (*merge_backward)(const MergeBackwardParams&);
     void (*decompress)(const DecompressParams&);
     void (*decompress_backward)(const DecompressBackwardParams&);
+    void (*attention)(const AttentionParams&);
     int64_t (*packed_bytes)(const PackParams&);
     void (*pack)(const PackParams&);
     bool has_double;

@@ -69,6 +69,7 @@ struct Vec {
     friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
     static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
     static Vec minimum(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+    static Vec maximum(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
     static Vec absolute(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
     static Vec round(Vec a) { return {_mm256_round_ps(a.v, 8)}; }
     static Vec exp2_whole(Vec n) {
@@ -86,6 +87,11 @@ struct Vec {
         __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         s = _mm_add_ps(s, _mm_movehl_ps(s, s));
         return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+    }
+    float largest() const {
+        __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+        return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
     }
 };
 

@@ -69,6 +69,7 @@ struct Vec {
     friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
     static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
     static Vec minimum(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+    static Vec maximum(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
     static Vec absolute(Vec a) { return {_mm512_abs_ps(a.v)}; }
     static Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, 8)}; }
     // 2^n for a whole n within the exponent's range.
@@ -86,6 +87,7 @@ struct Vec {
             mask, _mm512_castps_si512(sign.v), _mm512_castps_si512(magnitude.v), 0xCA))};
     }
     float sum() const { return _mm512_reduce_add_ps(v); }
+    float largest() const { return _mm512_reduce_max_ps(v); }
 };
 
 #ifdef __AVX512BF16__

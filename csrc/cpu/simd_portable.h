@@ -95,6 +95,18 @@ struct Lanes {
         return make([&](int i) { return a.v[i] / b.v[i]; });
     }
     static Lanes fma(Lanes a, Lanes b, Lanes c) { return a * b + c; }
+    // As the instructions do: the second operand if one is NaN.
+    static Lanes maximum(Lanes a, Lanes b) {
+        return make([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+    }
+    static Lanes less_select(Lanes a, Lanes b, Lanes yes, Lanes no) {
+        return make([&](int i) { return a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; });
+    }
+    T largest() const {
+        T top = v[0];
+        for (int i = 1; i < width; ++i) top = v[i] > top ? v[i] : top;
+        return top;
+    }
     T sum() const {
         T s = 0;
         for (int i = 0; i < width; ++i) s += v[i];

@@ -10,7 +10,9 @@ import pytest
 OPS = Path(__file__).parents[2] / "variator_kernels" / "ops"
 FILES = sorted(OPS.rglob("*.py"))
 MOST = 8
-PUBLIC = {"adapter_decompress/__init__.py", "compressed_ffn/__init__.py"}
+PUBLIC = {
+    f"{op}/__init__.py" for op in ("adapter_decompress", "compressed_ffn", "grouped_attention")
+}
 """Public functions take what the specification names one by one."""
 
 
@@ -37,7 +39,7 @@ import importlib, torch
 from variator_kernels.ops.feed_forward import FeedForward, PluginWeights
 from variator_kernels.ops.groups import Groups, plain_lists
 reference = {}
-for op in ("group_merge", "adapter_decompress", "compressed_ffn"):
+for op in ("group_merge", "adapter_decompress", "compressed_ffn", "grouped_attention"):
     folder = types.ModuleType(f"variator_kernels.ops.{op}")
     folder.__path__ = [f"{sys.argv[1]}/ops/{op}"]
     sys.modules[folder.__name__] = folder
@@ -50,6 +52,9 @@ ffn = FeedForward(torch.randn(6, d), torch.randn(d, 6))
 groups = Groups(*plain_lists(2, 5, k, "cpu"), None, None, None, k, "listed")
 y = reference["compressed_ffn"].compressed_ffn(x, plugin, ffn, groups)
 assert y.shape == x.shape and y.isfinite().all()
+q = torch.randn(2, 5, 3, 4)
+attention = reference["grouped_attention"]
+assert attention.grouped_attention(q, q, q, attention.EVERYTHING, None, 1.0).isfinite().all()
 ours = sorted(m for m in sys.modules if m.startswith("variator_kernels.") and sys.modules[m])
 print(*ours)
 """
@@ -65,8 +70,8 @@ def test_the_reference_reaches_no_packing_and_no_extension():
     )
     assert done.returncode == 0, done.stderr
     reached = {name.removeprefix("variator_kernels.ops.") for name in done.stdout.split()}
-    pieces = {"arguments", "feed_forward", "groups"}
-    folders = {"group_merge", "adapter_decompress", "compressed_ffn"}
+    pieces = {"arguments", "feed_forward", "groups", "transforms", "grouped_attention.relative"}
+    folders = {"group_merge", "adapter_decompress", "compressed_ffn", "grouped_attention"}
     assert reached - {"variator_kernels.ops"} <= pieces | folders | {
         f"{folder}.reference" for folder in folders
     }

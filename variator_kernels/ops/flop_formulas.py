@@ -33,6 +33,12 @@ def decompress_macs(tokens: int, groups: int, hidden: int, bottleneck: int) -> i
     return (2 * tokens + groups) * bottleneck * hidden
 
 
+def attention_macs(queries: int, keys: int, width: int) -> int:
+    """Scores and weighted sum of a row, ``width`` = heads times head size; every key counts as
+    visible."""
+    return 2 * queries * keys * width
+
+
 def register() -> None:
     """Teach ``torch.utils.flop_counter`` our ops (a multiply-add is two of its flops)."""
     for name, formula in _FORMULAS.items():
@@ -90,6 +96,18 @@ def _compressed_ffn_backward(dy: Any, *arguments: Any, **_: Any) -> int:
     return 3 * _compressed_ffn(*arguments)
 
 
+def _grouped_attention(queries: Any, keys: Any, *_: Any, **__: Any) -> int:
+    rows, n, heads, d = queries
+    return 2 * rows * attention_macs(n, keys[1], heads * d)
+
+
+def _grouped_attention_backward(
+    d_out: Any, out: Any, logsumexp: Any, queries: Any, keys: Any, *_: Any, **__: Any
+) -> int:
+    # Scores again, and four products: of dP, dQ, dK and dV.
+    return _grouped_attention(queries, keys) * 5 // 2
+
+
 _FORMULAS = {
     "group_merge": _group_merge,
     "group_merge_backward": _group_merge_backward,
@@ -97,4 +115,6 @@ _FORMULAS = {
     "adapter_decompress_backward": _adapter_decompress_backward,
     "compressed_ffn": _compressed_ffn,
     "compressed_ffn_backward": _compressed_ffn_backward,
+    "grouped_attention": _grouped_attention,
+    "grouped_attention_backward": _grouped_attention_backward,
 }

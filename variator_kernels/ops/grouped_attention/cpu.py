@@ -1,0 +1,130 @@
+"""grouped_attention on the CPU: the kernel (csrc/cpu/attention.h), and gradients by blocks."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import extension
+from .. import prepack
+from ..arguments import require
+from ..cpu_arguments import address, as_accumulator, dtype_code, optional_accumulator
+from ..library import accumulator
+from .backward import backward
+from .op import Attention, Forward
+from .relative import DistanceBias
+
+
+class Launch(NamedTuple):
+    """The kernel with its arguments; the tensors keep their memory alive."""
+
+    kernel: Any
+    tensors: tuple[Tensor | None, ...]
+
+
+def _unit_inner(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def _head_rows(tensor: Tensor) -> tuple[int, ...]:
+    return (tensor.data_ptr(), *tensor.stride()[:3])
+
+
+def _bound(bound: Tensor | None) -> Tensor | None:
+    """int32: no tensor has more queries."""
+    if bound is None:
+        return None
+    return bound.clamp(-(2**31), 2**31 - 1).to(torch.int32).contiguous()
+
+
+def _check(call: Attention) -> None:
+    queries, keys, values, visible, relative, _ = call
+    require(queries.dim() == keys.dim() == 4, "queries and keys are [rows, ., heads, d]")
+    rows, n, heads, d = queries.shape
+    count, kv_heads = keys.shape[1:3]
+    require(keys.shape == (rows, count, kv_heads, d), f"keys are {list(keys.shape)}")
+    require(values.shape == keys.shape, f"values are {list(values.shape)}")
+    require(kv_heads > 0 and heads % kv_heads == 0, f"{kv_heads} heads of keys for {heads}")
+    require(queries.dtype == keys.dtype == values.dtype, "queries, keys and values are of a dtype")
+    require(all(t.is_cpu for t in call[:3]), "everything is on the CPU")
+    require(n < 2**24, "queries count in fp32: less than 2^24 of them")
+    for bound in visible:
+        require(bound is None or bound.shape == (rows, count), "bias, first, last are [rows, keys]")
+        require(bound is None or bound.is_cpu, "everything is on the CPU")
+    if relative is None:
+        return
+    shape = relative.values.shape
+    fits = len(shape) == 3 and shape[0] > 0 and shape[1] in (1, heads) and shape[2] > 0
+    require(fits, f"values of distances are {list(shape)}")
+    require(relative.queries.shape == (rows, n), "query positions are [rows, queries]")
+    require(relative.keys.shape == (rows, count), "key positions are [rows, keys]")
+    pattern = relative.pattern
+    require(all(t is None or t.is_cpu for t in relative[:4]), "everything is on the CPU")
+    if pattern is not None:
+        require(pattern.shape == (rows, count), "patterns are [rows, keys]")
+        if pattern.numel():
+            low, high = (int(edge) for edge in pattern.aminmax())
+            require(low >= 0 and high < shape[0], f"patterns are {low} to {high} of {shape[0]}")
+
+
+def _terms(relative: DistanceBias | None, dtype: torch.dtype) -> tuple[tuple[int, ...], list]:
+    if relative is None:
+        return (0,) * 7, []
+    values = as_accumulator(relative.values, dtype)
+    positions = [t.to(torch.float64).contiguous() for t in (relative.queries, relative.keys)]
+    pattern = relative.pattern
+    pattern = None if pattern is None else pattern.to(torch.int64).contiguous()
+    given = (values.shape[1], values.shape[2], relative.origin)
+    addresses = [*(t.data_ptr() for t in positions), address(pattern)]
+    return (values.data_ptr(), *given, *addresses), [values, *positions, pattern]
+
+
+def _launch(call: Attention, made: Forward) -> Launch:
+    _check(call)
+    q, k, v = (_unit_inner(t) for t in call[:3])
+    dtype, visible = q.dtype, call.visible
+    bias = optional_accumulator(visible.bias, dtype)
+    first, last = _bound(visible.first), _bound(visible.last)
+    terms, kept = _terms(call.relative, dtype)
+    rows, n, heads, d = q.shape
+    kernel = extension.load().Attention(
+        isa=prepack.instruction_set(),
+        dtype=dtype_code(dtype),
+        threads=torch.get_num_threads(),
+        sizes=(rows, n, k.shape[1], heads, k.shape[2], d),
+        q=_head_rows(q),
+        k=_head_rows(k),
+        v=_head_rows(v),
+        scale=call.scale,
+        bias=address(bias),
+        first=address(first),
+        last=address(last),
+        terms=terms,
+        out=made.out.data_ptr(),
+        logsumexp=made.logsumexp.data_ptr(),
+    )
+    return Launch(kernel, (q, k, v, bias, first, last, *kept, *made))
+
+
+def grouped_attention(call: Attention) -> Forward:
+    queries = call.queries
+    rows, n, heads, _ = queries.shape
+    out = torch.empty(queries.shape, dtype=queries.dtype)
+    made = Forward(out, torch.empty(rows, heads, n, dtype=accumulator(queries.dtype)))
+    launch = _launch(call, made)  # holds what the kernel reads
+    launch.kernel.run()
+    return made
+
+
+def grouped_attention_backward(
+    d_out: Tensor, made: Forward, call: Attention
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(call)
+    queries = call.queries
+    rows, n, heads, _ = queries.shape
+    require(d_out.shape == made.out.shape == queries.shape, f"d_out is {list(d_out.shape)}")
+    require(made.logsumexp.shape == (rows, heads, n), "logsumexp")
+    return backward(d_out, made, call)

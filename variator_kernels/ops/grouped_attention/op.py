@@ -1,0 +1,129 @@
+"""grouped_attention as a registered op: schema, fake, autograd."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..library import LIBRARY, accumulator, backend_module, define, refuse_second_derivatives
+from ..transforms import refuse_transforms
+from .reference import Visible
+from .relative import DistanceBias
+
+_ARGUMENTS = (
+    "Tensor queries, Tensor keys, Tensor values, Tensor? bias, Tensor? first, Tensor? last,"
+    " Tensor? distance_values, Tensor? query_positions, Tensor? key_positions, Tensor? pattern,"
+    " int origin, float scale, str backend"
+)
+_TENSORS = 10
+_RELATIVE = 6
+"""Where the distance terms begin: the kernels have no gradient for them."""
+
+define(f"grouped_attention({_ARGUMENTS}) -> (Tensor, Tensor)")
+define(
+    f"grouped_attention_backward(Tensor d_out, Tensor out, Tensor logsumexp, {_ARGUMENTS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+class Attention(NamedTuple):
+    """The arguments of the op, bundled."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    visible: Visible
+    relative: DistanceBias | None
+    scale: float
+
+
+class Forward(NamedTuple):
+    """What the forward pass made."""
+
+    out: Tensor
+    """``[B, n, H, d]``."""
+    logsumexp: Tensor
+    """``[B, H, n]``, accumulator dtype: of each query's scores; 0 where it sees no key."""
+
+
+def _bundle(arguments: tuple) -> tuple[Attention, str]:
+    table, *positions, origin, scale, backend = arguments[_RELATIVE:]
+    queries, keys, pattern = positions
+    relative = None if table is None else DistanceBias(table, queries, keys, pattern, origin)
+    q, k, v = arguments[:3]
+    return Attention(q, k, v, Visible(*arguments[3:6]), relative, scale), backend
+
+
+def grouped_attention(call: Attention, backend: str) -> Forward:
+    """Attention of whole queries over groups' keys; see :class:`Attention`."""
+    relative = call.relative or (None,) * 4 + (0,)
+    return Forward(
+        *torch.ops.variator.grouped_attention.default(
+            *call[:3], *call.visible, *relative, call.scale, backend
+        )
+    )
+
+
+@torch.library.impl(LIBRARY, "grouped_attention", "CompositeExplicitAutograd")
+def _forward(*arguments):
+    call, backend = _bundle(arguments)
+    return tuple(backend_module(__package__, backend).grouped_attention(call))
+
+
+@torch.library.impl(LIBRARY, "grouped_attention_backward", "CompositeExplicitAutograd")
+def _backward(d_out, out, logsumexp, *arguments):
+    refuse_transforms((d_out, *arguments))
+    call, backend = _bundle(arguments)
+    module = backend_module(__package__, backend)
+    return module.grouped_attention_backward(d_out, Forward(out, logsumexp), call)
+
+
+@torch.library.register_fake("variator::grouped_attention")
+def _fake(*arguments):
+    queries = arguments[0]
+    rows, n, heads, _ = queries.shape
+    wide = accumulator(queries.dtype)
+    return queries.new_empty(queries.shape), queries.new_empty(rows, heads, n, dtype=wide)
+
+
+@torch.library.register_fake("variator::grouped_attention_backward")
+def _fake_backward(d_out, out, logsumexp, *arguments):
+    queries, keys, values = arguments[:3]
+    wide = accumulator(queries.dtype)
+    return (
+        queries.new_empty(queries.shape),
+        keys.new_empty(keys.shape),
+        values.new_empty(values.shape),
+        keys.new_empty(keys.shape[:2], dtype=wide),
+    )
+
+
+def _setup(ctx, inputs, output):
+    if inputs[_RELATIVE] is not None and inputs[_RELATIVE].requires_grad:
+        raise ValueError(
+            "the kernels have no gradient for the terms of distances (T5's table); freeze the "
+            "table, or use backend='reference'"
+        )
+    ctx.save_for_backward(*inputs[:_TENSORS], *output)
+    ctx.rest = inputs[_TENSORS:]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx, d_out, _):
+    refuse_second_derivatives()
+    refuse_transforms((d_out,))
+    *tensors, out, logsumexp = ctx.saved_tensors
+    backward = torch.ops.variator.grouped_attention_backward.default
+    found = backward(d_out, out, logsumexp, *tensors, *ctx.rest)
+    gradients = [None] * (_TENSORS + len(ctx.rest))
+    for i in range(4):
+        if tensors[i] is not None:
+            gradients[i] = found[i].to(tensors[i].dtype)
+    return tuple(gradients)
+
+
+torch.library.register_autograd(
+    "variator::grouped_attention", _gradients, setup_context=_setup, lib=LIBRARY
+)
