@@ -2,6 +2,8 @@
 // tile by tile with a running softmax (flash attention), in units of log2.
 #pragma once
 
+#include <limits>
+
 #include "attention_keys.h"
 #include "attention_products.h"
 
@@ -43,7 +45,11 @@ struct KeyLists {
         for (int64_t j = 0; j < padded; ++j) {
             const int64_t at = terms.row * p.keys + j;
             const S given = j < p.keys && p.bias ? static_cast<const S*>(p.bias)[at] : S(0);
-            bias[j] = j < p.keys ? given * S(log2_e) : -infinity<S>();
+            // A finite bias stays finite: masks of the least number are not -inf.
+            constexpr S least = std::numeric_limits<S>::lowest() / 4;
+            S scaled = given * S(log2_e);
+            if (scaled < least && given != -infinity<S>()) scaled = least;
+            bias[j] = j < p.keys ? scaled : -infinity<S>();
             if (!first) continue;
             first[j] = j < p.keys && p.first ? static_cast<S>(p.first[at]) : S(0);
             last[j] = j < p.keys && p.last ? static_cast<S>(p.last[at]) : infinity<S>();

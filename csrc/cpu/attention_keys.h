@@ -36,6 +36,7 @@ struct DistanceTerms {
         if (!(between >= 1 && between <= 1024 && between == __builtin_floor(between))) return 0;
         double low = queries()[first], high = low;
         for (int64_t s = first; s < last; ++s) {
+            if (queries()[s] != queries()[s]) return 0;  // NaN: a group without a token
             low = queries()[s] < low ? queries()[s] : low;
             high = queries()[s] > high ? queries()[s] : high;
         }

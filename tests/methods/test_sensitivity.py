@@ -165,3 +165,50 @@ def test_a_classifiers_answers_come_closer():
                 error += float((made(**batch).logits - dense).square().sum())
         apart.append(error)
     assert apart[0] < apart[1]
+
+
+class Wrapper(nn.Module):
+    """Takes what it likes."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, ids, mask):
+        return self.encoder(input_ids=ids, attention_mask=mask)
+
+
+def test_a_wrapper_with_a_forward_of_its_own_is_calibrated():
+    made = vk.patch(Wrapper(tiny.model("bert", "gelu")), 2, (2,), bottleneck=4)
+    table = vk.calibrate(made, batches())
+    assert table.rows[-1].after < table.rows[-1].before
+
+
+def test_a_single_logit_has_a_direction():
+    base = tiny.model("bert", "gelu")
+    base.config.num_labels = 1
+    made = transformers.BertForSequenceClassification(base.config).eval()
+    given = inputs.chunks(batches(6), NAMES)
+    site = found(made, given, "bert", keep_first=1)[0]
+    assert not torch.equal(site.root, torch.eye(len(site.root)))
+
+
+def test_where_no_gradient_passes_a_warning_says_so(monkeypatch):
+    def refuses(*given):
+        raise RuntimeError("derivative is not implemented")
+
+    monkeypatch.setattr(torch.autograd, "grad", refuses)
+    made = vk.patch(tiny.model("bert", "gelu"), 2, (2,), bottleneck=4)
+    with (
+        pytest.warns(UserWarning, match="no gradient passes the model"),
+        pytest.raises(RuntimeError),
+    ):
+        vk.calibrate(made, batches())  # the descent needs one too
+
+
+def test_inside_inference_mode():
+    made = vk.patch(tiny.model("bert", "gelu"), 2, (2,), bottleneck=4)
+    with torch.inference_mode():
+        table = vk.calibrate(made, batches())
+    assert table.rows[-1].after < table.rows[-1].before
+    assert not any(p.is_inference() for p in vk.plugin_parameters(made))

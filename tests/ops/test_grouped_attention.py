@@ -244,3 +244,58 @@ def test_flops_are_those_of_the_products():
             run(qkv(shape), backend, {})
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] == 2 * 2 * flop_formulas.attention_macs(19, 12, 4 * 16)
+
+
+@every_backend
+def test_positions_that_are_no_numbers_harm_nobody_else(backend):
+    """A group without a token: its mean position is 0 / 0, and nobody sees it or asks for it."""
+    n, heads, d = 64, 2, 8
+    q, k, v = (torch.randn(1, n, heads, d) for _ in range(3))
+    means = torch.arange(float(n))[None] * 4 + 1.5
+    bias = torch.zeros(1, n)
+    bias[0, 10] = -torch.inf
+    table, given = t5_table(heads), {"bias": bias, "scale": 1.0}
+    whole = vf.distance_bias(table, queries=means, keys=means)
+    expected = run((q, k, v), "reference", given | {"relative": whole}, torch.double)
+    means = means.clone()
+    means[0, 10] = torch.nan
+    holed = vf.distance_bias(table, queries=means, keys=means)
+    out = run((q, k, v), backend, given | {"relative": holed}).double()
+    others = torch.arange(n) != 10
+    torch.testing.assert_close(out[:, others], expected[:, others], rtol=1e-4, atol=1e-5)
+    assert out.isfinite().all()
+
+
+@every_backend
+@pytest.mark.parametrize("bias", [-1e9, torch.finfo(torch.float32).min / 4])
+def test_large_scores_have_right_gradients(backend, bias):
+    """Masks of a large negative number in the place of -inf, a row of nothing else among them."""
+    inputs = [t.requires_grad_() for t in qkv((2, 9, 5, 2, 2, 8))]
+    masked = torch.zeros(2, 5)
+    masked[0] = bias
+    masked[1, 3:] = bias
+    out = vf.grouped_attention(*inputs, bias=masked, backend=backend)
+    gradients = torch.autograd.grad(out.sum(), inputs)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    given = masked.double()
+    given[0] = 0 if backend == "cpu" or bias < -1e10 else bias
+    truth = vf.grouped_attention(*wide, bias=given, backend="reference")
+    expected = torch.autograd.grad(truth.sum(), wide)
+    # Row 0: the scores are lost in the bias's rounding, so its weights are all the same.
+    torch.testing.assert_close(out[1].double(), truth[1], rtol=1e-5, atol=1e-5)
+    assert gradients[2][0].sum() == pytest.approx(float(expected[2][0].sum()), rel=1e-3)
+    for found, right in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(found[1].double(), right[1], rtol=1e-4, atol=1e-5)
+
+
+@every_backend
+def test_autocast_changes_nothing(backend):
+    inputs = [t.requires_grad_() for t in qkv((2, 9, 5, 4, 2, 8))]
+    made = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = vf.grouped_attention(*inputs, backend=backend)
+        made.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for plain, cast in zip(*made, strict=True):
+        assert plain.dtype == cast.dtype == torch.float32
+        torch.testing.assert_close(plain, cast)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import backends
 from .. import checks
+from ..feed_forward import autocasts
 from ..transforms import fitting
 from . import op, reference
 from .reference import Visible
@@ -78,6 +79,12 @@ def grouped_attention(
         raise ValueError(f"dropout_p must be >= 0 and < 1, got {dropout_p}")
     if scale is None:
         scale = 1 / math.sqrt(queries.shape[-1])
+    if autocasts(queries):  # its precision is its own
+        with torch.autocast(queries.device.type, enabled=False):
+            return grouped_attention(
+                queries, keys, values, scale=scale, bias=bias, first=first, last=last,
+                relative=relative, dropout_p=dropout_p, backend=backend,
+            )  # fmt: skip
     chosen = _backend(backend, queries, relative, dropout_p)
     if chosen == "reference":
         return reference.grouped_attention(
@@ -119,6 +126,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, relative: DistanceBias | None) -> No
         if tensor.dtype != q.dtype:
             raise ValueError(f"{name} must have the queries' dtype {q.dtype}, got {tensor.dtype}")
     rows, n, heads, d = q.shape
+    if d < 1:
+        raise ValueError(f"queries must have a head size of at least 1, got {list(q.shape)}")
     checks.shape(k, (rows, k.shape[1], k.shape[2], d), "keys")
     checks.shape(v, tuple(k.shape), "values")
     if k.shape[2] < 1 or heads % k.shape[2]:
@@ -129,6 +138,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, relative: DistanceBias | None) -> No
     if shared not in (1, heads) or relative.values.shape[0] < 1 or relative.values.shape[2] < 1:
         got = list(relative.values.shape)
         raise ValueError(f"relative must have values [P, 1 or {heads}, W], got {got}")
+    if not -(2**53) < relative.origin < 2**53:
+        raise ValueError(f"relative.origin must be within 2^53, got {relative.origin}")
     checks.floating(relative.values, "relative.values")
     checks.shape(relative.queries, (rows, n), "relative.queries")
     checks.shape(relative.keys, (rows, k.shape[1]), "relative.keys")

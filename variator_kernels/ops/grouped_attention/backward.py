@@ -1,7 +1,6 @@
 """The backward pass of grouped_attention on the CPU: blocks of queries, products by PyTorch.
 
-Weights are made again from the logsumexp, a block at a time: memory is H x BLOCK x G, whatever n
-is.
+Weights are made again, a block at a time: memory is H x BLOCK x G, whatever n is.
 """
 
 from __future__ import annotations
@@ -23,6 +22,13 @@ def backward(
     d_out: Tensor, made: Forward, call: Attention
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of queries, keys, values, and of ``bias [B, G]``."""
+    with torch.autocast("cpu", enabled=False):
+        return _backward(d_out, made, call)
+
+
+def _backward(
+    d_out: Tensor, made: Forward, call: Attention
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     queries, keys, values = call[:3]
     rows, n, heads, d = queries.shape
     count, kv_heads = keys.shape[1:3]
@@ -39,7 +45,7 @@ def backward(
         for begin in range(0, n, BLOCK):
             at = slice(begin, min(begin + BLOCK, n))
             q, out, d_o = (_by_head(t[row, at], kv_heads, wide) for t in (queries, made.out, d_out))
-            weights = (_scores(q, k, call, row, at) - _shifts(made, row, at, kv_heads)).exp()
+            weights = _softmax(_scores(q, k, call, row, at))
             d_values[row] += (weights.transpose(1, 2) @ d_o).transpose(0, 1)
             d_scores = d_o @ v.transpose(1, 2) - (d_o * out).sum(-1, keepdim=True)
             d_scores *= weights
@@ -56,8 +62,10 @@ def _by_head(tokens: Tensor, kv_heads: int, wide: torch.dtype) -> Tensor:
     return tokens.to(wide).transpose(0, 1).reshape(kv_heads, -1 if m else 0, d)
 
 
-def _shifts(made: Forward, row: int, at: slice, kv_heads: int) -> Tensor:
-    return made.logsumexp[row, :, at].reshape(kv_heads, -1, 1)
+def _softmax(scores: Tensor) -> Tensor:
+    """0 where no key is visible. Not from the logsumexp: of large scores it is not exact enough."""
+    some = (scores != -math.inf).any(-1, keepdim=True)
+    return torch.where(some, scores, 0).softmax(-1) * some
 
 
 def _scores(q: Tensor, k: Tensor, call: Attention, row: int, at: slice) -> Tensor:

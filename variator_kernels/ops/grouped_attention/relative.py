@@ -102,7 +102,8 @@ def t5_buckets(distance: Tensor, buckets: int, bidirectional: bool, most: int) -
 def columns(relative: DistanceBias) -> Tensor:
     """int64 ``[B, n, G]``: the column of each pair; the reference alone holds such an array."""
     distance = relative.keys.double()[:, None] - relative.queries.double()[..., None] + 0.5
-    column = distance.floor() - relative.origin
+    # A group without a token may have no position.
+    column = distance.floor().nan_to_num(0.0) - relative.origin
     return column.clamp(0, relative.values.shape[-1] - 1).long()
 
 

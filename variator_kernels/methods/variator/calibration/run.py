@@ -22,7 +22,7 @@ takes its fitted values: only if these lower the error of the model's last hidde
 from __future__ import annotations
 
 import inspect
-import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -54,6 +54,7 @@ SAMPLE = 8192
 """Tokens, with padding, that decide about the merge and W_2."""
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
@@ -215,8 +216,11 @@ class _Run:
         try:
             with use_ratio(self.blocks.model, 1):
                 self.sensitivities = sensitivities(self.layers, self.output, self.chunks, merged)
-        except (RuntimeError, NotImplementedError) as error:
-            logging.getLogger(__name__).info("no gradient passes the model: %s", error)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            warnings.warn(
+                f"calibrate weighs all errors alike: no gradient passes the model ({error})",
+                stacklevel=3,
+            )
 
     def _dense(self, i: int) -> None:
         """Block ``i`` of the dense model: what is behind its FFN, and behind the block."""

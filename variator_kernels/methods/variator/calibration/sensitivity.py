@@ -41,14 +41,17 @@ def output_of(model: nn.Module, encoder: Any) -> Output:
     if any(kind.__name__ == "SentenceTransformer" for kind in type(model).__mro__):
         return lambda inputs: model(dict(inputs))["sentence_embedding"]
     config = getattr(model, "config", None)
-    heads = model is not encoder and not getattr(config, "is_encoder_decoder", False)
+    # Others' classes may take anything.
+    known = any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__)
+    heads = known and model is not encoder and not getattr(config, "is_encoder_decoder", False)
 
     def output(inputs: Mapping[str, Tensor]) -> Tensor:
         nonlocal heads
         if heads:
             logits = getattr(model(**inputs), "logits", None)
             if isinstance(logits, Tensor) and logits.dim() == 2:
-                return logits - logits.mean(-1, keepdim=True)
+                # What all classes get changes no answer.
+                return logits - logits.mean(-1, keepdim=True) if logits.shape[-1] > 1 else logits
             heads = False
         found = encoder(**inputs)
         if isinstance(found, Tensor):
@@ -95,7 +98,7 @@ def sensitivities(
 
 def _direction(given: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
     """Random, and the same for a token wherever the padding is."""
-    if given.shape[:2] != mask.shape:
+    if given.dim() != 3:  # a row a sequence
         return torch.randn(given.shape, generator=generator).to(given)
     tokens = torch.randn(int(mask.sum()), *given.shape[2:], generator=generator).to(given)
     spread = torch.zeros_like(given)
