@@ -180,7 +180,8 @@ def test_gradients_with_checkpointing(name):
 def test_cost(name):
     if name == "modernbert" and transformers.__version__ < "5":
         pytest.skip("this version makes angles of positions by a product, in every layer")
-    model = vk.patch(zoo.plain(name, "eager"), 3, (3,), 6)
+    # The ops' formulas do not know which tokens bypass merge and adapter.
+    model = vk.patch(zoo.plain(name, "eager"), 3, (3,), 6, keep_first=0)
     ids, _ = tiny.batch(9, 9)
     if FAMILIES[name].uncounted:
         with pytest.raises(ValueError, match=f"knows whole, {name} has"):
