@@ -58,7 +58,7 @@ def _bert(name: str, prefix: str, **own: Any) -> Family:
         norm="output.LayerNorm",
         post_norm=True,
         bypassed=("output", "output.LayerNorm", "output.dropout"),
-        # Measured on MiniLM (docs/training.md): the first token is what all others attend to.
+        # Measured on MiniLM: the first token is what all others attend to.
         keep_first=1,
     )
     return dataclasses.replace(row, **own)
