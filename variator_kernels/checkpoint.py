@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from .runtime.kept import Kept, adopted, token_ids
 from .runtime.state import STATE, State, states
 from .sites.family import ROW, Family, is_a
 from .sites.find import Found, find, find_all, is_patched
+from .sites.install import owners_of
+from .sites.unchanged import check_attention
 from .sites.wrappers import NO_VALUES, check_values
 from .version import __version__
 
@@ -83,7 +85,7 @@ def gather(
         len(found.layers),
         config.bottleneck,
         config.activation,
-        {place: list(config.ratios) for place in config.placements},
+        {place: list(ratios) for place, ratios in config.placements.items()},
         stored.level_of(state.level, state.sites),
         written_by=__version__,
         keep_first=state.kept.first,
@@ -92,11 +94,11 @@ def gather(
     )
     sharding.reshard(model)
     tensors = {}
-    for i, layer in found.own_layers:
-        for k in state.ratios:
-            for field in FIELDS:
-                name = key(i, k, field)
-                tensor = value(layer.plugins[str(k)].get_parameter(field))
+    for _, site in state.own_sites:
+        for k in config.placements[site.placement]:
+            for field in FIELDS[site.placement]:
+                name = key(site, k, field)
+                tensor = value(found.at(site).plugins[str(k)].get_parameter(field))
                 if not tensor.numel():
                     raise ValueError(
                         f"model must hold its plugins, {name} is empty: ZeRO stage 3 of DeepSpeed "
@@ -198,18 +200,18 @@ def _fill(
             model,
             (found.family,),
             settings.active,
-            settings.ratios,
+            settings.placements,
             settings.bottleneck,
             settings.activation,
         )
     sharding.reshard(model)
-    with torch.no_grad():
-        for i, layer in found.own_layers:
-            for k in settings.ratios:
-                for field in FIELDS:
-                    parameter = layer.plugins[str(k)].get_parameter(field)
-                    sharding.fill(parameter, tensors[key(i, k, field)])
     state: State = vars(found.encoder)[STATE]
+    with torch.no_grad():
+        for _, site in state.own_sites:
+            for k in settings.placements.get(site.placement, ()):
+                for field in FIELDS[site.placement]:
+                    parameter = found.at(site).plugins[str(k)].get_parameter(field)
+                    sharding.fill(parameter, tensors[key(site, k, field)])
     state.kept = kept
     state.trained.clear()
     state.warned = False
@@ -275,14 +277,15 @@ def _check(found: Found, settings: Settings, tensors: dict[str, Tensor], path: P
     for what, expected, got in wanted:
         if expected != got:
             raise ValueError(f"source {path} has {what} {got!r}, the model has {expected!r}")
-    if state is not None and not set(settings.ratios) <= set(state.ratios):
-        raise ValueError(
-            f"source {path} has ratios {settings.ratios}, the model has plugins for "
-            f"{state.ratios}: patch it with ratios= that hold them"
-        )
+    if state is not None:
+        _check_ratios(state.method.placements, settings, path)
+    elif set(settings.placements) - {"ffn"}:
+        check_attention(found)
     token_ids(settings.keep, found.vocabulary)
     kept = settings.kept if state is None else adopted(state.kept, settings.kept, path)
-    shapes = stored.shapes(settings, [i for i, _ in found.own_layers])
+    sites = tuple(settings.sites())
+    own = [site for i, site in enumerate(sites) if owners_of(found, sites)[i] == i]
+    shapes = stored.shapes(settings, own)
     if tensors.keys() != shapes.keys():
         missing = sorted(shapes.keys() - tensors.keys())
         unexpected = sorted(tensors.keys() - shapes.keys())
@@ -296,3 +299,19 @@ def _check(found: Found, settings: Settings, tensors: dict[str, Tensor], path: P
         if not tensors[name].isfinite().all():
             raise ValueError(f"{name} must be finite, got NaN or infinity")
     return kept
+
+
+def _check_ratios(present: Mapping[str, tuple[int, ...]], settings: Settings, path: Path) -> None:
+    """The model has plugins for all that a file holds."""
+    for place, ratios in settings.placements.items():
+        where = "" if place == "ffn" else f" for {place!r}"
+        if place not in present:
+            raise ValueError(
+                f"source {path} has plugins for the placement {place!r}, the model was patched for "
+                f"{tuple(present)}: patch it with placements= that hold it"
+            )
+        if not set(ratios) <= set(present[place]):
+            raise ValueError(
+                f"source {path} has ratios {ratios}{where}, the model has plugins for "
+                f"{present[place]}: patch it with ratios= that hold them"
+            )

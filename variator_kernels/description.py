@@ -47,13 +47,17 @@ def lines(model: nn.Module) -> list[tuple[str, str]]:
         ("family", f"{state.family}, hidden size {found.hidden_size}"),
         ("method", f"{state.method.name}, bottleneck {config.bottleneck}, {config.activation}"),
         ("sites", _sites(state)),
-        ("ratios", ", ".join(map(str, state.ratios))),
+        ("ratios", _ratios(state)),
         ("level", _level(state.current(), state.sites)),
         ("backend", _backend(config.backend, found.like(0))),
         ("plugins", _size(plugin_parameters(model))),
         ("kept whole", _kept(state)),
         ("packed", packed_weights(model) if config.pack else "nothing: pack=False"),
-        *((f"trained, k={k}", _trained(state, found, k)) for k in state.ratios),
+        *(
+            (f"trained, {_named(state, place, k)}", _trained(state, found, place, k))
+            for place, ratios in state.method.placements.items()
+            for k in ratios
+        ),
     ]
 
 
@@ -101,9 +105,21 @@ def _kept(state: State) -> str:
     return ", ".join(facts)
 
 
-def _trained(state: State, found: Found, ratio: int) -> str:
+def _ratios(state: State) -> str:
+    named = {p: ", ".join(map(str, r)) for p, r in state.method.placements.items()}
+    if len(set(named.values())) == 1:
+        return next(iter(named.values()))
+    return "; ".join(f"{place}: {ratios}" for place, ratios in named.items())
+
+
+def _named(state: State, placement: str, ratio: int) -> str:
+    return f"{placement}, k={ratio}" if len(state.method.placements) > 1 else f"k={ratio}"
+
+
+def _trained(state: State, found: Found, placement: str, ratio: int) -> str:
     """Whether the plugins of a ratio differ from those that it starts with."""
-    layers: list[Any] = [layer for _, layer in found.own_layers]
+    own = [site for _, site in state.own_sites if site.placement == placement]
+    layers: list[Any] = [found.at(site) for site in own]
     parameters = [p for layer in layers for p in layer.plugins[str(ratio)].parameters()]
     if any(p.is_meta or type(p) is not nn.Parameter for p in parameters):
         return "not known: not all values are here"

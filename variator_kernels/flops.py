@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import repeat
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from . import checks
+from .flops_lora import LowRank, low_rank, low_rank_parts
 from .ops.flop_formulas import decompress_macs, ffn_macs, groups_around, merge_macs
-from .runtime.level import mentioned, resolve
+from .runtime.level import Site, mentioned, resolve
 from .runtime.state import STATE
-from .sites.family import follow, lookup
+from .sites.family import lookup
 from .sites.find import Found, find
-from .sites.install import attached, sites_of
+from .sites.install import attached, owners_of, sites_of
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def count(
             ``batch`` is not looked at. FFN, merge and decompress then follow the real tokens,
             attention the padded ones.
         ratio: k, or a mapping, as :func:`set_ratio` takes it; 1 is dense. Of a model that is not
-            patched it may be any.
+            patched it may be any, and a mapping says at which placements.
         bottleneck: r; by default the patched model's, else 64.
         keep_first, keep_last: tokens at the ends of a row that stay whole; by default the patched
             model's, else what :func:`patch` would take. They cost what they cost in the dense FFN,
@@ -89,75 +90,134 @@ def count(
             f"model must be of a family that flops.count knows whole, {found.family.name} has "
             f"{found.family.uncounted}"
         )
-    sites = sites_of(found)
-    available = tuple(map(checks.ratio, mentioned(ratio)))
-    ratios = resolve(ratio, sites, available, found.owners).ratios
-    compressed = [k for k in ratios if k > 1]
+    state = vars(found.encoder).get(STATE)
+    if state is None:
+        places = tuple(ratio) if isinstance(ratio, Mapping) else ("ffn",)
+        sites = sites_of(found, places)
+    else:
+        sites = state.sites
+    every = tuple(map(checks.ratio, mentioned(ratio)))
+    available = {site.placement: every for site in sites}
+    ratios = resolve(ratio, sites, available, owners_of(found, sites)).ratios
     if isinstance(length, int):
         lengths = [checks.ratio(length, "length", least=0)] * checks.ratio(batch, "batch", least=0)
     else:
         lengths = [checks.ratio(n, "length", least=0) for n in length]
-    state = vars(found.encoder).get(STATE)
     if bottleneck is None:
         bottleneck = 64 if state is None else state.method.config.bottleneck
     r = checks.ratio(bottleneck, "bottleneck")
 
-    config, layers = getattr(found.encoder, "config", None), len(found.layers)
-    d, f = found.hidden_size, _of(config, found.family.inner_size)
-    heads = _of(config, "num_attention_heads")
+    shape = _shape(found)
+    first = state.kept.first if state else found.family.keep_first
+    last = state.kept.last if state else 0
+    first = first if keep_first is None else checks.integer(keep_first, "keep_first")
+    last = last if keep_last is None else checks.integer(keep_last, "keep_last")
+    rows = _Rows(lengths, _whole(lengths, first, last, kept))
+    beside = [low_rank_parts(found, i) for i in range(len(found.layers))]
+    outside = _outside_blocks(found.encoder, len(lengths), rows.longest)
+    level = dict(zip(sites, ratios, strict=True))
+    used = _multiply_adds(shape, rows, beside, level, r, outside)
+    dense = _multiply_adds(shape, rows, beside, {}, r, outside)
+    dense_parameters = _dense_parameters(found, shape, beside, state is not None)
+    own = [sites[i] for i, owner in enumerate(owners_of(found, sites)) if i == owner]
+    sizes = [plugin_parameters(shape.d, level[s], r, s.placement) for s in own if level[s] > 1]
+    parameters = replace(
+        dense_parameters,
+        merge=sum(merge for merge, _ in sizes),
+        decompress=sum(decompress for _, decompress in sizes),
+    )
+    return Count(used, dense, parameters, dense_parameters)
+
+
+class _Shape(NamedTuple):
+    """Of one block: hidden size, FFN inner size, all query heads together, all key heads."""
+
+    d: int
+    f: int
+    gated: bool
+    queries: int
+    keys: int
+
+
+def _shape(found: Found) -> _Shape:
+    config = getattr(found.encoder, "config", None)
+    d, heads = found.hidden_size, _of(config, "num_attention_heads")
     size = getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or d // heads
-    inner = heads * size
-    both = inner + (getattr(config, "num_key_value_heads", None) or heads) * size
     gated = (
         bool(found.family.fused)
         or lookup(found.layers[0], found.family.w_gate) is not None
         or getattr(config, "is_gated_act", False)
     )
-    rows, longest = len(lengths), max(lengths, default=0)
-    low_rank = [_low_rank_parts(found, i) for i in range(layers)]
-    beside_attention = sum(attention.macs for attention, _ in low_rank)
-    beside_ffns = [ffn.macs for _, ffn in low_rank]
-    unchanged = {
-        "attention_projections": rows * longest * (layers * 2 * d * both + beside_attention),
-        "attention_core": layers * rows * 2 * longest**2 * inner,
-        "other": _outside_blocks(found.encoder, rows, longest),
-    }
-    first = state.kept.first if state else found.family.keep_first
-    last = state.kept.last if state else 0
-    first = first if keep_first is None else checks.integer(keep_first, "keep_first")
-    last = last if keep_last is None else checks.integer(keep_last, "keep_last")
-    whole = _whole(lengths, first, last, kept)
-    wholes = sum(map(len, whole))
-    tokens = sum(lengths)
-    ffns = [ffn_macs(d, f, gated) + macs for macs in beside_ffns]
-    dense = Parts(**unchanged, ffn=tokens * sum(ffns))
-    merged = tokens - wholes
-    groups = {k: sum(map(groups_around, lengths, repeat(k), whole)) for k in compressed}
-    vectors = {1: tokens, **{k: number + wholes for k, number in groups.items()}}  # in the FFN
-    used = Parts(
-        **unchanged,
-        ffn=sum(vectors[k] * macs for k, macs in zip(ratios, ffns, strict=True)),
-        merge=sum(merge_macs(merged, d, k) for k in compressed),
-        decompress=sum(decompress_macs(merged, groups[k], d, r) for k in compressed),
-    )
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    inner = _of(config, found.family.inner_size)
+    return _Shape(d, inner, gated, heads * size, key_heads * size)
 
+
+class _Rows(NamedTuple):
+    """The tokens of a batch, and the places of those that stay whole."""
+
+    lengths: list[int]
+    whole: list[set[int]]
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    @property
+    def merged(self) -> int:
+        """Tokens that are members of groups."""
+        return sum(self.lengths) - sum(map(len, self.whole))
+
+    def groups(self, ratio: int) -> list[int]:
+        """Of each row."""
+        return list(map(groups_around, self.lengths, repeat(ratio), self.whole))
+
+    def vectors(self, ratio: int) -> list[int]:
+        """Merged ones and whole tokens of each row."""
+        if ratio == 1:
+            return self.lengths
+        return [g + len(w) for g, w in zip(self.groups(ratio), self.whole, strict=True)]
+
+
+def _multiply_adds(
+    shape: _Shape,
+    rows: _Rows,
+    beside: list[LowRank],
+    level: Mapping[Site, int],
+    r: int,
+    outside: int,
+) -> Parts:
+    projections = core = ffn = merge = decompress = 0
+    batch, n = len(rows.lengths), rows.longest
+    for i, extra in enumerate(beside):
+        k = level.get(Site("ffn", i), 1)
+        cost = ffn_macs(shape.d, shape.f, shape.gated) + extra.ffn.macs
+        ffn += sum(rows.vectors(k)) * cost
+        around, front = (level.get(Site(f"attention{end}", i), 1) for end in ("", "_kv"))
+        # Attention runs on padding too: on as many vectors as the longest row has.
+        keys = max(rows.vectors(max(around, front)), default=0)
+        queries = keys if around > 1 else n
+        of_keys = 2 * shape.d * shape.keys + extra.keys.macs
+        of_queries = 2 * shape.d * shape.queries + extra.attention.macs - extra.keys.macs
+        projections += batch * (queries * of_queries + keys * of_keys)
+        core += batch * 2 * queries * keys * shape.queries
+        merge += sum(merge_macs(rows.merged, shape.d, x) for x in (k, around, front) if x > 1)
+        for x in (k, around):
+            if x > 1:
+                decompress += decompress_macs(rows.merged, sum(rows.groups(x)), shape.d, r)
+    return Parts(projections, core, ffn, merge, decompress, outside)
+
+
+def _dense_parameters(found: Found, shape: _Shape, beside: list[LowRank], patched: bool) -> Parts:
     own = [i for i, _ in found.own_layers]  # a shared module runs often and is there once
-    weights = sum(ffn_macs(d, f, gated) + low_rank[i][1].parameters for i in own)
-    plugins = {id(m) for top in attached(found.encoder) for m in top.modules()} if state else ()
+    size = ffn_macs(shape.d, shape.f, shape.gated)
+    weights = sum(size + beside[i].ffn.parameters for i in own)
+    plugins = {id(m) for top in attached(found.encoder) for m in top.modules()} if patched else ()
     base = _parameters(m for m in found.encoder.modules() if id(m) not in plugins)
     blocks = {id(block): i for i, block in enumerate(found.blocks)}.values()
-    projections = sum(2 * d * both + low_rank[i][0].parameters for i in blocks)
-    plain = {"attention_projections": projections, "ffn": weights}
-    rest = base - projections - weights
-    dense_parameters = Parts(**plain, other=rest)
-    sizes = [plugin_parameters(d, ratios[i], r) for i in own if ratios[i] > 1]
-    parameters = Parts(
-        **plain,
-        merge=sum(merge for merge, _ in sizes),
-        decompress=sum(decompress for _, decompress in sizes),
-        other=rest,
-    )
-    return Count(used, dense, parameters, dense_parameters)
+    each = 2 * shape.d * (shape.queries + shape.keys)
+    projections = sum(each + beside[i].attention.parameters for i in blocks)
+    return Parts(projections, ffn=weights, other=base - projections - weights)
 
 
 def _whole(lengths: list[int], first: int, last: int, kept: Tensor | None) -> list[set[int]]:
@@ -188,7 +248,7 @@ def _outside_blocks(encoder: nn.Module, rows: int, length: int) -> int:
     found: list[tuple[int, Any]] = [(rows * length, lookup(encoder, path)) for path in _PROJECTIONS]
     found += [(rows, lookup(encoder, path)) for path in ("pooler.dense", "pooler")]
     return sum(
-        vectors * (linear.in_features * linear.out_features + _low_rank([linear]).macs)
+        vectors * (linear.in_features * linear.out_features + low_rank([linear]).macs)
         for vectors, linear in found
         if hasattr(linear, "in_features")
     )
@@ -215,43 +275,14 @@ def _parameters(modules: Iterable[nn.Module]) -> int:
     return sum(sizes.values())
 
 
-class _Beside(NamedTuple):
-    """What LoRA adds to linear layers: multiply-adds a vector, and parameters."""
-
-    macs: int
-    parameters: int
-
-
-def _low_rank_parts(found: Found, position: int) -> tuple[_Beside, _Beside]:
-    """Beside the attention of one block, and beside its FFN."""
-    layer = found.layers[position]
-    steps = found.family.steps or ("",)
-    ffn = {id(m): m for step in steps for m in follow(layer, step).modules()}
-    rest = [m for m in found.blocks[position].modules() if id(m) not in ffn]
-    return _low_rank(rest), _low_rank(ffn.values())
-
-
-def _low_rank(modules: Iterable[nn.Module]) -> _Beside:
-    """Of the layers among ``modules`` that peft made: what runs now, and what is there."""
-    macs = parameters = 0
-    for module in modules:
-        layer: Any = module
-        first, second = (getattr(layer, f"lora_{name}", {}) for name in "AB")
-        sizes = {
-            name: first[name].weight.numel() + second[name].weight.numel()
-            for name in first
-            if name in second
-        }
-        if sizes:
-            parameters += sum(sizes.values())
-            runs = () if layer.merged or layer.disable_adapters else layer.active_adapters
-            macs += sum(sizes.get(name, 0) for name in runs)
-    return _Beside(macs, parameters)
-
-
-def plugin_parameters(hidden: int, ratio: int, bottleneck: int) -> tuple[int, int]:
+def plugin_parameters(
+    hidden: int, ratio: int, bottleneck: int, placement: str = "ffn"
+) -> tuple[int, int]:
     """Parameters of one plugin: merge, decompress."""
-    return ratio * ratio * hidden + ratio, 3 * bottleneck * hidden + bottleneck + hidden
+    merge = ratio * ratio * hidden + ratio
+    if placement == "attention_kv":
+        return merge, 0
+    return merge, 3 * bottleneck * hidden + bottleneck + hidden
 
 
 def paper_check(

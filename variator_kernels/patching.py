@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
 
 from . import backends
-from .methods.variator.config import PLACEMENTS, configure
+from .methods.variator.config import configure
 from .methods.variator.method import Variator
 from .ops import prepack
 from .runtime import kept
@@ -16,8 +16,8 @@ from .runtime.state import State
 from .sites.families import BERT_FAMILIES, FAMILIES, T5_FAMILIES
 from .sites.family import Family
 from .sites.find import find, find_all, is_patched, parts_of
-from .sites.install import install, remove, sites_of
-from .sites.unchanged import check_described, check_unchanged, module_of
+from .sites.install import install, owners_of, remove, sites_of
+from .sites.unchanged import check_attention, check_described, check_unchanged, module_of
 from .sites.wrappers import check_present, check_unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,7 +26,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def patch_t5(
     model: Model,
     ratio: Any = None,
-    ratios: Iterable[int] = (2, 4, 8),
+    ratios: Iterable[int] | Mapping[str, Iterable[int]] = (2, 4, 8),
     bottleneck: int = 64,
     activation: str = "tanh",
     placements: Iterable[str] = ("ffn",),
@@ -47,9 +47,12 @@ def patch_t5(
         model: holds one encoder of these families, at any depth, or is it.
         ratio: the active one, as :func:`set_ratio` takes it; 1 is dense. It is added to ``ratios``
             if it is not there. By default 4, or the first of ``ratios`` if 4 is not among them.
-        ratios: every k that gets plugins, each at least 2.
+            A mapping implies its placements.
+        ratios: every k that gets plugins, each at least 2; or a mapping of placements to them.
         bottleneck, activation: r and φ of the plugins.
-        placements: only ``("ffn",)``.
+        placements: where plugins go: ``"ffn"``, around feed-forward sublayers;
+            ``"attention_kv"``, in front of the keys and values of self-attention, whose queries
+            stay whole; ``"attention"``, around self-attention. The last two exclude each other.
         backend: as in :func:`functional.compressed_ffn`.
         keep_first, keep_last: how many real tokens at either end of a row stay whole: merge and
             adapter pass them by, and they get the dense sublayer's value. By default the family's
@@ -86,7 +89,7 @@ def patch_t5(
 def patch_bert(
     model: Model,
     ratio: Any = None,
-    ratios: Iterable[int] = (2, 4, 8),
+    ratios: Iterable[int] | Mapping[str, Iterable[int]] = (2, 4, 8),
     bottleneck: int = 64,
     activation: str = "tanh",
     placements: Iterable[str] = ("ffn",),
@@ -122,7 +125,7 @@ def patch_bert(
 def patch(
     model: Model,
     ratio: Any = None,
-    ratios: Iterable[int] = (2, 4, 8),
+    ratios: Iterable[int] | Mapping[str, Iterable[int]] = (2, 4, 8),
     bottleneck: int = 64,
     activation: str = "tanh",
     placements: Iterable[str] = ("ffn",),
@@ -180,10 +183,10 @@ def apply(
     model: Model,
     families: tuple[Family, ...],
     ratio: Any,
-    ratios: Iterable[int],
+    ratios: Iterable[int] | Mapping[str, Iterable[int]],
     bottleneck: int,
     activation: str,
-    placements: Iterable[str] = PLACEMENTS,
+    placements: Iterable[str] = ("ffn",),
     backend: str = "auto",
     keep_first: int | None = None,
     keep_last: int = 0,
@@ -202,12 +205,14 @@ def apply(
     several = [parts_of(*one) for one in find_all(model, families)]
     every = several if len(several) > 1 else [find(model, families)]
     check_unwrapped(model)
+    config, active = configure(ratio, ratios, bottleneck, activation, placements, backend, pack)
     for found in every:
         check_present(found.encoder)
-        check_unchanged(found)
+        if set(config.placements) - {"ffn"}:
+            check_attention(found)
+        check_unchanged(found, tuple(config.placements))
         if FAMILIES.get(found.family.name) is not found.family:
             check_described(found)
-    config, active = configure(ratio, ratios, bottleneck, activation, placements, backend, pack)
     for found in every:
         backends.resolve(config.backend, found.like(0))
     made = []
@@ -215,12 +220,15 @@ def apply(
         row = found.family
         chosen = kept.configure(keep_first, keep_last, keep, row.keep_first, found.vocabulary)
         method = Variator(config)
-        state = State(row.name, method, sites_of(found), found.owners)
+        sites = sites_of(found, config.placements)
+        state = State(row.name, method, sites, owners_of(found, sites))
         state.kept = chosen
         state.level = state.check(active)
         modules = {
-            i: method.parameters(found.hidden_size, found.like(i), layer.training)
-            for i, layer in found.own_layers
+            i: method.parameters(
+                site.placement, found.hidden_size, found.like_at(site), found.at(site).training
+            )
+            for i, site in state.own_sites
         }
         made.append((found, state, modules))
     for found, state, modules in made:

@@ -10,6 +10,7 @@ from variator_kernels.runtime.level import Level, Site, resolve
 from variator_kernels.runtime.state import observe, states
 
 SITES = tuple(Site("ffn", layer) for layer in range(4))
+AVAILABLE = {"ffn": (2, 4)}
 
 GOOD = [
     (2, (2, 2, 2, 2)),
@@ -24,11 +25,11 @@ GOOD = [
 
 @pytest.mark.parametrize(("value", "ratios"), GOOD)
 def test_forms(value, ratios):
-    level = resolve(value, SITES, (2, 4))
+    level = resolve(value, SITES, AVAILABLE)
     assert level.ratios == ratios
     assert level.is_dense == (set(ratios) == {1})
     assert level.uniform == (ratios[0] if len(set(ratios)) == 1 else None)
-    assert resolve(level, SITES, (2, 4)) == level
+    assert resolve(level, SITES, AVAILABLE) == level
 
 
 BAD = [
@@ -50,7 +51,7 @@ BAD = [
 @pytest.mark.parametrize(("value", "message"), BAD)
 def test_refuses(value, message):
     with pytest.raises(ValueError, match=message):
-        resolve(value, SITES, (2, 4))
+        resolve(value, SITES, AVAILABLE)
 
 
 @pytest.mark.parametrize("family", ["t5", "bert", "distilbert"])

@@ -11,7 +11,7 @@ import variator_kernels as vk
 from tests.sites import tiny
 from variator_kernels.sites import feed_forward
 from variator_kernels.sites.family import follow, lookup
-from variator_kernels.sites.feed_forward import Described, describe
+from variator_kernels.sites.feed_forward import DescribedFeedForward, describe
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ CHANGES = {
 def test_changes_are_seen(family, change, counted):
     act = "relu" if family in ("t5", "mt5", "umt5") else "gelu"
     layer = tiny.layers(tiny.model(family, act, dropout=0.125))[0].eval()
-    kept = Described()
+    kept = DescribedFeedForward()
     first = kept.of(layer)
     assert kept.of(layer) is first and len(counted) == 1
     CHANGES[change](layer)
@@ -81,7 +81,7 @@ def test_a_parametrised_weight_is_never_kept(counted):
     """It is computed at each look: a kept one would be of the past, and a graph walked twice."""
     layer = tiny.layers(tiny.model())[0]
     nn.utils.parametrize.register_parametrization(layer.layer_norm, "weight", nn.Softplus())
-    kept = Described()
+    kept = DescribedFeedForward()
     first = kept.of(layer).norm_weight.detach().clone()
     with torch.no_grad():
         layer.layer_norm.parametrizations.weight.original.add_(1)
@@ -135,7 +135,7 @@ def test_changes_of_a_plugin_are_seen(change):
 
 def test_what_is_refused_stays_refused(counted):
     layer = tiny.layers(tiny.model())[0]
-    kept = Described()
+    kept = DescribedFeedForward()
     kept.of(layer)
     handle = layer.layer_norm.register_forward_hook(lambda *_: None)
     for _ in range(2):
@@ -169,7 +169,7 @@ def test_replicas_of_data_parallel_have_their_own(family):
 
 
 def test_copies_start_empty(counted):
-    kept = Described()
+    kept = DescribedFeedForward()
     kept.of(tiny.layers(tiny.model())[0])
     for twin in (copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
         assert twin._kept is None

@@ -163,9 +163,12 @@ ARGUMENTS = [
     ({"bottleneck": 0}, "bottleneck must be >= 1, got 0"),
     ({"bottleneck": 1.5}, "bottleneck must be an integer"),
     ({"activation": "relu"}, r"activation must be one of \('tanh', 'identity'\), got 'relu'"),
-    ({"placements": ("attention",)}, r"placements must be \('ffn',\) in this version"),
-    ({"placements": "attention_kv"}, r"placements must be \('ffn',\) in this version"),
-    ({"placements": ()}, r"placements must be \('ffn',\) in this version"),
+    ({"placements": ("keys",)}, r"placements must be among \('ffn', .*got 'keys'"),
+    ({"placements": ("attention", "attention_kv")}, "must not hold both"),
+    ({"placements": ()}, "placements must name at least one"),
+    ({"placements": ("ffn", "attention"), "ratio": {"attention_kv": 2}}, "placements must hold"),
+    ({"ratios": {"ffn": (2,), "attention_kv": ()}}, "at least one ratio >= 2 for 'attention_kv'"),
+    ({"ratios": {"head": (2,)}}, "placements must be among"),
     ({"backend": "tpu"}, "backend must be one of"),
 ]
 

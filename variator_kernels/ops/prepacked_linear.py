@@ -104,6 +104,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _converted(x, weight, bias, stored)
 
 
+def packed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """:func:`linear` with a packed weight wherever nothing gets a gradient: for inference, where
+    the caller knows that the weight serves many calls."""
+    plain = not (torch.compiler.is_compiling() or transformed() or tracing())
+    given = [t for t in (x, weight, bias) if t is not None]
+    if not plain or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+        return linear(x, weight, bias)
+    stored = _result_dtype(x, weight, bias)
+    if stored is None or weight.numel() < LEAST or extension.load() is None:
+        return linear(x, weight, bias)
+    rows, dtype = x.reshape(-1, weight.shape[1]), prepack.product_dtype(stored)
+    multiply = prepack.linear(weight, bias, dtype, rows.shape[0])
+    if multiply is None:
+        return linear(x, weight, bias)
+    return multiply(rows.to(dtype)).to(stored).view(*x.shape[:-1], weight.shape[0])
+
+
 def unpacked(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """:func:`linear` that keeps nothing from call to call."""
     stored = _result_dtype(x, weight, bias) if prepack.EMULATED else None

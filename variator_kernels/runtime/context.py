@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from ..ops.make_groups import make_groups
 from .level import Level
 
 Phase = Literal["prefill", "decoding"]
+Made = TypeVar("Made")
 
 
 class Context:
@@ -37,6 +39,9 @@ class Context:
         self.phase = phase
         self.keep = keep
         self.pads = False
+        self.position_ids: Any = None
+        """The encoder's argument; None: tokens count from 0."""
+        self._made: dict[Any, Any] = {}
         self._groups: dict[tuple[Any, ...], tuple[torch.Size, Groups]] = {}
 
     def mask_of(self, x: Tensor) -> Tensor | None:
@@ -74,6 +79,18 @@ class Context:
             mask = F.pad(mask, (0, x.shape[1] - mask.shape[1]))
         check_kept(mask, x)
         return self.keep._replace(mask=mask.to(x.device))
+
+    def positions(self, x: Tensor) -> Tensor:
+        """Of the tokens of ``x [B, n, d]``: ``[B or 1, n]``."""
+        if self.position_ids is None:
+            return torch.arange(x.shape[1], device=x.device)[None]
+        return self.position_ids.to(x.device)
+
+    def once(self, key: Any, make: Callable[[], Made]) -> Made:
+        """What ``make`` gives, made for the first sublayer that asks for ``key``."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def groups(self, x: Tensor, ratio: int, backend: str) -> Groups:
         """Those of ``x [B, n, d]``, the hidden states of this forward."""

@@ -12,7 +12,8 @@ class Site(NamedTuple):
     """One place of a model at which a method can work."""
 
     placement: str
-    """``"ffn"``: around a feed-forward sublayer."""
+    """``"ffn"``: around a feed-forward sublayer. ``"attention"``: around self-attention.
+    ``"attention_kv"``: in front of its keys and values."""
     layer: int
     """Of the encoder, from 0."""
 
@@ -33,7 +34,10 @@ class Level(NamedTuple):
 
 
 def resolve(
-    value: Any, sites: tuple[Site, ...], available: tuple[int, ...], owners: tuple[int, ...] = ()
+    value: Any,
+    sites: tuple[Site, ...],
+    available: Mapping[str, tuple[int, ...]],
+    owners: tuple[int, ...] = (),
 ) -> Level:
     """The level that ``value`` asks for.
 
@@ -42,7 +46,7 @@ def resolve(
             ratios of layers, ``{"ffn": {-2: 4, -1: 4}}``: layers and placements that are not named
             are dense, negative layers count from the end. Or a :class:`Level`.
         sites: those of the model.
-        available: the ratios that have plugins.
+        available: the ratios that have plugins, by placement.
         owners: for each site the first that is the same module; by default all differ.
 
     Raises:
@@ -59,15 +63,18 @@ def resolve(
     return level
 
 
-def _resolve(value: Any, sites: tuple[Site, ...], available: tuple[int, ...]) -> Level:
+def _resolve(
+    value: Any, sites: tuple[Site, ...], available: Mapping[str, tuple[int, ...]]
+) -> Level:
     if isinstance(value, Level):
         if len(value.ratios) != len(sites):
             raise ValueError(
                 f"ratio must be a level of {len(sites)} sites, got one of {len(value.ratios)}"
             )
-        return Level(tuple(_ratio(ratio, available, "ratio") for ratio in value.ratios))
+        pairs = zip(sites, value.ratios, strict=True)
+        return Level(tuple(_ratio(k, site.placement, available, "ratio") for site, k in pairs))
     if not isinstance(value, Mapping):
-        return Level((_ratio(value, available, "ratio"),) * len(sites))
+        return Level(tuple(_ratio(value, site.placement, available, "ratio") for site in sites))
     known = tuple(dict.fromkeys(site.placement for site in sites))
     chosen: dict[Site, int] = {}
     for placement, entry in value.items():
@@ -81,7 +88,7 @@ def _resolve(value: Any, sites: tuple[Site, ...], available: tuple[int, ...]) ->
             at = Site(placement, _layer(layer, len(layers), name))
             if at in chosen:
                 raise ValueError(f"{name} must name a layer once, got {layer} for {at.layer} again")
-            chosen[at] = _ratio(ratio, available, name)
+            chosen[at] = _ratio(ratio, placement, available, name)
     return Level(tuple(chosen.get(site, 1) for site in sites))
 
 
@@ -94,11 +101,15 @@ def mentioned(value: Any) -> list[Any]:
     return [value]
 
 
-def _ratio(value: object, available: tuple[int, ...], name: str) -> int:
+def _ratio(
+    value: object, placement: str, available: Mapping[str, tuple[int, ...]], name: str
+) -> int:
     ratio = checks.ratio(value, name)
-    if ratio != 1 and ratio not in available:
+    if ratio != 1 and ratio not in available[placement]:
+        where = f" for {placement!r}" if len(available) > 1 else ""
         raise ValueError(
-            f"{name} must be 1 (dense) or one that has plugins, {available}, got {ratio}"
+            f"{name} must be 1 (dense) or one that has plugins{where}, {available[placement]}, "
+            f"got {ratio}"
         )
     return ratio
 

@@ -33,14 +33,21 @@ class Method(Protocol):
     """What was chosen when the model was patched."""
 
     @property
-    def ratios(self) -> tuple[int, ...]:
-        """Every ratio that it has parameters for."""
+    def placements(self) -> Mapping[str, tuple[int, ...]]:
+        """The placements that it works at, and the ratios that it has parameters for at each."""
         ...
 
     def feed_forward(
         self, layer: Any, x: Tensor, ratio: int, context: Context, dense: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """The output of a feed-forward site for ``x [B, n, d]``, at a ratio above 1."""
+        ...
+
+    def attention(
+        self, layer: Any, x: Tensor, ratio: int, context: Context, rotation: Any
+    ) -> Tensor:
+        """The output of a self-attention site, at a ratio above 1. ``rotation``: of whole queries,
+        in a model with RoPE."""
         ...
 
     def is_trained(self, layer: Any, ratio: int) -> bool:
@@ -55,6 +62,8 @@ class _Local(threading.local):
         self.kept: Tensor | None = None
         self.context: Context | None = None
         self.observer: Observer | None = None
+        self.observed = "ffn"
+        """The placement whose sublayers the observer sees."""
         self.inline = 0
         """Of a block that calls the parts of its FFN one after another: see ``sites/inline.py``."""
 
@@ -78,7 +87,8 @@ class State:
         self.owners = owners
         self.level = Level((1,) * len(sites))
         self.kept = Kept()
-        self.trained: set[int] = set()
+        self.trained: set[tuple[str, int]] = set()
+        """Placements and ratios."""
         self.warned = False
         self.local = _Local()
 
@@ -91,8 +101,24 @@ class State:
 
     @property
     def ratios(self) -> tuple[int, ...]:
-        """Every ratio that has plugins."""
-        return self.method.ratios
+        """Every ratio that has plugins at some site."""
+        every = {k for ratios in self.method.placements.values() for k in ratios}
+        return tuple(sorted(every))
+
+    @property
+    def own_sites(self) -> list[tuple[int, Site]]:
+        """Every site of a module of its own, with its number: a shared one is there once."""
+        return [(i, self.sites[i]) for i, owner in enumerate(self.owners) if i == owner]
+
+    def attends(self, level: Level) -> bool:
+        """Whether some attention is compressed there."""
+        pairs = zip(self.sites, level.ratios, strict=True)
+        return any(k > 1 and site.placement != "ffn" for site, k in pairs)
+
+    def everywhere(self, ratio: int) -> Level:
+        """Every placement that has plugins of ``ratio`` at it, the others dense."""
+        placements = self.method.placements
+        return Level(tuple(ratio if ratio in placements[s.placement] else 1 for s in self.sites))
 
     @property
     def ratio(self) -> int | None:
@@ -101,7 +127,7 @@ class State:
 
     def check(self, ratio: object) -> Level:
         """The level that ``ratio`` asks for, if this model has its plugins."""
-        return levels.resolve(ratio, self.sites, self.ratios, self.owners)
+        return levels.resolve(ratio, self.sites, self.method.placements, self.owners)
 
     def current(self) -> Level:
         """The level that holds here: :func:`~.levels.use_ratio`'s, else ``set_ratio``'s."""
@@ -178,15 +204,16 @@ def states(model: nn.Module) -> list[State]:
 
 
 @contextmanager
-def observe(state: State, observer: Observer) -> Iterator[None]:
-    """Show ``observer`` what each patched sublayer of the model takes, in this thread.
+def observe(state: State, observer: Observer, placement: str = "ffn") -> Iterator[None]:
+    """Show ``observer`` what each patched sublayer of a placement takes, in this thread.
 
     It gets the sublayer, its input ``[B, n, d]``, the token mask and the ratio, before the
     sublayer runs.
     """
-    outer = state.local.observer
-    state.local.observer = observer
+    local = state.local
+    outer = local.observer, local.observed
+    local.observer, local.observed = observer, placement
     try:
         yield
     finally:
-        state.local.observer = outer
+        local.observer, local.observed = outer

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .families import FAMILIES
 from .family import ORIGINAL, ROW, Family
 from .inline import attributes
-from .mixins import Block, BlockInline, BlockWithMethod, Encoder, Layer
+from .mixins import AttentionLayer, Block, BlockInline, BlockWithMethod, Encoder, Layer
 from .unchanged import module_of
 
 _POSITIONS = "variator_positions"
@@ -39,11 +39,14 @@ def _method(original: type, name: str) -> Callable[[Any, Tensor], Tensor]:
 
 
 def _roles(family: Family) -> dict[str, type[nn.Module]]:
+    roles: dict[str, type[nn.Module]] = {family.encoder: Encoder}
+    if family.attention is not None:
+        roles[family.attention.layer] = AttentionLayer
     if family.called:
-        return {family.encoder: Encoder, family.block: BlockInline}
+        return roles | {family.block: BlockInline}
     if family.block == family.layer:
-        return {family.encoder: Encoder, family.block: BlockWithMethod}
-    return {family.encoder: Encoder, family.block: Block, family.layer: Layer}
+        return roles | {family.block: BlockWithMethod}
+    return roles | {family.block: Block, family.layer: Layer}
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
@@ -62,7 +65,8 @@ def _restored(family: Family, name: str) -> nn.Module:
 
 @functools.cache
 def patched_class(family: Family, name: str) -> type[nn.Module]:
-    """The subclass that replaces the family's class ``name`` (its encoder, block or layer)."""
+    """The subclass that replaces the family's class ``name`` (its encoder, block, FFN or
+    self-attention sublayer)."""
     original = getattr(module_of(family), name)
     mixin = _roles(family)[name]
     body: dict[str, Any] = {
@@ -83,10 +87,15 @@ def patched_class(family: Family, name: str) -> type[nn.Module]:
         copy.__signature__ = signature
         body["forward"] = copy
         names = list(signature.parameters)[1:]
-        wanted = (name for name in (family.mask, "input_ids", "inputs_embeds") if name in names)
+        read = (family.mask, "input_ids", "inputs_embeds", "position_ids", "output_attentions")
+        wanted = (name for name in read if name in names)
         body[_POSITIONS] = {name: names.index(name) for name in wanted}
     if mixin is BlockWithMethod:
         body[family.method] = _method(original, family.method)
+    if mixin is AttentionLayer:
+        # Some give a tensor in one version of transformers and a tuple in another.
+        gives = inspect.signature(original.forward).return_annotation
+        body["variator_bare"] = gives in (Tensor, "torch.Tensor", "Tensor")
     if mixin is BlockInline:
         dropouts = (family.outer_dropout, family.inner_dropout)
         body |= attributes(family.called, dropouts)

@@ -1,10 +1,11 @@
-"""Where each Hugging Face family keeps its FFN sublayers: a row of data for each."""
+"""Where each Hugging Face family keeps its sublayers: a row of data for each."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+from . import attention_rows as attention
 from .family import Family
 
 
@@ -36,6 +37,7 @@ def _t5(name: str, prefix: str, **own: Any) -> Family:
         eps=("variance_epsilon", "eps"),
         bypassed=("layer_norm", "dropout"),
         inner_size="d_ff",
+        attention=attention.t5(prefix),
     )
     return dataclasses.replace(row, **own)
 
@@ -60,6 +62,7 @@ def _bert(name: str, prefix: str, **own: Any) -> Family:
         bypassed=("output", "output.LayerNorm", "output.dropout"),
         # Measured on MiniLM: the first token is what all others attend to.
         keep_first=1,
+        attention=attention.bert(prefix),
     )
     return dataclasses.replace(row, **own)
 
@@ -85,6 +88,7 @@ def _gated(name: str, prefix: str, **own: Any) -> Family:
         w_gate="up_proj",
         w_out="down_proj",
         act="act_fn",
+        attention=attention.rotary(prefix),
     )
     return dataclasses.replace(row, **own)
 
@@ -106,6 +110,7 @@ def _bart(name: str, prefix: str, **own: Any) -> Family:
         inner_dropout="activation_dropout",
         outer_dropout="dropout",
         inner_size="encoder_ffn_dim",
+        attention=attention.bart(prefix),
     )
     return dataclasses.replace(row, **own)
 
@@ -113,6 +118,12 @@ def _bart(name: str, prefix: str, **own: Any) -> Family:
 _CALLED = ("intermediate", "output")
 _RELATIVE = "relative positions that depend on the content"
 _SPARSE = "sparse attention"
+
+
+def _none(why: str) -> dict[str, Any]:
+    """Attention that the placements around it cannot work at."""
+    return {"attention": None, "no_attention": why}
+
 
 # Its block adds the residual and norms by itself, around the module that is patched.
 _DISTILBERT = Family(
@@ -130,6 +141,7 @@ _DISTILBERT = Family(
     outer_dropout="dropout",
     bypassed=("dropout",),
     inner_size="hidden_dim",
+    attention=attention.DISTILBERT,
 )
 
 # Few blocks run many times.
@@ -147,13 +159,14 @@ _ALBERT = Family(
     w_in=("ffn",),
     w_out="ffn_output",
     act="activation",
+    attention=attention.ALBERT,
 )
 
 T5_FAMILIES = (
     _t5("t5", "T5"),
     _t5("mt5", "MT5"),
-    _t5("umt5", "UMT5"),
-    _t5("longt5", "LongT5", uncounted="local attention"),
+    _t5("umt5", "UMT5", attention=attention.umt5("UMT5")),
+    _t5("longt5", "LongT5", uncounted="local attention", **_none("local attention")),
 )
 BERT_FAMILIES = (
     _bert("bert", "Bert"),
@@ -171,19 +184,24 @@ BERT_FAMILIES = (
     _bert("bert-generation", "BertGeneration", encoder="BertGenerationEncoder"),
     _bert("rembert", "RemBert"),
     _bert("roc_bert", "RoCBert", uncounted="what makes its embeddings"),
-    _bert("roformer", "RoFormer"),
+    _bert("roformer", "RoFormer", **_none("rotations of another form")),
     _bert("splinter", "Splinter"),
     _bert("layoutlm", "LayoutLM"),
-    _bert("layoutlmv3", "LayoutLMv3"),
+    _bert("layoutlmv3", "LayoutLMv3", **_none("terms of positions on the page")),
     _bert("markuplm", "MarkupLM", uncounted="what makes its embeddings"),
-    _bert("lilt", "Lilt", uncounted="the stream of the layout"),
+    _bert("lilt", "Lilt", uncounted="the stream of the layout", **_none("two streams")),
     _bert("tapas", "Tapas"),
-    _bert("convbert", "ConvBert", uncounted="convolutions"),
-    _bert("big_bird", "BigBird", pads="block_size", uncounted=_SPARSE),
+    _bert("convbert", "ConvBert", uncounted="convolutions", **_none("convolutions")),
+    _bert("big_bird", "BigBird", pads="block_size", uncounted=_SPARSE, **_none(_SPARSE)),
     _bert(
-        "longformer", "Longformer", method="ff_chunk", pads="attention_window", uncounted=_SPARSE
+        "longformer",
+        "Longformer",
+        method="ff_chunk",
+        pads="attention_window",
+        uncounted=_SPARSE,
+        **_none(_SPARSE),
     ),
-    _bert("mpnet", "MPNet", called=_CALLED),
+    _bert("mpnet", "MPNet", called=_CALLED, attention=attention.MPNET),
     _bert(
         "deberta",
         "Deberta",
@@ -191,12 +209,28 @@ BERT_FAMILIES = (
         norm_class="DebertaLayerNorm",
         eps=("variance_epsilon", "eps"),
         uncounted=_RELATIVE,
+        **_none(_RELATIVE),
     ),
-    _bert("deberta-v2", "DebertaV2", called=_CALLED, uncounted=_RELATIVE),
+    _bert("deberta-v2", "DebertaV2", called=_CALLED, uncounted=_RELATIVE, **_none(_RELATIVE)),
     _ALBERT,
-    _pre_norm("megatron-bert", "MegatronBert", "ln"),
-    _pre_norm("xlm-roberta-xl", "XLMRobertaXL", "LayerNorm", outer_dropout=""),
-    _pre_norm("esm", "Esm", "LayerNorm", act="", activation="gelu"),
+    _pre_norm(
+        "megatron-bert", "MegatronBert", "ln", attention=attention.pre_norm("MegatronBert", "ln")
+    ),
+    _pre_norm(
+        "xlm-roberta-xl",
+        "XLMRobertaXL",
+        "LayerNorm",
+        outer_dropout="",
+        attention=attention.pre_norm("XLMRobertaXL", "self_attn_layer_norm"),
+    ),
+    _pre_norm(
+        "esm",
+        "Esm",
+        "LayerNorm",
+        act="",
+        activation="gelu",
+        **_none("rotations inside of its attention"),
+    ),
     _pre_norm(
         "roberta-prelayernorm",
         "RobertaPreLayerNorm",
@@ -205,6 +239,7 @@ BERT_FAMILIES = (
         container="",
         container_classes=(),
         bypassed=("intermediate", "intermediate.LayerNorm", "output", "output.dropout"),
+        attention=attention.pre_norm("RobertaPreLayerNorm", "LayerNorm"),
     ),
     _gated(
         "modernbert",
@@ -216,6 +251,7 @@ BERT_FAMILIES = (
         w_out="Wo",
         act="act",
         inner_dropout="drop",
+        attention=attention.MODERNBERT,
     ),
     _gated("nomic_bert", "NomicBert"),
     _gated("gte", "Gte", inner_dropout="dropout"),
@@ -233,15 +269,20 @@ BART_FAMILIES = (
     _bart("bart", "Bart"),
     _bart("mbart", "MBart"),
     _bart("plbart", "PLBart"),
-    _bart("mvp", "Mvp"),
+    _bart("mvp", "Mvp", **_none("prompts inside of its attention")),
     _bart("marian", "Marian"),
     _bart("m2m_100", "M2M100"),
     _bart("pegasus", "Pegasus"),
     _bart("blenderbot", "Blenderbot"),
     _bart("blenderbot-small", "BlenderbotSmall"),
-    _bart("led", "LED", pads="attention_window", uncounted=_SPARSE),
+    _bart("led", "LED", pads="attention_window", uncounted=_SPARSE, **_none(_SPARSE)),
     _bart(
-        "bigbird_pegasus", "BigBirdPegasus", inner_dropout="", pads="block_size", uncounted=_SPARSE
+        "bigbird_pegasus",
+        "BigBirdPegasus",
+        inner_dropout="",
+        pads="block_size",
+        uncounted=_SPARSE,
+        **_none(_SPARSE),
     ),
 )
 FAMILIES = {family.name: family for family in (*T5_FAMILIES, *BERT_FAMILIES, *BART_FAMILIES)}

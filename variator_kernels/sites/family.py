@@ -1,11 +1,12 @@
-"""What a family is: where a model keeps its FFN sublayers, as data."""
+"""What a family is: where a model keeps its sublayers, as data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..ops.feed_forward import FFN_ACTIVATIONS
+from .attention_paths import AttentionPaths
+from .fields import CHOICES, check_type
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,24 @@ class Family:
     embeddings, full attention and what lies around."""
     keep_first: int = 0
     """How many first tokens of a row new plugins keep whole, where nobody says."""
+    attention: AttentionPaths | None = None
+    """Its self-attention sublayers, for the placements ``attention`` and ``attention_kv``."""
+    no_attention: str = ""
+    """Why it has none that these placements could work at, in words."""
 
     def __post_init__(self) -> None:
         if isinstance(self.w_in, str):
             object.__setattr__(self, "w_in", (self.w_in,))
         for field in fields(self):
-            _check_type(field.name, str(field.type), getattr(self, field.name))
+            check_type(f"family.{field.name}", str(field.type), getattr(self, field.name))
+        if not isinstance(self.attention, AttentionPaths | None):
+            raise TypeError(f"family.attention must be AttentionPaths, got {self.attention!r}")
         for name in ("name", "module", "encoder", "block", "layer", "w_out", "method", "mask"):
             if not getattr(self, name):
                 raise ValueError(f"family.{name} must not be empty")
         if not self.w_in or not all(self.w_in):
             raise ValueError("family.w_in must name a path")
-        for name, known in _CHOICES.items():
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"family.{name} must be one of {known}, got {getattr(self, name)!r}"
@@ -133,30 +140,10 @@ class Family:
         return bool(self.norm) if self.residual is None else self.residual
 
 
-_CHOICES = {
-    "activation": ("", *FFN_ACTIVATIONS),
-    "fused": ("", "in_gate", "gate_in"),
-    "norm_kind": ("layer", "rms"),
-}
-
-
-def _check_type(name: str, declared: str, value: Any) -> None:
-    if declared == "str" and not isinstance(value, str):
-        raise TypeError(f"family.{name} must be a str, got {value!r}")
-    if "None" in declared and value is None:
-        return
-    if declared.startswith("bool") and not isinstance(value, bool):
-        raise TypeError(f"family.{name} must be a bool, got {value!r}")
-    if declared == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise TypeError(f"family.{name} must be an integer >= 0, got {value!r}")
-    if "tuple" in declared and not (
-        isinstance(value, tuple) and all(isinstance(part, str) for part in value)
-    ):
-        raise TypeError(f"family.{name} must be a tuple of str, got {value!r}")
-
-
 ORIGINAL = "variator_original"
 """Class attribute of a patched class: the class it replaces."""
+REACH = "variator_reach"
+"""Attribute of a patched self-attention sublayer: what it needs of its encoder."""
 ROW = "variator_family"
 """Class attribute of a patched class: its :class:`Family`."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,47 +11,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.feed_forward import FeedForward
-from ..ops.transforms import tracing
+from .described import Described, memory_of
 from .families import FAMILIES
 from .family import ORIGINAL, ROW, Family, follow, is_a, lookup
 from .plain import activation_name, plain_linear, untouched
-from .watch import Watch, same_tensors
+from .watch import Watch
 from .wrappers import check_present
 
 
-class Described:
-    """A sublayer's :func:`describe`, kept while nothing that it looked at has changed.
+class DescribedFeedForward(Described[FeedForward]):
+    """An FFN sublayer's :func:`describe`."""
 
-    Threads may call it at once: what is kept is replaced whole. Copies and pickles start empty.
-    """
+    __slots__ = ()
 
-    __slots__ = ("_kept",)
+    @staticmethod
+    def describe(layer: nn.Module) -> FeedForward:
+        return describe(layer)
 
-    def __init__(self) -> None:
-        self._kept: tuple[FeedForward, Watch, weakref.ref[nn.Module], Any] | None = None
+    @staticmethod
+    def watched(layer: nn.Module) -> Watch:
+        return _watched(layer, family_of(layer))
 
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(self), ()
-
-    def of(self, layer: nn.Module) -> FeedForward:
-        """What ``layer``, always the same one, consists of now."""
-        if torch.compiler.is_compiling() or tracing():  # a trace holds what is read on the way
-            return describe(layer)
-        kept = self._kept
-        # A replica of DataParallel shares this object with the original.
-        if (
-            kept is None
-            or kept[2]() is not layer
-            or not kept[1].holds()
-            or (kept[3] is not None and kept[3] != _memory(layer))
-        ):
-            # Watched first: what changes in between is looked at again in the next call.
-            family = family_of(layer)
-            watch, memory = _watched(layer, family), _memory(layer) if family.fused else None
-            kept = describe(layer), watch, weakref.ref(layer), memory
-            same = same_tensors(kept[0], describe(layer)) and memory != ()
-            self._kept = kept if same else None
-        return kept[0]
+    @staticmethod
+    def memory(layer: nn.Module) -> tuple[Any, ...] | None:
+        family = family_of(layer)
+        return memory_of(lookup(layer, f"{family.w_in[0]}.weight")) if family.fused else None
 
 
 def _watched(layer: nn.Module, family: Family) -> Watch:
@@ -84,15 +67,7 @@ def describe(layer: nn.Module, family: Family | None = None) -> FeedForward:
     """
     family = family_of(layer) if family is None else family
     check_present(layer)
-    for name in family.bypassed:
-        part = follow(layer, name)
-        home = type(part).forward.__module__
-        homes = ("torch", "transformers", "apex", family.module.split(".")[0])
-        if not untouched(part) or home.split(".")[0] not in homes:
-            raise TypeError(
-                f"{name} of {type(layer).__name__} was replaced or hooked ({type(part).__name__}): "
-                "the compressed layer would pass it by; unpatch the model to use it"
-            )
+    check_bypassed(layer, family.bypassed, family.module)
     found = (lookup(layer, name) for name in family.w_in)
     w_in: Any = next((part for part in found if part is not None), None)
     w_gate = lookup(layer, family.w_gate)
@@ -103,7 +78,7 @@ def describe(layer: nn.Module, family: Family | None = None) -> FeedForward:
         post_norm=family.post_norm,
         # A sublayer without a norm mostly leaves the residual to its block.
         residual=family.adds,
-        dropout_outer=_probability(layer, family.outer_dropout),
+        dropout_outer=probability(layer, family.outer_dropout),
     )
     norm = lookup(layer, family.norm)
     if norm is not None:
@@ -134,8 +109,25 @@ def describe(layer: nn.Module, family: Family | None = None) -> FeedForward:
         b_out=w_out.bias,
         b_gate=biases[1],
         activation=activation,
-        dropout_inner=_probability(layer, family.inner_dropout),
+        dropout_inner=probability(layer, family.inner_dropout),
     )
+
+
+def check_bypassed(layer: nn.Module, names: tuple[str, ...], module: str) -> None:
+    """What the kernels replace does no more than they do.
+
+    Raises:
+        TypeError: somebody replaced or hooked one of ``names``.
+    """
+    for name in names:
+        part = follow(layer, name)
+        home = type(part).forward.__module__
+        homes = ("torch", "transformers", "apex", module.split(".")[0])
+        if not untouched(part) or home.split(".")[0] not in homes:
+            raise TypeError(
+                f"{name} of {type(layer).__name__} was replaced or hooked ({type(part).__name__}): "
+                "the compressed layer would pass it by; unpatch the model to use it"
+            )
 
 
 def family_of(layer: nn.Module) -> Family:
@@ -169,15 +161,6 @@ def _halves(both: Any, family: Family) -> tuple[Any, Any]:
     return (first, second) if family.fused == "in_gate" else (second, first)
 
 
-def _memory(layer: nn.Module) -> tuple[Any, ...]:
-    """Where the views of :func:`_halves` lie; empty where they are part of an autograd graph, so
-    that they cannot be kept."""
-    weight = lookup(layer, f"{family_of(layer).w_in[0]}.weight")
-    if not isinstance(weight, Tensor) or (weight.requires_grad and torch.is_grad_enabled()):
-        return ()
-    return weight.data_ptr(), weight.dtype, weight.shape, torch.is_inference_mode_enabled()
-
-
 def _tells_all(container: nn.Module | None, family: Family) -> bool:
     return container is None or (
         untouched(container)
@@ -193,7 +176,7 @@ def _whole(layer: nn.Module, family: Family) -> Callable[[Tensor], Tensor]:
     steps: list[Callable[[Tensor], Tensor]] = [follow(layer, step) for step in family.steps]
     if len(steps) == 1:
         return steps[0]
-    inner = _probability(layer, family.inner_dropout)
+    inner = probability(layer, family.inner_dropout)
     if inner > 0:
         steps.insert(-1, functools.partial(F.dropout, p=inner))
     return functools.partial(_run, tuple(steps))
@@ -205,7 +188,7 @@ def _run(steps: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
     return x
 
 
-def _probability(layer: nn.Module, path: str) -> float:
+def probability(layer: nn.Module, path: str) -> float:
     """Of a dropout module, or of a number that a block has; 0 outside of training."""
     dropout = lookup(layer, path)
     if isinstance(dropout, int | float):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..runtime.level import Site
 from ..runtime.state import STATE
 from .families import FAMILIES, REFUSED
 from .family import ROW, Family, blocks_of, follow, is_a, lookup
@@ -18,6 +20,20 @@ class Found(NamedTuple):
     encoder: Any
     blocks: list[Any]
     layers: list[Any]
+    """The FFN sublayers."""
+
+    @property
+    def attentions(self) -> list[Any]:
+        """The self-attention sublayers, where the family says where they are."""
+        paths = self.family.attention
+        return [] if paths is None else [follow(block, paths.sublayer) for block in self.blocks]
+
+    def at(self, site: Site) -> Any:
+        """The sublayer of a site."""
+        if site.placement == "ffn":
+            return self.layers[site.layer]
+        assert self.family.attention is not None
+        return follow(self.blocks[site.layer], self.family.attention.sublayer)
 
     @property
     def owners(self) -> tuple[int, ...]:
@@ -48,14 +64,25 @@ class Found(NamedTuple):
         size = follow(self.encoder.config, self.family.pads)
         return size if isinstance(size, int) else max(size)
 
-    def parts(self) -> list[tuple[Any, str]]:
-        """Every module that patching changes, once, with its class's name."""
+    def parts(self, placements: Iterable[str] = ("ffn",)) -> list[tuple[Any, str]]:
+        """Every module that patching for ``placements`` changes, with its class's name."""
         family = self.family
         parts = [(self.encoder, family.encoder)]
         parts += [(block, family.block) for block in self.blocks]
-        if family.layer != family.block:
+        if family.layer != family.block and "ffn" in placements:
             parts += [(layer, family.layer) for layer in self.layers]
+        if family.attention is not None and set(placements) - {"ffn"}:
+            parts += [(layer, family.attention.layer) for layer in self.attentions]
         return parts
+
+    def like_at(self, site: Site) -> Tensor:
+        """A weight whose place and type the plugins of a site take."""
+        if site.placement == "ffn":
+            return self.like(site.layer)
+        for weight in self.at(site).parameters():
+            if weight.is_floating_point():
+                return weight
+        return self.like(site.layer)  # the whole sublayer is quantised
 
     def like(self, position: int) -> Tensor:
         """A weight whose place and type the plugins of one sublayer take: what the FFN multiplies

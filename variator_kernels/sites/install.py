@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from ..runtime.level import Site
 from ..runtime.state import STATE, State, states
+from .attention import DescribedAttention, reach
 from .classes import patched_class, when_patched
-from .family import ORIGINAL
-from .feed_forward import Described
+from .family import ORIGINAL, REACH, follow
+from .feed_forward import DescribedFeedForward
 from .find import Found, replaced
 from .loading import ATTACHED
 from .mixins import DESCRIBED, SITE, SitePosition
 
 
-def sites_of(found: Found) -> tuple[Site, ...]:
-    """Every site of an encoder."""
-    return tuple(Site("ffn", layer) for layer in range(len(found.layers)))
+def sites_of(found: Found, placements: Iterable[str]) -> tuple[Site, ...]:
+    """Every site of these placements in an encoder."""
+    layers = range(len(found.blocks))
+    return tuple(Site(placement, layer) for placement in placements for layer in layers)
+
+
+def owners_of(found: Found, sites: tuple[Site, ...]) -> tuple[int, ...]:
+    """For each site the first that is the same module: itself, unless modules are shared."""
+    first: dict[int, int] = {}
+    return tuple(first.setdefault(id(found.at(site)), i) for i, site in enumerate(sites))
 
 
 def attached(model: nn.Module) -> list[Any]:
@@ -59,16 +67,40 @@ def _install(
 ) -> None:
     for number, module in modules.items():
         site = state.sites[number]
-        layer = found.layers[site.layer]
+        layer = found.at(site)
         vars(layer)[SITE] = SitePosition(site, number)
         layer.add_module(ATTACHED, module)
-        vars(layer)[DESCRIBED] = Described()
-    for part, name in found.parts():
+        if site.placement == "ffn":
+            vars(layer)[DESCRIBED] = DescribedFeedForward()
+        else:
+            vars(layer)[DESCRIBED] = DescribedAttention()
+    placements = {site.placement for site in state.sites}
+    if placements - {"ffn"}:
+        _reach(found)
+    for part, name in found.parts(placements):
         vars(part).pop("forward", None)  # its own, which would go before the new class's
         part.__class__ = patched_class(found.family, name)
         vars(part)[STATE] = state
     for call in when_patched:
         call()
+
+
+def _reach(found: Found) -> None:
+    """Give each self-attention sublayer what it needs of its encoder. Not as submodules: keys of
+    the state dict stay what they are."""
+    paths = found.family.attention
+    assert paths is not None
+    for number, (block, layer) in enumerate(zip(found.blocks, found.attentions, strict=True)):
+        needs = vars(layer)[REACH] = reach(found.encoder, block, number, paths)
+        inner = follow(layer, paths.table_of)
+        name = paths.table.rpartition(".")[2]
+        if paths.table_of and name not in inner._modules:
+            # A T5 makes its bias in the first block. Where that is compressed, another must.
+            vars(inner).update({name: needs.table, f"has_{name}": True, _LENT: name})
+
+
+_LENT = "variator_lent"
+"""Attribute of a module that holds another's table: the table's name."""
 
 
 def remove(model: nn.Module) -> None:
@@ -93,11 +125,15 @@ def _remove(model: nn.Module) -> None:
     """Take off what there is, also of an installation that did not end."""
     for module in list(model.modules()):
         own = vars(module)
+        if _LENT in own:
+            name = own.pop(_LENT)
+            own.pop(name, None)
+            own[f"has_{name}"] = False
         if STATE not in own and SITE not in own:
             continue
         if SITE in own:
             module._modules.pop(ATTACHED, None)
-        for name in ("forward", "_original_forward", STATE, SITE, DESCRIBED):
+        for name in ("forward", "_original_forward", STATE, SITE, DESCRIBED, REACH):
             own.pop(name, None)
         if ORIGINAL in vars(type(module)):
             module.__class__ = getattr(type(module), ORIGINAL)

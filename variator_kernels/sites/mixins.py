@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.feed_forward import FeedForward
+from ..ops.self_attention import Rotation, SelfAttention
 from ..ops.transforms import tracing
 from ..runtime.context import Context, token_mask
 from ..runtime.level import Site
 from ..runtime.state import State
-from .family import Family, blocks_of, follow
-from .feed_forward import Described
+from .attention import DescribedAttention, paths_of
+from .described import Described
+from .family import Family
 from .find import whole_rows
 from .inline import Inline
 from .loading import check_loaded
@@ -23,7 +25,7 @@ from .loading import check_loaded
 SITE = "variator_site"
 """The attribute under which a patched sublayer has its :class:`SitePosition`."""
 DESCRIBED = "variator_described"
-"""The attribute under which it keeps its :class:`~.feed_forward.Described`."""
+"""The attribute under which it keeps its :class:`~.described.Described`."""
 
 
 class SitePosition(NamedTuple):
@@ -57,6 +59,9 @@ class Encoder(nn.Module):
                 mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         context = state.context(level, mask, ids)
         context.pads = bool(family.pads)
+        if state.attends(level):
+            context.position_ids = _argument("position_ids", positions, args, kwargs)
+            _check_no_weights(self, _argument("output_attentions", positions, args, kwargs))
         if not (self.training or state.warned or torch.compiler.is_compiling() or tracing()):
             _warn_if_untrained(self, level.ratios)
         outer = local.context
@@ -99,16 +104,11 @@ class Block(nn.Module):
             local.context = outer
 
 
-class Sublayer(nn.Module):
-    """The FFN sublayer: as it was where its ratio is 1, else what the method makes of it."""
+class AtSite(nn.Module):
+    """A sublayer at which there is a site."""
 
     variator_state: State
     variator_site: SitePosition
-    variator_described: Described
-
-    def feed_forward(self) -> FeedForward:
-        """What the sublayer consists of now."""
-        return self.variator_described.of(self)
 
     def _context(self) -> Context:
         state = self.variator_state
@@ -126,21 +126,66 @@ class Sublayer(nn.Module):
         """The ratio that holds here."""
         return self._context().level.ratios[self.variator_site.number]
 
-    def _at_site(self, x: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
+    def _ratio_for(self, x: Tensor) -> int:
+        """The ratio that holds here, shown to the observer, for an input that it can run on."""
         state, context = self.variator_state, self._context()
-        ratio = context.level.ratios[self.variator_site.number]
-        if state.local.observer is not None:
+        site, number = self.variator_site
+        ratio = context.level.ratios[number]
+        if state.local.observer is not None and state.local.observed == site.placement:
             state.local.observer(self, x, context.mask_of(x), ratio)
-        if ratio == 1:
-            return dense(x)
-        if x.dim() != 3:
+        if ratio > 1 and x.dim() != 3:
             raise ValueError(
                 f"hidden states must be [batch, length, hidden] at a ratio above 1, got "
                 f"{list(x.shape)}: where flash attention runs without padding, load the model with "
                 'attn_implementation="sdpa"'
             )
+        return ratio
+
+
+class Sublayer(AtSite):
+    """The FFN sublayer: as it was where its ratio is 1, else what the method makes of it."""
+
+    variator_described: Described[FeedForward]
+
+    def feed_forward(self) -> FeedForward:
+        """What the sublayer consists of now."""
+        return self.variator_described.of(self)
+
+    def _at_site(self, x: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
+        if SITE not in vars(self):  # a block that is patched for its attention alone
+            return dense(x)
+        ratio = self._ratio_for(x)
+        if ratio == 1:
+            return dense(x)
         whole_rows(self)
-        return state.method.feed_forward(self, x, ratio, context, dense)
+        state = self.variator_state
+        return state.method.feed_forward(self, x, ratio, self._context(), dense)
+
+
+class AttentionLayer(AtSite):
+    """The self-attention sublayer: as it was where its ratio is 1, else what the method makes."""
+
+    variator_described: DescribedAttention
+    variator_bare: bool
+    """Whether ``forward`` gives a tensor alone."""
+
+    def self_attention(self) -> SelfAttention:
+        """What the sublayer consists of now."""
+        return self.variator_described.of(self)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        ratio = self._ratio_for(hidden_states)
+        if ratio == 1:
+            return super().forward(hidden_states, *args, **kwargs)
+        state, paths = self.variator_state, paths_of(self)
+        turned = kwargs.get("position_embeddings") if paths.rotary else None
+        if paths.rotary and turned is None:
+            turned = args[0]  # where it is not given by name, it comes first
+        rotation = Rotation(turned[0], turned[1]) if turned is not None else None
+        y = state.method.attention(self, hidden_states, ratio, self._context(), rotation)
+        if self.variator_bare:
+            return y
+        return (y, *(kwargs.get(name) for name in paths.returns))
 
 
 class Layer(Sublayer):
@@ -168,25 +213,45 @@ def _argument(
     return value
 
 
+def _check_no_weights(encoder: Encoder, asked: Any) -> None:
+    """Attention's weights over merged keys are not those that anybody asks for."""
+    if asked is None:
+        asked = getattr(encoder.config, "output_attentions", None)
+    if asked:
+        raise ValueError(
+            "output_attentions must be off where attention is compressed (its weights are over "
+            "merged keys), got True: set_ratio(model, 1), or a level without it"
+        )
+
+
 def _warn_if_untrained(encoder: Encoder, ratios: tuple[int, ...]) -> None:
     """Once per model: plugins that run still have their initial values."""
-    state, family = encoder.variator_state, encoder.variator_family
-    unknown = {ratio for ratio in ratios if ratio > 1} - state.trained
+    state = encoder.variator_state
+    used = {
+        (site.placement, ratio)
+        for site, ratio in zip(state.sites, ratios, strict=True)
+        if ratio > 1
+    }
+    unknown = used - state.trained
     if not unknown:
         return
-    for block in blocks_of(encoder, family):
-        layer = follow(block, family.sublayer)
-        ratio = ratios[layer.variator_site.number]
-        if ratio in unknown and state.method.is_trained(layer, ratio):
-            state.trained.add(ratio)
-            unknown.discard(ratio)
+    for layer in encoder.modules():
+        if SITE not in vars(layer):
+            continue
+        site, number = vars(layer)[SITE]
+        key = site.placement, ratios[number]
+        if key in unknown and state.method.is_trained(layer, key[1]):
+            state.trained.add(key)
+            unknown.discard(key)
     if not unknown:
         return
-    ratio = min(unknown)
+    placement, ratio = min(unknown)
     state.warned = True
+    what = {"ffn": "the FFN output of its mean", "attention": "what its mean attends to"}
     warnings.warn(
-        f"the plugins of ratio {ratio} are untrained: each group of {ratio} tokens gets the FFN "
-        "output of its mean. Train them or load_plugins()",
+        f"the {placement} plugins of ratio {ratio} are untrained: each group of {ratio} tokens "
+        f"{'gets ' + what[placement] if placement in what else 'is seen as its mean'}. Train them "
+        "or load_plugins()",
         UserWarning,
         stacklevel=4,
     )

@@ -21,6 +21,7 @@ _ACTIVATIONS = {
     "GELUTanh": "gelu_tanh",
     "PytorchGELUTanh": "gelu_tanh",
 }
+_CAPTURES = "transformers.utils.output_capturing"
 _PROXY: Any = getattr(proxy_tensor, "_AttrProxy", None)
 # The last two stand for plain weights while a program is exported, and under a fake mode.
 _PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
@@ -29,12 +30,15 @@ _PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 def untouched(module: nn.Module) -> bool:
     """Nobody replaced its ``forward`` or hooked it; packed products are what it is."""
     packed = isinstance(module.__dict__.get("forward"), Forward)
+    # Those by which transformers takes attention weights and hidden states wait until asked.
+    hooks = [hook for hook in module._forward_hooks.values() if _home(hook) != _CAPTURES]
     return (packed or not replaced(module)) and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def _home(hook: Any) -> str | None:
+    return getattr(hook, "__module__", None)
 
 
 def _kind(module: nn.Module) -> type:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.feed_forward import FeedForward, normalize, products
+from .attention import reach
 from .family import Family, follow, lookup
 from .feed_forward import describe
 from .find import Found, full_name, replaced, whole_rows
 from .loading import ATTACHED
 
 
-def check_unchanged(found: Found) -> None:
+def check_unchanged(found: Found, placements: tuple[str, ...] = ("ffn",)) -> None:
     """Every class is exactly the family's, every ``forward`` its own, no layer cuts its rows, and
     the name of plugins is free.
 
@@ -26,7 +27,7 @@ def check_unchanged(found: Found) -> None:
     family = found.family
     module = module_of(family)
     norms = [lookup(layer, family.norm) for layer in found.layers] if family.norm else []
-    parts = found.parts() + [(norm, family.norm_class) for norm in norms]
+    parts = found.parts(placements) + [(norm, family.norm_class) for norm in norms]
     for part, name in parts:
         changed = replaced(part)
         kind: Any = getattr(module, name, None) or getattr(nn, name, None)
@@ -48,12 +49,47 @@ def check_unchanged(found: Found) -> None:
             f"the forward of {family.encoder} has no argument {family.mask!r} (family.mask), which "
             f"tells padding: it has {list(arguments)}"
         )
-    for layer in found.layers:
+    sublayers = list(found.layers)
+    for layer in sublayers:
         whole_rows(layer)
+    if set(placements) - {"ffn"}:
+        sublayers += found.attentions
+    for layer in sublayers:
         if hasattr(layer, ATTACHED):
             raise ValueError(
                 f"model's {type(layer).__name__} must not have {ATTACHED!r}, the name that plugins "
                 f"take, got {type(getattr(layer, ATTACHED)).__name__}: rename or remove it"
+            )
+
+
+def check_attention(found: Found) -> None:
+    """The family says where self-attention is, and that is what the placements compute.
+
+    Raises:
+        ValueError: it does not, or the model has something else there.
+    """
+    family = found.family
+    paths = family.attention
+    if paths is None:
+        why = family.no_attention or "its family has no attention=vk.AttentionPaths(...)"
+        raise ValueError(
+            f"placements must be ('ffn',) for {family.name}: {why}; got one around attention"
+        )
+    for number, block in enumerate(found.blocks):
+        try:
+            layer = follow(block, paths.sublayer)
+            reach(found.encoder, block, number, paths)
+            for name in ("q", "k", "v", "qkv", "o", "head_size", "norm", "table_of", "window"):
+                follow(layer, getattr(paths, name))
+        except (AttributeError, IndexError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"model's block {number} lacks what family.attention says of {family.name} "
+                f"(another version of transformers may have it): {error}"
+            ) from error
+        if any(hasattr(module, "distance_embedding") for module in layer.modules()):
+            raise ValueError(
+                f"placements must be ('ffn',) for a {family.name} whose position_embedding_type is "
+                "relative: its terms depend on the content"
             )
 
 

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ... import backends, checks
 from ...ops.feed_forward import ADAPTER_ACTIVATIONS
 from ...runtime.level import mentioned
 
-PLACEMENTS = ("ffn",)
+PLACEMENTS = ("ffn", "attention", "attention_kv")
 DEFAULT_RATIO = 4
 """The active one, where it has plugins."""
 
 
 class VariatorConfig(NamedTuple):
-    """``ratios``: every k that has plugins; ``bottleneck``, ``activation``: r and φ."""
+    """``placements``: every k that has plugins, by placement; ``bottleneck``, ``activation``: r, φ
+    (of ``attention_kv``, which has no adapter, neither)."""
 
-    ratios: tuple[int, ...]
+    placements: dict[str, tuple[int, ...]]
     bottleneck: int = 64
     activation: str = "tanh"
-    placements: tuple[str, ...] = PLACEMENTS
     backend: str = "auto"
     pack: bool = True
 
 
 def configure(
     ratio: Any,
-    ratios: Iterable[int],
+    ratios: Any,
     bottleneck: int,
     activation: str,
     placements: Iterable[str],
@@ -39,37 +39,64 @@ def configure(
     Raises:
         ValueError: one does not fit; the message names it.
     """
-    active, every = _ratios(ratio, ratios)
+    places = _placements(placements, ratio, ratios)
+    active, every = _ratios(ratio, ratios, places)
     config = VariatorConfig(
         every,
         checks.ratio(bottleneck, "bottleneck"),
         checks.choice(activation, ADAPTER_ACTIVATIONS, "activation"),
-        _placements(placements),
         checks.choice(backend, ("auto", *backends.BACKENDS), "backend"),
         checks.flag(pack, "pack"),
     )
     return config, active
 
 
-def _ratios(ratio: Any, ratios: Iterable[int]) -> tuple[Any, tuple[int, ...]]:
-    """The active one, and all."""
+def _ratios(ratio: Any, ratios: Any, places: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
+    """The active level, and every ratio of each placement."""
+    given = {place: _given(ratios, place) for place in places}
+    every = {place: set(numbers) for place, numbers in given.items()}
+    for place in places:
+        named = ratio.get(place, ()) if isinstance(ratio, Mapping) else ratio
+        if ratio is not None and named != ():
+            every[place].update(k for k in map(checks.ratio, mentioned(named)) if k > 1)
+        if not every[place]:
+            where = f" for {place!r}" if len(places) > 1 else ""
+            raise ValueError(f"ratios must name at least one ratio >= 2{where}, got ()")
+    if ratio is None:
+        first = {p: DEFAULT_RATIO if DEFAULT_RATIO in every[p] else given[p][0] for p in places}
+        ratio = first if len(set(first.values())) > 1 else next(iter(first.values()))
+    return ratio, {place: tuple(sorted(numbers)) for place, numbers in every.items()}
+
+
+def _given(ratios: Any, place: str) -> list[int]:
+    """Those that ``ratios`` names for a placement."""
+    named = ratios.get(place, ()) if isinstance(ratios, Mapping) else ratios
     try:
-        given = list(ratios)
+        given = list(named)
     except TypeError:
         raise ValueError(f"ratios must be a sequence of integers >= 2, got {ratios!r}") from None
-    every = {checks.ratio(k, "ratios", least=2) for k in given}
-    if ratio is not None:
-        every.update(k for k in map(checks.ratio, mentioned(ratio)) if k > 1)
-    if not every:
-        raise ValueError("ratios must name at least one ratio >= 2, got ()")
-    if ratio is None:
-        first = checks.ratio(given[0], "ratios")
-        ratio = DEFAULT_RATIO if DEFAULT_RATIO in every else first
-    return ratio, tuple(sorted(every))
+    return [checks.ratio(k, "ratios", least=2) for k in given]
 
 
-def _placements(placements: Iterable[str]) -> tuple[str, ...]:
+def _placements(placements: Iterable[str], ratio: Any, ratios: Any) -> tuple[str, ...]:
+    """Those of the argument, or those that mappings of ratios imply."""
     given = (placements,) if isinstance(placements, str) else tuple(placements)
-    if given != PLACEMENTS:
-        raise ValueError(f"placements must be {PLACEMENTS} in this version, got {given}")
-    return given
+    named = [place for value in (ratio, ratios) if isinstance(value, Mapping) for place in value]
+    for place in (*given, *named):
+        if place not in PLACEMENTS:
+            raise ValueError(f"placements must be among {PLACEMENTS}, got {place!r}")
+    if named and given == ("ffn",):  # the default
+        given = tuple(named)
+    elif not set(named) <= set(given):
+        raise ValueError(
+            f"placements must hold those that ratio and ratios name, {sorted(set(named))}, got "
+            f"{given}"
+        )
+    if not given:
+        raise ValueError(f"placements must name at least one of {PLACEMENTS}, got ()")
+    if {"attention", "attention_kv"} <= set(given):
+        raise ValueError(
+            "placements must not hold both 'attention' and 'attention_kv', which work at the same "
+            f"sublayers, got {given}"
+        )
+    return tuple(place for place in PLACEMENTS if place in given)

@@ -7,18 +7,32 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ... import backends
+from ...ops import checks
 from ...ops.compressed_ffn import run
+from ...ops.self_attention import (
+    Keys,
+    Rotation,
+    SelfAttention,
+    around,
+    attention_kv,
+    members,
+    merged_queries,
+    whole_queries,
+)
 from ...ops.transforms import fitting
 from ...runtime.context import Context
 from ...runtime.state import states
+from ...sites.attention import reach_of
 from ...sites.install import attached
 from ...sites.loading import ATTACHED
+from ...sites.wrappers import check_present
 from .config import VariatorConfig
-from .plugin import Plugin
+from .plugin import KeyValuePlugin, Plugin
 
 
 class Variator:
-    """Compression plugins, one a ratio, around each feed-forward site.
+    """Compression plugins, one a ratio, at each site.
 
     The plugins of a site are ``plugins[str(k)]``.
     """
@@ -29,23 +43,23 @@ class Variator:
         self.config = config
 
     @property
-    def ratios(self) -> tuple[int, ...]:
-        return self.config.ratios
+    def placements(self) -> dict[str, tuple[int, ...]]:
+        return self.config.placements
 
-    def parameters(self, hidden_size: int, like: Tensor, training: bool) -> nn.ModuleDict:
+    def parameters(
+        self, placement: str, hidden_size: int, like: Tensor, training: bool
+    ) -> nn.ModuleDict:
         """New plugins of one site, on the device and of the dtype of ``like``."""
         config = self.config
-        plugins = {
-            str(k): Plugin(
-                hidden_size,
-                k,
-                config.bottleneck,
-                config.activation,
-                device=like.device,
-                dtype=like.dtype,
-            )
-            for k in config.ratios
-        }
+        where: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        plugins: dict[str, nn.Module] = {}
+        for k in config.placements[placement]:
+            if placement == "attention_kv":
+                plugins[str(k)] = KeyValuePlugin(hidden_size, k, **where)
+            else:
+                plugins[str(k)] = Plugin(
+                    hidden_size, k, config.bottleneck, config.activation, **where
+                )
         return nn.ModuleDict(plugins).train(training)
 
     def feed_forward(
@@ -60,13 +74,76 @@ class Variator:
         backend = fitting(self.config.backend, backend)
         return run(x, weights, ffn, context.groups(x, ratio, backend), backend)
 
+    def attention(
+        self,
+        layer: Any,
+        x: Tensor,
+        ratio: int,
+        context: Context,
+        rotation: Rotation | None,
+    ) -> Tensor:
+        """The sublayer with merged keys and values (``attention_kv``), or compressed as a whole
+        (``attention``): ``x [B, n, d]``."""
+        plugin: Any = layer._modules[ATTACHED]._modules[str(ratio)]
+        config, site = self.config, layer.variator_site.site
+        attention = layer.self_attention()._replace(pack=config.pack)
+        backend = fitting(config.backend, backends.resolve(config.backend, x))
+        attention.check(x)
+        keys, merged_rotation = _merged_keys(layer, x, ratio, context, attention, backend)
+        if site.placement == "attention_kv":
+            check_present(plugin)
+            weights = plugin.weights()
+            checks.merge_parameters(weights.weight, weights.bias, x)
+            rotations = None
+            if rotation is not None:
+                assert merged_rotation is not None
+                rotations = rotation, merged_rotation
+            groups = context.groups(x, ratio, backend)
+            return attention_kv(x, weights, attention, groups, keys, rotations, backend)
+        rotations = None if merged_rotation is None else (merged_rotation, merged_rotation)
+        sublayer = around(attention, keys, rotations, backend)
+        weights, sublayer, backend = plugin.prepared.of(
+            plugin, sublayer, x, config.backend, config.pack
+        )
+        backend = fitting(config.backend, backend)
+        return run(x, weights, sublayer, context.groups(x, ratio, backend), backend)
+
     def is_trained(self, layer: Any, ratio: int) -> bool:
         """Whether a plugin differs from the one it starts as, or nobody can tell."""
-        plugin = layer.plugins[str(ratio)]
         return any(
             weight.is_meta or type(weight) is not nn.Parameter or bool(weight.any())
-            for weight in (plugin.adapter.w2, plugin.merge.weight)
+            for name, weight in layer.plugins[str(ratio)].named_parameters()
+            if name in ("adapter.w2", "merge.weight")
         )
+
+
+def _merged_keys(
+    layer: Any,
+    x: Tensor,
+    ratio: int,
+    context: Context,
+    attention: SelfAttention,
+    backend: str,
+) -> tuple[Keys, Rotation | None]:
+    """What holds of the merged keys in this forward; made once for all layers that share it."""
+    listed = context.groups(x, ratio, "cpu" if backend == "cpu" else "reference")
+    here = ratio, x.device, *x.shape[:2]
+    tokens = context.once(("members", here), lambda: members(listed, x))
+    reach, placement = reach_of(layer), layer.variator_site.site.placement
+    table, window = reach.distances(x), attention.window
+    make = whole_queries if placement == "attention_kv" else merged_queries
+
+    def keys() -> Keys:
+        return make(tokens, x.shape[1], table, window)
+
+    if table is not None and table.weight.requires_grad:  # part of the graph of this call alone
+        found = keys()
+    else:
+        found = context.once(("keys", placement, here, reach.table, window), keys)
+    if reach.rotary is None:
+        return found, None
+    name = "rotation", here, x.dtype, reach.rotary, reach.rotary_kind
+    return found, context.once(name, lambda: reach.rotation(x, tokens.mean(context.positions(x))))
 
 
 def plugin_parameters(model: nn.Module, ratios: Iterable[int] | None = None) -> list[nn.Parameter]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...runtime.level import Site
 from .stored import Settings, key
 
 _NAME = re.compile(
@@ -59,6 +60,6 @@ def read(path: Path) -> tuple[Settings, dict[str, Tensor]]:
     for i in range(layers):
         for field, size in (("merge.bias", k), ("adapter.b1", r), ("adapter.b2", d)):
             parts.setdefault((i, field), torch.zeros(size))
-    tensors = {key(i, k, field): tensor for (i, field), tensor in parts.items()}
+    tensors = {key(Site("ffn", i), k, field): tensor for (i, field), tensor in parts.items()}
     placed = {"ffn": [k]}
     return Settings("", d, layers, r, "tanh", placed, {"ffn": [k] * layers}), tensors

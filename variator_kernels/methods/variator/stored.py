@@ -15,7 +15,10 @@ from .config import PLACEMENTS
 
 FORMAT = 2
 MOST_LAYERS = 10_000
-FIELDS = ("merge.weight", "merge.bias", "adapter.w1", "adapter.b1", "adapter.w2", "adapter.b2")
+_MERGE = ("merge.weight", "merge.bias")
+_WHOLE = (*_MERGE, "adapter.w1", "adapter.b1", "adapter.w2", "adapter.b2")
+FIELDS = {"ffn": _WHOLE, "attention": _WHOLE, "attention_kv": _MERGE}
+"""The tensors of a plugin, by placement."""
 
 
 class Settings(NamedTuple):
@@ -47,8 +50,12 @@ class Settings(NamedTuple):
 
     @property
     def ratios(self) -> list[int]:
-        """Every ratio that has plugins."""
-        return self.placements["ffn"]
+        """Every ratio that has plugins at some site."""
+        return sorted({k for ratios in self.placements.values() for k in ratios})
+
+    def sites(self) -> list[Site]:
+        """Every site, in the order of a model's."""
+        return [Site(place, i) for place in self.placements for i in range(self.layers)]
 
     @property
     def active(self) -> dict[str, dict[int, int]]:
@@ -150,27 +157,35 @@ def _checked(settings: Settings) -> Settings:
         raise ValueError(f"family must be a model_type, got {settings.family!r}")
     for name in ("placements", "level"):
         value = getattr(settings, name)
-        if not isinstance(value, dict) or tuple(value) != PLACEMENTS:
-            raise ValueError(f"{name} must be of {PLACEMENTS}, got {value!r}")
-        if not isinstance(value["ffn"], list) or not value["ffn"]:
-            raise ValueError(f"{name} must hold a list of ratios, got {value['ffn']!r}")
+        known = isinstance(value, dict) and set(value) <= set(PLACEMENTS)
+        if not known or not value or {"attention", "attention_kv"} <= set(value):
+            raise ValueError(f"{name} must be of placements among {PLACEMENTS}, got {value!r}")
+        for ratios in value.values():
+            if not isinstance(ratios, list) or not ratios:
+                raise ValueError(f"{name} must hold a list of ratios, got {ratios!r}")
+    if tuple(settings.placements) != tuple(settings.level):
+        raise ValueError(
+            f"level must be of the placements {tuple(settings.placements)}, got "
+            f"{tuple(settings.level)}"
+        )
     for name in ("hidden_size", "layers", "bottleneck"):
         _integer(getattr(settings, name), name, least=1)
     checks.choice(settings.activation, ADAPTER_ACTIVATIONS, "activation")
-    ratios = [_integer(k, "ratios", least=2) for k in settings.ratios]
-    if len(set(ratios)) < len(ratios):
-        raise ValueError(f"placements must name each ratio once, got {ratios}")
-    if len(settings.level["ffn"]) != settings.layers:
-        raise ValueError(f"level must have {settings.layers} layers, got {settings.level['ffn']}")
-    for ratio in settings.level["ffn"]:
-        if _integer(ratio, "level", least=1) not in (1, *ratios):
-            raise ValueError(f"level must hold ratios that have plugins, {ratios}, got {ratio}")
+    for place, level in settings.level.items():
+        ratios = [_integer(k, "ratios", least=2) for k in settings.placements[place]]
+        if len(set(ratios)) < len(ratios):
+            raise ValueError(f"placements must name each ratio once, got {ratios}")
+        if len(level) != settings.layers:
+            raise ValueError(f"level must have {settings.layers} layers, got {level}")
+        for ratio in level:
+            if _integer(ratio, "level", least=1) not in (1, *ratios):
+                raise ValueError(f"level must hold ratios that have plugins, {ratios}, got {ratio}")
     return settings
 
 
-def key(layer: int, ratio: int, field: str, placement: str = "ffn") -> str:
+def key(site: Site, ratio: int, field: str) -> str:
     """The name of a tensor in the file."""
-    return f"{placement}.{layer}.{ratio}.{field}"
+    return f"{site.placement}.{site.layer}.{ratio}.{field}"
 
 
 def first_key(layer: int, ratio: int, field: str) -> str:
@@ -181,20 +196,21 @@ def first_key(layer: int, ratio: int, field: str) -> str:
 def renamed(settings: Settings, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a folder of format 1 under the names of this format; others stay as they are."""
     names = {
-        first_key(i, k, field): key(i, k, field)
-        for i in range(settings.layers)
+        first_key(site.layer, k, field): key(site, k, field)
+        for site in settings.sites()
         for k in settings.ratios
-        for field in FIELDS
+        for field in FIELDS["ffn"]
     }
     return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
-def shapes(settings: Settings, layers: Iterable[int]) -> dict[str, tuple[int, ...]]:
-    """Every tensor that plugins of these settings have in ``layers`` (a shared module is one)."""
+def shapes(settings: Settings, sites: Iterable[Site]) -> dict[str, tuple[int, ...]]:
+    """Every tensor that plugins of these settings have at ``sites`` (a shared module is one)."""
     d, r = settings.hidden_size, settings.bottleneck
     found: dict[str, tuple[int, ...]] = {}
-    for i in layers:
-        for k in settings.ratios:
-            sizes = ((k, k * d), (k,), (r, 2 * d), (r,), (d, r), (d,))
-            found |= {key(i, k, field): size for field, size in zip(FIELDS, sizes, strict=True)}
+    for site in sites:
+        for k in settings.placements[site.placement]:
+            every = (k, k * d), (k,), (r, 2 * d), (r,), (d, r), (d,)
+            sizes = dict(zip(_WHOLE, every, strict=True))
+            found |= {key(site, k, field): sizes[field] for field in FIELDS[site.placement]}
     return found

@@ -72,7 +72,7 @@ def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: G
         u = prepacked_products(merged, ffn)
         inputs = decompress.Inputs(u, projected, residual, poison)
         decompress.run(inputs, block, packed.adapter, y_rows)
-    return normalize_real(y, ffn, groups) if ffn.post_norm else y
+    return normalize_real(y, ffn.any_norm, groups) if ffn.post_norm else y
 
 
 class PrepackedPlugin(NamedTuple):

@@ -94,7 +94,7 @@ def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: G
         _run_at_once(x, merge, decompress, u, cast)
     else:
         decompress.run(x)
-    return normalize_real(y, ffn, groups) if ffn.post_norm else y
+    return normalize_real(y, ffn.any_norm, groups) if ffn.post_norm else y
 
 
 def _run_at_once(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import prepacked_linear
 from ..adapter_decompress import op as decompress
+from ..arguments import Norm
 from ..feed_forward import FeedForward, PluginWeights, normalize, products
 from ..group_merge import op as merge
 from ..groups import Groups, real_tokens
@@ -28,12 +29,11 @@ def compressed_ffn(
     y = decompress.adapter_decompress(
         u.to(dtype), projected, plugin.adapter, residual, groups, backend
     )
-    return normalize_real(y, ffn, groups) if ffn.post_norm else y
+    return normalize_real(y, ffn.any_norm, groups) if ffn.post_norm else y
 
 
-def normalize_real(y: Tensor, ffn: FeedForward, groups: Groups) -> Tensor:
+def normalize_real(y: Tensor, norm: Norm, groups: Groups) -> Tensor:
     """The norm after the residual, for real tokens alone, in y's dtype."""
-    norm = (ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)
     real = real_tokens(groups, y)
     if real is None:
         return normalize(y, *norm).to(y.dtype)

@@ -1,0 +1,136 @@
+"""Self-attention sublayers with merged keys and values; compositions of the ops below."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import prepacked_linear
+from ..arguments import MergeWeights
+from ..compressed_ffn.layered import normalize_real
+from ..feed_forward import FeedForward, autocasts, normalize
+from ..group_merge import op as merge_op
+from ..group_merge import reference as merge_reference
+from ..grouped_attention import grouped_attention
+from ..groups import Groups, real_tokens
+from .description import Projections, SelfAttention
+from .keys import Keys, Rotation, Table, members, merged_queries, whole_queries
+
+__all__ = [
+    "Keys",
+    "Projections",
+    "Rotation",
+    "SelfAttention",
+    "Table",
+    "around",
+    "attend",
+    "attention_kv",
+    "members",
+    "merged_queries",
+    "whole_queries",
+]
+
+
+def attention_kv(
+    x: Tensor,
+    merge: MergeWeights,
+    attention: SelfAttention,
+    groups: Groups,
+    keys: Keys,
+    rotations: tuple[Rotation, Rotation] | None,
+    backend: str,
+) -> Tensor:
+    """The sublayer with whole queries, and keys and values of merged vectors (paper section 3.2,
+    merge alone): ``x [B, n, d]`` to the same shape, norm to residual.
+
+    ``rotations``: of queries and keys. Padding passes through unchanged, or is 0 without a
+    residual.
+    """
+    real = real_tokens(groups, x)
+    real = None if real is None else real[..., None]
+    # What padding holds must not reach a gradient.
+    tokens = x if real is None or not torch.is_grad_enabled() else torch.where(real, x, 0)
+    norm = attention.pre_norm
+    h = normalize(tokens, norm.name, norm.weight, norm.bias, norm.eps)
+    if backend == "reference":
+        merged = merge_reference.group_merge(h, merge.weight, merge.bias, groups)
+    else:
+        merged = merge_op.group_merge(x, merge, groups, norm, backend)[0]
+    o = attend(h, merged, attention, keys, rotations, backend)
+    if attention.dropout_outer > 0:
+        o = F.dropout(o, attention.dropout_outer)
+    y = x + o if attention.residual else o
+    if real is not None:
+        y = torch.where(real, y, x if attention.residual else 0)
+    return normalize_real(y, attention.any_norm, groups) if attention.post_norm else y
+
+
+def attend(
+    h: Tensor,
+    source: Tensor,
+    attention: SelfAttention,
+    keys: Keys,
+    rotations: tuple[Rotation, Rotation] | None,
+    backend: str,
+) -> Tensor:
+    """``[B, n, d]``: queries of ``h [B, n, d]`` over keys and values of ``source [B, G, d]``."""
+    q, k, v = (t.unflatten(-1, (-1, attention.head_size)) for t in _projected(h, source, attention))
+    if rotations is not None:
+        q, k = rotations[0].of(q), rotations[1].of(k)
+    out = grouped_attention(
+        q,
+        k,
+        v,
+        scale=attention.scale,
+        bias=keys.bias,
+        relative=keys.relative,
+        dropout_p=attention.dropout_weights,
+        backend="reference" if backend == "reference" else "auto",
+    ).flatten(-2)
+    if attention.modules is not None:
+        return attention.modules.o(out)
+    return _linear(out, attention.w_o, attention.b_o, attention)
+
+
+def around(
+    attention: SelfAttention,
+    keys: Keys,
+    rotations: tuple[Rotation, Rotation] | None,
+    backend: str,
+) -> FeedForward:
+    """The sublayer as what plugins go around: merged vectors attend to merged vectors."""
+
+    def attends(merged: Tensor) -> Tensor:
+        return attend(merged, merged, attention, keys, rotations, backend)
+
+    return FeedForward(
+        attention.w_o,
+        attention.w_o,
+        norm=attention.norm,
+        norm_weight=attention.norm_weight,
+        norm_bias=attention.norm_bias,
+        eps=attention.eps,
+        post_norm=attention.post_norm,
+        residual=attention.residual,
+        dropout_outer=attention.dropout_outer,
+        pack=attention.pack,
+        module=attends,
+    )
+
+
+def _projected(h: Tensor, source: Tensor, attention: SelfAttention) -> tuple[Tensor, ...]:
+    if attention.modules is not None:
+        return attention.modules.q(h), attention.modules.k(source), attention.modules.v(source)
+    return (
+        _linear(h, attention.w_q, attention.b_q, attention),
+        _linear(source, attention.w_k, attention.b_k, attention),
+        _linear(source, attention.w_v, attention.b_v, attention),
+    )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, attention: SelfAttention) -> Tensor:
+    if not autocasts(x):
+        x = x.to(weight.dtype)
+    multiply = prepacked_linear.packed if attention.pack else prepacked_linear.unpacked
+    return multiply(x, weight, bias)

@@ -1,0 +1,121 @@
+"""What attention has to know of merged keys: their weight, positions, visibility."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..grouped_attention import DistanceBias, distance_bias
+from ..groups import Groups, slots
+
+
+class Table(NamedTuple):
+    """T5's terms of the distance: ``weight [buckets, H]``, and where the last bucket begins."""
+
+    weight: Tensor
+    max_distance: int = 128
+
+
+class Members(NamedTuple):
+    """The tokens of each group of ``[B, n]`` tokens."""
+
+    column: Tensor
+    """int64 ``[B, G, k]``: the place in the row of what each slot holds; 0 behind a span."""
+    exists: Tensor
+    """bool ``[B, G, k]``."""
+    start: Tensor
+    """int64 ``[B, G]``: the place of slot 0."""
+    number: Tensor
+    """int64 ``[B, G]``: tokens."""
+
+    def mean(self, positions: Tensor) -> Tensor:
+        """Of ``positions [B or 1, n]`` over each group's tokens, fp64 ``[B, G]``; 0 of none."""
+        rows, count, k = self.column.shape
+        wide = positions.double().expand(rows, -1)
+        if wide.shape[1] == 0:
+            return wide.new_zeros(rows, count)
+        found = wide.gather(1, self.column.reshape(rows, -1)).view(rows, count, k)
+        return torch.where(self.exists, found, 0).sum(-1) / self.number.clamp_min(1)
+
+
+def members(groups: Groups, x: Tensor) -> Members:
+    """Those of listed ``groups`` of ``x [B, n, d]``."""
+    index, exists = slots(groups)
+    first = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+    assert groups.start is not None
+    column = (index - first[..., None]).clamp_min(0)  # behind a span
+    return Members(column, exists, (groups.start - first).clamp_min(0), exists.sum(-1))
+
+
+class Keys(NamedTuple):
+    """Of the keys of one forward and ratio."""
+
+    bias: Tensor | None = None
+    """``[B, G]``, as :func:`~variator_kernels.functional.grouped_attention` takes it."""
+    relative: DistanceBias | None = None
+
+
+def whole_queries(
+    groups: Members, n: int, table: Table | None, window: tuple[int, int] | None
+) -> Keys:
+    """Merged keys under ``n`` whole queries a row (``attention_kv``).
+
+    A key weighs as the tokens it stands for: the logsumexp of all of their additive terms, which is
+    the logarithm of their number where the model has no such terms.
+    """
+    if table is None and window is None:
+        return Keys(_logarithm(groups.number))
+    places = torch.arange(n, device=groups.start.device).expand(groups.start.shape[0], -1)
+    relative = distance_bias(
+        None if table is None else table.weight,
+        queries=places,
+        keys=groups.start,
+        members=groups.exists,
+        window=window,
+        max_distance=128 if table is None else table.max_distance,
+    )
+    return Keys(None, relative)
+
+
+def merged_queries(
+    groups: Members, n: int, table: Table | None, window: tuple[int, int] | None
+) -> Keys:
+    """Merged keys under merged queries (``attention``): terms of the distance between the means of
+    their tokens' positions, and the logarithm of a key's number of tokens."""
+    bias = _logarithm(groups.number)
+    if table is None and window is None:
+        return Keys(bias)
+    means = groups.mean(torch.arange(n, device=groups.start.device)[None])
+    relative = distance_bias(
+        None if table is None else table.weight,
+        queries=means,
+        keys=means,
+        window=window,
+        max_distance=128 if table is None else table.max_distance,
+    )
+    return Keys(bias, relative)
+
+
+def _logarithm(number: Tensor) -> Tensor:
+    return number.float().log()
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines ``[B or 1, m, head_size]`` of m positions (RoPE)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def of(self, vectors: Tensor) -> Tensor:
+        """``vectors [B, m, H, head_size]`` turned: halves of a head are the two components."""
+        if self.cos.shape[-1] != vectors.shape[-1]:
+            raise ValueError(
+                f"position_embeddings must turn whole heads of {vectors.shape[-1]}, got "
+                f"{self.cos.shape[-1]}"
+            )
+        wide = torch.promote_types(vectors.dtype, torch.float32)
+        x, cos, sin = vectors.to(wide), self.cos[:, :, None].to(wide), self.sin[:, :, None].to(wide)
+        first, second = x.chunk(2, -1)
+        return (x * cos + torch.cat((-second, first), -1) * sin).to(vectors.dtype)

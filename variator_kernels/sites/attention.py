@@ -1,0 +1,164 @@
+"""What a self-attention sublayer of a known family consists of, as a :class:`SelfAttention`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.self_attention import Projections, Rotation, SelfAttention, Table
+from .attention_paths import AttentionPaths
+from .described import Described, memory_of
+from .family import REACH, ROW, Family, follow, lookup
+from .feed_forward import check_bypassed, probability
+from .plain import plain_linear
+from .watch import Watch
+from .wrappers import check_present
+
+
+class Reach(NamedTuple):
+    """What a sublayer needs of the encoder that it is in."""
+
+    table: Any = None
+    """The embedding of T5's distances."""
+    max_distance: int = 128
+    rotary: Any = None
+    """The module that turns positions into cosines and sines."""
+    rotary_kind: str | None = None
+
+    def distances(self, like: Tensor) -> Table | None:
+        """T5's table on the device of ``like``."""
+        if self.table is None:
+            return None
+        return Table(self.table.weight.to(like.device), self.max_distance)
+
+    def rotation(self, x: Tensor, positions: Tensor) -> Rotation:
+        """Of ``positions [B, m]``, which need not be whole numbers."""
+        extra = () if self.rotary_kind is None else (self.rotary_kind,)
+        return Rotation(*self.rotary(x, positions, *extra))
+
+
+class DescribedAttention(Described[SelfAttention]):
+    """A self-attention sublayer's :func:`describe_attention`."""
+
+    __slots__ = ()
+
+    @staticmethod
+    def describe(layer: nn.Module) -> SelfAttention:
+        return describe_attention(layer, getattr(type(layer), ROW))
+
+    @staticmethod
+    def watched(layer: nn.Module) -> Watch:
+        return _watched(layer, paths_of(layer))
+
+    @staticmethod
+    def memory(layer: nn.Module) -> tuple[Any, ...] | None:
+        paths = paths_of(layer)
+        return memory_of(lookup(layer, f"{paths.qkv}.weight")) if paths.qkv else None
+
+
+def paths_of(layer: nn.Module) -> AttentionPaths:
+    """Those of a patched sublayer."""
+    family: Family = getattr(type(layer), ROW)
+    assert family.attention is not None
+    return family.attention
+
+
+def reach_of(layer: nn.Module) -> Reach:
+    """What a patched sublayer needs of its encoder."""
+    return vars(layer)[REACH]
+
+
+def reach(encoder: Any, block: Any, number: int, paths: AttentionPaths) -> Reach:
+    """What the sublayer of ``block``, the ``number``th, needs."""
+    return Reach(
+        table=follow(encoder, paths.table.format(layer=number)) if paths.table else None,
+        max_distance=getattr(encoder.config, "relative_attention_max_distance", 128),
+        rotary=follow(encoder, paths.rotary) if paths.rotary else None,
+        rotary_kind=follow(block, paths.rotary_kind) if paths.rotary_kind else None,
+    )
+
+
+def _watched(layer: nn.Module, paths: AttentionPaths) -> Watch:
+    watch = Watch()
+    products = (paths.q, paths.k, paths.v, paths.qkv, paths.o)
+    named = {*products, paths.norm, paths.dropout, paths.outer_dropout, *paths.bypassed} - {""}
+    ends = [watch.path(layer, path) for path in sorted(named)]
+    for path in (paths.dropout, paths.outer_dropout, paths.head_size, paths.window):
+        owner, name = _owner(layer, path)
+        if isinstance(owner, nn.Module) and name in vars(owner):
+            watch.entries(vars(owner), (name, "training"))
+    for module in {id(end): end for end in ends if isinstance(end, nn.Module)}.values():
+        mode = ("training", "p") if hasattr(module, "p") else ()
+        watch.module(module, (*mode, "weight", "bias", *paths.eps))
+    watch.start()
+    return watch
+
+
+def _owner(layer: nn.Module, path: str) -> tuple[Any, str]:
+    """The module whose attribute ``path`` ends in, and that attribute's name."""
+    above, _, name = path.rpartition(".")
+    return (lookup(layer, above) if above else layer), name
+
+
+def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
+    """What ``layer`` consists of now; traceable by ``torch.compile``.
+
+    Raises:
+        TypeError: what the kernels replace (its norm, its dropout) was replaced or hooked.
+        ValueError: accelerate offloads it.
+    """
+    paths = family.attention
+    assert paths is not None
+    check_present(layer)
+    check_bypassed(layer, paths.bypassed, family.module)
+    size = follow(layer, paths.head_size)
+    o = follow(layer, paths.o)
+    norm = lookup(layer, paths.norm)
+    window = lookup(layer, paths.window)
+    stand_in = next(p for p in (*layer.parameters(), torch.empty(0)) if p.is_floating_point())
+    found = SelfAttention(
+        *(stand_in,) * 4,
+        head_size=size,
+        scale=paths.scale or 1 / math.sqrt(size),
+        post_norm=paths.post_norm,
+        residual=paths.adds,
+        dropout_weights=probability(*_owner(layer, paths.dropout)),
+        dropout_outer=probability(layer, paths.outer_dropout),
+        window=None if window is None else (window - 1, window - 1),
+    )
+    if norm is not None:
+        found = found._replace(
+            norm=paths.norm_kind,
+            norm_weight=norm.weight,
+            norm_bias=getattr(norm, "bias", None),
+            eps=next(getattr(norm, name) for name in paths.eps if hasattr(norm, name)),
+        )
+    products = [follow(layer, path) for path in (paths.q, paths.k, paths.v, paths.qkv) if path]
+    if not all(map(plain_linear, (*products, o))):
+        return found._replace(modules=_modules(products, o))
+    weights = [product.weight for product in products]
+    biases = [product.bias for product in products]
+    if paths.qkv:
+        third = weights[0].shape[0] // 3
+        weights = list(weights[0].split(third))
+        biases = [None] * 3 if biases[0] is None else list(biases[0].split(third))
+    return found._replace(
+        **dict(zip(("w_q", "w_k", "w_v"), weights, strict=True)),
+        **dict(zip(("b_q", "b_k", "b_v"), biases, strict=True)),
+        w_o=o.weight,
+        b_o=o.bias,
+    )
+
+
+def _modules(products: list[Any], o: Any) -> Projections:
+    if len(products) == 3:
+        return Projections(products[0], products[1], products[2], o)
+
+    def part(number: int) -> Callable[[Tensor], Tensor]:
+        return lambda x: products[0](x).chunk(3, -1)[number]
+
+    return Projections(part(0), part(1), part(2), o)
