@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from . import extension
 from .ops.packed import cache
 from .runtime.state import states
-from .sites.feed_forward import describe
 from .sites.install import patched_sublayers
+from .sites.mixins import DESCRIBED
 
 Model = TypeVar("Model", bound=nn.Module)
 RULES = {
@@ -84,7 +84,7 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
     """What products and norms of the patched sublayers read on the CPU."""
     states(model)
     for layer in patched_sublayers(model):
-        for tensor in describe(layer):
+        for tensor in vars(layer)[DESCRIBED].describe(layer):
             if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
                 yield tensor
 

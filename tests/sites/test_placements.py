@@ -128,24 +128,28 @@ def test_equal_tokens_are_seen_as_all_of_them(name, left):
     mask[1, 7:] = False
     if left:
         x, mask = x.flip(1), mask.flip(1)
-        x[0], x[1, 4:] = groups[0].repeat_interleave(3, 0)[:11], groups[1].repeat_interleave(3, 0)[:7]
+        x[0], x[1, 4:] = (
+            groups[0].repeat_interleave(3, 0)[:11],
+            groups[1].repeat_interleave(3, 0)[:7],
+        )
     mask[0, 4] = False  # a hole
-    if name == "modernbert":  # RoPE tells a group's tokens apart: none here, windows alone
-        turn = torch.ones(1, 11, zoo.D // zoo.HEADS), torch.zeros(1, 11, zoo.D // zoo.HEADS)
-        extra = {"position_embeddings": turn}
-        vars(layer)["variator_reach"] = vars(layer)["variator_reach"]._replace(rotary=None)
-    else:
-        extra = {}
+    extra = {}
     additive = torch.zeros(2, 1, 11, 11).masked_fill(~mask[:, None, None], -1e30)
-    if name == "modernbert":
+    if name == "modernbert":  # RoPE tells a group's tokens apart: none here, windows alone
         layer = found.attentions[1]
-        vars(layer)["variator_reach"] = vars(layer)["variator_reach"]._replace(rotary=None)
+
+        def unturned(x, position, *_):
+            shape = *position.shape, zoo.D // zoo.HEADS
+            return torch.ones(shape), torch.zeros(shape)
+
+        vars(layer)["variator_reach"] = vars(layer)["variator_reach"]._replace(rotary=unturned)
         place = torch.arange(11)
+        extra = {"position_embeddings": unturned(x, place[None])}
         far = (place[:, None] - place).abs() >= layer.sliding_window
         additive = additive.masked_fill(far, -1e30)
     if name == "mpnet":
         extra = {"position_bias": found.encoder.encoder.compute_position_bias(x)}
-    state = model.variator_state if hasattr(model, "variator_state") else found.encoder.variator_state
+    state = found.encoder.variator_state
     with torch.no_grad():
         for level in (1, 3):
             state.local.context = state.context(state.check(level), mask)

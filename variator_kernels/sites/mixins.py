@@ -123,7 +123,10 @@ class AtSite(nn.Module):
         return context
 
     def ratio_here(self) -> int:
-        """The ratio that holds here."""
+        """The ratio that holds here; 1 where there is no site (a block that is patched for its
+        attention alone)."""
+        if SITE not in vars(self):
+            return 1
         return self._context().level.ratios[self.variator_site.number]
 
     def _ratio_for(self, x: Tensor) -> int:
@@ -152,7 +155,7 @@ class Sublayer(AtSite):
         return self.variator_described.of(self)
 
     def _at_site(self, x: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
-        if SITE not in vars(self):  # a block that is patched for its attention alone
+        if SITE not in vars(self):
             return dense(x)
         ratio = self._ratio_for(x)
         if ratio == 1:
