@@ -189,7 +189,7 @@ def test_refusals():
         model(ids, attention_mask=mask, output_attentions=True)
     with vk.use_ratio(model, {"ffn": 3}):
         model(ids, attention_mask=mask, output_attentions=True)
-    with pytest.raises(ValueError, match="for 'attention_kv', .2, 3.*got 5"):
+    with pytest.raises(ValueError, match=r"for 'attention_kv', \(2, 3\), got 5"):
         vk.patch(vk.unpatch(model), ratios={"ffn": (5,), "attention_kv": (2, 3)}, ratio={"ffn": 5})
         vk.set_ratio(model, 5)
 

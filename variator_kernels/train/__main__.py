@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import logging
 import sys
 from typing import Any
@@ -53,6 +54,18 @@ def parser() -> argparse.ArgumentParser:
     add("--data", required=True, help=".txt, .tsv, .jsonl, or name[:config[:split]] for datasets")
     add("--output", required=True, help="folder for plugins, checkpoints and metrics")
     add("--ratios", nargs="+", default=[], help="k, one or more; default: those of --plugins, or 4")
+    add(
+        "--placements",
+        nargs="+",
+        default=[],
+        help="ffn, attention_kv, attention; default: those of --plugins, or ffn",
+    )
+    add(
+        "--level",
+        type=json.loads,
+        help="JSON instead of --ratios and --placements, this one level is trained: "
+        '\'{"ffn": 4, "attention_kv": 2}\', or {"ffn": {"-1": 4}} for layers',
+    )
     add("--eval-data", help="like --data: evaluated during the run and at its end")
     add("--plugins", help="folder of plugins to start from")
     add(
@@ -95,6 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
     values = vars(given)
     values["text"] = tuple(name for name in given.text.split(",") if name)
     values["labels"] = tuple(name for name in given.labels.split(",") if name)
+    words = [word for text in given.placements for word in text.split(",") if word]
+    values["placements"] = tuple(words)
     values["ratios"] = _integers(given.ratios, "ratios", 2)
     if given.keep is not None:
         values["keep"] = _integers(given.keep, "keep", 0)

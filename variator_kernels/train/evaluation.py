@@ -41,7 +41,11 @@ def rows(
 
 
 def metrics(
-    sums: Sequence[float], ratios: Sequence[int], prefix: str, accuracy: bool, cosine: bool = False
+    sums: Sequence[float],
+    ratios: Sequence[int | str],
+    prefix: str,
+    accuracy: bool,
+    cosine: bool = False,
 ) -> dict[str, float]:
     """Means over tokens and rows: ``eval_k4_loss``, ``eval_k4_accuracy``, ``eval_k4_cosine``."""
     count, encoder, decoder, dense = sums[:4]
@@ -53,10 +57,11 @@ def metrics(
         first, second, right, near = sums[4 + 4 * i : 8 + 4 * i]
         loss = first / max(encoder, 1) + second / max(decoder, 1)
         total += loss
-        found[f"{prefix}_k{ratio}_loss"] = loss
+        name = f"{prefix}_k{ratio}" if isinstance(ratio, int) else f"{prefix}_{ratio}"
+        found[f"{name}_loss"] = loss
         if accuracy:
-            found[f"{prefix}_k{ratio}_accuracy"] = right / count
+            found[f"{name}_accuracy"] = right / count
         if cosine:
-            found[f"{prefix}_k{ratio}_cosine"] = near / count
+            found[f"{name}_cosine"] = near / count
     found[f"{prefix}_loss"] = total / len(ratios)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass
+from typing import Any
 
 from ..methods.variator import calibration
 from . import data
@@ -16,19 +17,21 @@ NOISE = ("default", "none")
 class Job:
     """What to train on what. Paths are files or folders on this machine.
 
-    ``step`` is ``"pretrain"`` or ``"adapt"``. ``ratios`` empty, ``bottleneck`` and ``activation``
-    None: those of ``plugins``, else 4, 64 and tanh. ``calibrate``: rows to calibrate on before the
-    first step, 0 or at least 10. ``text``: the column of plain text, by default ``text``; or those
-    that hold a task's text, one or two, by default ``sentence``. ``template``, such as ``"sst2
-    sentence: {sentence}"``, makes one text of a row's columns instead. ``labels``: the names a
-    label may have, for a model that does not know them. ``max_length``: tokens of a piece in
-    pre-training (128 if None); in adaptation longer texts are cut to it (None: they are an error if
-    the model cannot take them). ``attention``: of ``transformers``, ``"eager"`` or ``"sdpa"``;
-    None: the model's default. ``splice``: this part of the rows goes on with a piece of another
-    row, see :func:`noise.spliced`. ``noise``: what pre-training does to text, ``"default"`` (masked
-    tokens, corrupted spans) or ``"none"``. ``vary_lengths``: pre-training cuts each paragraph into
-    pieces of a length drawn for it. ``keep_first``, ``keep_last``, ``keep``: the tokens that stay
-    whole, as :func:`patch` takes them; None: as in ``plugins``, else patch's defaults.
+    ``step`` is ``"pretrain"`` or ``"adapt"``. ``ratios`` and ``placements`` empty, ``bottleneck``
+    and ``activation`` None: those of ``plugins``, else 4, ``ffn``, 64 and tanh. ``level``: a
+    mapping as :func:`patch` takes it for its ratio, instead of ``ratios`` and ``placements``: this
+    one level is trained. ``calibrate``: rows to calibrate on before the first step, 0 or at least
+    10. ``text``: the column of plain text, by default ``text``; or those that hold a task's text,
+    one or two, by default ``sentence``. ``template``, such as ``"sst2 sentence: {sentence}"``,
+    makes one text of a row's columns instead. ``labels``: the names a label may have, for a model
+    that does not know them. ``max_length``: tokens of a piece in pre-training (128 if None); in
+    adaptation longer texts are cut to it (None: they are an error if the model cannot take them).
+    ``attention``: of ``transformers``, ``"eager"`` or ``"sdpa"``; None: the model's default.
+    ``splice``: this part of the rows goes on with a piece of another row, see
+    :func:`noise.spliced`. ``noise``: what pre-training does to text, ``"default"`` (masked tokens,
+    corrupted spans) or ``"none"``. ``vary_lengths``: pre-training cuts each paragraph into pieces
+    of a length drawn for it. ``keep_first``, ``keep_last``, ``keep``: the tokens that stay whole,
+    as :func:`patch` takes them; None: as in ``plugins``, else patch's defaults.
     """
 
     step: str
@@ -36,6 +39,8 @@ class Job:
     data: str
     output: str
     ratios: tuple[int, ...] = ()
+    placements: tuple[str, ...] = ()
+    level: dict[str, Any] | None = None
     eval_data: str | None = None
     plugins: str | None = None
     calibrate: int = 0
@@ -61,6 +66,11 @@ class Job:
         if len(self.texts) > (1 if self.step == "pretrain" else 2):
             most = "one column" if self.step == "pretrain" else "one column or two"
             raise ValueError(f"text must name {most} in {self.step}, got {self.text}")
+        if self.level is not None and (self.ratios or self.placements):
+            raise ValueError(
+                f"level must not be given beside ratios and placements, got {self.level} and "
+                f"{self.ratios}, {self.placements}"
+            )
         least = calibration.LEAST
         if self.calibrate and self.calibrate < least:
             raise ValueError(f"calibrate must be 0 or at least {least} rows, got {self.calibrate}")

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification as Classifier
 from ..checkpoint import load_plugins
 from ..methods.variator.calibration import calibrate
 from ..patching import patch, unpatch
+from ..runtime.level import mentioned
 from ..runtime.state import states
 from . import checkpoints, data, noise, rows, task
 from .collate import batches, collator
@@ -86,7 +87,7 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
         LOG.info("%s holds this run: it goes on from %s", output, found.name)
     elif job.calibrate:
         calibrate(model, batches(train.spread(job.calibrate), pad))
-    config.sample_ratios = len(states(model)[0].ratios) > 1
+    config.sample_ratios = job.level is None and len(states(model)[0].ratios) > 1
     config.output_dir = str(output)
     config.eval_strategy = config.eval_strategy if held_out else "no"
     trainer = DistillationTrainer(
@@ -112,20 +113,28 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
 
 def plugged(model: Any, job: Job) -> None:
     """Patch ``model`` and fill the plugins that training starts from."""
-    ratios, bottleneck, activation = job.ratios or (4,), job.bottleneck, job.activation
+    ratios: Any = job.ratios or (4,)
+    placements = job.placements or ("ffn",)
+    bottleneck, activation = job.bottleneck, job.activation
     if job.plugins:
         load_plugins(model, job.plugins)  # patches it as they need
         (saved,) = states(model)
         unpatch(model)
-        ratios = job.ratios or saved.ratios
         config = saved.method.config
+        placements = job.placements or tuple(config.placements)
+        if not job.ratios:
+            ratios = {place: config.placements.get(place, saved.ratios) for place in placements}
         bottleneck, activation = bottleneck or config.bottleneck, activation or config.activation
+    if job.level is not None:
+        level = {place: _by_layer(ratio) for place, ratio in job.level.items()}
+        ratios = {place: mentioned(ratio) for place, ratio in level.items()}
     patch(
         model,
-        ratios[0],
+        None if job.level is None else level,
         ratios,
         bottleneck or 64,
         activation or "tanh",
+        placements=placements if job.level is None else ("ffn",),
         backend=job.backend,
         keep_first=job.keep_first,
         keep_last=job.keep_last or 0,
@@ -133,6 +142,13 @@ def plugged(model: Any, job: Job) -> None:
     )
     if job.plugins:
         load_plugins(model, job.plugins)
+
+
+def _by_layer(ratio: Any) -> Any:
+    """JSON's keys are strings."""
+    if not isinstance(ratio, dict):
+        return ratio
+    return {int(layer): k for layer, k in ratio.items()}
 
 
 def _load(job: Job) -> tuple[Any, Any, Pooler | None]:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .. import backends, checkpoint, sharding
 from ..checkpoint import load_plugins
-from ..methods.variator.method import plugin_parameters
+from ..methods.variator.method import level_parameters
 from ..ops import prepack
 from ..ops.prepacked_linear import FrozenProducts
+from ..runtime.level import Level
 from ..runtime.levels import use_ratio
 from ..runtime.state import states
 from . import checkpoints, evaluation, losses
@@ -23,15 +24,19 @@ from .embeddings import Pooler
 from .evaluation import Correct
 from .resumable import ResumableTrainer
 
+MIXED = "mixed"
+"""The name, beside ratios, of a level that differs between sites."""
+
 
 class DistillationTrainer(ResumableTrainer):
     """Trains the plugins of a patched model to make up for what compression changes.
 
     The teacher is the same model at ratio 1, without gradients and dropout: no second copy. Only
-    plugins get gradients: those of every ratio in turn with ``args.sample_ratios``, else those of
-    the model's active ratio. Checkpoints hold the plugins alone (:func:`load_plugins` reads them),
-    appear whole or not at all, and ``train(resume_from_checkpoint=True)`` goes on exactly where
-    the newest one was written, or starts if there is none.
+    plugins get gradients: those of every ratio in turn with ``args.sample_ratios``, at every
+    placement that has it, else those of the model's active level. Checkpoints hold the plugins
+    alone (:func:`load_plugins` reads them), appear whole or not at all, and
+    ``train(resume_from_checkpoint=True)`` goes on exactly where the newest one was written, or
+    starts if there is none.
 
     Args:
         model: patched, of any head; its base parameters are frozen here.
@@ -61,11 +66,10 @@ class DistillationTrainer(ResumableTrainer):
         **rest: Any,
     ) -> None:
         (state,) = states(model)
-        active = state.ratio
-        if not args.sample_ratios and (active is None or active == 1):
-            got = "1 (dense)" if active == 1 else f"{state.level.ratios}, a ratio a layer"
+        if not args.sample_ratios and state.level.is_dense:
             raise ValueError(
-                f"model's ratio must be one of {state.ratios} in all layers, got {got}: set_ratio()"
+                f"model's ratio must be one of {state.ratios} at some site, got 1 (dense): "
+                "set_ratio()"
             )
         if args.n_gpu > 1:
             raise ValueError(
@@ -77,7 +81,11 @@ class DistillationTrainer(ResumableTrainer):
                 "gradient checkpointing works in training mode alone: set dropout=True (and the "
                 "configuration's dropout probabilities to 0 for the same loss)"
             )
-        self.ratios = state.ratios if args.sample_ratios or active is None else (active,)
+        if args.sample_ratios:
+            self.levels: dict[int | str, Level] = {k: state.everywhere(k) for k in state.ratios}
+        else:
+            self.levels = {state.ratio or MIXED: state.level}
+        self.ratios = tuple(self.levels)
         shared = args.ratios_per_step
         if len(self.ratios) % shared:
             raise ValueError(
@@ -96,7 +104,7 @@ class DistillationTrainer(ResumableTrainer):
         self.plugin_state = state
         state.warned = True  # that plugins are untrained is no news here
         model.requires_grad_(False)
-        self.trained = plugin_parameters(model, self.ratios)
+        self.trained = level_parameters(model, self.levels.values())
         for parameter in self.trained:
             parameter.requires_grad_(True)
         if args.ddp_find_unused_parameters is None:
@@ -121,7 +129,7 @@ class DistillationTrainer(ResumableTrainer):
         # Gradients of accumulated batches are sums of shares of one mean: nothing to divide.
         self.model_accepts_loss_kwargs = True
 
-    def ratios_at(self, step: int) -> list[int]:
+    def ratios_at(self, step: int) -> list[int | str]:
         """The ratios that step trains: in random order, all of them before any comes again."""
         turn, position = divmod(step * self.args.ratios_per_step, len(self.ratios))
         order = random.Random(f"{self.args.seed} {turn}").sample(self.ratios, len(self.ratios))
@@ -189,7 +197,7 @@ class DistillationTrainer(ResumableTrainer):
             loss = loss + args.embedding_weight * apart
         return loss
 
-    def _check(self, loss: Tensor, ratio: int) -> None:
+    def _check(self, loss: Tensor, ratio: int | str) -> None:
         if not bool(torch.isfinite(loss)):
             self._not_finite(
                 f"the loss of step {self.state.global_step} (ratio {ratio}) is {loss.item()}; its "
@@ -210,11 +218,11 @@ class DistillationTrainer(ResumableTrainer):
         with torch.no_grad(), use_ratio(self.model, 1), self.compute_loss_context_manager():
             return model(**losses.without_labels(inputs), output_hidden_states=True)
 
-    def _student(self, model: Any, inputs: Mapping[str, Any], ratio: int) -> Any:
+    def _student(self, model: Any, inputs: Mapping[str, Any], ratio: int | str) -> Any:
         if self.args.dropout and torch.is_grad_enabled():
             model.train()  # else it stays as the teacher left it
         given = inputs if self.args.task_weight else losses.without_labels(inputs)
-        with use_ratio(self.model, ratio), self.compute_loss_context_manager():
+        with use_ratio(self.model, self.levels[ratio]), self.compute_loss_context_manager():
             return model(**given, output_hidden_states=True)
 
     # Evaluation
@@ -261,7 +269,7 @@ class DistillationTrainer(ResumableTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # A finite loss can have a gradient that is not; the next loss would tell, a save too late.
         sharding.reshard(self.model)
-        trained = plugin_parameters(self.model, self.ratios)
+        trained = level_parameters(self.model, self.levels.values())
         if not all(sharding.whole(p).isfinite().all() for p in trained):
             self._not_finite(f"the plugins after step {self.state.global_step - 1} are not finite")
         super()._save_checkpoint(model, trial)

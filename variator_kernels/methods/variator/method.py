@@ -22,10 +22,12 @@ from ...ops.self_attention import (
 )
 from ...ops.transforms import fitting
 from ...runtime.context import Context
+from ...runtime.level import Level
 from ...runtime.state import states
 from ...sites.attention import reach_of
-from ...sites.install import attached
+from ...sites.install import attached, patched_sublayers
 from ...sites.loading import ATTACHED
+from ...sites.mixins import SITE
 from ...sites.wrappers import check_present
 from .config import VariatorConfig
 from .plugin import KeyValuePlugin, Plugin
@@ -162,5 +164,17 @@ def plugin_parameters(model: nn.Module, ratios: Iterable[int] | None = None) -> 
         for plugins in attached(model)
         for k, plugin in plugins.items()
         if wanted is None or int(k) in wanted
+        for parameter in plugin.parameters()
+    ]
+
+
+def level_parameters(model: nn.Module, levels: Iterable[Level]) -> list[nn.Parameter]:
+    """The parameters of the plugins that run at some of ``levels``, of a model with one encoder."""
+    wanted = {(number, k) for level in levels for number, k in enumerate(level.ratios) if k > 1}
+    return [
+        parameter
+        for layer in patched_sublayers(model)
+        for k, plugin in layer._modules[ATTACHED].items()  # type: ignore[operator, union-attr]
+        if (vars(layer)[SITE].number, int(k)) in wanted
         for parameter in plugin.parameters()
     ]
