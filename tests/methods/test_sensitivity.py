@@ -25,7 +25,8 @@ def found(made, given, layers=None, keep_first=0):
     encoder = made if layers is None else made.base_model
     output = sensitivity.output_of(made, encoder)
     merged = [chunk.mask & (torch.arange(chunk.mask.shape[1]) >= keep_first) for chunk in given]
-    return sensitivity.sensitivities(tiny.layers(encoder), output, given, merged)
+    layers = tiny.layers(encoder)
+    return sensitivity.sensitivities(layers, output, given, [merged] * len(layers))
 
 
 def test_lengths_of_gradients_are_those_of_small_changes():
@@ -146,7 +147,9 @@ def test_hooks_go_also_after_an_error():
 
     with pytest.raises(KeyError):
         given = inputs.chunks(batches(3), NAMES)
-        sensitivity.sensitivities(tiny.layers(made), fails, given, [c.mask for c in given])
+        layers = tiny.layers(made)
+        tokens = [[c.mask for c in given]] * len(layers)
+        sensitivity.sensitivities(layers, fails, given, tokens)
     assert not any(layer._forward_hooks for layer in tiny.layers(made))
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "attention_kv",
     "members",
     "merged_queries",
+    "projected",
     "whole_queries",
 ]
 
@@ -75,7 +76,7 @@ def attend(
     backend: str,
 ) -> Tensor:
     """``[B, n, d]``: queries of ``h [B, n, d]`` over keys and values of ``source [B, G, d]``."""
-    q, k, v = (t.unflatten(-1, (-1, attention.head_size)) for t in _projected(h, source, attention))
+    q, k, v = (t.unflatten(-1, (-1, attention.head_size)) for t in projected(h, source, attention))
     if rotations is not None:
         q, k = rotations[0].of(q), rotations[1].of(k)
     out = grouped_attention(
@@ -119,7 +120,7 @@ def around(
     )
 
 
-def _projected(h: Tensor, source: Tensor, attention: SelfAttention) -> tuple[Tensor, ...]:
+def projected(h: Tensor, source: Tensor, attention: SelfAttention) -> tuple[Tensor, ...]:
     if attention.modules is not None:
         return attention.modules.q(h), attention.modules.k(source), attention.modules.v(source)
     return (

@@ -108,12 +108,41 @@ def descend(
     parameters: list[Any] = list(weights[:6])
     moving = [i for i in range(6) if (merge if i < 2 else adapter)]
     scales = spread.scales(weights.ratio)
-    leaves = [parameters[i].detach().float() / scales[i] for i in moving]
+
+    def loss(rows: Behind, found: list[Tensor]) -> Tensor:
+        values = list(parameters)
+        for i, value in zip(moving, found, strict=True):
+            values[i] = value
+        now = weights._replace(**dict(zip(weights._fields, values, strict=False)))
+        return _loss(rows, now, ffn, root, backend)
+
+    moved = [parameters[i] for i in moving]
+    minimise(moved, [scales[i] for i in moving], loss, chunks, passes)
+
+
+def minimise(
+    parameters: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    loss: Callable[[Behind, list[Tensor]], Tensor],
+    chunks: Sequence[Callable[[], Behind]],
+    passes: int,
+) -> None:
+    """Moves ``parameters`` in place towards a lower ``loss(rows, values)``.
+
+    ``scales``: a parameter over its standardised form. ``chunks`` make what there is to fit to, of
+    which a step takes some rows.
+    """
+    leaves = [p.detach().float() / scale for p, scale in zip(parameters, scales, strict=True)]
     steps = sum(len(_slices(chunk().x)) for chunk in chunks)
-    if not steps or not moving:
+    if not steps or not leaves:
         return
     passes = max(passes, math.ceil(LEAST_STEPS / steps))
     generator, done = torch.Generator().manual_seed(0), 0
+
+    def values() -> list[Tensor]:
+        triples = zip(leaves, scales, parameters, strict=True)
+        return [(leaf * scale).to(parameter.dtype) for leaf, scale, parameter in triples]
+
     with torch.enable_grad():
         for leaf in leaves:
             leaf.requires_grad_()
@@ -122,20 +151,15 @@ def descend(
             for chunk in _shuffled(chunks, generator):
                 site = chunk()
                 for begin, end in _shuffled(_slices(site.x), generator):
-                    values = list(parameters)
-                    for i, leaf in zip(moving, leaves, strict=True):
-                        values[i] = (leaf * scales[i]).to(parameters[i].dtype)
-                    now = weights._replace(**dict(zip(weights._fields, values, strict=False)))
-                    loss = _loss(_rows(site, begin, end), now, ffn, root, backend)
                     left = 1 - done / (passes * steps)
                     adam.param_groups[0]["lr"] = RATE * min((done + 1) / WARM_UP, left)
-                    found = torch.autograd.grad(loss, leaves)
+                    found = torch.autograd.grad(loss(_rows(site, begin, end), values()), leaves)
                     for leaf, gradient in zip(leaves, found, strict=True):
                         leaf.grad = gradient
                     adam.step()
                     done += 1
-    for i, leaf in zip(moving, leaves, strict=True):
-        parameters[i].copy_(leaf.detach() * scales[i])
+    for parameter, value in zip(parameters, values(), strict=True):
+        parameter.copy_(value.detach())
 
 
 def differentiable(ffn: FeedForward, width: int) -> bool:
@@ -153,9 +177,13 @@ def _loss(
     rows: Behind, weights: PluginWeights, ffn: FeedForward, root: Tensor | None, backend: str
 ) -> Tensor:
     y = run(rows.x, weights, ffn, rows.groups, backend).float()
-    error = (y if ffn.residual else rows.x.float() + y) - rows.wanted
+    return weighted(y if ffn.residual else rows.x.float() + y, rows, root)
+
+
+def weighted(y: Tensor, rows: Behind, root: Tensor | None) -> Tensor:
+    """The weighted mean square of what ``y`` is off."""
     # What padding holds must not reach a gradient.
-    error = torch.where(rows.weight[..., None] > 0, error, 0)
+    error = torch.where(rows.weight[..., None] > 0, y - rows.wanted, 0)
     squared = (error if root is None else error @ root).square().mean(-1)
     return (squared * rows.weight).sum() / rows.weight.sum().clamp_min(1e-30)
 

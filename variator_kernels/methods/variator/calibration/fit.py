@@ -17,9 +17,9 @@ from .inputs import merged_tokens
 from .regression import Fit, Moments, reduced_rank, regression
 
 SHARPNESS = (0.0, 1.0)
+"""Factors tried on the merge's fitted scores; 0 is a mean."""
 MILD = (0.1,)
 """The ridge where only the merge is decided."""
-"""Factors tried on the merge's fitted scores; 0 is a mean."""
 SCALE = 0.4
 """Standard deviation of what goes into tanh."""
 

@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,10 @@ from ....ops import prepack
 from ....ops.feed_forward import products
 from ....ops.groups import Groups
 from ....ops.prepacked_linear import FrozenProducts, linear
+from ....runtime.level import Site
 from ....runtime.levels import use_ratio
 from ....runtime.state import STATE, State, states
+from ....sites.attention import reach_of
 from ....sites.feed_forward import describe
 from ....sites.find import Found, find
 from ....sites.wrappers import check_values
@@ -45,6 +48,8 @@ from ..method import plugin_parameters
 from .descent import Behind, behind, descend, differentiable
 from .fit import Part, SiteFit, hidden, part
 from .inputs import Chunk, chunks, merged_tokens
+from .key_values import KeyValues
+from .key_values import fit as fit_key_values
 from .search import Errors, put, search, values
 from .sensitivity import Output, Sensitivity, output_of, sensitivities
 from .streams import Blocks, Store
@@ -108,7 +113,8 @@ def calibrate(
     state: State = vars(found.encoder)[STATE]
     wanted = list(state.ratios if ratios is None else ratios)
     for k in wanted:
-        state.check(checks.ratio(k, "ratios"))
+        if checks.ratio(k, "ratios") not in (1, *state.ratios):
+            state.check(k)
     wanted = list(dict.fromkeys(k for k in wanted if k > 1))
     on_cpu = backends.resolve(state.method.config.backend, found.like(0)) == "cpu"
     given = chunks(batches, inspect.signature(found.encoder.forward).parameters, found.pads_to)
@@ -158,64 +164,91 @@ class _Run:
         output: Output,
     ) -> None:
         self.backend, self.output = backend, output
-        self.layers, self.owners = found.layers, state.owners
+        self.found, self.state, self.layers = found, state, found.layers
         self.blocks, self.chunks, self.ratios = blocks, given, ratios
+        self.levels = {k: state.everywhere(k) for k in ratios}
         held_out = {i: chunk for i, chunk in enumerate(given) if chunk.held_out}
         fitted = [i for i, chunk in enumerate(given) if not chunk.held_out]
         size = sum(given[i].mask.numel() for i in fitted)
         self.sample = [*fitted[:: max(1, size // SAMPLE)], *held_out]
         self.groups: dict[tuple[int, int], Groups] = {}
         self.dense, self.after, self.wanted, self.x = Store(), Store(), Store(), Store()
+        self.attended = Store()
         self.streams = {k: Store() for k in ratios}
         self.errors = Errors(blocks, state, held_out)
-        self.sensitivities: list[Sensitivity] | None = None
+        self.sensitivities: dict[Site, Sensitivity] | None = None
 
     def __enter__(self) -> _Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for store in (self.dense, self.after, self.wanted, self.x, *self.streams.values()):
+        stores = self.dense, self.after, self.wanted, self.attended, self.x
+        for store in (*stores, *self.streams.values()):
             store.close()
 
     def all(self, merge: bool, adapter: bool, passes: int, progress: bool) -> Calibration:
-        own = sorted(set(self.owners))
-        plugins = {(k, i): self.layers[i].plugins[str(k)] for k in self.ratios for i in own}
+        own = [
+            site for _, site in self.state.own_sites if merge or site.placement != "attention_kv"
+        ]
+        # In the order in which they run, each with the ratios that it has plugins for.
+        todo = [
+            (k, site)
+            for i in range(len(self.layers))
+            for k in self.ratios
+            for site in sorted(own, key=lambda site: site.placement == "ffn")
+            if site.layer == i and k in self.state.method.placements[site.placement]
+        ]
+        plugins = {(k, site): self.found.at(site).plugins[str(k)] for k, site in todo}
         initial = {place: values(plugin) for place, plugin in plugins.items()}
-        before = {k: self.errors.of(k) for k in self.ratios}
+        before = {k: self.errors.of(self.levels[k]) for k in self.ratios}
         if passes and self.ratios:
             self._look()
-        rows: dict[tuple[int, int], Row] = {}
-        bar = tqdm(total=len(self.layers) * len(self.ratios), disable=not progress, unit="site")
+        rows: dict[tuple[int, Site], Row] = {}
+        bar = tqdm(total=len(todo), disable=not progress, unit="site")
         with bar:
             for i in range(len(self.layers) if self.ratios else 0):
                 self._dense(i)
                 for k in self.ratios:
-                    if i in own:
-                        rows[k, i] = self._site(i, k, merge, adapter, passes)
+                    for place in (place for place in todo if place[0] == k and place[1].layer == i):
+                        site = place[1]
+                        if site.placement == "attention_kv":
+                            rows[place] = self._key_values(site, k, passes)
+                        elif site.placement == "ffn":
+                            rows[place] = self._site(site, k, merge, adapter, passes)
+                        bar.update()
                     if i + 1 < len(self.layers):
                         self._advance(i, k)
-                    bar.update()
                 self.dense, self.after = self.after, self.dense
         made = []
         for k in self.ratios:
-            mine, end = [rows[k, i] for i in own], self.errors.of(k)
+            mine = [rows[place] for place in todo if place[0] == k and place in rows]
+            end = self.errors.of(self.levels[k])
             if end > before[k]:
-                for i in own:
-                    put(plugins[k, i], initial[k, i])
+                for place in todo:
+                    if place[0] == k:
+                        put(plugins[place], initial[place])
                 mine, end = [row._replace(after=row.before, step=0.0) for row in mine], before[k]
-            made += [*mine, Row(k, None, before[k], end, None)]
+            made += [*mine, Row(k, None, before[k], end, None, "")]
         return Calibration(tuple(made))
 
     def _look(self) -> None:
         """What matters behind each site, where gradients pass the model."""
         merged = []
+        placement = self.state.sites[0].placement
         for chunk in self.chunks:
-            x, context = self.blocks.at(chunk.inputs, self.ratios[0], 0, None)
-            groups = context.groups(x, self.ratios[0], "reference")
+            k = self.ratios[0]
+            x, context = self.blocks.at(chunk.inputs, self.levels[k], 0, None, placement)
+            groups = context.groups(x, k, "reference")
             merged.append(merged_tokens(x, groups)[1].view(chunk.mask.shape))
+        masks = [chunk.mask for chunk in self.chunks]
+        sites = sorted(self.state.sites, key=lambda s: (s.layer, s.placement == "ffn"))
+        layers = [self.found.at(site) for site in sites]
+        # Whole queries too see merged keys.
+        tokens = [masks if site.placement == "attention_kv" else merged for site in sites]
         try:
             with use_ratio(self.blocks.model, 1):
-                self.sensitivities = sensitivities(self.layers, self.output, self.chunks, merged)
+                found = sensitivities(layers, self.output, self.chunks, tokens)
+            self.sensitivities = dict(zip(sites, found, strict=True))
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             warnings.warn(
                 f"calibrate weighs all errors alike: no gradient passes the model ({error})",
@@ -223,29 +256,87 @@ class _Run:
             )
 
     def _dense(self, i: int) -> None:
-        """Block ``i`` of the dense model: what is behind its FFN, and behind the block."""
-        ffn = describe(self.layers[i])
+        """Block ``i`` of the dense model: what is behind its sublayers, and behind the block."""
+        placements = self.state.method.placements
+        ffn = describe(self.layers[i]) if "ffn" in placements else None
         for j, chunk in enumerate(self.chunks):
             got: list[Tensor] = []
+            attended: list[Tensor] = []
             before = self._input(self.dense, i, j)
-            self.after[j] = self.blocks.run(
-                chunk.inputs, 1, i, i + 1, before, partial(_collect, got)
-            )
-            y = got[0] + products(hidden(got[0], ffn), ffn, linear)
-            if not y[chunk.mask].isfinite().all():
-                raise FloatingPointError(
-                    f"the dense model's hidden states behind FFN {i} are not finite: "
-                    "look for non-finite weights and inputs, or use a wider dtype"
+            with _watched(self.found, i if "attention_kv" in placements else None, attended):
+                self.after[j] = self.blocks.run(
+                    chunk.inputs, 1, i, i + 1, before, partial(_collect, got)
                 )
-            self.wanted[j] = y
+            if attended:
+                self.attended[j] = self._finite(attended[-1], chunk, f"attention {i}")
+            if ffn is not None:
+                y = got[0] + products(hidden(got[0], ffn), ffn, linear)
+                self.wanted[j] = self._finite(y, chunk, f"FFN {i}")
 
-    def _site(self, i: int, k: int, merge: bool, adapter: bool, passes: int) -> Row:
-        ffn, plugin = describe(self.layers[i]), self.layers[i].plugins[str(k)]
-        stream = self.streams[k]
+    @staticmethod
+    def _finite(y: Tensor, chunk: Chunk, where: str) -> Tensor:
+        if not y[chunk.mask].isfinite().all():
+            raise FloatingPointError(
+                f"the dense model's hidden states behind {where} are not finite: "
+                "look for non-finite weights and inputs, or use a wider dtype"
+            )
+        return y
+
+    def _inputs(self, site: Site, k: int) -> None:
+        """What the compressed model has in front of a site goes to ``self.x``."""
         for j, chunk in enumerate(self.chunks):
-            self.x[j], context = self.blocks.at(chunk.inputs, k, i, self._input(stream, i, j))
+            before = self._input(self.streams[k], site.layer, j)
+            self.x[j], context = self.blocks.at(
+                chunk.inputs, self.levels[k], site.layer, before, site.placement
+            )
             if (k, j) not in self.groups:  # the same in every layer
                 self.groups[k, j] = context.groups(self.x[j], k, "reference")
+
+    def _key_values(self, site: Site, k: int, passes: int) -> Row:
+        layer = self.found.at(site)
+        plugin, known = layer.plugins[str(k)], self.sensitivities
+        self._inputs(site, k)
+        before = values(plugin)
+        fitted = KeyValues(layer.self_attention(), reach_of(layer), self.backend)
+        root, weights = (None, None) if known is None else known[site]
+
+        def positions(j: int) -> Tensor:
+            given = self.chunks[j].inputs.get("position_ids")
+            return torch.arange(self.x[j].shape[1])[None] if given is None else given
+
+        def chunk(j: int) -> tuple[Behind, Tensor]:
+            weight = None if weights is None else weights[j]
+            x, mask = self.x[j], self.chunks[j].mask
+            groups = self.groups[k, j]
+            found = fitted.behind(x, self.attended[j], mask, groups, weight)
+            return found, positions(j).to(x.device)
+
+        sample = [
+            (self.x[j], self.chunks[j].mask, self.groups[k, j], positions(j), c.held_out)
+            for j in self.sample
+            for c in (self.chunks[j],)
+        ]
+        chunks = [partial(chunk, j) for j, c in enumerate(self.chunks) if not c.held_out]
+        fit_key_values(plugin, fitted, sample, chunks, root, passes)
+        return Row(k, site.layer, *self._search(site, k, plugin, before), site.placement)
+
+    def _search(
+        self, site: Site, k: int, plugin: nn.Module, before: list[Tensor]
+    ) -> tuple[float, float, float]:
+        i = site.layer
+        return search(
+            plugin,
+            before,
+            lambda: (
+                self.errors.upto(k, site, self.streams[k] if i else None),
+                self.errors.alone(k, site, self.dense if i else None),
+            ),
+        )
+
+    def _site(self, site: Site, k: int, merge: bool, adapter: bool, passes: int) -> Row:
+        i = site.layer
+        ffn, plugin = describe(self.layers[i]), self.layers[i].plugins[str(k)]
+        self._inputs(site, k)
 
         def make(j: int) -> Part:
             held_out = self.chunks[j].held_out
@@ -258,21 +349,13 @@ class _Run:
             fit.fit(plugin, merge, adapter)
             if passes and differentiable(ffn, self.x[0].shape[-1]):
                 self._descend(i, k, fit, passes, merge, adapter)
-        found = search(
-            plugin,
-            before,
-            lambda: (
-                self.errors.upto(k, i, stream if i else None),
-                self.errors.alone(k, i, self.dense if i else None),
-            ),
-        )
-        return Row(k, i, *found)
+        return Row(k, i, *self._search(site, k, plugin, before))
 
     def _descend(
         self, i: int, k: int, fit: SiteFit, passes: int, merge: bool, adapter: bool
     ) -> None:
         plugin, known = self.layers[i].plugins[str(k)], self.sensitivities
-        root, weights = (None, None) if known is None else known[i]
+        root, weights = (None, None) if known is None else known[Site("ffn", i)]
 
         def make(j: int) -> Behind:
             weight = None if weights is None else weights[j]
@@ -287,7 +370,9 @@ class _Run:
         """Block ``i`` as it is compressed now."""
         stream = self.streams[k]
         for j, chunk in enumerate(self.chunks):
-            stream[j] = self.blocks.run(chunk.inputs, k, i, i + 1, self._input(stream, i, j))
+            stream[j] = self.blocks.run(
+                chunk.inputs, self.levels[k], i, i + 1, self._input(stream, i, j)
+            )
 
     @staticmethod
     def _input(stream: Store, i: int, j: int) -> Tensor | None:
@@ -297,3 +382,20 @@ class _Run:
 
 def _collect(into: list[Tensor], layer: nn.Module, x: Tensor) -> None:
     into.append(x)
+
+
+@contextmanager
+def _watched(found: Found, layer: int | None, into: list[Tensor]) -> Iterator[None]:
+    """What the self-attention of a layer gives, also where a block runs it again."""
+    if layer is None:
+        yield
+        return
+
+    def see(module: nn.Module, args: Any, given: Any) -> None:
+        into.append(given[0] if isinstance(given, tuple) else given)
+
+    hook = found.attentions[layer].register_forward_hook(see)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ....runtime.level import Level, Site
 from ....runtime.state import State
 from .inputs import Chunk
 from .streams import Blocks, Store
@@ -21,25 +22,28 @@ class Errors:
     """Relative squared errors of the last hidden state, on held-out sequences."""
 
     def __init__(self, blocks: Blocks, state: State, chunks: Mapping[int, Chunk]) -> None:
-        self.blocks, self.chunks = blocks, chunks
-        self.owners = state.owners
+        self.blocks, self.chunks, self.state = blocks, chunks, state
         self.real = [chunk.mask.nonzero(as_tuple=True) for chunk in chunks.values()]
         self.dense = [self._last(chunk, 1, 0, None) for chunk in chunks.values()]
         self.dense = [x[real].float() for x, real in zip(self.dense, self.real, strict=True)]
         self.total = sum(float(x.double().square().sum()) for x in self.dense)
 
-    def upto(self, ratio: int, site: int, stream: Store | None) -> float:
+    def upto(self, ratio: int, site: Site, stream: Store | None) -> float:
         """The sites up to this one compressed, on what ``stream`` has in front of its block."""
-        return self.of(self._level(ratio, range(site + 1)), site, stream)
+        before = [other for other in self.state.sites if _place(other) <= _place(site)]
+        return self.of(self._level(ratio, before), site.layer, stream)
 
-    def alone(self, ratio: int, site: int, dense: Store | None) -> float:
+    def alone(self, ratio: int, site: Site, dense: Store | None) -> float:
         """Only this site compressed."""
-        return self.of(self._level(ratio, [site]), site, dense)
+        return self.of(self._level(ratio, [site]), site.layer, dense)
 
-    def _level(self, ratio: int, owners: Iterable[int]) -> Any:
+    def _level(self, ratio: int, sites: Iterable[Site]) -> Level:
         """These sites and those that share their modules compressed, the others dense."""
-        wanted = set(owners)
-        return {"ffn": {i: ratio for i, owner in enumerate(self.owners) if owner in wanted}}
+        state = self.state
+        owners = {state.owners[state.sites.index(site)] for site in sites}
+        every = state.everywhere(ratio).ratios
+        pairs = zip(every, state.owners, strict=True)
+        return Level(tuple(k if owner in owners else 1 for k, owner in pairs))
 
     def of(self, level: Any, begin: int = 0, stream: Store | None = None) -> float:
         """At this level, the blocks from ``begin`` on what ``stream`` holds of the ones before."""
@@ -52,6 +56,11 @@ class Errors:
 
     def _last(self, chunk: Chunk, level: Any, begin: int, hidden: Tensor | None) -> Tensor:
         return self.blocks.run(chunk.inputs, level, begin, hidden=hidden)
+
+
+def _place(site: Site) -> tuple[int, bool]:
+    """In the order in which sites run."""
+    return site.layer, site.placement == "ffn"
 
 
 def values(plugin: Any) -> Values:
@@ -76,8 +85,11 @@ def search(
     start = errors()
     for step in STEPS:
         put(plugin, fitted)
-        plugin.adapter.w2.mul_(step)
-        plugin.adapter.b2.mul_(step)
+        if hasattr(plugin, "adapter"):
+            plugin.adapter.w2.mul_(step)
+            plugin.adapter.b2.mul_(step)
+        else:
+            put(plugin, [a.lerp(b, step) for a, b in zip(before, fitted, strict=True)])
         now = errors()
         if now[0] < start[0] and now[1] <= start[1]:
             return start[1], now[1], step

@@ -65,12 +65,12 @@ def sensitivities(
     layers: Sequence[nn.Module],
     output: Output,
     chunks: Sequence[Chunk],
-    merged: Sequence[Tensor],
+    tokens: Sequence[Sequence[Tensor]],
 ) -> list[Sensitivity]:
-    """For each of ``layers``, at the ratio in force (the dense one).
+    """For each of ``layers``, in the order in which they run, at the ratio in force (1).
 
-    ``merged``, bool ``[B, n]`` for each chunk: the tokens that errors are made at. Those that stay
-    whole, perhaps the most important of all, do not count.
+    ``tokens``: of each layer, bool ``[B, n]`` for each chunk: those that errors are made at. Around
+    an FFN the ones that stay whole, perhaps the most important of all, do not count.
 
     Raises:
         RuntimeError: something on the way passes no gradient.
@@ -89,11 +89,11 @@ def sensitivities(
                 gradients = torch.autograd.grad(given, used, direction, allow_unused=True)
                 for i, (g, probe) in enumerate(zip(gradients, used, strict=True)):
                     g = torch.zeros_like(probe) if g is None else g
-                    g = torch.where(merged[j][rows][..., None], g.float(), 0)
+                    g = torch.where(tokens[i][j][rows][..., None], g.float(), 0)
                     weights[i][j].append(g.square().sum(-1))
                     flat = g.flatten(0, 1)
                     outer[i] = outer[i] + (flat.T @ flat).double()
-    return [_of(outer[i], [torch.cat(rows) for rows in weights[i]], merged) for i in range(size)]
+    return [_of(outer[i], [torch.cat(rows) for rows in weights[i]], tokens[i]) for i in range(size)]
 
 
 def _direction(given: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:

@@ -95,6 +95,7 @@ class Blocks:
         end: int | None = None,
         hidden: Tensor | None = None,
         at_site: AtSite | None = None,
+        placement: str = "ffn",
     ) -> Tensor:
         """Blocks ``begin`` to ``end - 1`` on ``hidden``, the input of the first.
 
@@ -109,7 +110,7 @@ class Blocks:
                 at_site(layer, x)
 
         try:
-            with observe(self.state, observer), use_ratio(self.model, level):
+            with observe(self.state, observer, placement), use_ratio(self.model, level):
                 output = self.encoder(**inputs)
         except _Stop:
             return _first(self._last)
@@ -119,8 +120,15 @@ class Blocks:
             return output
         return output[0] if isinstance(output, tuple) else output.last_hidden_state
 
-    def at(self, inputs: dict[str, Tensor], level: Any, block: int, hidden: Tensor | None) -> Any:
-        """The input of the block's FFN, with the context of that forward."""
+    def at(
+        self,
+        inputs: dict[str, Tensor],
+        level: Any,
+        block: int,
+        hidden: Tensor | None,
+        placement: str = "ffn",
+    ) -> Any:
+        """The input of the block's sublayer, with the context of that forward."""
         got: list[Any] = []
 
         def at_site(layer: nn.Module, x: Tensor) -> None:
@@ -128,7 +136,7 @@ class Blocks:
             self._last = x
             raise _Stop
 
-        self.run(inputs, level, block, block + 1, hidden, at_site)
+        self.run(inputs, level, block, block + 1, hidden, at_site, placement)
         return got
 
     def _forward(self, block: nn.Module) -> Callable[..., Any]:

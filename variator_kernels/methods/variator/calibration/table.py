@@ -14,12 +14,14 @@ class Row(NamedTuple):
 
     ratio: int
     layer: int | None
-    """The only FFN that is compressed; None: all are."""
+    """The only site that is compressed; None: all are."""
     before: float
     """With the values that the plugins had."""
     after: float
     step: float | None
-    """0: the values before stay; 1: the fitted ones; between: these, W_2 and b_2 shrunk."""
+    """0: the values before stay; 1: the fitted ones; between: these, shrunk."""
+    placement: str = "ffn"
+    """Of that site; of all sites, empty."""
 
 
 class Calibration(NamedTuple):
@@ -28,11 +30,12 @@ class Calibration(NamedTuple):
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
-        lines = ["ratio  layer  error before  after   step"]
+        lines = ["ratio  placement     layer  error before  after   step"]
         for row in self.rows:
             layer = "all" if row.layer is None else str(row.layer)
             step = "" if row.step is None else f"{row.step:.2f}"
             lines.append(
-                f"{row.ratio:5d}  {layer:>5}  {row.before:12.4f}  {row.after:.4f}  {step}".rstrip()
+                f"{row.ratio:5d}  {row.placement:12}  {layer:>5}  {row.before:12.4f}  "
+                f"{row.after:.4f}  {step}".rstrip()
             )
         return "\n".join(lines)

@@ -1,0 +1,161 @@
+"""The merge in front of one attention's keys and values, fitted to what the dense model has there.
+
+In closed form: if all queries saw a group's tokens in the same proportions, a merge in these
+proportions would give the dense output. So the scores are the least-squares fit, on the hidden
+vectors, of the logarithm of the attention that a token receives. Used if they serve better than a
+mean; then gradient descent through the sublayer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....ops.arguments import MergeWeights
+from ....ops.feed_forward import normalize
+from ....ops.grouped_attention import distance_bias
+from ....ops.grouped_attention.reference import looked_up
+from ....ops.groups import Groups
+from ....ops.self_attention import (
+    Rotation,
+    SelfAttention,
+    attention_kv,
+    members,
+    projected,
+    whole_queries,
+)
+from ....sites.attention import Reach
+from .descent import Behind, minimise, weighted
+from .fit import MILD, SHARPNESS, set_merge
+from .inputs import merged_tokens
+from .regression import Moments, regression
+
+ROWS = 16
+"""Of a chunk at a time: their attention weights exist as a whole."""
+
+
+class KeyValues:
+    """One sublayer. ``positions``: None, or the rows' position ids ``[B, n]``, for RoPE."""
+
+    def __init__(self, attention: SelfAttention, reach: Reach, backend: str) -> None:
+        self.attention, self.reach, self.backend = attention, reach, backend
+
+    def run(self, x: Tensor, merge: MergeWeights, groups: Groups, positions: Tensor) -> Tensor:
+        """The sublayer with merged keys and values: ``x [B, n, d]``."""
+        tokens = members(groups, x)
+        table = self.reach.distances(x)
+        keys = whole_queries(tokens, x.shape[1], table, self.attention.window)
+        turned = None
+        if self.reach.rotary is not None:
+            merged = self.reach.rotation(x, tokens.mean(positions))
+            turned = self.reach.rotation(x, positions), merged
+        return attention_kv(x, merge, self.attention, groups, keys, turned, self.backend)
+
+    def behind(
+        self, x: Tensor, dense: Tensor, mask: Tensor, groups: Groups, weights: Tensor | None
+    ) -> Behind:
+        """What there is to fit; ``weights [B, n]`` of each token, None: one over its variance."""
+        weight = mask.float()
+        if weights is not None:
+            weight = weight * weights
+        elif not self.attention.post_norm:
+            square = dense.float().square().mean(-1)
+            weight = weight / square.clamp_min(1e-3 * float(square[mask].mean()) + 1e-30)
+        return Behind(x, dense.float(), weight, groups)
+
+    def scores(self, parts: Iterable[tuple[Tensor, Tensor, Groups, Tensor, bool]]) -> Tensor:
+        """``[d]``: the linear map of h that fits the logarithm of the attention that it receives.
+
+        ``parts``: x, mask, groups, positions of a chunk, and whether it is held out.
+        """
+        both: tuple[Moments, Moments] | None = None
+        for x, mask, groups, positions, held_out in parts:
+            norm = self.attention.pre_norm
+            h = normalize(x, norm.name, norm.weight, norm.bias, norm.eps)
+            positions = positions.expand(mask.shape)
+            seen = torch.cat(
+                [
+                    self._received(h[i : i + ROWS], mask[i : i + ROWS], positions[i : i + ROWS])
+                    for i in range(0, len(h), ROWS)
+                ]
+            )
+            used = merged_tokens(x, groups)[1]
+            z = h.flatten(0, 1)[used].float()
+            t = seen.flatten()[used][:, None].clamp_min(1e-12).log()
+            if not len(z):
+                continue
+            if both is None:
+                both = Moments(z.mean(0), t.mean(0)), Moments(z.mean(0), t.mean(0))
+            both[held_out].add(z, t, torch.ones_like(t))
+        if both is None or not all(part.total for part in both):
+            return torch.zeros(self.attention.w_q.shape[1])
+        return regression(*both, MILD).weight[0]
+
+    def _received(self, h: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """The dense weights of each token as a key, ``[B, n]``: sums over queries and heads."""
+        attention, n = self.attention, h.shape[1]
+        size = attention.head_size
+        q, k, _ = (t.unflatten(-1, (-1, size)) for t in projected(h, h, attention))
+        if self.reach.rotary is not None:
+            turned = Rotation(*self.reach.rotation(h, positions))
+            q, k = turned.of(q), turned.of(k)
+        k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+        scores = q.transpose(1, 2).float() @ k.permute(0, 2, 3, 1).float() * attention.scale
+        table = self.reach.distances(h)
+        if table is not None or attention.window is not None:
+            places = torch.arange(n, device=h.device)[None]
+            relative = distance_bias(
+                None if table is None else table.weight,
+                queries=places,
+                keys=places,
+                window=attention.window,
+                max_distance=128 if table is None else table.max_distance,
+            )
+            scores = scores + looked_up(relative).float()
+        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+        seen = torch.where(mask[:, None, :, None], scores.softmax(-1).nan_to_num(), 0)
+        return seen.sum((1, 2))
+
+
+def fit(
+    plugin: Any,
+    site: KeyValues,
+    sample: Sequence[tuple[Tensor, Tensor, Groups, Tensor, bool]],
+    chunks: Sequence[Callable[[], tuple[Behind, Tensor]]],
+    root: Tensor | None,
+    passes: int,
+) -> None:
+    """Gives ``plugin`` its values.
+
+    ``chunks`` make what is fitted to, with position ids; ``root [d, d]``: errors count as
+    ``e @ root``.
+    """
+    scores = site.scores(sample).to(plugin.merge.weight.device)
+
+    def loss(rows: Behind, found: Sequence[Tensor]) -> Tensor:
+        positions = rows.wanted[..., -1].double()
+        y = site.run(rows.x, MergeWeights(*found), rows.groups, positions).float()
+        return weighted(y, rows._replace(wanted=rows.wanted[..., :-1]), root)
+
+    def made(chunk: Callable[[], tuple[Behind, Tensor]]) -> Behind:
+        # Positions travel with the rows, as one more column of what is wanted.
+        behind, positions = chunk()
+        wide = positions.expand(behind.x.shape[:2])[..., None].to(behind.wanted.dtype)
+        return behind._replace(wanted=torch.cat((behind.wanted, wide), -1))
+
+    ready = [lambda chunk=chunk: made(chunk) for chunk in chunks]
+    errors = []
+    for sharpness in SHARPNESS:
+        set_merge(plugin.merge, sharpness * scores)
+        weights = plugin.merge.weight, plugin.merge.bias
+        errors.append((sum(float(loss(chunk(), weights)) for chunk in ready[:4]), sharpness))
+    set_merge(plugin.merge, min(errors)[1] * scores)
+    if passes:
+        spread = torch.cat([x[mask].float() for x, mask, *_ in sample]).std(0, correction=0)
+        spread = spread.clamp_min(1e-3 * float(spread.mean()) + 1e-30)
+        one = spread.new_ones(())
+        scales = [1 / spread.repeat(plugin.merge.ratio), one]
+        minimise([plugin.merge.weight, plugin.merge.bias], scales, loss, ready, passes)
