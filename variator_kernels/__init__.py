@@ -15,11 +15,13 @@ from .ops.feed_forward import FeedForward, PluginWeights
 from .patching import patch, patch_bert, patch_t5, unpatch
 from .runtime.keep import keep
 from .runtime.levels import set_ratio, use_ratio
+from .sites.attention_paths import AttentionPaths
 from .sites.family import Family
 from .version import __version__
 
 __all__ = [
     "AdapterDecompress",
+    "AttentionPaths",
     "CompressedFFN",
     "Family",
     "FeedForward",

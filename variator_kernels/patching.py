@@ -13,6 +13,7 @@ from .methods.variator.method import Variator
 from .ops import prepack
 from .runtime import kept
 from .runtime.state import State
+from .sites.attends import check_attends
 from .sites.families import BERT_FAMILIES, FAMILIES, T5_FAMILIES
 from .sites.family import Family
 from .sites.find import find, find_all, is_patched, parts_of
@@ -233,4 +234,11 @@ def apply(
         made.append((found, state, modules))
     for found, state, modules in made:
         install(model, found, state, modules)  # takes off all of the model where it fails
+        foreign = FAMILIES.get(found.family.name) is not found.family
+        if foreign and set(config.placements) - {"ffn"}:
+            try:
+                check_attends(found, state)
+            except BaseException:
+                remove(model)
+                raise
     return model

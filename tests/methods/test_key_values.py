@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 def batches(count=24, n=24):
     return [
-        dict(zip(("input_ids", "attention_mask"), tiny.batch(n, n - 3, seed=i)))
+        dict(zip(("input_ids", "attention_mask"), tiny.batch(n, n - 3, seed=i), strict=True))
         for i in range(count)
     ]
 

@@ -171,3 +171,126 @@ def test_the_documentation_lists_the_table():
     groups = (T5_FAMILIES, BERT_FAMILIES, BART_FAMILIES)
     for line, group in zip(listed.strip().splitlines()[2:], groups, strict=True):
         assert re.findall(r"`([^`]+)`", line) == [family.name for family in group]
+
+
+class OwnAttention(torch.nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.size = d // 2
+        self.norm = torch.nn.LayerNorm(d)
+        self.q, self.k, self.v, self.o = (torch.nn.Linear(d, d) for _ in range(4))
+
+    def forward(self, x, padding) -> torch.Tensor:
+        h = self.norm(x)
+        q, k, v = (f(h).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        made = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=~padding[:, None, None]
+        )
+        return x + self.o(made.transpose(1, 2).flatten(-2))
+
+
+class OwnBlock(torch.nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.attention, self.ffn = OwnAttention(d), OwnFFN(d)
+
+    def forward(self, x, padding):
+        return self.ffn(self.attention(x, padding))
+
+
+class OwnFFN(torch.nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.norm, self.act = torch.nn.LayerNorm(d), torch.nn.GELU()
+        self.up, self.down = torch.nn.Linear(d, 2 * d), torch.nn.Linear(2 * d, d)
+
+    def forward(self, x):
+        return x + self.down(self.act(self.up(self.norm(x))))
+
+
+class OwnEncoder(torch.nn.Module):
+    def __init__(self, d=16):
+        super().__init__()
+        self.config = types.SimpleNamespace(hidden_size=d, vocab_size=50)
+        self.embed = torch.nn.Embedding(50, d)
+        self.blocks = torch.nn.ModuleList(OwnBlock(d) for _ in range(2))
+
+    def forward(self, input_ids, attention_mask):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x, attention_mask == 0)
+        return x
+
+
+OWN = vk.Family(
+    name="own",
+    module=__name__,
+    encoder="OwnEncoder",
+    block="OwnBlock",
+    layer="OwnFFN",
+    blocks="blocks",
+    sublayer="ffn",
+    w_in="up",
+    w_out="down",
+    act="act",
+    norm="norm",
+    attention=vk.AttentionPaths(
+        sublayer="attention",
+        layer="OwnAttention",
+        q="q",
+        k="k",
+        v="v",
+        o="o",
+        head_size="size",
+        norm="norm",
+    ),
+)
+
+
+@pytest.mark.parametrize("placement", ["attention_kv", "attention"])
+@torch.no_grad()
+def test_attention_of_ones_own(placement, tmp_path):
+    torch.manual_seed(0)
+    model = OwnEncoder().eval()
+    ids, mask = tiny.batch(9, 4)
+    expected = model(ids, mask)
+    vk.patch(model, 2, (2,), 4, placements=("ffn", placement), family=OWN)
+    tiny.train_plugins(model)
+    got = model(ids, mask)
+    assert not torch.allclose(got, expected, atol=1e-3)
+    vk.save_plugins(model, tmp_path)
+    other = OwnEncoder().eval()
+    other.load_state_dict(vk.unpatch(model).state_dict())
+    vk.load_plugins(other, tmp_path, family=OWN)
+    assert torch.equal(other(ids, mask), got)
+
+
+WRONG = {
+    "scale": 1.0,
+    "norm": "",
+    "residual": False,
+    "head_size": "half",
+    "q": "k",
+    "sublayer": "absent",
+}
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_attention_that_is_said_wrong_is_refused(field):
+    torch.manual_seed(0)
+    model = OwnEncoder()
+    for block in model.blocks:
+        block.attention.half = 4
+    before = tiny.snapshot(model)
+    wrong = dataclasses.replace(OWN.attention, **{field: WRONG[field]})
+    family = dataclasses.replace(OWN, attention=wrong)
+    with pytest.raises(ValueError, match=r"family\.attention"):
+        vk.patch(model, 2, (2,), 4, placements=("attention_kv",), family=family)
+    assert tiny.snapshot(model) == before
+    assert all(module.training for module in model.modules())
+
+
+def test_a_family_without_attention_has_no_placement_there():
+    family = dataclasses.replace(OWN, attention=None)
+    with pytest.raises(ValueError, match=r"placements must be \('ffn',\) for own"):
+        vk.patch(OwnEncoder(), 2, (2,), 4, placements=("attention_kv",), family=family)
