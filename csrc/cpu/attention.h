@@ -10,30 +10,6 @@
 namespace variator {
 namespace VARIATOR_ISA {
 
-// work(item) for all items, on so many threads; what an item computes depends on no other.
-template <class F>
-void for_items(int64_t items, int threads, F work) {
-    const int64_t used = larger(1, smaller(threads, items));
-#ifdef _OPENMP
-    if (used > 1) {
-        bool failed = false;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(used))
-        for (int64_t item = 0; item < items; ++item) {
-            // An exception must not leave a parallel region; scratch memory is all that can throw.
-            try {
-                work(item);
-            } catch (...) {
-#pragma omp atomic write
-                failed = true;
-            }
-        }
-        if (failed) out_of_memory();
-        return;
-    }
-#endif
-    for (int64_t item = 0; item < items; ++item) work(item);
-}
-
 // The keys of one row as the softmax sees them; pads are invisible.
 template <class V>
 struct KeyLists {
@@ -190,7 +166,7 @@ struct AttentionForward {
                                     sums + i * width, top[i], total[i]);
                     M::weighted(weights, count, columns, values + t * width, width, sums);
                 }
-                finish(row, head, begin, count, top, total, sums);
+                finish(row, head, begin, count, total, sums);
             }
         }
     }
@@ -219,8 +195,8 @@ struct AttentionForward {
         top = now;
     }
 
-    void finish(int64_t row, int64_t head, int64_t begin, int64_t count, const S* top,
-                const S* total, const S* sums) const {
+    void finish(int64_t row, int64_t head, int64_t begin, int64_t count, const S* total,
+                const S* sums) const {
         for (int64_t i = 0; i < count; ++i) {
             const bool nothing = total[i] == 0;
             const V factor = V::set(nothing ? S(0) : 1 / total[i]);
@@ -230,8 +206,6 @@ struct AttentionForward {
                 const V sum = part.template load<Acc<V>>(sums + i * width);
                 part.template store<Storage<V, dtype>>(out, sum * factor);
             });
-            static_cast<S*>(p.logsumexp)[(row * p.heads + head) * p.queries + begin + i] =
-                nothing ? S(0) : log_of(total[i]) + top[i] / S(log2_e);
         }
     }
 };

@@ -47,8 +47,6 @@ inline __attribute__((always_inline)) Vec exp2_negative(Vec x) {
 
 inline float exp2_of(float x) { return __builtin_exp2f(x); }
 inline double exp2_of(double x) { return __builtin_exp2(x); }
-inline float log_of(float x) { return __builtin_logf(x); }
-inline double log_of(double x) { return __builtin_log(x); }
 
 constexpr double log2_e = 1.4426950408889634;
 

@@ -296,7 +296,7 @@ PYBIND11_MODULE(_cpu, m) {
         .def(py::init([](const std::string& isa, int dtype, int threads, const Sizes& sizes,
                          const HeadRowsGiven& q, const HeadRowsGiven& k, const HeadRowsGiven& v,
                          double scale, Address bias, Address first, Address last,
-                         const Terms& terms, Address out, Address logsumexp) {
+                         const Terms& terms, Address out) {
                  AttentionParams p{};
                  p.dtype = static_cast<DType>(dtype), p.threads = threads;
                  p.rows = sizes[0], p.queries = sizes[1], p.keys = sizes[2];
@@ -309,13 +309,12 @@ PYBIND11_MODULE(_cpu, m) {
                  p.query_positions = pointer<const double>(static_cast<Address>(terms[4]));
                  p.key_positions = pointer<const double>(static_cast<Address>(terms[5]));
                  p.pattern = pointer<const int64_t>(static_cast<Address>(terms[6]));
-                 p.out = pointer(out), p.logsumexp = pointer(logsumexp);
+                 p.out = pointer(out);
                  return Call(p, isa);
              }),
              py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("threads"), py::arg("sizes"),
              py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scale"), py::arg("bias"),
-             py::arg("first"), py::arg("last"), py::arg("terms"), py::arg("out"),
-             py::arg("logsumexp"))
+             py::arg("first"), py::arg("last"), py::arg("terms"), py::arg("out"))
         .def(
             "run", [](const Call<AttentionParams>& call) { call.run(&Kernels::attention); },
             Quiet());

@@ -152,8 +152,7 @@ struct AttentionParams {
     const double* query_positions;  // [rows, queries]
     const double* key_positions;    // [rows, keys]
     const int64_t* pattern;         // [rows, keys] or null: all 0
-    void* out;                      // out [rows, queries, heads, d]
-    void* logsumexp;                // out acc [rows, heads, queries]; 0 where no key is visible
+    void* out;                      // out [rows, queries, heads, d]; 0 where no key is visible
 };
 
 // The entry points of one instruction set.

@@ -299,3 +299,12 @@ def test_autocast_changes_nothing(backend):
     for plain, cast in zip(*made, strict=True):
         assert plain.dtype == cast.dtype == torch.float32
         torch.testing.assert_close(plain, cast)
+
+
+@needs_cpu
+def test_the_op_gives_its_output_alone():
+    """Nothing that only a backward pass could read is made in inference."""
+    inputs = qkv((2, 9, 5, 4, 2, 8))
+    arguments = (*inputs, *(None,) * 7, 0, 0.3, "cpu")
+    out = torch.ops.variator.grouped_attention.default(*arguments)
+    torch.testing.assert_close(out, run(inputs, "reference", {"scale": 0.3}))

@@ -91,7 +91,7 @@ def grouped_attention(
             queries, keys, values, visible, relative, scale, dropout_p
         )
     call = op.Attention(queries, keys, values, visible, relative, float(scale))
-    return op.grouped_attention(call, chosen).out
+    return op.grouped_attention(call, chosen)
 
 
 _KERNELS = ("cpu",)

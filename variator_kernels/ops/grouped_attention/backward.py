@@ -11,24 +11,20 @@ import torch
 from torch import Tensor
 
 from ..library import accumulator
-from .op import Attention, Forward
+from .op import Attention
 from .reference import looked_up
 
 BLOCK = 128
 """Queries."""
 
 
-def backward(
-    d_out: Tensor, made: Forward, call: Attention
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(d_out: Tensor, out: Tensor, call: Attention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of queries, keys, values, and of ``bias [B, G]``."""
     with torch.autocast("cpu", enabled=False):
-        return _backward(d_out, made, call)
+        return _backward(d_out, out, call)
 
 
-def _backward(
-    d_out: Tensor, made: Forward, call: Attention
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(d_out: Tensor, out: Tensor, call: Attention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     queries, keys, values = call[:3]
     rows, n, heads, d = queries.shape
     count, kv_heads = keys.shape[1:3]
@@ -44,10 +40,10 @@ def _backward(
             k, v = (torch.where(seen, t, 0) for t in (k, v))
         for begin in range(0, n, BLOCK):
             at = slice(begin, min(begin + BLOCK, n))
-            q, out, d_o = (_by_head(t[row, at], kv_heads, wide) for t in (queries, made.out, d_out))
+            q, o, d_o = (_by_head(t[row, at], kv_heads, wide) for t in (queries, out, d_out))
             weights = _softmax(_scores(q, k, call, row, at))
             d_values[row] += (weights.transpose(1, 2) @ d_o).transpose(0, 1)
-            d_scores = d_o @ v.transpose(1, 2) - (d_o * out).sum(-1, keepdim=True)
+            d_scores = d_o @ v.transpose(1, 2) - (d_o * o).sum(-1, keepdim=True)
             d_scores *= weights
             d_bias[row] += d_scores.sum((0, 1))
             d_keys[row] += (d_scores.transpose(1, 2) @ q).transpose(0, 1) * call.scale
@@ -63,7 +59,7 @@ def _by_head(tokens: Tensor, kv_heads: int, wide: torch.dtype) -> Tensor:
 
 
 def _softmax(scores: Tensor) -> Tensor:
-    """0 where no key is visible. Not from the logsumexp: of large scores it is not exact enough."""
+    """0 where no key is visible. A saved logsumexp of large scores would not be exact enough."""
     some = (scores != -math.inf).any(-1, keepdim=True)
     return torch.where(some, scores, 0).softmax(-1) * some
 

@@ -11,9 +11,8 @@ from ... import extension
 from .. import prepack
 from ..arguments import require
 from ..cpu_arguments import address, as_accumulator, dtype_code, optional_accumulator
-from ..library import accumulator
 from .backward import backward
-from .op import Attention, Forward
+from .op import Attention
 from .relative import DistanceBias
 
 
@@ -82,7 +81,7 @@ def _terms(relative: DistanceBias | None, dtype: torch.dtype) -> tuple[tuple[int
     return (values.data_ptr(), *given, *addresses), [values, *positions, pattern]
 
 
-def _launch(call: Attention, made: Forward) -> Launch:
+def _launch(call: Attention, out: Tensor) -> Launch:
     _check(call)
     q, k, v = (_unit_inner(t) for t in call[:3])
     dtype, visible = q.dtype, call.visible
@@ -103,28 +102,21 @@ def _launch(call: Attention, made: Forward) -> Launch:
         first=address(first),
         last=address(last),
         terms=terms,
-        out=made.out.data_ptr(),
-        logsumexp=made.logsumexp.data_ptr(),
+        out=out.data_ptr(),
     )
-    return Launch(kernel, (q, k, v, bias, first, last, *kept, *made))
+    return Launch(kernel, (q, k, v, bias, first, last, *kept, out))
 
 
-def grouped_attention(call: Attention) -> Forward:
-    queries = call.queries
-    rows, n, heads, _ = queries.shape
-    out = torch.empty(queries.shape, dtype=queries.dtype)
-    made = Forward(out, torch.empty(rows, heads, n, dtype=accumulator(queries.dtype)))
-    launch = _launch(call, made)  # holds what the kernel reads
+def grouped_attention(call: Attention) -> Tensor:
+    out = torch.empty(call.queries.shape, dtype=call.queries.dtype)
+    launch = _launch(call, out)  # holds what the kernel reads
     launch.kernel.run()
-    return made
+    return out
 
 
 def grouped_attention_backward(
-    d_out: Tensor, made: Forward, call: Attention
+    d_out: Tensor, out: Tensor, call: Attention
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(call)
-    queries = call.queries
-    rows, n, heads, _ = queries.shape
-    require(d_out.shape == made.out.shape == queries.shape, f"d_out is {list(d_out.shape)}")
-    require(made.logsumexp.shape == (rows, heads, n), "logsumexp")
-    return backward(d_out, made, call)
+    require(d_out.shape == out.shape == call.queries.shape, f"d_out is {list(d_out.shape)}")
+    return backward(d_out, out, call)

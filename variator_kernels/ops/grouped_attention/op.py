@@ -21,9 +21,9 @@ _TENSORS = 10
 _RELATIVE = 6
 """Where the distance terms begin: the kernels have no gradient for them."""
 
-define(f"grouped_attention({_ARGUMENTS}) -> (Tensor, Tensor)")
+define(f"grouped_attention({_ARGUMENTS}) -> Tensor")
 define(
-    f"grouped_attention_backward(Tensor d_out, Tensor out, Tensor logsumexp, {_ARGUMENTS})"
+    f"grouped_attention_backward(Tensor d_out, Tensor out, {_ARGUMENTS})"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -39,15 +39,6 @@ class Attention(NamedTuple):
     scale: float
 
 
-class Forward(NamedTuple):
-    """What the forward pass made."""
-
-    out: Tensor
-    """``[B, n, H, d]``."""
-    logsumexp: Tensor
-    """``[B, H, n]``, accumulator dtype: of each query's scores; 0 where it sees no key."""
-
-
 def _bundle(arguments: tuple) -> tuple[Attention, str]:
     table, *positions, origin, scale, backend = arguments[_RELATIVE:]
     queries, keys, pattern = positions
@@ -56,40 +47,36 @@ def _bundle(arguments: tuple) -> tuple[Attention, str]:
     return Attention(q, k, v, Visible(*arguments[3:6]), relative, scale), backend
 
 
-def grouped_attention(call: Attention, backend: str) -> Forward:
-    """Attention of whole queries over groups' keys; see :class:`Attention`."""
+def grouped_attention(call: Attention, backend: str) -> Tensor:
+    """Attention of whole queries over groups' keys, ``[B, n, H, d]``; see :class:`Attention`."""
     relative = call.relative or (None,) * 4 + (0,)
-    return Forward(
-        *torch.ops.variator.grouped_attention.default(
-            *call[:3], *call.visible, *relative, call.scale, backend
-        )
+    return torch.ops.variator.grouped_attention.default(
+        *call[:3], *call.visible, *relative, call.scale, backend
     )
 
 
 @torch.library.impl(LIBRARY, "grouped_attention", "CompositeExplicitAutograd")
 def _forward(*arguments):
     call, backend = _bundle(arguments)
-    return tuple(backend_module(__package__, backend).grouped_attention(call))
+    return backend_module(__package__, backend).grouped_attention(call)
 
 
 @torch.library.impl(LIBRARY, "grouped_attention_backward", "CompositeExplicitAutograd")
-def _backward(d_out, out, logsumexp, *arguments):
+def _backward(d_out, out, *arguments):
     refuse_transforms((d_out, *arguments))
     call, backend = _bundle(arguments)
     module = backend_module(__package__, backend)
-    return module.grouped_attention_backward(d_out, Forward(out, logsumexp), call)
+    return module.grouped_attention_backward(d_out, out, call)
 
 
 @torch.library.register_fake("variator::grouped_attention")
 def _fake(*arguments):
     queries = arguments[0]
-    rows, n, heads, _ = queries.shape
-    wide = accumulator(queries.dtype)
-    return queries.new_empty(queries.shape), queries.new_empty(rows, heads, n, dtype=wide)
+    return queries.new_empty(queries.shape)
 
 
 @torch.library.register_fake("variator::grouped_attention_backward")
-def _fake_backward(d_out, out, logsumexp, *arguments):
+def _fake_backward(d_out, out, *arguments):
     queries, keys, values = arguments[:3]
     wide = accumulator(queries.dtype)
     return (
@@ -106,17 +93,16 @@ def _setup(ctx, inputs, output):
             "the kernels have no gradient for the terms of distances (T5's table); freeze the "
             "table, or use backend='reference'"
         )
-    ctx.save_for_backward(*inputs[:_TENSORS], *output)
+    ctx.save_for_backward(*inputs[:_TENSORS], output)
     ctx.rest = inputs[_TENSORS:]
-    ctx.mark_non_differentiable(output[1])
 
 
-def _gradients(ctx, d_out, _):
+def _gradients(ctx, d_out):
     refuse_second_derivatives()
     refuse_transforms((d_out,))
-    *tensors, out, logsumexp = ctx.saved_tensors
+    *tensors, out = ctx.saved_tensors
     backward = torch.ops.variator.grouped_attention_backward.default
-    found = backward(d_out, out, logsumexp, *tensors, *ctx.rest)
+    found = backward(d_out, out, *tensors, *ctx.rest)
     gradients = [None] * (_TENSORS + len(ctx.rest))
     for i in range(4):
         if tensors[i] is not None:
