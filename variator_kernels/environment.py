@@ -30,7 +30,7 @@ NAMES = (
     "VARIATOR_SANITIZE",
 )
 PARTS = ("cpu", "cuda")
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 _ON, _OFF = ("1", "on", "yes", "true"), ("0", "off", "no", "false")
 
 

@@ -1,6 +1,8 @@
-// What attention knows of the keys of one row and head before it meets queries: panels of keys and
-// values, biases, visibility, and where terms of the distance can be read as they lie.
+// What attention knows of a row's keys before it meets queries: biases, visibility, and where terms
+// of the distance can be read as they lie.
 #pragma once
+
+#include <limits>
 
 #include "attention_math.h"
 #include "gemm.h"
@@ -9,6 +11,22 @@
 namespace variator {
 namespace VARIATOR_ISA {
 
+template <class S>
+S infinity() {
+    return static_cast<S>(__builtin_inff());
+}
+
+// Arrays of one allocation: measured without memory first, then placed in it.
+struct Arrays {
+    char* memory = nullptr;
+    Carver carver{};
+    template <class T>
+    void take(T*& array, int64_t count) {
+        const int64_t at = carver.reserve<T>(count);
+        if (memory) array = reinterpret_cast<T*>(memory + at);
+    }
+};
+
 // Terms of the distance, scaled by log2(e). Keys at equal steps that share a pattern (whole groups)
 // read them as vectors: `lines` holds the terms of one head by residue of the step, so that what a
 // query adds to neighbouring keys lies side by side. Other keys are looked up one by one.
@@ -16,10 +34,11 @@ template <class V>
 struct DistanceTerms {
     using S = typename V::Scalar;
     const AttentionParams& p;
-    int64_t row;
+    int64_t row, first, last;                              // queries first .. last - 1
     int64_t step = 0, pattern = 0, least = 0, length = 0;  // step 0: no vector is read as it lies
     double begin = 0;                                      // position of key 0 by the steps
     S* lines = nullptr;
+    int64_t* places = nullptr;  // in `lines`, one a query
 
     const double* keys() const { return p.key_positions + row * p.keys; }
     const double* queries() const { return p.query_positions + row * p.queries; }
@@ -28,112 +47,149 @@ struct DistanceTerms {
         return static_cast<int64_t>(__builtin_floor(key - query + 0.5));
     }
 
-    // The elements of `lines` for queries first .. last - 1 and keys up to `padded`; 0: none.
-    int64_t plan(int64_t first, int64_t last, int64_t padded) {
+    void plan(int64_t padded) {
         const int64_t middle = p.keys / 2;
-        if (!p.terms || middle + 1 >= p.keys || first >= last) return 0;
+        if (!p.terms || middle + 1 >= p.keys || first >= last) return;
         const double between = keys()[middle + 1] - keys()[middle];
-        if (!(between >= 1 && between <= 1024 && between == __builtin_floor(between))) return 0;
+        if (!(between >= 1 && between <= 1024 && between == __builtin_floor(between))) return;
         double low = queries()[first], high = low;
         for (int64_t s = first; s < last; ++s) {
-            if (queries()[s] != queries()[s]) return 0;  // NaN: a group without a token
+            if (queries()[s] != queries()[s]) return;  // NaN: a group without a token
             low = queries()[s] < low ? queries()[s] : low;
             high = queries()[s] > high ? queries()[s] : high;
         }
         begin = keys()[middle] - between * static_cast<double>(middle);
-        if (!(high - low < 1e7) || !(begin - low < 1e15 && low - begin < 1e15)) return 0;
+        if (!(high - low < 1e7) || !(begin - low < 1e15 && low - begin < 1e15)) return;
         least = distance(begin, high) - p.origin;
         pattern = pattern_of(middle);
         step = static_cast<int64_t>(between);
         length = (distance(begin, low) - p.origin - least) / step + 1 + padded;
-        return step * length;
+    }
+    void arrange(Arrays& arrays) {
+        arrays.take(lines, step * length);
+        arrays.take(places, step ? last - first : 0);
+    }
+    void place() {
+        if (!step) return;
+        int64_t before = -1, residue = 0, at = 0;
+        for (int64_t s = first; s < last; ++s) {
+            const int64_t now = distance(begin, queries()[s]) - p.origin - least;
+            if (now + 1 == before) {  // the next token: no division
+                if (--residue < 0) residue = step - 1, --at;
+            } else {
+                residue = now % step, at = now / step;
+            }
+            before = now;
+            places[s - first] = residue * length + at;
+        }
     }
     S* table(int64_t which, int64_t head) const {
         const int64_t at = which * p.term_heads + (p.term_heads > 1 ? head : 0);
         return const_cast<S*>(static_cast<const S*>(p.terms)) + at * p.width;
     }
+    // Columns beyond the table's ends read its ends.
     void fill(int64_t head) {
+        if (!step) return;
         const S* terms = table(pattern, head);
-        for (int64_t r = 0; r < step; ++r)
-            for (int64_t i = 0; i < length; ++i) {
-                const int64_t column = least + r + step * i;
-                lines[r * length + i] = terms[larger(0, smaller(column, p.width - 1))] * S(log2_e);
-            }
+        const S low = terms[0] * S(log2_e), high = terms[p.width - 1] * S(log2_e);
+        for (int64_t r = 0; r < step; ++r) {
+            const int64_t from = least + r;
+            auto reached = [&](int64_t column) {  // the first i of at least this column
+                return column <= from ? 0 : smaller(length, (column - from + step - 1) / step);
+            };
+            const int64_t inside = reached(0), behind = reached(p.width);
+            S* line = lines + r * length;
+            for (int64_t i = 0; i < inside; ++i) line[i] = low;
+            for (int64_t i = inside; i < behind; ++i) line[i] = terms[from + step * i] * S(log2_e);
+            for (int64_t i = behind; i < length; ++i) line[i] = high;
+        }
     }
     // What query s adds to key j is at line(s)[j], for the keys of vectors that are even().
-    const S* line(int64_t s) const {
-        const int64_t at = distance(begin, queries()[s]) - p.origin - least;
-        return lines + at % step * length + at / step;
-    }
-    bool even(int64_t first) const {
+    const S* line(int64_t s) const { return lines + places[s - first]; }
+    bool even(int64_t key) const {
         if (step == 0) return false;
-        for (int64_t j = first; j < smaller(first + V::width, p.keys); ++j)
+        for (int64_t j = key; j < smaller(key + V::width, p.keys); ++j)
             if (keys()[j] != begin + static_cast<double>(step * j) || pattern_of(j) != pattern)
                 return false;
         return true;
     }
-    V look_up(int64_t s, int64_t first, int64_t head) const {
+    V look_up(int64_t s, int64_t key, int64_t head) const {
         S found[V::width];
         const double query = queries()[s];
         for (int i = 0; i < V::width; ++i) {
             found[i] = 0;
-            if (first + i >= p.keys) continue;
+            if (key + i >= p.keys) continue;
             // Clamped as a double: distances may be beyond any integer.
             double column =
-                __builtin_floor(keys()[first + i] - query + 0.5) - static_cast<double>(p.origin);
+                __builtin_floor(keys()[key + i] - query + 0.5) - static_cast<double>(p.origin);
             const double end = static_cast<double>(p.width - 1);
             column = column > 0 ? (column < end ? column : end) : 0;
-            found[i] = table(pattern_of(first + i), head)[static_cast<int64_t>(column)] * S(log2_e);
+            found[i] = table(pattern_of(key + i), head)[static_cast<int64_t>(column)] * S(log2_e);
         }
         return V::load(found);
     }
 };
 
-template <class S>
-S infinity() {
-    return static_cast<S>(__builtin_inff());
-}
+// Keys of a tile: which queries see some of them, which all; and what of scores they share.
+struct TileOfKeys {
+    double first_seen = 1e300, all_seen = -1e300, first_lost = 1e300, all_lost = -1e300;
+    bool even = true;     // their terms are read as they lie
+    bool biased = false;  // some bias is not 0
+    bool any(int64_t begin, int64_t end) const {
+        return static_cast<double>(end) > first_seen && static_cast<double>(begin) < all_lost;
+    }
+    bool all(int64_t begin, int64_t end) const {
+        return static_cast<double>(begin) >= all_seen && static_cast<double>(end) <= first_lost;
+    }
+};
 
-// Whether anybody sees key j: what an invisible one holds must not be read, it may be NaN.
-template <class S>
-bool seen(const AttentionParams& p, int64_t row, int64_t j) {
-    return !p.bias || static_cast<const S*>(p.bias)[row * p.keys + j] != -infinity<S>();
-}
+// The keys of one row as the softmax sees them; pads are invisible.
+template <class V>
+struct KeyLists {
+    using S = typename V::Scalar;
+    const AttentionParams& p;
+    int64_t padded, tile;
+    S *bias = nullptr, *first = nullptr, *last = nullptr;  // first, last: null where nothing hides
+    uint8_t* even = nullptr;                               // a byte a vector
+    TileOfKeys* tiles = nullptr;
 
-template <class V, DType dtype>
-const typename Storage<V, dtype>::Element* vector_of(const HeadRows& t, int64_t row, int64_t token,
-                                                     int64_t head) {
-    return static_cast<const typename Storage<V, dtype>::Element*>(t.data) + row * t.row +
-           token * t.token + head * t.head;
-}
-
-// One row in acc, zeros up to `padded`.
-template <class V, DType dtype>
-void widen(const typename Storage<V, dtype>::Element* from, int64_t d, int64_t padded,
-           typename V::Scalar* to) {
-    for_parts<V>(d, [&](Part<V> part) {
-        part.template store<Acc<V>>(to, part.template load<Storage<V, dtype>>(from));
-    });
-    for (int64_t i = d; i < padded; ++i) to[i] = 0;
-}
-
-// Panels for q · kᵀ: inner dimension d, a column a key; a row of `rows` each: row(j) or null.
-template <class V, class E, int step, class Rows>
-void pack_keys(const Rows& row, int64_t padded, int64_t inner, E* packed) {
-    using Word = std::conditional_t<step == 2, uint32_t, E>;
-    for (int64_t first = 0; first < padded; first += panel_columns<V>()) {
-        const int64_t width = smaller(panel_columns<V>(), padded - first);
-        Word* out = reinterpret_cast<Word*>(packed + first * inner);
-        for (int64_t c = 0; c < width; ++c) {
-            const E* from = row(first + c);
-            for (int64_t i = 0; i < inner / step; ++i) {
-                Word word = 0;
-                if (from) __builtin_memcpy(&word, from + i * step, sizeof word);
-                out[i * width + c] = word;
-            }
+    bool hides() const { return p.first || p.last; }
+    void arrange(Arrays& arrays) {
+        arrays.take(bias, padded);
+        if (hides()) arrays.take(first, padded), arrays.take(last, padded);
+        arrays.take(even, padded / V::width);
+        arrays.take(tiles, (padded + tile - 1) / tile);
+    }
+    void fill(const DistanceTerms<V>& terms) {
+        for (int64_t t = 0; t < padded; t += tile) tiles[t / tile] = {};
+        for (int64_t j = 0; j < padded; ++j) {
+            TileOfKeys& at = tiles[j / tile];
+            const bool real = j < p.keys;
+            const int64_t key = terms.row * p.keys + j;
+            const S given = real && p.bias ? static_cast<const S*>(p.bias)[key] : S(0);
+            // A finite bias stays finite: masks of the least number are not -inf.
+            constexpr S least = std::numeric_limits<S>::lowest() / 4;
+            S scaled = given * S(log2_e);
+            if (scaled < least && given != -infinity<S>()) scaled = least;
+            bias[j] = real ? scaled : -infinity<S>();
+            at.biased |= !(bias[j] == 0);
+            if (!hides()) continue;
+            first[j] = real && p.first ? static_cast<S>(p.first[key]) : S(0);
+            last[j] = real && p.last ? static_cast<S>(p.last[key]) : infinity<S>();
+            if (!real) continue;
+            const double from = static_cast<double>(first[j]), to = static_cast<double>(last[j]);
+            at.first_seen = from < at.first_seen ? from : at.first_seen;
+            at.all_seen = from > at.all_seen ? from : at.all_seen;
+            at.first_lost = to < at.first_lost ? to : at.first_lost;
+            at.all_lost = to > at.all_lost ? to : at.all_lost;
+        }
+        if (!p.terms) return;
+        for (int64_t j = 0; j < padded; j += V::width) {
+            even[j / V::width] = terms.even(j);
+            tiles[j / tile].even &= even[j / V::width] != 0;
         }
     }
-}
+};
 
 }  // namespace VARIATOR_ISA
 }  // namespace variator

@@ -7,43 +7,110 @@
 namespace variator {
 namespace VARIATOR_ISA {
 
+// Whether anybody sees key j: what an invisible one holds must not be read, it may be NaN.
+template <class V>
+bool seen(const AttentionParams& p, int64_t row, int64_t j) {
+    using S = typename V::Scalar;
+    if (j >= p.keys) return false;
+    return !p.bias || static_cast<const S*>(p.bias)[row * p.keys + j] != -infinity<S>();
+}
+
+template <class V, DType dtype>
+const typename Storage<V, dtype>::Element* vector_of(const HeadRows& t, int64_t row, int64_t token,
+                                                     int64_t head) {
+    return static_cast<const typename Storage<V, dtype>::Element*>(t.data) + row * t.row +
+           token * t.token + head * t.head;
+}
+
+// One row in acc, zeros up to `padded`, and of a key that nobody sees (null).
+template <class V, DType dtype>
+void widen(const typename Storage<V, dtype>::Element* from, int64_t d, int64_t padded,
+           typename V::Scalar* to) {
+    if (from)
+        for_parts<V>(d, [&](Part<V> part) {
+            part.template store<Acc<V>>(to, part.template load<Storage<V, dtype>>(from));
+        });
+    for (int64_t i = from ? d : 0; i < padded; ++i) to[i] = 0;
+}
+
+// V::width rows of `words` become columns of a panel, out [words][columns].
+template <class V>
+void transpose(const typename V::Scalar* rows, int64_t stride, int64_t words,
+               typename V::Scalar* out, int64_t columns) {
+    for (int64_t at = 0; at < words; at += V::width) {
+        V v[V::width], turned[V::width];
+        for (int i = 0; i < V::width; ++i) v[i] = V::load(rows + i * stride + at);
+        for (int round = 1; round < V::width; round *= 2) {
+            for (int i = 0; i < V::width / 2; ++i)
+                V::interleave(v[i], v[i + V::width / 2], turned[2 * i], turned[2 * i + 1]);
+            for (int i = 0; i < V::width; ++i) v[i] = turned[i];
+        }
+        const int64_t many = smaller(V::width, words - at);
+        for (int64_t i = 0; i < many; ++i) v[i].store(out + (at + i) * columns);
+    }
+}
+
+// Into panels for q · kᵀ, inner dimension `words`, a column a key: V::width keys from j on, of rows of
+// round_up(words, V::width).
+template <class V>
+void pack_keys(int64_t j, int64_t padded, int64_t words, const typename V::Scalar* rows,
+               typename V::Scalar* packed) {
+    const int64_t panel = j / panel_columns<V>() * panel_columns<V>();
+    const int64_t columns = smaller(panel_columns<V>(), padded - panel);
+    transpose<V>(rows, round_up(words, V::width), words, packed + panel * words + (j - panel),
+                 columns);
+}
+
+// Products of acc elements.
 template <class V, DType dtype>
 struct WideProducts {
     using S = typename V::Scalar;
     using Element = S;
-    static constexpr int64_t key_unit = V::width, inner_unit = 1;
+    using Session = Nothing;
+    static constexpr int64_t key_unit = V::width;
     static constexpr int64_t block = 8 * V::tile_rows, tile = 256;
+    const AttentionParams& p;
+    int64_t padded = round_up(p.keys, key_unit), width = round_up(p.d, V::width);
+    S *keys = nullptr, *values = nullptr, *queries = nullptr, *staged = nullptr;
 
-    static void store(S* to, V value) { value.store(to); }
-    static void pack(const AttentionParams& p, int64_t row, int64_t head, int64_t padded,
-                     int64_t inner, int64_t width, S* keys, S* values, S* wide) {
-        auto key = [&](int64_t j) -> const S* {
-            if (j >= p.keys || !seen<S>(p, row, j)) return nullptr;
-            widen<V, dtype>(vector_of<V, dtype>(p.k, row, j, head), p.d, inner, wide);
-            return wide;
-        };
-        pack_keys<V, S, 1>(key, padded, inner, keys);
-        for (int64_t j = 0; j < padded; ++j) {
-            const bool real = j < p.keys && seen<S>(p, row, j);
-            widen<V, dtype>(real ? vector_of<V, dtype>(p.v, row, j, head) : nullptr, real ? p.d : 0,
-                            width, values + j * width);
+    static void put(S* to, V value) { value.store(to); }
+    static constexpr int64_t weights() { return block * tile; }
+    void arrange(Arrays& arrays, int64_t blocks) {
+        arrays.take(keys, padded * p.d);
+        arrays.take(values, padded * width);
+        arrays.take(queries, blocks * block * p.d);
+        arrays.take(staged, V::width * width);
+    }
+    const typename Storage<V, dtype>::Element* visible(const HeadRows& of, int64_t row, int64_t j,
+                                                       int64_t head) const {
+        return seen<V>(p, row, j) ? vector_of<V, dtype>(of, row, j, head) : nullptr;
+    }
+    // False where only wider products give right results.
+    bool pack(int64_t row, int64_t head) {
+        for (int64_t j = 0; j < padded; j += V::width) {
+            for (int64_t i = 0; i < V::width; ++i)
+                widen<V, dtype>(visible(p.k, row, j + i, head), p.d, width, staged + i * width);
+            pack_keys<V>(j, padded, p.d, staged, keys);
         }
+        for (int64_t j = 0; j < padded; ++j)
+            widen<V, dtype>(visible(p.v, row, j, head), p.d, width, values + j * width);
+        return true;
     }
-    static void load_queries(const AttentionParams& p, int64_t row, int64_t head, int64_t begin,
-                             int64_t count, int64_t inner, S* queries, S*) {
+    // Query `begin` and those that follow, as the at-th block.
+    bool load_queries(int64_t row, int64_t head, int64_t begin, int64_t count, int64_t at) {
         for (int64_t i = 0; i < count; ++i)
-            widen<V, dtype>(vector_of<V, dtype>(p.q, row, begin + i, head), p.d, inner,
-                            queries + i * inner);
+            widen<V, dtype>(vector_of<V, dtype>(p.q, row, begin + i, head), p.d, p.d,
+                            queries + (at * block + i) * p.d);
+        return true;
     }
-    static void scores(const S* queries, int64_t count, int64_t inner, const S* keys,
-                       int64_t columns, S* scores) {
-        product<Plain<V>, V>(Strided{queries, inner, 1}, count, Operand<S>{keys, 0}, columns,
-                             scores, tile, inner, false);
+    void scores(int64_t at, int64_t count, int64_t first, int64_t columns, S* scores) const {
+        product<Plain<V>, V>(Strided{queries + at * block * p.d, p.d, 1}, count,
+                             Operand<S>{keys + first * p.d, 0}, columns, scores, tile, p.d, false);
     }
-    static void weighted(const S* weights, int64_t count, int64_t columns, const S* values,
-                         int64_t width, S* sums) {
-        product<Plain<V>, V>(Strided{weights, tile, 1}, count, Operand<S>{values, width}, width,
-                             sums, width, columns, true);
+    void weighted(const S* weights, int64_t count, int64_t first, int64_t columns, S* sums) const {
+        product<Plain<V>, V>(Strided{weights, tile, 1}, count,
+                             Operand<S>{values + first * width, width}, width, sums, width, columns,
+                             true);
     }
 };
 

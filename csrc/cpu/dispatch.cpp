@@ -3,6 +3,10 @@
 #ifdef VARIATOR_HAVE_AVX2
 #include <cpuid.h>
 #endif
+#ifdef VARIATOR_HAVE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <atomic>
 #include <stdexcept>
@@ -19,6 +23,9 @@ Kernels avx512_kernels();
 #ifdef VARIATOR_HAVE_AVX512_BF16
 Kernels avx512_bf16_kernels();
 #endif
+#ifdef VARIATOR_HAVE_AMX
+Kernels amx_kernels();
+#endif
 
 namespace {
 
@@ -27,6 +34,22 @@ namespace {
 bool has_f16c() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & (1u << 29)) != 0;
+}
+#endif
+
+#ifdef VARIATOR_HAVE_AMX
+// Tiles with products of bf16, and the system's permission to use them, which a process asks for
+// once. It is refused where a thread's signal stack is too small for them.
+bool may_use_tiles() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (c & (1u << 27)) == 0) return false;
+    unsigned states = 0;
+    asm("xgetbv" : "=a"(states), "=d"(d) : "c"(0));
+    if ((states >> 17 & 3) != 3) return false;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+    if ((d & (1u << 22)) == 0 || (d & (1u << 24)) == 0) return false;
+    constexpr int request_permission = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 #endif
 
@@ -46,7 +69,11 @@ const std::vector<Kernels>& available() {
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         if (avx512) found.push_back(avx512_kernels());
 #ifdef VARIATOR_HAVE_AVX512_BF16
-        if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(avx512_bf16_kernels());
+        const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+        if (bf16) found.push_back(avx512_bf16_kernels());
+#ifdef VARIATOR_HAVE_AMX
+        if (bf16 && may_use_tiles()) found.push_back(amx_kernels());
+#endif
 #endif
 #endif
         return found;

@@ -2,41 +2,18 @@
 #pragma once
 
 #include "attention.h"
+#include "by_dtype.h"
 #include "decompress_backward.h"
 #include "merge_backward.h"
 
 namespace variator {
 namespace VARIATOR_ISA {
 
-#ifdef VARIATOR_HAS_DOUBLE
-#define VARIATOR_DOUBLE(kernel) \
-    case DType::float64:        \
-        return kernel<VecDouble, DType::float64>(p)
-#else
-#define VARIATOR_DOUBLE(kernel) \
-    case DType::float64:        \
-        return
-#endif
-
-#define VARIATOR_BY_DTYPE(kernel, Params)               \
-    inline void kernel##_any(const Params& p) {         \
-        switch (p.dtype) {                              \
-            case DType::float32:                        \
-                return kernel<Vec, DType::float32>(p);  \
-            case DType::bfloat16:                       \
-                return kernel<Vec, DType::bfloat16>(p); \
-            case DType::float16:                        \
-                return kernel<Vec, DType::float16>(p);  \
-                VARIATOR_DOUBLE(kernel);                \
-        }                                               \
-    }
 VARIATOR_BY_DTYPE(merge, MergeParams)
 VARIATOR_BY_DTYPE(merge_backward, MergeBackwardParams)
 VARIATOR_BY_DTYPE(decompress, DecompressParams)
 VARIATOR_BY_DTYPE(decompress_backward, DecompressBackwardParams)
 VARIATOR_BY_DTYPE(attention, AttentionParams)
-#undef VARIATOR_BY_DTYPE
-#undef VARIATOR_DOUBLE
 
 inline int64_t packed_bytes(const PackParams& p) {
 #ifdef VARIATOR_BF16_PRODUCTS

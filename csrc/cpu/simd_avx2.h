@@ -83,6 +83,17 @@ struct Vec {
         __m256 mask = _mm256_set1_ps(-0.0f);
         return {_mm256_or_ps(_mm256_andnot_ps(mask, magnitude.v), _mm256_and_ps(mask, sign.v))};
     }
+    static Vec fraction(Vec a) { return {_mm256_sub_ps(a.v, _mm256_floor_ps(a.v))}; }
+    static Vec scale_exp2(Vec p, Vec x) {
+        const Vec least = set(-126.0f);
+        const Vec power = exp2_whole({_mm256_floor_ps(maximum(least, x).v)});
+        return less_select(x, least, zero(), p * power);
+    }
+    static void interleave(Vec a, Vec b, Vec& low, Vec& high) {
+        const __m256 lower = _mm256_unpacklo_ps(a.v, b.v), upper = _mm256_unpackhi_ps(a.v, b.v);
+        low = {_mm256_permute2f128_ps(lower, upper, 0x20)};
+        high = {_mm256_permute2f128_ps(lower, upper, 0x31)};
+    }
     float sum() const {
         __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         s = _mm_add_ps(s, _mm_movehl_ps(s, s));

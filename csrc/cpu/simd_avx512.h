@@ -86,6 +86,19 @@ struct Vec {
         return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(
             mask, _mm512_castps_si512(sign.v), _mm512_castps_si512(magnitude.v), 0xCA))};
     }
+    // a - floor(a), and p · 2^floor(x): 0 for x < -126, below the smallest normal number.
+    static Vec fraction(Vec a) { return {_mm512_reduce_ps(a.v, 9)}; }
+    static Vec scale_exp2(Vec p, Vec x) {
+        const __mmask16 normal = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+        return {_mm512_maskz_scalef_ps(normal, p.v, x.v)};
+    }
+    // The lanes of a and b in turn: the first halves in low, the second ones in high.
+    static void interleave(Vec a, Vec b, Vec& low, Vec& high) {
+        const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+        low = {_mm512_permutex2var_ps(a.v, first, b.v)};
+        high = {_mm512_permutex2var_ps(a.v, second, b.v)};
+    }
     float sum() const { return _mm512_reduce_add_ps(v); }
     float largest() const { return _mm512_reduce_max_ps(v); }
 };
@@ -98,6 +111,20 @@ inline __attribute__((always_inline)) Vec dot_pairs(Vec sum, const uint16_t* a, 
     __builtin_memcpy(&pair, a, sizeof pair);
     __m512i bits = _mm512_loadu_si512(b);
     return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)bits)};
+}
+// x as bf16, and what that leaves of it.
+inline __attribute__((always_inline)) __m256i take_bf16(Vec& x) {
+    const __m256i taken = x.narrow_bf16();
+    x = x - Vec::widen_bf16(taken);
+    return taken;
+}
+inline __attribute__((always_inline)) void store_bits(uint16_t* to, __m256i bits) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+}
+// Pairs (low, high) lane by lane.
+inline __attribute__((always_inline)) void store_pairs(uint16_t* to, __m256i low, __m256i high) {
+    const __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
+    _mm512_storeu_si512(to, _mm512_or_si512(_mm512_cvtepu16_epi32(low), upper));
 }
 #endif
 

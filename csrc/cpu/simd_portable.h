@@ -102,6 +102,11 @@ struct Lanes {
     static Lanes less_select(Lanes a, Lanes b, Lanes yes, Lanes no) {
         return make([&](int i) { return a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; });
     }
+    static void interleave(Lanes a, Lanes b, Lanes& low, Lanes& high) {
+        auto pick = [&](int i) { return i % 2 ? b.v[i / 2] : a.v[i / 2]; };
+        low = make(pick);
+        high = make([&](int i) { return pick(i + width); });
+    }
     T largest() const {
         T top = v[0];
         for (int i = 1; i < width; ++i) top = v[i] > top ? v[i] : top;

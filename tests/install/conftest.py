@@ -23,6 +23,7 @@ TINY_SOURCES = {
     "isa_avx2.cpp": "",
     "isa_avx512.cpp": "",
     "isa_avx512_bf16.cpp": "",
+    "isa_amx.cpp": "",
 }
 
 

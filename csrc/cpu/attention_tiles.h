@@ -1,0 +1,160 @@
+// The products of attention in AMX's tiles.
+#pragma once
+
+#include "attention_parts.h"
+
+namespace variator {
+namespace VARIATOR_ISA {
+
+#ifdef VARIATOR_TILES
+
+// GCC's intrinsics say nothing of the memory that they read, so the compiler may move or drop what
+// was written there; and they configure tiles with the first eight bytes.
+template <int tile>
+inline void tile_zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(tile));
+}
+// 16 rows of 64 bytes, `stride` bytes apart.
+template <int tile>
+inline void tile_load(const void* from, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile) : "memory");
+}
+template <int tile>
+inline void tile_store(void* to, int64_t stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(tile) : "memory");
+}
+// sum += a · b: a [16][32], b [32][16] in pairs, sums fp32.
+template <int sum, int a, int b>
+inline void tile_multiply() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(b));
+}
+
+struct TileShapes {
+    uint8_t palette = 1, start = 0, zero[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static_assert(sizeof(TileShapes) == 64);
+
+// Tiles of this thread in our shapes; afterwards in those that oneDNN, or whoever else, had set.
+class TileSession {
+  public:
+    TileSession() {
+        asm volatile("sttilecfg %0" : "=m"(before_));
+        const TileShapes ours;
+        asm volatile("ldtilecfg %0" ::"m"(ours));
+    }
+    ~TileSession() {
+        if (before_.palette)
+            asm volatile("ldtilecfg %0" ::"m"(before_));
+        else
+            asm volatile("tilerelease");
+    }
+    TileSession(const TileSession&) = delete;
+    TileSession& operator=(const TileSession&) = delete;
+
+  private:
+    TileShapes before_;
+};
+
+// An operand of tiles: elements from one row (of pairs), inner step of a tile, or part to the next.
+struct TileOperand {
+    const uint16_t* data;
+    int64_t row, step, part;
+    template <int tile>
+    void load(int64_t step_at, int64_t part_at) const {
+        tile_load<tile>(data + step_at * step + part_at * part, 2 * row);
+    }
+    TileOperand from(int64_t elements) const { return {data + elements, row, step, part}; }
+};
+
+// c [16 · rows][16 · columns] [+]= a · b; products of parts that are below the last bit are left out.
+template <int parts, int rows, int columns>
+void tile_product(const TileOperand& a, const TileOperand& b, int64_t steps, float* c, int64_t ldc,
+                  bool add) {
+    static_assert(rows <= 2 && columns <= 2);
+    const TileOperand below = a.from(16 * a.row), right = b.from(32);
+    const int64_t stride = 4 * ldc;
+    float *c10 = c + 16 * ldc, *c01 = c + 16, *c11 = c10 + 16;
+    if (add) {
+        tile_load<0>(c, stride);
+        if constexpr (columns > 1) tile_load<1>(c01, stride);
+        if constexpr (rows > 1) tile_load<2>(c10, stride);
+        if constexpr (rows > 1 && columns > 1) tile_load<3>(c11, stride);
+    } else {
+        tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    }
+    for (int64_t k = 0; k < steps; ++k) {
+#pragma GCC unroll 3
+        for (int i = 0; i < parts; ++i) {
+            a.load<4>(k, i);
+            if constexpr (rows > 1) below.load<5>(k, i);
+#pragma GCC unroll 3
+            for (int j = 0; j < parts - i; ++j) {
+                b.load<6>(k, j);
+                if constexpr (columns > 1) right.load<7>(k, j);
+                tile_multiply<0, 4, 6>();
+                if constexpr (columns > 1) tile_multiply<1, 4, 7>();
+                if constexpr (rows > 1) tile_multiply<2, 5, 6>();
+                if constexpr (rows > 1 && columns > 1) tile_multiply<3, 5, 7>();
+            }
+        }
+    }
+    tile_store<0>(c, stride);
+    if constexpr (columns > 1) tile_store<1>(c01, stride);
+    if constexpr (rows > 1) tile_store<2>(c10, stride);
+    if constexpr (rows > 1 && columns > 1) tile_store<3>(c11, stride);
+}
+
+template <class V, DType dtype, int parts>
+struct TileProducts : PartProducts<V, dtype, parts, 32, 128> {
+    using Base = PartProducts<V, dtype, parts, 32, 128>;
+    using Session = TileSession;
+    static constexpr int64_t block = Base::block, tile = Base::tile;
+
+    // One row of tiles where the queries fill no more.
+    template <int columns>
+    static void multiply(int64_t count, const TileOperand& a, const TileOperand& b, int64_t steps,
+                         float* c, int64_t ldc, bool add) {
+        if (count > 16)
+            tile_product<parts, 2, columns>(a, b, steps, c, ldc, add);
+        else
+            tile_product<parts, 1, columns>(a, b, steps, c, ldc, add);
+    }
+    void scores(int64_t at, int64_t count, int64_t first, int64_t columns, float* scores) const {
+        const int64_t inner = this->inner, padded = this->padded;
+        const TileOperand a{this->queries + at * parts * block * inner, inner, 32, block * inner};
+        for (int64_t c = 0; c < columns; c += 32) {
+            const int64_t key = first + c, panel = key / panel_columns<V>() * panel_columns<V>();
+            const int64_t pairs = 2 * smaller(panel_columns<V>(), padded - panel);
+            const TileOperand b{this->keys + panel * inner + 2 * (key - panel), pairs, 16 * pairs,
+                                padded * inner};
+            multiply<2>(count, a, b, inner / 32, scores + c, tile, false);
+        }
+    }
+    void weighted(const uint16_t* weights, int64_t count, int64_t first, int64_t columns,
+                  float* sums) const {
+        const int64_t width = this->width;
+        const TileOperand a{weights, tile, 32, block * tile};
+        const TileOperand b{this->values + first * width, 2 * width, 32 * width,
+                            this->padded * width};
+        for (int64_t c = 0; c < width; c += 32) {
+            if (width - c > 16)
+                multiply<2>(count, a, b.from(2 * c), columns / 32, sums + c, width, true);
+            else
+                multiply<1>(count, a, b.from(2 * c), columns / 32, sums + c, width, true);
+        }
+    }
+};
+
+template <class V>
+struct Multiply<V, DType::bfloat16> : TileProducts<V, DType::bfloat16, 1> {};
+template <class V>
+struct Multiply<V, DType::float16> : TileProducts<V, DType::float16, 2> {};
+template <class V>
+struct Multiply<V, DType::float32> : TileProducts<V, DType::float32, 3> {};
+
+#endif
+
+}  // namespace VARIATOR_ISA
+}  // namespace variator
