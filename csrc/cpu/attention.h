@@ -24,6 +24,22 @@ struct AttentionItems {
     }
 };
 
+// Rows that come next, fetched into the second-level cache one at a time, while the softmax leaves
+// the path to memory idle.
+template <class E>
+struct HeadRowsAhead {
+    const E* at = nullptr;
+    int64_t left = 0, stride = 0, length = 0;
+
+    template <bool write>
+    void next() {
+        if (left <= 0) return;
+        constexpr int64_t line = 64 / sizeof(E);
+        for (int64_t i = 0; i < length; i += line) __builtin_prefetch(at + i, write, 2);
+        at += stride, --left;
+    }
+};
+
 template <class V, DType dtype, class M>
 struct AttentionPart {
     using S = typename V::Scalar;
@@ -41,6 +57,7 @@ struct AttentionPart {
     Softmax softmax[together] = {};
     S *scores = nullptr, *sums = nullptr;
     typename M::Element* weights = nullptr;
+    HeadRowsAhead<E> next_keys = {}, next_values = {}, next_queries = {}, outputs = {};
 
     void arrange(Arrays arrays) {
         products.arrange(arrays, together);
@@ -63,6 +80,10 @@ struct AttentionPart {
         const int64_t shared = p.heads / p.kv_heads;
         for (int64_t kv = first_head; kv < last_head; ++kv) {
             if (!products.pack(row, kv)) return kv;
+            if (kv + 1 < last_head) {
+                next_keys = {vector_of<V, dtype>(p.k, row, 0, kv + 1), p.keys, p.k.token, p.d};
+                next_values = {vector_of<V, dtype>(p.v, row, 0, kv + 1), p.keys, p.v.token, p.d};
+            }
             for (int64_t head = kv * shared; head < (kv + 1) * shared; ++head) {
                 terms.fill(head);
                 for (int64_t begin = first; begin < last; begin += together * block)
@@ -74,10 +95,16 @@ struct AttentionPart {
 
     bool blocks(int64_t head, int64_t begin) {
         const int64_t width = products.width, many = smaller(together * block, last - begin);
+        const bool more = begin + many < last;
+        if (more || head + 1 < p.heads)
+            next_queries = {
+                vector_of<V, dtype>(p.q, row, more ? begin + many : first, head + !more),
+                more ? last - begin - many : together * block, p.q.token, p.d};
+        outputs = {out(head, begin), many, p.heads * p.d, p.d};
         for (int64_t at = 0; at * block < many; ++at) {
             const int64_t count = smaller(block, many - at * block);
             if (!products.load_queries(row, head, begin + at * block, count, at)) return false;
-            softmax[at].start(count);
+            softmax[at].start();
         }
         for (int64_t i = 0; i < round_up(many, block) * width; ++i) sums[i] = 0;
         for (int64_t t = 0; t < products.padded; t += tile)
@@ -98,16 +125,24 @@ struct AttentionPart {
         S* of_block = sums + at * block * products.width;
         products.scores(at, count, t, columns, scores);
         softmax[at].add(ScoreTerms<V>{lists, terms, t, columns, head, hiding, scale}, query, count,
-                        scores, weights, of_block, products.width);
+                        scores, weights, of_block, products.width, [&] {
+                            next_queries.template next<false>();
+                            outputs.template next<true>();
+                            next_keys.template next<false>();
+                            next_values.template next<false>();
+                        });
         products.weighted(weights, count, t, columns, of_block);
     }
 
     void finish(int64_t head, int64_t query, S factor, const S* sums) const {
         const V by = V::set(factor);
-        E* out = static_cast<E*>(p.out) + ((row * p.queries + query) * p.heads + head) * p.d;
+        E* to = out(head, query);
         for_parts<V>(p.d, [&](Part<V> part) {
-            part.template store<Storage<V, dtype>>(out, part.template load<Acc<V>>(sums) * by);
+            part.template store<Storage<V, dtype>>(to, part.template load<Acc<V>>(sums) * by);
         });
+    }
+    E* out(int64_t head, int64_t query) const {
+        return static_cast<E*>(p.out) + ((row * p.queries + query) * p.heads + head) * p.d;
     }
 };
 

@@ -1,4 +1,4 @@
-// 2^x for the softmax, x <= 0: 0 below the smallest normal number, NaN stays NaN.
+// 2^x for the softmax, x far from overflow: 0 below the smallest normal number, NaN stays NaN.
 #pragma once
 
 #include "row_norm.h"
@@ -37,20 +37,19 @@ float exp2_scalar(float x) {
     const float capped = x < -126.0f ? -126.0f : x;
     const float n = __builtin_floorf(capped);
     const float p = exp2_fraction<half>(
-        capped - n, [](float c) { return c; },
-        [](float a, float b, float c) { return a * b + c; });
+        capped - n, [](float c) { return c; }, [](float a, float b, float c) { return a * b + c; });
     const float whole = n == n ? n : 0.0f;
     const float power =
         bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23);
     return x < -126.0f ? 0.0f : p * power;
 }
 template <bool half, class T>
-Lanes<T> exp2_negative(Lanes<T> x) {
+Lanes<T> exp2(Lanes<T> x) {
     return Lanes<T>::make([&](int i) { return exp2_scalar<half>(x.v[i]); });
 }
 #else
 template <bool half>
-inline __attribute__((always_inline)) Vec exp2_negative(Vec x) {
+inline __attribute__((always_inline)) Vec exp2(Vec x) {
     return Vec::scale_exp2(exp2_fraction<half>(Vec::fraction(x), Vec::set, Vec::fma), x);
 }
 #endif

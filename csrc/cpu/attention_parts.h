@@ -1,5 +1,5 @@
-// Products of bf16 pairs with fp32 sums. A number of wider storage is the sum of parts of 8 bits each:
-// one is bf16 itself, two are fp16, three are fp32.
+// Products of bf16 pairs with fp32 sums. fp16 takes part as the sum of two bf16 numbers, which is
+// exact. (fp32 as three gained nothing: the six products of parts read more than the caches give.)
 #pragma once
 
 #include "attention_products.h"
@@ -31,39 +31,38 @@ struct PartProducts {
         arrays.take(staged, parts * V::width * inner);
     }
 
-    // Splits x; `distance` from one part to the next.
+    // `distance`: from one part to the next.
     static void split(V x, uint16_t* to, int64_t distance) {
         for (int part = 0; part < parts; ++part) store_bits(to + part * distance, take_bf16(x));
     }
-    // The parts' sums are right up to a limit: an infinite part would leave NaN, and of a far larger
-    // number the least part of a weight is missed, which may be below the smallest bf16.
-    struct Limit {
+    // Infinity minus its first part is NaN.
+    struct Finite {
         V largest = V::zero();
         V note(V x) {
             if (parts > 1) largest = V::maximum(V::absolute(x), largest);
             return x;
         }
-        bool kept() const { return parts == 1 || largest.largest() < 1e30f; }
+        bool all() const { return parts == 1 || largest.largest() < infinity<S>(); }
     };
     V load(Row row, int64_t at) const {
         if (!row || at >= p.d) return V::zero();
         const int64_t left = p.d - at;
         return left >= V::width ? T::load(row + at) : T::load(row + at, static_cast<int>(left));
     }
-    void split_row(Row row, uint16_t* to, int64_t distance, Limit& limit) const {
+    void split_row(Row row, uint16_t* to, int64_t distance, Finite& finite) const {
         for (int64_t at = 0; at < inner; at += V::width)
-            split(limit.note(load(row, at)), to + at, distance);
+            split(finite.note(load(row, at)), to + at, distance);
     }
     Row visible(const HeadRows& of, int64_t row, int64_t j, int64_t head) const {
         return seen<V>(p, row, j) ? vector_of<V, dtype>(of, row, j, head) : nullptr;
     }
 
     bool pack(int64_t row, int64_t head) {
-        Limit limit;
+        Finite finite;
         for (int64_t j = 0; j < padded; j += V::width) {
             for (int64_t i = 0; i < V::width; ++i)
                 split_row(visible(p.k, row, j + i, head), staged + i * inner, V::width * inner,
-                          limit);
+                          finite);
             for (int part = 0; part < parts; ++part)
                 pack_keys<V>(j, padded, inner / 2, words(staged + part * V::width * inner),
                              words(keys + part * padded * inner));
@@ -71,20 +70,20 @@ struct PartProducts {
         for (int64_t j = 0; j < padded; j += 2) {
             const Row one = visible(p.v, row, j, head), other = visible(p.v, row, j + 1, head);
             for (int64_t at = 0; at < width; at += V::width) {
-                V low = limit.note(load(one, at)), high = limit.note(load(other, at));
+                V low = finite.note(load(one, at)), high = finite.note(load(other, at));
                 for (int part = 0; part < parts; ++part)
-                    store_pairs(values + part * padded * width + j * width + 2 * at,
-                                take_bf16(low), take_bf16(high));
+                    store_pairs(values + part * padded * width + j * width + 2 * at, take_bf16(low),
+                                take_bf16(high));
             }
         }
-        return limit.kept();
+        return finite.all();
     }
     bool load_queries(int64_t row, int64_t head, int64_t begin, int64_t count, int64_t at) {
-        Limit limit;
+        Finite finite;
         for (int64_t i = 0; i < count; ++i)
             split_row(vector_of<V, dtype>(p.q, row, begin + i, head),
-                      queries + (at * parts * block + i) * inner, block * inner, limit);
-        return limit.kept();
+                      queries + (at * parts * block + i) * inner, block * inner, finite);
+        return finite.all();
     }
 
   private:
@@ -107,8 +106,8 @@ struct PairProducts : PartProducts<V, dtype, 1, 8 * V::tile_rows, 256> {
                   float* sums) const {
         const int64_t width = this->width;
         product<Pairs, V>(Strided{weights, Base::tile, 1}, count,
-                          Operand<uint16_t>{this->values + first * width, width}, width, sums, width,
-                          columns, true);
+                          Operand<uint16_t>{this->values + first * width, width}, width, sums,
+                          width, columns, true);
     }
 };
 

@@ -50,8 +50,8 @@ void transpose(const typename V::Scalar* rows, int64_t stride, int64_t words,
     }
 }
 
-// Into panels for q · kᵀ, inner dimension `words`, a column a key: V::width keys from j on, of rows of
-// round_up(words, V::width).
+// Into panels for q · kᵀ, inner dimension `words`, a column a key: V::width keys from j on, of rows
+// of round_up(words, V::width).
 template <class V>
 void pack_keys(int64_t j, int64_t padded, int64_t words, const typename V::Scalar* rows,
                typename V::Scalar* packed) {

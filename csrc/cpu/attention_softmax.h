@@ -20,31 +20,36 @@ struct ScoreTerms {
     const TileOfKeys& tile() const { return lists.tiles[begin / lists.tile]; }
     bool distances() const { return terms.p.terms != nullptr; }
 
-    // Scores from products, in place; returns the largest.
-    S row(S* scores, int64_t query) const {
+    // Scores from products, in place; returns the largest of each lane.
+    V row(S* scores, int64_t query) const {
         const bool lines = distances() && tile().even;
         if (hides || (distances() && !lines)) return any_row(scores, query);
         const S* bias = lists.bias + begin;
-        if (!lines) return even_row<false>(scores, bias, nullptr);
-        const S* line = terms.line(query) + begin;
-        return tile().biased ? even_row<true>(scores, line, bias)
-                             : even_row<false>(scores, line, nullptr);
+        const S* one = lines ? terms.line(query) + begin : bias;
+        if (lines && tile().biased) return even_row(scores, one, bias);
+        return even_row(scores, one, nullptr);
     }
 
-    template <bool two>
-    S even_row(S* scores, const S* one, const S* other) const {
-        V top = V::set(-infinity<S>());
-        for (int64_t i = 0; i < columns; i += V::width) {
+    // What is added lies as the scores do.
+    V even_row(S* scores, const S* one, const S* other) const {
+        V top = V::set(-infinity<S>()), next = top;
+        auto score = [&](int64_t i) {
             V s = V::fma(V::load(scores + i), scale, V::load(one + i));
-            if (two) s = s + V::load(other + i);
+            if (other) s = s + V::load(other + i);
             s.store(scores + i);
-            top = V::maximum(top, s);
+            return s;
+        };
+        int64_t i = 0;
+        for (; i + 2 * V::width <= columns; i += 2 * V::width) {
+            top = V::maximum(top, score(i));
+            next = V::maximum(next, score(i + V::width));
         }
-        return top.largest();
+        if (i < columns) top = V::maximum(top, score(i));
+        return V::maximum(top, next);
     }
 
     // Adds in the order of even_row.
-    S any_row(S* scores, int64_t query) const {
+    V any_row(S* scores, int64_t query) const {
         const V hidden = V::set(-infinity<S>()), at = V::set(static_cast<S>(query));
         const S* line = terms.step ? terms.line(query) : nullptr;
         V top = hidden;
@@ -66,50 +71,86 @@ struct ScoreTerms {
             s.store(scores + i);
             top = V::maximum(top, s);
         }
-        return top.largest();
+        return top;
     }
 };
 
-// Of a block of queries: the largest scores so far, and sums of weights relative to them, a vector a
-// query.
+// Lane i: the largest of rows[i].
+template <class V>
+V largest_of_each(V* rows) {
+    for (int many = V::width / 2; many > 0; many /= 2)
+        for (int i = 0; i < many; ++i) {
+            V low, high;
+            V::interleave(rows[i], rows[i + many], low, high);
+            rows[i] = V::maximum(low, high);
+        }
+    return rows[0];
+}
+
+// Of a block of queries: sums of weights 2^(score - top), a vector a query. A top is a score that
+// no other exceeds by more than `slack`, so it seldom changes, and weights stay far from fp32's
+// limit.
 template <class V, class M, bool half>
 struct RunningSoftmax {
     using S = typename V::Scalar;
     using Weight = typename M::Element;
+    static constexpr int slack = 8;
+    static_assert(M::block % V::width == 0);
     S *top = nullptr, *totals = nullptr;
 
     void arrange(Arrays& arrays) {
         arrays.take(top, M::block);
         arrays.take(totals, M::block * V::width);
     }
-    void start(int64_t count) {
-        for (int64_t i = 0; i < count; ++i) top[i] = -infinity<S>();
-        for (int64_t i = 0; i < count * V::width; ++i) totals[i] = 0;
+    void start() {
+        for (int64_t i = 0; i < M::block; ++i) top[i] = -infinity<S>();
+        for (int64_t i = 0; i < M::block * V::width; ++i) totals[i] = 0;
     }
 
-    // Weights of the keys of a tile; sums [count][width] become relative to the new largest scores.
+    // Weights of the keys of a tile; sums [count][width] become relative to the new tops. ahead()
+    // runs before each query.
+    template <class Ahead>
     void add(const ScoreTerms<V>& terms, int64_t query, int64_t count, S* scores, Weight* weights,
-             S* sums, int64_t width) {
-        for (int64_t i = 0; i < count; ++i) {
-            S* row = scores + i * M::tile;
-            const S found = terms.row(row, query + i), before = top[i];
-            V total = V::load(totals + i * V::width);
-            if (found > before) {
-                top[i] = found;
-                if (before != -infinity<S>()) {
-                    const V change = exp2_negative<half>(V::set(before - found));
-                    total = total * change;
-                    for (int64_t c = 0; c < width; c += V::width)
-                        (V::load(sums + i * width + c) * change).store(sums + i * width + c);
+             S* sums, int64_t width, Ahead ahead) {
+        for (int64_t first = 0; first < count; first += V::width) {
+            const int64_t many = smaller(V::width, count - first);
+            V found[V::width];
+            for (int64_t i = 0; i < V::width; ++i) {
+                found[i] = V::set(-infinity<S>());
+                if (i >= many) continue;
+                ahead();
+                found[i] = terms.row(scores + (first + i) * M::tile, query + first + i);
+            }
+            move_tops(largest_of_each(found), first, many, sums + first * width, width);
+            for (int64_t i = first; i < first + many; ++i) {
+                // Of a query that has seen no key all scores are -inf.
+                const V shift = V::set(top[i] == -infinity<S>() ? S(0) : top[i]);
+                V total = V::load(totals + i * V::width);
+                for (int64_t c = 0; c < terms.columns; c += V::width) {
+                    const V e = exp2<half>(V::load(scores + i * M::tile + c) - shift);
+                    M::put(weights + i * M::tile + c, e);
+                    total = total + e;
                 }
+                total.store(totals + i * V::width);
             }
-            const V shift = V::set(top[i] == -infinity<S>() ? S(0) : top[i]);
-            for (int64_t c = 0; c < terms.columns; c += V::width) {
-                const V e = exp2_negative<half>(V::load(row + c) - shift);
-                M::put(weights + i * M::tile + c, e);
-                total = total + e;
-            }
-            total.store(totals + i * V::width);
+        }
+    }
+
+    // `found`: the largest scores of V::width queries, many of them real, in a tile.
+    void move_tops(V found, int64_t first, int64_t many, S* sums, int64_t width) {
+        const V before = V::load(top + first);
+        const V moves = V::less_select(before + V::set(S(slack)), found, V::set(1), V::zero());
+        if (!(moves.largest() > 0)) return;
+        S old[V::width];
+        before.store(old);
+        V::less_select(before + V::set(S(slack)), found, found, before).store(top + first);
+        for (int64_t i = 0; i < many; ++i) {
+            if (old[i] == top[first + i] || old[i] == -infinity<S>()) continue;
+            const V change = exp2<half>(V::set(old[i] - top[first + i]));
+            S* total = totals + (first + i) * V::width;
+            (V::load(total) * change).store(total);
+            for (int64_t c = i * width; c < (i + 1) * width; c += V::width)
+                (V::load(sums + c) * change).store(sums + c);
         }
     }
 

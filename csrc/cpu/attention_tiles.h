@@ -57,23 +57,23 @@ class TileSession {
     TileShapes before_;
 };
 
-// An operand of tiles: elements from one row (of pairs), inner step of a tile, or part to the next.
+// An operand of tiles: bytes from one row (of pairs), inner step of a tile, or part to the next.
 struct TileOperand {
-    const uint16_t* data;
+    const char* data;
     int64_t row, step, part;
-    template <int tile>
-    void load(int64_t step_at, int64_t part_at) const {
-        tile_load<tile>(data + step_at * step + part_at * part, 2 * row);
-    }
-    TileOperand from(int64_t elements) const { return {data + elements, row, step, part}; }
+    TileOperand(const uint16_t* elements, int64_t row, int64_t step, int64_t part)
+        : data(reinterpret_cast<const char*>(elements)),
+          row(2 * row),
+          step(2 * step),
+          part(2 * part) {}
 };
 
-// c [16 · rows][16 · columns] [+]= a · b; products of parts that are below the last bit are left out.
+// c [16 · rows][16 · columns] [+]= a · b. The product of two second parts is left out: less than
+// fp16 rounds.
 template <int parts, int rows, int columns>
-void tile_product(const TileOperand& a, const TileOperand& b, int64_t steps, float* c, int64_t ldc,
+void tile_product(const TileOperand a, const TileOperand b, int64_t steps, float* c, int64_t ldc,
                   bool add) {
     static_assert(rows <= 2 && columns <= 2);
-    const TileOperand below = a.from(16 * a.row), right = b.from(32);
     const int64_t stride = 4 * ldc;
     float *c10 = c + 16 * ldc, *c01 = c + 16, *c11 = c10 + 16;
     if (add) {
@@ -84,15 +84,16 @@ void tile_product(const TileOperand& a, const TileOperand& b, int64_t steps, flo
     } else {
         tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
     }
-    for (int64_t k = 0; k < steps; ++k) {
-#pragma GCC unroll 3
+    const char *left = a.data, *below = a.data + 16 * a.row, *top = b.data;
+    for (int64_t k = 0; k < steps; ++k, left += a.step, below += a.step, top += b.step) {
+#pragma GCC unroll 2
         for (int i = 0; i < parts; ++i) {
-            a.load<4>(k, i);
-            if constexpr (rows > 1) below.load<5>(k, i);
-#pragma GCC unroll 3
+            tile_load<4>(left + i * a.part, a.row);
+            if constexpr (rows > 1) tile_load<5>(below + i * a.part, a.row);
+#pragma GCC unroll 2
             for (int j = 0; j < parts - i; ++j) {
-                b.load<6>(k, j);
-                if constexpr (columns > 1) right.load<7>(k, j);
+                tile_load<6>(top + j * b.part, b.row);
+                if constexpr (columns > 1) tile_load<7>(top + j * b.part + 64, b.row);
                 tile_multiply<0, 4, 6>();
                 if constexpr (columns > 1) tile_multiply<1, 4, 7>();
                 if constexpr (rows > 1) tile_multiply<2, 5, 6>();
@@ -136,13 +137,13 @@ struct TileProducts : PartProducts<V, dtype, parts, 32, 128> {
                   float* sums) const {
         const int64_t width = this->width;
         const TileOperand a{weights, tile, 32, block * tile};
-        const TileOperand b{this->values + first * width, 2 * width, 32 * width,
-                            this->padded * width};
         for (int64_t c = 0; c < width; c += 32) {
+            const TileOperand b{this->values + first * width + 2 * c, 2 * width, 32 * width,
+                                this->padded * width};
             if (width - c > 16)
-                multiply<2>(count, a, b.from(2 * c), columns / 32, sums + c, width, true);
+                multiply<2>(count, a, b, columns / 32, sums + c, width, true);
             else
-                multiply<1>(count, a, b.from(2 * c), columns / 32, sums + c, width, true);
+                multiply<1>(count, a, b, columns / 32, sums + c, width, true);
         }
     }
 };
@@ -151,8 +152,6 @@ template <class V>
 struct Multiply<V, DType::bfloat16> : TileProducts<V, DType::bfloat16, 1> {};
 template <class V>
 struct Multiply<V, DType::float16> : TileProducts<V, DType::float16, 2> {};
-template <class V>
-struct Multiply<V, DType::float32> : TileProducts<V, DType::float32, 3> {};
 
 #endif
 

@@ -94,7 +94,8 @@ struct Vec {
     }
     // The lanes of a and b in turn: the first halves in low, the second ones in high.
     static void interleave(Vec a, Vec b, Vec& low, Vec& high) {
-        const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        const __m512i first =
+            _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
         const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
         low = {_mm512_permutex2var_ps(a.v, first, b.v)};
         high = {_mm512_permutex2var_ps(a.v, second, b.v)};
