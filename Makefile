@@ -1,7 +1,7 @@
 # make bench    the speed-vs-k curve, in minutes (BENCH_BUDGET=100: seconds of measuring)
 # make bench-full  the same with every arm and enough rounds to quote      make test  lint and all tests
 # make lint     the checks alone                make format    reformat the sources
-# make test-weaker  a selection as on AVX2 (ISA=portable, avx512)   make test-lowest  on transformers 4.57
+# make test-weaker  a selection as on AVX2 (ISA=portable, avx512, avx512_bf16)   make test-lowest  on transformers 4.57
 # make sanitize tests/ops under the sanitizers  make kernels-bench   each kernel alone
 # make emulation      the CUDA kernels' logic as CPU code, for the tests
 # make cuda-table     registers, shared memory and occupancy of the built CUDA kernels
@@ -145,6 +145,7 @@ WEAKER_TESTS ?= tests/ops tests/sites tests/methods tests/runtime tests/train te
 LIMITS_avx2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
     OPENBLAS_CORETYPE=Haswell
 LIMITS_avx512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE
+LIMITS_avx512_bf16 := ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16
 LIMITS_portable := ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default
 test-weaker: $(VENV)/.stamp-test
 	@echo "== pytest as on a processor with $(ISA)"

@@ -121,7 +121,7 @@ struct AttentionPart {
         if (lists.hides() && !keys.any(query, query + count)) return;
         const int64_t columns = smaller(tile, products.padded - t);
         const bool hiding = lists.hides() && !keys.all(query, query + count);
-        const V scale = V::set(static_cast<S>(p.scale * log2_e));
+        const V scale = V::set(static_cast<S>(p.scale));
         S* of_block = sums + at * block * products.width;
         products.scores(at, count, t, columns, scores);
         softmax[at].add(ScoreTerms<V>{lists, terms, t, columns, head, hiding, scale}, query, count,

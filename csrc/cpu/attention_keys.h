@@ -27,7 +27,7 @@ struct Arrays {
     }
 };
 
-// Terms of the distance, scaled by log2(e). Keys at equal steps that share a pattern (whole groups)
+// Terms of the distance. Keys at equal steps that share a pattern (whole groups)
 // read them as vectors: `lines` holds the terms of one head by residue of the step, so that what a
 // query adds to neighbouring keys lies side by side. Other keys are looked up one by one.
 template <class V>
@@ -91,7 +91,7 @@ struct DistanceTerms {
     void fill(int64_t head) {
         if (!step) return;
         const S* terms = table(pattern, head);
-        const S low = terms[0] * S(log2_e), high = terms[p.width - 1] * S(log2_e);
+        const S low = terms[0], high = terms[p.width - 1];
         for (int64_t r = 0; r < step; ++r) {
             const int64_t from = least + r;
             auto reached = [&](int64_t column) {  // the first i of at least this column
@@ -100,7 +100,7 @@ struct DistanceTerms {
             const int64_t inside = reached(0), behind = reached(p.width);
             S* line = lines + r * length;
             for (int64_t i = 0; i < inside; ++i) line[i] = low;
-            for (int64_t i = inside; i < behind; ++i) line[i] = terms[from + step * i] * S(log2_e);
+            for (int64_t i = inside; i < behind; ++i) line[i] = terms[from + step * i];
             for (int64_t i = behind; i < length; ++i) line[i] = high;
         }
     }
@@ -124,7 +124,7 @@ struct DistanceTerms {
                 __builtin_floor(keys()[key + i] - query + 0.5) - static_cast<double>(p.origin);
             const double end = static_cast<double>(p.width - 1);
             column = column > 0 ? (column < end ? column : end) : 0;
-            found[i] = table(pattern_of(key + i), head)[static_cast<int64_t>(column)] * S(log2_e);
+            found[i] = table(pattern_of(key + i), head)[static_cast<int64_t>(column)];
         }
         return V::load(found);
     }
@@ -167,11 +167,10 @@ struct KeyLists {
             const bool real = j < p.keys;
             const int64_t key = terms.row * p.keys + j;
             const S given = real && p.bias ? static_cast<const S*>(p.bias)[key] : S(0);
-            // A finite bias stays finite: masks of the least number are not -inf.
+            // In units of log2 it stays finite too: masks of the least number are not -inf.
             constexpr S least = std::numeric_limits<S>::lowest() / 4;
-            S scaled = given * S(log2_e);
-            if (scaled < least && given != -infinity<S>()) scaled = least;
-            bias[j] = real ? scaled : -infinity<S>();
+            bias[j] = real ? given : -infinity<S>();
+            if (bias[j] < least && bias[j] != -infinity<S>()) bias[j] = least;
             at.biased |= !(bias[j] == 0);
             if (!hides()) continue;
             first[j] = real && p.first ? static_cast<S>(p.first[key]) : S(0);

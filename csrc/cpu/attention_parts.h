@@ -1,5 +1,5 @@
 // Products of bf16 pairs with fp32 sums. fp16 takes part as the sum of two bf16 numbers, which is
-// exact. (fp32 as three gained nothing: the six products of parts read more than the caches give.)
+// exact. (fp32 as three was no faster than AVX-512's own products.)
 #pragma once
 
 #include "attention_products.h"
@@ -57,12 +57,15 @@ struct PartProducts {
         return seen<V>(p, row, j) ? vector_of<V, dtype>(of, row, j, head) : nullptr;
     }
 
+    Row key(int64_t row, int64_t j, int64_t head) const {  // as WideProducts
+        return visible(p.k, row, smaller(j, p.keys - 1), head);
+    }
+
     bool pack(int64_t row, int64_t head) {
         Finite finite;
         for (int64_t j = 0; j < padded; j += V::width) {
             for (int64_t i = 0; i < V::width; ++i)
-                split_row(visible(p.k, row, j + i, head), staged + i * inner, V::width * inner,
-                          finite);
+                split_row(key(row, j + i, head), staged + i * inner, V::width * inner, finite);
             for (int part = 0; part < parts; ++part)
                 pack_keys<V>(j, padded, inner / 2, words(staged + part * V::width * inner),
                              words(keys + part * padded * inner));

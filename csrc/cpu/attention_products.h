@@ -85,11 +85,15 @@ struct WideProducts {
                                                        int64_t head) const {
         return seen<V>(p, row, j) ? vector_of<V, dtype>(of, row, j, head) : nullptr;
     }
+    // Pads repeat the last key: zeros times an infinite query would be NaN.
+    const typename Storage<V, dtype>::Element* key(int64_t row, int64_t j, int64_t head) const {
+        return visible(p.k, row, smaller(j, p.keys - 1), head);
+    }
     // False where only wider products give right results.
     bool pack(int64_t row, int64_t head) {
         for (int64_t j = 0; j < padded; j += V::width) {
             for (int64_t i = 0; i < V::width; ++i)
-                widen<V, dtype>(visible(p.k, row, j + i, head), p.d, width, staged + i * width);
+                widen<V, dtype>(key(row, j + i, head), p.d, width, staged + i * width);
             pack_keys<V>(j, padded, p.d, staged, keys);
         }
         for (int64_t j = 0; j < padded; ++j)

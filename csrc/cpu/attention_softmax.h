@@ -1,5 +1,4 @@
-// The running softmax of a block of queries, tile of keys by tile of keys (flash attention), in
-// units of log2.
+// The running softmax of a block of queries, tile of keys by tile of keys (flash attention).
 #pragma once
 
 #include "attention_keys.h"
@@ -87,16 +86,16 @@ V largest_of_each(V* rows) {
     return rows[0];
 }
 
-// Of a block of queries: sums of weights 2^(score - top), a vector a query. A top is a score that
+// Of a block of queries: sums of weights e^(score - top), a vector a query. A top is a score that
 // no other exceeds by more than `slack`, so it seldom changes, and weights stay far from fp32's
-// limit.
+// limit. log2(e) meets the difference: in the scores themselves it would round more.
 template <class V, class M, bool half>
 struct RunningSoftmax {
     using S = typename V::Scalar;
     using Weight = typename M::Element;
-    static constexpr int slack = 8;
+    static constexpr int slack = 6;
     static_assert(M::block % V::width == 0);
-    S *top = nullptr, *totals = nullptr;
+    S *top = nullptr, *totals = nullptr;  // [block], [block][V::width]
 
     void arrange(Arrays& arrays) {
         arrays.take(top, M::block);
@@ -125,9 +124,11 @@ struct RunningSoftmax {
             for (int64_t i = first; i < first + many; ++i) {
                 // Of a query that has seen no key all scores are -inf.
                 const V shift = V::set(top[i] == -infinity<S>() ? S(0) : top[i]);
+                const V unit = V::set(S(log2_e));
                 V total = V::load(totals + i * V::width);
                 for (int64_t c = 0; c < terms.columns; c += V::width) {
-                    const V e = exp2<half>(V::load(scores + i * M::tile + c) - shift);
+                    const V score = V::load(scores + i * M::tile + c);
+                    const V e = exp2<half>((score - shift) * unit);
                     M::put(weights + i * M::tile + c, e);
                     total = total + e;
                 }
@@ -146,7 +147,7 @@ struct RunningSoftmax {
         V::less_select(before + V::set(S(slack)), found, found, before).store(top + first);
         for (int64_t i = 0; i < many; ++i) {
             if (old[i] == top[first + i] || old[i] == -infinity<S>()) continue;
-            const V change = exp2<half>(V::set(old[i] - top[first + i]));
+            const V change = exp2<half>(V::set((old[i] - top[first + i]) * S(log2_e)));
             S* total = totals + (first + i) * V::width;
             (V::load(total) * change).store(total);
             for (int64_t c = i * width; c < (i + 1) * width; c += V::width)

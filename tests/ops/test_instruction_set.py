@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops import cases
+from tests.ops import attention_cases, cases
 from variator_kernels import functional
 from variator_kernels.ops import cpu_arguments, prepack
 from variator_kernels.ops.adapter_decompress import cpu as decompress
@@ -44,6 +44,9 @@ class Job:
         self.groups = make_groups(self.x, ratio, backend="cpu")
         norm = Norm("rms", self.ffn.norm_weight, None, self.ffn.eps)
         self.merge = (self.x, self.plugin.merge, self.groups, norm)
+        shape = (2, 40, 70, 4, 2, 24)
+        self.qkv = attention_cases.qkv(shape, dtype)
+        self.terms = attention_cases.options("t5 attention_kv", shape, ratio)
         self.merged, self.projected, self.softmax = merge.group_merge(*self.merge)
         self.expected: list[list[tuple[Tensor, ...]]] = []
         for isa in cases.ISAS:
@@ -59,6 +62,7 @@ class Job:
         inputs = (self.merged, self.projected, plugin.adapter)
         yield (decompress.adapter_decompress(*inputs, x, groups),)
         yield decompress.adapter_decompress_backward(self.dy, *inputs, groups)
+        yield (functional.grouped_attention(*self.qkv, backend="cpu", **self.terms),)
 
     def check(self) -> None:
         for i, outputs in enumerate(self.calls()):
