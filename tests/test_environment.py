@@ -149,7 +149,7 @@ def test_a_name_that_nothing_reads(clean):
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("VARIATOR_CPU_ISA", "avx3", "one of portable, avx2, avx512, avx512_bf16, got 'avx3'"),
+        ("VARIATOR_CPU_ISA", "avx3", "one of portable, avx2, avx512, avx512_bf16, amx, got 'avx3'"),
         ("VARIATOR_CPU_EXTENSION", "/no/such.so", "the path of a compiled module"),
         ("VARIATOR_CUDA_EXTENSION", str(ROOT / "setup.py"), "the path of a compiled module"),
         ("VARIATOR_REQUIRE", "gpu", "some of cpu, cuda, separated by commas, got 'gpu'"),

@@ -67,10 +67,15 @@ const std::vector<Kernels>& available() {
         const bool avx512 =
             __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#ifdef VARIATOR_HAVE_AVX512_BF16
+        // Intel's instruction for pairs has half the throughput of the two for fp32 products.
+        const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+        const bool slow = __builtin_cpu_is("intel") != 0;
+        if (bf16 && slow) found.push_back(avx512_bf16_kernels());
+#endif
         if (avx512) found.push_back(avx512_kernels());
 #ifdef VARIATOR_HAVE_AVX512_BF16
-        const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-        if (bf16) found.push_back(avx512_bf16_kernels());
+        if (bf16 && !slow) found.push_back(avx512_bf16_kernels());
 #ifdef VARIATOR_HAVE_AMX
         if (bf16 && may_use_tiles()) found.push_back(amx_kernels());
 #endif

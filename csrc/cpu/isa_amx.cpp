@@ -10,10 +10,10 @@ namespace amx {
 VARIATOR_BY_DTYPE(attention, AttentionParams)
 }  // namespace amx
 
-Kernels avx512_bf16_kernels();
+Kernels avx512_kernels();
 // Attention alone has products in tiles.
 Kernels amx_kernels() {
-    Kernels kernels = avx512_bf16_kernels();
+    Kernels kernels = avx512_kernels();
     kernels.name = "amx";
     kernels.attention = amx::attention_any;
     return kernels;

@@ -43,6 +43,14 @@ def test_tiles_are_used_where_they_are():
     assert ISAS[-1] == "amx"
 
 
+@needs_cpu
+def test_slow_pairs_are_not_chosen():
+    if not INFO.exists() or "avx512_bf16" not in ISAS:
+        pytest.skip("no instruction for pairs here")
+    slow = "GenuineIntel" in FLAGS
+    assert (ISAS.index("avx512_bf16") < ISAS.index("avx512")) == slow
+
+
 @every_isa
 @every_dtype
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 31, 32, 33, 63, 127, 128, 129, 257])
