@@ -1,4 +1,4 @@
-"""Gradients of models whose attention is compressed: kernels, checkpointing, dropout, T5's table."""
+"""Gradients where attention is compressed: kernels, checkpointing, dropout, T5's table."""
 
 import copy
 

@@ -1,6 +1,7 @@
 """attention_kv and attention in models: every family that has them, on a small random model."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -142,13 +143,16 @@ def test_equal_tokens_are_seen_as_all_of_them(name, left):
             shape = *position.shape, zoo.D // zoo.HEADS
             return torch.ones(shape), torch.zeros(shape)
 
-        vars(layer)["variator_reach"] = vars(layer)["variator_reach"]._replace(rotary=unturned)
+        found.encoder._modules["rotary_emb"] = unturned
         place = torch.arange(11)
         extra = {"position_embeddings": unturned(x, place[None])}
         far = (place[:, None] - place).abs() >= layer.sliding_window
         additive = additive.masked_fill(far, -1e30)
     if name == "mpnet":
         extra = {"position_bias": found.encoder.encoder.compute_position_bias(x)}
+    inner = getattr(layer, "SelfAttention", layer)
+    if "cache_position" in inspect.signature(inner.forward).parameters:  # transformers 4.57
+        extra["cache_position"] = torch.arange(11)
     state = found.encoder.variator_state
     with torch.no_grad():
         for level in (1, 3):

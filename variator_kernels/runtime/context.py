@@ -41,7 +41,7 @@ class Context:
         self.pads = False
         self.position_ids: Any = None
         """The encoder's argument; None: tokens count from 0."""
-        self._made: dict[Any, Any] = {}
+        self._made: dict[Any, tuple[torch.Size, Any]] = {}
         self._groups: dict[tuple[Any, ...], tuple[torch.Size, Groups]] = {}
 
     def mask_of(self, x: Tensor) -> Tensor | None:
@@ -86,11 +86,13 @@ class Context:
             return torch.arange(x.shape[1], device=x.device)[None]
         return self.position_ids.to(x.device)
 
-    def once(self, key: Any, make: Callable[[], Made]) -> Made:
-        """What ``make`` gives, made for the first sublayer that asks for ``key``."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+    def once(self, key: Any, x: Tensor, make: Callable[[], Made]) -> Made:
+        """What ``make`` gives, made for the first sublayer that asks for ``key`` with an ``x [B, n,
+        d]`` of this size (compilers would take a size in the key for a constant)."""
+        kept = self._made.get(key)
+        if kept is None or kept[0] != x.shape[:2]:
+            kept = self._made[key] = x.shape[:2], make()
+        return kept[1]
 
     def groups(self, x: Tensor, ratio: int, backend: str) -> Groups:
         """Those of ``x [B, n, d]``, the hidden states of this forward."""

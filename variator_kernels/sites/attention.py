@@ -14,26 +14,41 @@ from .attention_paths import AttentionPaths
 from .described import Described, memory_of
 from .family import REACH, ROW, Family, follow, lookup
 from .feed_forward import check_bypassed, probability
-from .plain import plain_linear
+from .plain import plain_embedding, plain_linear
 from .watch import Watch
 from .wrappers import check_present
 
 
 class Reach(NamedTuple):
-    """What a sublayer needs of the encoder that it is in."""
+    """What a sublayer needs of the encoder that it is in: looked up when it is, for somebody may
+    replace it."""
 
-    table: Any = None
-    """The embedding of T5's distances."""
+    owner: Any
+    """What the paths begin at."""
+    table_path: str = ""
     max_distance: int = 128
-    rotary: Any = None
-    """The module that turns positions into cosines and sines."""
+    rotary_path: str = ""
     rotary_kind: str | None = None
 
+    @property
+    def table(self) -> Any:
+        """The embedding of T5's distances."""
+        return follow(self.owner, self.table_path) if self.table_path else None
+
+    @property
+    def rotary(self) -> Any:
+        """The module that turns positions into cosines and sines."""
+        return follow(self.owner, self.rotary_path) if self.rotary_path else None
+
     def distances(self, like: Tensor) -> Table | None:
-        """T5's table on the device of ``like``."""
-        if self.table is None:
+        """T5's table on the device of ``like``; as it is looked up, where it is not a plain one."""
+        table = self.table
+        if table is None:
             return None
-        return Table(self.table.weight.to(like.device), self.max_distance)
+        weight = table.weight
+        if not plain_embedding(table):
+            weight = table(torch.arange(weight.shape[0], device=weight.device))
+        return Table(weight.to(like.device), self.max_distance)
 
     def rotation(self, x: Tensor, positions: Tensor) -> Rotation:
         """Of ``positions [B, m]``, which need not be whole numbers."""
@@ -74,12 +89,15 @@ def reach_of(layer: nn.Module) -> Reach:
 
 def reach(encoder: Any, block: Any, number: int, paths: AttentionPaths) -> Reach:
     """What the sublayer of ``block``, the ``number``th, needs."""
-    return Reach(
-        table=follow(encoder, paths.table.format(layer=number)) if paths.table else None,
-        max_distance=getattr(encoder.config, "relative_attention_max_distance", 128),
-        rotary=follow(encoder, paths.rotary) if paths.rotary else None,
-        rotary_kind=follow(block, paths.rotary_kind) if paths.rotary_kind else None,
+    found = Reach(
+        encoder,
+        paths.table.format(layer=number),
+        getattr(encoder.config, "relative_attention_max_distance", 128),
+        paths.rotary,
+        follow(block, paths.rotary_kind) if paths.rotary_kind else None,
     )
+    _ = found.table, found.rotary  # they are there
+    return found
 
 
 def _watched(layer: nn.Module, paths: AttentionPaths) -> Watch:

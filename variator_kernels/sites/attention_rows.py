@@ -131,6 +131,7 @@ MODERNBERT = rotary(
     qkv="Wqkv",
     o="Wo",
     outer_dropout="out_drop",
+    bypassed=("out_drop",),
     rotary_kind="attention_type",
     window="sliding_window",
 )

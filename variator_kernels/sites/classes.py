@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .families import FAMILIES
 from .family import ORIGINAL, ROW, Family
 from .inline import attributes
-from .mixins import AttentionLayer, Block, BlockInline, BlockWithMethod, Encoder, Layer
+from .mixins import UNREAD, AttentionLayer, Block, BlockInline, BlockWithMethod, Encoder, Layer
 from .unchanged import module_of
 
 _POSITIONS = "variator_positions"
@@ -88,7 +88,7 @@ def patched_class(family: Family, name: str) -> type[nn.Module]:
         body["forward"] = copy
         names = list(signature.parameters)[1:]
         read = (family.mask, "input_ids", "inputs_embeds", "position_ids", "output_attentions")
-        wanted = (name for name in read if name in names)
+        wanted = (name for name in (*read, *UNREAD) if name in names)
         body[_POSITIONS] = {name: names.index(name) for name in wanted}
     if mixin is BlockWithMethod:
         body[family.method] = _method(original, family.method)

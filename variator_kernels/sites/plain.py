@@ -52,6 +52,11 @@ def plain_linear(linear: nn.Module) -> bool:
     return _kind(linear) is nn.Linear and type(linear.weight) in _PLAIN and untouched(linear)
 
 
+def plain_embedding(table: nn.Module) -> bool:
+    """The same of an embedding."""
+    return _kind(table) is nn.Embedding and type(table.weight) in _PLAIN and untouched(table)
+
+
 def activation_name(act: Any) -> str | None:
     """The name of a recognised activation, or None."""
     if not isinstance(act, nn.Module) or not untouched(act):

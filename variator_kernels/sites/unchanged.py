@@ -86,6 +86,13 @@ def check_attention(found: Found) -> None:
                 f"model's block {number} lacks what family.attention says of {family.name} "
                 f"(another version of transformers may have it): {error}"
             ) from error
+        got, expected = full_name(type(layer)), f"{family.module}.{paths.layer}"
+        if got != expected:
+            raise ValueError(
+                f"placements must be ('ffn',) where a {family.name}'s attention is a {got}: "
+                f"family.attention says {expected} (another version of transformers may have it, "
+                'or attn_implementation="eager")'
+            )
         if any(hasattr(module, "distance_embedding") for module in layer.modules()):
             raise ValueError(
                 f"placements must be ('ffn',) for a {family.name} whose position_embedding_type is "

@@ -104,10 +104,9 @@ class Variator:
             return attention_kv(x, weights, attention, groups, keys, rotations, backend)
         rotations = None if merged_rotation is None else (merged_rotation, merged_rotation)
         sublayer = around(attention, keys, rotations, backend)
-        weights, sublayer, backend = plugin.prepared.of(
-            plugin, sublayer, x, config.backend, config.pack
-        )
-        backend = fitting(config.backend, backend)
+        check_present(plugin)
+        weights = plugin.weights()
+        checks.compressed_ffn(x, weights, sublayer)
         return run(x, weights, sublayer, context.groups(x, ratio, backend), backend)
 
     def is_trained(self, layer: Any, ratio: int) -> bool:
@@ -129,8 +128,8 @@ def _merged_keys(
 ) -> tuple[Keys, Rotation | None]:
     """What holds of the merged keys in this forward; made once for all layers that share it."""
     listed = context.groups(x, ratio, "cpu" if backend == "cpu" else "reference")
-    here = ratio, x.device, *x.shape[:2]
-    tokens = context.once(("members", here), lambda: members(listed, x))
+    here = ratio, x.device
+    tokens = context.once(("members", here), x, lambda: members(listed, x))
     reach, placement = reach_of(layer), layer.variator_site.site.placement
     table, window = reach.distances(x), attention.window
     make = whole_queries if placement == "attention_kv" else merged_queries
@@ -141,11 +140,15 @@ def _merged_keys(
     if table is not None and table.weight.requires_grad:  # part of the graph of this call alone
         found = keys()
     else:
-        found = context.once(("keys", placement, here, reach.table, window), keys)
+        found = context.once(("keys", placement, here, reach.table, window), x, keys)
     if reach.rotary is None:
         return found, None
+
+    def rotation() -> Rotation:
+        return reach.rotation(x, tokens.mean(context.positions(x)))
+
     name = "rotation", here, x.dtype, reach.rotary, reach.rotary_kind
-    return found, context.once(name, lambda: reach.rotation(x, tokens.mean(context.positions(x))))
+    return found, context.once(name, x, rotation)
 
 
 def plugin_parameters(model: nn.Module, ratios: Iterable[int] | None = None) -> list[nn.Parameter]:

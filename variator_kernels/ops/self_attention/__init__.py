@@ -14,6 +14,7 @@ from ..group_merge import op as merge_op
 from ..group_merge import reference as merge_reference
 from ..grouped_attention import grouped_attention
 from ..groups import Groups, real_tokens
+from ..transforms import tracing
 from .description import Projections, SelfAttention
 from .keys import Keys, Rotation, Table, members, merged_queries, whole_queries
 
@@ -50,8 +51,9 @@ def attention_kv(
     """
     real = real_tokens(groups, x)
     real = None if real is None else real[..., None]
-    # What padding holds must not reach a gradient.
-    tokens = x if real is None or not torch.is_grad_enabled() else torch.where(real, x, 0)
+    # What padding holds must not reach a gradient. A trace must not depend on whether one is taken.
+    spared = real is None or not (torch.is_grad_enabled() or tracing())
+    tokens = x if spared else torch.where(real, x, 0)
     norm = attention.pre_norm
     h = normalize(tokens, norm.name, norm.weight, norm.bias, norm.eps)
     if backend == "reference":

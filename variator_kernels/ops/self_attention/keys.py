@@ -36,7 +36,7 @@ class Members(NamedTuple):
         wide = positions.double().expand(rows, -1)
         if wide.shape[1] == 0:
             return wide.new_zeros(rows, count)
-        found = wide.gather(1, self.column.reshape(rows, -1)).view(rows, count, k)
+        found = wide.gather(1, self.column.flatten(1)).view(rows, count, k)
         return torch.where(self.exists, found, 0).sum(-1) / self.number.clamp_min(1)
 
 
