@@ -62,15 +62,19 @@ def bucket(distance, buckets=32, most=128):
 
 
 def turn(vector, position, base):
-    """A head's halves are the two components; angle ``position / base^(2i / size)``."""
+    """A head's halves are the two components; angle ``position / base^(2i / size)``, which
+    transformers takes in fp32 whatever the model's type."""
     half = HEAD // 2
-    angle = position / torch.tensor([base ** (2 * i / HEAD) for i in range(half)]).double()
+    frequency = 1 / torch.tensor(base) ** (torch.arange(0, HEAD, 2) / HEAD)
+    angle = torch.tensor(position, dtype=torch.float32) * frequency
     a, b = vector[:half], vector[half:]
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()])
+    cos, sin = angle.cos().double(), angle.sin().double()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin])
 
 
 class Bert:
     base = window = table = None
+    size = HEAD
     scale = 1 / math.sqrt(HEAD)
 
     def __init__(self, layer):
@@ -85,7 +89,7 @@ class Bert:
 
 
 class T5(Bert):
-    scale = 1.0
+    scale, size = 1.0, 4
 
     def __init__(self, layer):
         inner, self.layer = layer.SelfAttention, layer
@@ -120,7 +124,7 @@ def attended(model, h, queries, keys, bias):
     for i, (vector, place) in enumerate(queries):
         heads = []
         for head in range(zoo.HEADS):
-            at = slice(head * HEAD, (head + 1) * HEAD)
+            at = slice(head * model.size, (head + 1) * model.size)
             asks, scores, values = q(vector)[at], [], []
             if model.base:
                 asks = turn(asks, place, model.base)
@@ -176,9 +180,7 @@ def expected(model, plugin, placement, x, row, first, kept):
         return math.log(len(groups[j].places)) + term
 
     adapter = plugin.adapter
-    for group, u in zip(
-        groups, attended(model, h, keys, keys, bias_of_means), strict=True
-    ):
+    for group, u in zip(groups, attended(model, h, keys, keys, bias_of_means), strict=True):
         for t in group.places:
             inner = torch.tanh(adapter.w1 @ torch.cat([u, h[t]]) + adapter.b1)
             o = u if group.whole else u + adapter.w2 @ inner + adapter.b2

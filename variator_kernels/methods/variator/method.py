@@ -135,12 +135,12 @@ def _merged_keys(
     make = whole_queries if placement == "attention_kv" else merged_queries
 
     def keys() -> Keys:
-        return make(tokens, x.shape[1], table, window)
+        return make(tokens, x, table, window)
 
     if table is not None and table.weight.requires_grad:  # part of the graph of this call alone
         found = keys()
     else:
-        found = context.once(("keys", placement, here, reach.table, window), x, keys)
+        found = context.once(("keys", placement, here, x.dtype, reach.table, window), x, keys)
     if reach.rotary is None:
         return found, None
 

@@ -40,6 +40,7 @@ def distance_bias(
     window: tuple[int, int] | None = None,
     bidirectional: bool = True,
     max_distance: int = 128,
+    dtype: torch.dtype = torch.float32,
 ) -> DistanceBias:
     """The relative terms of one forward for :func:`grouped_attention`, differentiable in ``table``.
 
@@ -56,11 +57,14 @@ def distance_bias(
             key without a token is invisible.
         window: ``(left, right)``: a token is seen from ``left`` before to ``right`` behind a query.
         bidirectional, max_distance: T5's; the number of buckets is the table's.
+        dtype: of the terms, float32 or float64; a table's is at least its own.
 
     Raises:
         ValueError: a shape, dtype or number does not fit; the message names it.
     """
     _check(table, queries, keys, members, window, max_distance)
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     slots = 1 if members is None else members.shape[-1]
     reach = max_distance if table is not None else 0
     if window is not None:
@@ -68,10 +72,10 @@ def distance_bias(
     # From -reach and beyond, and from +reach and beyond, terms no longer change.
     origin = -(reach + slots - 1)
     distance = torch.arange(origin, reach + slots, device=queries.device)
-    term = queries.new_zeros(1, distance.shape[0], dtype=torch.float32)
+    term = queries.new_zeros(1, distance.shape[0], dtype=dtype)
     if table is not None:
         buckets = t5_buckets(distance, table.shape[0], bidirectional, max_distance)
-        term = table.t().to(torch.promote_types(table.dtype, torch.float32))[:, buckets]
+        term = table.t().to(torch.promote_types(table.dtype, dtype))[:, buckets]
     if window is not None:
         outside = (distance < -window[0]) | (distance > window[1])
         term = term.masked_fill(outside, -math.inf)

@@ -58,16 +58,16 @@ class Keys(NamedTuple):
 
 
 def whole_queries(
-    groups: Members, n: int, table: Table | None, window: tuple[int, int] | None
+    groups: Members, x: Tensor, table: Table | None, window: tuple[int, int] | None
 ) -> Keys:
-    """Merged keys under ``n`` whole queries a row (``attention_kv``).
+    """Merged keys under the whole queries of ``x [B, n, d]`` (``attention_kv``).
 
     A key weighs as the tokens it stands for: the logsumexp of all of their additive terms, which is
     the logarithm of their number where the model has no such terms.
     """
     if table is None and window is None:
-        return Keys(_logarithm(groups.number))
-    places = torch.arange(n, device=groups.start.device).expand(groups.start.shape[0], -1)
+        return Keys(_logarithm(groups.number, x))
+    places = torch.arange(x.shape[1], device=groups.start.device).expand(groups.start.shape[0], -1)
     relative = distance_bias(
         None if table is None else table.weight,
         queries=places,
@@ -75,31 +75,38 @@ def whole_queries(
         members=groups.exists,
         window=window,
         max_distance=128 if table is None else table.max_distance,
+        dtype=_wide(x),
     )
     return Keys(None, relative)
 
 
 def merged_queries(
-    groups: Members, n: int, table: Table | None, window: tuple[int, int] | None
+    groups: Members, x: Tensor, table: Table | None, window: tuple[int, int] | None
 ) -> Keys:
-    """Merged keys under merged queries (``attention``): terms of the distance between the means of
+    """Merged keys under merged queries of ``x [B, n, d]`` (``attention``): terms of the distance between the means of
     their tokens' positions, and the logarithm of a key's number of tokens."""
-    bias = _logarithm(groups.number)
+    bias = _logarithm(groups.number, x)
     if table is None and window is None:
         return Keys(bias)
-    means = groups.mean(torch.arange(n, device=groups.start.device)[None])
+    means = groups.mean(torch.arange(x.shape[1], device=groups.start.device)[None])
     relative = distance_bias(
         None if table is None else table.weight,
         queries=means,
         keys=means,
         window=window,
         max_distance=128 if table is None else table.max_distance,
+        dtype=_wide(x),
     )
     return Keys(bias, relative)
 
 
-def _logarithm(number: Tensor) -> Tensor:
-    return number.float().log()
+def _wide(x: Tensor) -> torch.dtype:
+    """Of scores: fp32, fp64 for fp64 storage."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _logarithm(number: Tensor, x: Tensor) -> Tensor:
+    return number.to(_wide(x)).log()
 
 
 class Rotation(NamedTuple):
