@@ -43,6 +43,7 @@ def has_values(x: Tensor) -> bool:
     return not (
         torch.compiler.is_compiling()
         or tracing()
+        or x.is_meta
         or isinstance(x, FakeTensor)
         or _functorch.is_functorch_wrapped_tensor(x)
     )

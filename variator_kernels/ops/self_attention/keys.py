@@ -32,11 +32,12 @@ class Members(NamedTuple):
 
     def mean(self, positions: Tensor) -> Tensor:
         """Of ``positions [B or 1, n]`` over each group's tokens, fp64 ``[B, G]``; 0 of none."""
-        rows, count, k = self.column.shape
+        rows, count, _ = self.column.shape
         wide = positions.double().expand(rows, -1)
         if wide.shape[1] == 0:
             return wide.new_zeros(rows, count)
-        found = wide.gather(1, self.column.flatten(1)).view(rows, count, k)
+        # Not by a view of a product of sizes, which exporters would want to divide.
+        found = wide[:, None].expand(-1, count, -1).gather(-1, self.column)
         return torch.where(self.exists, found, 0).sum(-1) / self.number.clamp_min(1)
 
 

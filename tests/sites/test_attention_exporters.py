@@ -1,0 +1,97 @@
+"""Compressed attention under torch.compile, torch.export, ONNX's exporters and traces."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.sites import tiny
+from tests.sites.attention_cases import patched, placed
+from tests.sites.test_exporters import (  # noqa: F401
+    as_onnx,
+    export,
+    fresh_compiler,
+    needs_onnx,
+    quiet,
+)
+from variator_kernels.sites.find import find
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+some = pytest.mark.parametrize("name", ["bert", "t5", "modernbert"])
+
+
+class Hidden(nn.Module):
+    """The encoder as a function of ids and, unless it is left out, a mask."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = find(model).encoder
+
+    def forward(self, ids, mask=None):
+        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+
+def encoder(name, *placements, **settings):
+    return Hidden(patched(name, *placements, **settings).requires_grad_(False))
+
+
+def check(found, model, mask=True):
+    """``found`` against the model itself: fewer tokens than k, a ragged group, padding, one row."""
+    for lengths, left in (((2,), False), ((9, 5), True), ((16, 16, 3), False)):
+        ids, real = tiny.batch(*lengths, left=left)
+        inputs = (ids, real) if mask else (ids,)
+        where = real.bool() if mask else torch.ones_like(real).bool()
+        with torch.no_grad():
+            out, expected = found(*inputs), model(*inputs)
+        torch.testing.assert_close(out[where], expected[where], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "placement"),
+    [("bert", "attention_kv"), ("t5", "attention"), ("modernbert", "attention_kv")],
+)
+def test_compiles_whole_with_dynamic_sizes(name, placement):
+    model = encoder(name, "ffn", placement, keep_first=1)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    check(compiled, model)
+    assert compiled(*tiny.batch(7, 4)).shape == (2, 7, 24)
+
+
+@placed
+@some
+def test_exports_with_dynamic_sizes(name, placement):
+    model = encoder(name, placement, keep_first=0 if name == "bert" else 1)
+    check(export(model).module(), model)
+
+
+@pytest.mark.parametrize(
+    ("name", "placement"), [("t5", "attention_kv"), ("modernbert", "attention")]
+)
+def test_exports_strictly(name, placement):
+    model = encoder(name, placement, keep_first=0)
+    check(export(model, strict=True).module(), model)
+
+
+@needs_onnx
+@placed
+@some
+def test_onnx_is_right_at_every_length(name, placement, tmp_path, quiet):  # noqa: F811
+    """One exporter for each placement."""
+    model = encoder(name, placement, keep_first=0)
+    check(as_onnx(model, tmp_path, placement == "attention_kv"), model)
+
+
+@placed
+@some
+def test_a_trace_of_one_length_is_right_at_others(name, placement):
+    for mask in (False, True):
+        model = encoder(name, placement, keep_first=0 if mask else 1)
+        traced = torch.jit.trace(model, tiny.batch(8)[: 2 if mask else 1])
+        check(traced, model, mask=mask)
+
+
+@placed
+@some
+def test_a_model_on_the_meta_device_has_shapes(name, placement):
+    model = encoder(name, "ffn", placement, keep_first=1).to("meta")
+    out = model(torch.ones(2, 9, dtype=torch.long, device="meta"))
+    assert out.shape == (2, 9, 24)
