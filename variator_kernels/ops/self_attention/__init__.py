@@ -52,8 +52,9 @@ def attention_kv(
     real = real_tokens(groups, x)
     real = None if real is None else real[..., None]
     # What padding holds must not reach a gradient. A trace must not depend on whether one is taken.
-    spared = real is None or not (torch.is_grad_enabled() or tracing())
-    tokens = x if spared else torch.where(real, x, 0)
+    tokens = x
+    if real is not None and (torch.is_grad_enabled() or tracing()):
+        tokens = torch.where(real, x, 0)
     norm = attention.pre_norm
     h = normalize(tokens, norm.name, norm.weight, norm.bias, norm.eps)
     if backend == "reference":

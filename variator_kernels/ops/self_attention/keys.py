@@ -84,8 +84,8 @@ def whole_queries(
 def merged_queries(
     groups: Members, x: Tensor, table: Table | None, window: tuple[int, int] | None
 ) -> Keys:
-    """Merged keys under merged queries of ``x [B, n, d]`` (``attention``): terms of the distance between the means of
-    their tokens' positions, and the logarithm of a key's number of tokens."""
+    """Merged keys under merged queries of ``x [B, n, d]`` (``attention``): terms of the distance
+    between the means of their tokens' positions, and the logarithm of a key's number of tokens."""
     bias = _logarithm(groups.number, x)
     if table is None and window is None:
         return Keys(bias)
