@@ -31,7 +31,8 @@ class Hidden(nn.Module):
 
 
 def encoder(name, *placements, **settings):
-    return Hidden(patched(name, *placements, **settings).requires_grad_(False))
+    """In eval mode as a whole: exporters bring back the mode of what they got, part by part."""
+    return Hidden(patched(name, *placements, **settings).requires_grad_(False)).eval()
 
 
 def check(found, model, mask=True):
@@ -47,7 +48,7 @@ def check(found, model, mask=True):
 
 @pytest.mark.parametrize(
     ("name", "placement"),
-    [("bert", "attention_kv"), ("t5", "attention"), ("modernbert", "attention_kv")],
+    [("t5", "attention"), ("modernbert", "attention_kv")],
 )
 def test_compiles_whole_with_dynamic_sizes(name, placement):
     model = encoder(name, "ffn", placement, keep_first=1)
@@ -56,8 +57,10 @@ def test_compiles_whole_with_dynamic_sizes(name, placement):
     assert compiled(*tiny.batch(7, 4)).shape == (2, 7, 24)
 
 
-@placed
-@some
+@pytest.mark.parametrize(
+    ("name", "placement"),
+    [("bert", "attention_kv"), ("t5", "attention"), ("modernbert", "attention_kv")],
+)
 def test_exports_with_dynamic_sizes(name, placement):
     model = encoder(name, placement, keep_first=0 if name == "bert" else 1)
     check(export(model).module(), model)
@@ -75,9 +78,10 @@ def test_exports_strictly(name, placement):
 @placed
 @some
 def test_onnx_is_right_at_every_length(name, placement, tmp_path, quiet):  # noqa: F811
-    """One exporter for each placement."""
+    """The newer exporter, which takes longest, for one model of each placement."""
     model = encoder(name, placement, keep_first=0)
-    check(as_onnx(model, tmp_path, placement == "attention_kv"), model)
+    dynamo = (name, placement) in (("bert", "attention_kv"), ("t5", "attention"))
+    check(as_onnx(model, tmp_path, dynamo), model)
 
 
 @placed

@@ -110,7 +110,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def _fixed(size: Any) -> int:
+def fixed(size: Any) -> int:
     """``size`` as a number for operations that take nothing else: while traced, it is a tensor."""
     if not isinstance(size, Tensor):
         return size
@@ -128,7 +128,7 @@ def normalize(
     wide = x if x.dtype == torch.float64 else x.float()
     if norm == "layer":
         scale, shift = (None if p is None else p.to(wide.dtype) for p in (weight, bias))
-        out = F.layer_norm(wide, (_fixed(wide.shape[-1]),), scale, shift, eps)
+        out = F.layer_norm(wide, (fixed(wide.shape[-1]),), scale, shift, eps)
         return out.to(x.dtype if weight is None else weight.dtype)
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if weight is not None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..feed_forward import fixed
 from .relative import DistanceBias, columns
 
 
@@ -45,9 +46,11 @@ def grouped_attention(
     if visible.bias is not None:
         seen = (visible.bias != -math.inf)[..., None, None]
         keys, values = (torch.where(seen, t, t.new_zeros(())) for t in (keys, values))
-    shared = queries.shape[2] // keys.shape[2] if keys.shape[2] else 1
     q = queries.transpose(1, 2).to(wide)
-    k, v = (t.transpose(1, 2).repeat_interleave(shared, 1) for t in (keys, values))
+    k, v = keys.transpose(1, 2), values.transpose(1, 2)
+    shared = fixed(queries.shape[2]) // max(fixed(keys.shape[2]), 1)
+    if shared > 1:
+        k, v = (t[:, :, None].expand(-1, -1, shared, -1, -1).flatten(1, 2) for t in (k, v))
     scores = q @ k.to(wide).transpose(-1, -2) * scale
     if visible.bias is not None:
         scores = scores + visible.bias.to(wide)[:, None, None]

@@ -82,7 +82,9 @@ def distance_bias(
     if members is None:
         return DistanceBias(term[None], queries, keys, None, origin)
     patterns, pattern = _patterns(members)
-    windows = term.unfold(-1, slots, 1)[None]  # [1, H, W, k]
+    # [1, H, W, k]; unfold() is an operation that ONNX's older exporter does not know here.
+    last = 2 * reach + slots
+    windows = torch.stack([term[:, slot : slot + last] for slot in range(slots)], -1)[None]
     values = _logsumexp(windows.masked_fill(~patterns[:, None, None], -math.inf))
     return DistanceBias(values, queries, keys, pattern, origin)
 
