@@ -47,7 +47,7 @@ class KeyValues:
         """The sublayer with merged keys and values: ``x [B, n, d]``."""
         tokens = members(groups, x)
         table = self.reach.distances(x)
-        keys = whole_queries(tokens, x.shape[1], table, self.attention.window)
+        keys = whole_queries(tokens, x, table, self.attention.window)
         turned = None
         if self.reach.rotary is not None:
             merged = self.reach.rotation(x, tokens.mean(positions))
