@@ -17,7 +17,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 NAMES = [name for name in zoo.NAMES if FAMILIES[name].attention is not None]
 every = pytest.mark.parametrize("name", NAMES)
 # Of families that differ in the names of their classes alone, the first.
-FORMS = {dataclasses.replace(FAMILIES[name].attention, layer=""): name for name in reversed(NAMES)}
+FORMS = {
+    dataclasses.replace(FAMILIES[name].attention, layer="one"): name for name in reversed(NAMES)
+}
 each_form = pytest.mark.parametrize("name", [name for name in NAMES if name in FORMS.values()])
 placed = pytest.mark.parametrize("placement", ["attention_kv", "attention"])
 
