@@ -4,7 +4,7 @@ The tools for Triton's launch table (``bench/tools``) use ``variator_kernels.tri
 besides, and ``bench/quality`` the data helpers of ``variator_kernels.train``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from variator_kernels import FeedForward, PluginWeights
+from variator_kernels.methods.variator.config import configure
 from variator_kernels.ops import prepack
 from variator_kernels.ops.adapter_decompress import op as decompress_op
 from variator_kernels.ops.arguments import Norm
@@ -45,6 +46,11 @@ def activation_module(layer: nn.Module) -> Any:
 def ratios(model: nn.Module) -> tuple[int, ...]:
     """The ratios that a patched model has plugins for."""
     return states(model)[0].ratios
+
+
+def placements(words: Iterable[str]) -> tuple[str, ...]:
+    """The placements of these names, in their order; ``ValueError`` for what ``patch`` refuses."""
+    return tuple(configure(None, (2,), 1, "tanh", words, "auto")[0].placements)
 
 
 def backend(model: nn.Module) -> str:

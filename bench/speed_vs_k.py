@@ -1,5 +1,7 @@
 """Speed against the compression ratio k: the FFN sublayer and the whole encoder, on the CPU.
 
+The encoder is measured with plugins at each set of placements, all in the same rounds.
+
 Every arm is checked against float64 before and after it is timed; without a green check it has no
 number, and the exit code is 1. Speed-ups are of the same round of the same process.
 """
@@ -11,7 +13,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 
-from . import plot
+from . import internals, plot
 from .cases import Case, models
 from .cases.encoder import Encoder
 from .cases.sublayer import Sublayer
@@ -32,6 +34,11 @@ def parser() -> argparse.ArgumentParser:
         "--encoder-ratios", type=options.ratios, help="default: 4, or the first of --ratios"
     )
     made.add_argument("--arms", type=options.words, help=f"some of {', '.join(options.ARMS)}")
+    made.add_argument(
+        "--placements", type=options.words, action="append",
+        help="of the encoder's plugins, with commas: ffn, attention_kv, attention; may be given "
+        "several times, to be compared in one run; default ffn",
+    )  # fmt: skip
     made.add_argument("--repeats", type=options.count, help="rounds of the sublayer; default 15")
     made.add_argument("--encoder-repeats", type=options.count, help="default 3")
     made.add_argument(
@@ -50,6 +57,12 @@ def settle(args: argparse.Namespace) -> models.Architecture:
     if args.budget:
         args.batch = args.batch or 2
     model = options.settle_common(args)
+    sets = map(internals.placements, args.placements or [("ffn",)])
+    args.placements = tuple(dict.fromkeys(sets))
+    if args.scope != "sublayer":
+        model = models.reaching(model, args.length)
+    elif args.placements != (("ffn",),):
+        raise ValueError("placements must be ffn in scope sublayer, got " + str(args.placements))
     args.ratios = args.ratios or ([4] if args.quick else [2, 4, 8, 16, 32])
     if args.encoder_ratios is None:
         args.encoder_ratios = [4] if 4 in args.ratios else args.ratios[:1]
@@ -77,7 +90,8 @@ def plan(args: argparse.Namespace, model: models.Architecture) -> Iterator[tuple
             yield layer.case(args.arms, args.ratios, name), rounds, warmup
     for dtype in args.dtype if args.scope != "sublayer" else ():
         sizes = (args.batch, args.length, tuple(args.encoder_ratios), args.bottleneck)
-        yield Encoder(model, dtype, *sizes).case(args.arms), args.encoder_repeats, 0
+        encoder = Encoder(model, dtype, *sizes, args.placements)
+        yield encoder.case(args.arms), args.encoder_repeats, 0
 
 
 def main(arguments: list[str] | None = None) -> int:

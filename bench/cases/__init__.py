@@ -19,9 +19,17 @@ class Key(NamedTuple):
     arm: str
     k: int | None = None
     padding: str = "none"
+    placements: tuple[str, ...] = ("ffn",)
+    """Of an arm with plugins."""
 
     def __str__(self) -> str:
-        return self.arm if self.k is None else f"{self.arm} k={self.k}"
+        return self.arm if self.k is None else f"{self.beside()} k={self.k}"
+
+    def beside(self, placements: tuple[str, ...] = ("ffn",)) -> str:
+        """The arm's name among those of the same round, to an arm with these placements."""
+        if self.k is None or self.placements == placements:
+            return self.arm
+        return f"{self.arm}, {' + '.join(self.placements)}"
 
 
 class Work(NamedTuple):
@@ -76,4 +84,5 @@ class Case:
         found = {"case": self.name, **{name: getattr(self, name) for name in names}}
         found |= {"padding": arm.key.padding, "tokens": arm.tokens}
         found |= {"arm": arm.key.arm, "k": arm.key.k, "bound": arm.bound}
+        found["placements"] = list(arm.key.placements) if arm.key.k else []
         return found | {"status": "ok", "reason": "", "detail": "", "error": None, "allowed": None}

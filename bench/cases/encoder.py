@@ -42,6 +42,8 @@ class Encoder:
     length: int
     ratios: tuple[int, ...]
     bottleneck: int = 64
+    placements: tuple[tuple[str, ...], ...] = (("ffn",),)
+    """Sets of them: each has plugin arms of its own."""
     sdpa: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
@@ -49,20 +51,30 @@ class Encoder:
         self.ids = models.tokens(self.batch, self.length, self.model.config.vocab_size)
         self.mask = torch.ones_like(self.ids)
         self.checked = sorted({0, self.batch - 1})
-        self._truths: dict[int | None, Truth] = {}
+        self._truths: dict[Any, Truth] = {}
 
     def case(self, arms: Iterable[str]) -> Case:
-        """Every dense arm once, every plugin arm at each ratio."""
+        """Every dense arm once, every plugin arm at each ratio with each set of placements."""
         size = (self.batch, self.length)
         case = Case("encoder", "encoder", "forward", self.model.name, self.dtype, *size,
                     self.measure, compared=self.rows)  # fmt: skip
         keys = [Key(arm) for arm in DENSE_ARMS if arm in arms]
-        keys += [Key(arm, k) for k in self.ratios for arm in PLUGIN_ARMS if arm in arms]
+        keys += [Key(arm, *rest) for rest in self.levels for arm in PLUGIN_ARMS if arm in arms]
         for key in keys:
-            count = key.k and vk.flops.count(self.sdpa, *size, key.k, self.bottleneck)
-            bound = 1 / count.fraction_left if count else None
+            bound = self.bound(key) if key.k else None
             case.arms.append(Arm(key, partial(self.build, key), self.ids.numel(), bound))
         return case
+
+    @property
+    def levels(self) -> list[tuple[Any, ...]]:
+        """What tells the plugin arms of one name apart: the fields of a key behind the name."""
+        return [(k, "none", places) for k in self.ratios for places in self.placements]
+
+    def bound(self, key: Key) -> float:
+        """Dense over compressed multiply-adds."""
+        level = dict.fromkeys(key.placements, key.k)
+        size = (self.batch, self.length)
+        return 1 / vk.flops.count(self.sdpa, *size, level, self.bottleneck).fraction_left
 
     def rows(self, outputs: Outputs) -> Outputs:
         """The rows compared with float64: a row's output depends on that row alone."""
@@ -73,7 +85,8 @@ class Encoder:
         if key.arm == "openvino":
             return self.openvino()
         if key.k:
-            model = self.patched(models.sharing(self.sdpa, "sdpa"), usable("cpu"))
+            twin = models.sharing(self.sdpa, "sdpa")
+            model = self.patched(twin, usable("cpu"), key.placements)
             vk.set_ratio(model, key.k)
         else:
             attention = "eager" if key.arm == "hf" else "sdpa"
@@ -82,9 +95,12 @@ class Encoder:
         call = compiled(module, whole=bool(key.k)) if key.arm.endswith("-compiled") else module
         return lambda: (call(self.ids, self.mask),)
 
-    def patched(self, model: nn.Module, backend: str) -> nn.Module:
+    def patched(
+        self, model: nn.Module, backend: str, placements: tuple[str, ...] = ("ffn",)
+    ) -> nn.Module:
         """With plugins away from zero, the same ones whatever the backend and the dtype."""
-        vk.patch(model, self.ratios[0], self.ratios, self.bottleneck, backend=backend)
+        vk.patch(model, self.ratios[0], self.ratios, self.bottleneck, placements=placements,
+                 backend=backend)  # fmt: skip
         source, kind = models.generator(5), models.DTYPES[self.dtype]
         with torch.no_grad():
             for parameter in vk.plugin_parameters(model):
@@ -93,22 +109,25 @@ class Encoder:
         return model.requires_grad_(False)
 
     def measure(self, key: Key) -> Truth:
-        """float64 and plain PyTorch in the dtype, on the compared rows; for all ratios at once."""
+        """float64 and plain PyTorch in the dtype, on the compared rows; for all arms at once."""
         if not self._truths:
             exact = self._outputs(models.encoder(self.model, models.DTYPES[self.dtype]).double())
             plain = self._outputs(models.sharing(self.sdpa, "eager"))
-            self._truths = {k: truth((exact[k],), (plain[k],)) for k in exact}
-        return self._truths[key.k]
+            self._truths = {level: truth((exact[level],), (plain[level],)) for level in exact}
+        return self._truths[key[1:] if key.k else None]
 
-    def _outputs(self, model: nn.Module) -> dict[int | None, Tensor]:
+    def _outputs(self, model: nn.Module) -> dict[Any, Tensor]:
+        """Of the dense model, under None, and of every level."""
         module = LastHidden(model)
         ids, mask = self.ids[self.checked], self.mask[self.checked]
-        found: dict[int | None, Tensor] = {None: module(ids, mask)}
-        if self.ratios:
-            self.patched(model, "reference")
-            for k in self.ratios:
-                vk.set_ratio(model, k)
-                found[k] = module(ids, mask)
+        found: dict[Any, Tensor] = {None: module(ids, mask)}
+        for placements in self.placements if self.ratios else ():
+            self.patched(model, "reference", placements)
+            for level in self.levels:
+                if level[-1] == placements:
+                    vk.set_ratio(model, level[0])
+                    found[level] = module(ids, mask)
+            vk.unpatch(model)
         return found
 
     def openvino(self) -> Call:

@@ -113,6 +113,26 @@ def architecture(name: str) -> Architecture:
     return Architecture(named, config, folder if stored else None, own)
 
 
+def reaching(model: Architecture, length: int) -> Architecture:
+    """The architecture with positions for rows of ``length``: random weights may have more.
+
+    Raises:
+        ValueError: the weights are not random and have fewer.
+    """
+    config = copy.deepcopy(model.config)
+    most = getattr(config, "max_position_embeddings", None)
+    before = config.pad_token_id + 1 if config.model_type == "roberta" else 0
+    if most is None or length + before <= most:
+        return model
+    if model.folder:
+        most -= before
+        raise ValueError(
+            f"length must be at most {most}, the positions of {model.name}, got {length}"
+        )
+    config.max_position_embeddings = length + before
+    return model._replace(config=config)
+
+
 def _encoder_class(config: Any) -> Any:
     return getattr(transformers, ENCODERS[config.model_type])
 

@@ -15,7 +15,8 @@ from .results import Row
 
 DENSE_ARMS = sublayer.DENSE_ARMS + encoder.DENSE_ARMS
 ARMS = tuple(dict.fromkeys(DENSE_ARMS + sublayer.PLUGIN_ARMS + encoder.PLUGIN_ARMS))
-T5_SIZES = ("d_kv", "feed_forward_proj")
+SIZES = ("d_kv", "feed_forward_proj", "max_position_embeddings")
+"""Of some families."""
 
 
 def words(text: str) -> list[str]:
@@ -94,7 +95,7 @@ def describe(model: models.Architecture) -> Row:
     config = model.config
     sizes = {"d_model": config.hidden_size, "d_ff": models.inner_size(config)}
     sizes |= {"num_heads": config.num_attention_heads, "num_layers": config.num_hidden_layers}
-    own = {name: getattr(config, name) for name in T5_SIZES if hasattr(config, name)}
+    own = {name: getattr(config, name) for name in SIZES if hasattr(config, name)}
     family = {"name": model.name, "weights": model.weights, "family": config.model_type}
     return {**family, **sizes, **own}
 

@@ -10,6 +10,8 @@ from . import machine
 
 SCHEMA = 1
 Row = dict[str, Any]
+ABSENT: Row = {"placements": ["ffn"]}
+"""What rows of older files do not say."""
 
 
 def result(benchmark: str, settings: Row, model: Row) -> Row:
@@ -53,7 +55,13 @@ def read(path: str | Path) -> Row:
 
 def pick(rows: list[Row], **wanted: Any) -> list[Row]:
     """The rows that have these values."""
-    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+    items = wanted.items()
+    return [r for r in rows if all(r.get(key, ABSENT.get(key)) == value for key, value in items)]
+
+
+def placements(row: Row) -> str:
+    """Where a row's plugins are, in words; empty for a dense arm."""
+    return " + ".join(row.get("placements", ABSENT["placements"]))
 
 
 def one(rows: list[Row], **wanted: Any) -> Row | None:

@@ -53,7 +53,7 @@ def run(
             progress.step(f"check {arm.key}")
             row = rows[arm.key]
             try:
-                measure = (arm.key.k, arm.key.padding)
+                measure = arm.key[1:]
                 if measure not in truths:
                     truths[measure] = case.truth(arm.key)
                 call = arm.build()
@@ -79,7 +79,7 @@ def run(
             samples, outputs = clock.interleave(timed, turns, advance, settle, until)
             if first:
                 for key, out in outputs.items():
-                    _judge(case, rows[key], out, truths[key.k, key.padding])
+                    _judge(case, rows[key], out, truths[key[1:]])
                 calls = {key: call for key, call in calls.items() if rows[key]["status"] == "ok"}
             _times(clock, first, {key: (rows[key], samples[key]) for key in calls})
         for key, call in calls.items():
@@ -120,7 +120,7 @@ def _times(clock: Wall, first: bool, timed: dict[Key, tuple[Row, list[float]]]) 
     """Times, and speed-ups over the other arms of the same rounds."""
     for key, (row, seconds) in timed.items():
         over = {
-            other.arm: ratio(slow, seconds)
+            other.beside(key.placements): ratio(slow, seconds)
             for other, (_, slow) in timed.items()
             if (other.k is None or other.k == key.k) and other.padding == key.padding
         }

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from .results import Row
+from .results import Row, placements
 from .runner import DENSE, Progress
 
 ABOVE = "A cell can lie above it, because no dense arm runs at the machine's peak."
@@ -119,13 +119,20 @@ def times(found: dict[str, float] | None) -> str:
     return f"{found['median']:.2f} ({found['q1']:.2f} to {found['q3']:.2f})"
 
 
+def over_ffn(row: Row) -> dict[str, float] | None:
+    """The speed-up over the same arm with plugins at FFNs alone, where the run has that too."""
+    return row.get("speedup", {}).get(f"{row['arm']}, ffn")
+
+
 def timed(title: str, rows: list[Row]) -> Table:
     """The rows of a case as the runner gives them."""
     names = {name for row in rows for name in row.get("speedup", {})}
     over = next((name for name in (*DENSE, "reference") if name in names), None)
+    several = any(placements(row) not in ("", "ffn") for row in rows)
 
     def arm(row: Row) -> str:
-        return row["arm"] + (f", {row['padding']}" if row["padding"] != "none" else "")
+        parts = [row["arm"]] + ([row["padding"]] if row["padding"] != "none" else [])
+        return ", ".join(parts + ([placements(row)] if several and row["k"] else []))
 
     def note(row: Row) -> str:
         parts = ["above the bound" if row["above_bound"] else "", row["detail"]]
@@ -136,6 +143,8 @@ def timed(title: str, rows: list[Row]) -> Table:
         columns.append(number("eager, ms", lambda row: row["eager"]["median"] * 1e3, ".3f"))
     if over:
         columns.append(Column(f"speed-up over {over}", lambda row: times(row["speedup"].get(over))))
+    if any(over_ffn(row) for row in rows):
+        columns.append(Column("over ffn alone", lambda row: times(over_ffn(row))))
     if any(row["bound"] for row in rows):
         columns.append(number("cost bound", lambda row: row["bound"])._replace(always=True))
     if any("floor" in row for row in rows):
