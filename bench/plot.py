@@ -11,7 +11,6 @@ from .harness import results
 from .harness.results import Row
 from .harness.style import AMBER, BLUE, BROWN, GREY, INK, NAVY, commit, over_k, sheet
 from .quality import figure
-from .quality.rivals import rivals
 
 STYLES: dict[str, dict[str, Any]] = {
     "reference": {"color": AMBER, "marker": "s", "label": "plain PyTorch, eager"},
@@ -19,6 +18,11 @@ STYLES: dict[str, dict[str, Any]] = {
     "ours": {"color": BLUE, "marker": "o", "label": "variator_kernels"},
     "ours-compiled": {"color": NAVY, "marker": "^", "label": "variator_kernels, compiled"},
 }
+PLACES = {
+    "ffn + attention_kv": "#2f855a", "ffn + attention": "#805ad5", "attention_kv": "#b83280",
+    "attention": "#c05621",
+}  # fmt: skip
+"""Colours; at FFNs alone it is the arm's."""
 ENCODER_NAMES = {
     "hf": "HF eager", "hf-sdpa": "HF SDPA", "hf-compiled": "HF compiled", "openvino": "OpenVINO",
     "ours": "variator", "ours-compiled": "variator\ncompiled",
@@ -36,11 +40,6 @@ OVERLAP = {
     "merged_in_intersection": {"color": BROWN, "marker": "^", "label": _OF_MERGED},
 }
 LINES = {"untrained": "-", "trained": "--"}
-VARIANTS = {"full": BLUE, "calibrated only": AMBER, "untrained": "#a0aec0"}
-SINGLE = {
-    "k=4 alone": "o", "without pre-training": "<", "from initial values": "v", "copy": "D",
-    "without adaptation": "^", "mean pooling": "s", "last layer alone": "X", "r=40": "P",
-}  # fmt: skip
 
 
 def speed(content: Row, target: Path) -> None:
@@ -65,7 +64,8 @@ def speed(content: Row, target: Path) -> None:
         for line, scope in zip(grid, scopes, strict=False):
             for axes, dtype in zip(line, dtypes, strict=False):
                 panel = results.pick(rows, case=scope, dtype=dtype)
-                (_curves if scope == "sublayer" else _bars)(axes, panel, dtype)
+                single = len({row["k"] for row in panel if row["k"]}) < 2
+                (_bars if scope == "encoder" and single else _curves)(axes, panel, dtype)
 
 
 def _base(rows: list[Row], *ranked: str) -> str:
@@ -74,24 +74,34 @@ def _base(rows: list[Row], *ranked: str) -> str:
 
 
 def _curves(axes: Axes, rows: list[Row], dtype: str) -> None:
-    """Speed-up of the sublayer over k, with quartiles and the cost bound."""
-    base = _base(rows, "dense-packed", "hf")
-    name = {"dense-packed": "dense, weights packed", "hf": "dense, Hugging Face"}.get(base)
-    bounds = sorted({(row["k"], row["bound"]) for row in rows if row["k"]})
-    if bounds:
-        axes.plot(*zip(*bounds, strict=True), "--", color=GREY, lw=1.3, label="cost bound")
-    for arm, style in STYLES.items():
-        cells = [row for row in rows if row["arm"] == arm and results.speedup(row, base)]
-        k = [row["k"] for row in cells]
-        quartiles = ([row["speedup"][base][q] for row in cells] for q in ("q1", "median", "q3"))
-        low, mid, high = quartiles
-        if cells:
-            axes.fill_between(k, low, high, color=style["color"], alpha=0.16, lw=0)
-            axes.plot(k, mid, **style)
+    """Speed-ups over k, a line an arm and set of placements, with quartiles and cost bounds."""
+    base = _base(rows, "dense-packed", "hf-sdpa", "hf")
+    names = {"dense-packed": "dense, weights packed", "hf": "dense, Hugging Face"}
+    name = names.get(base) or ENCODER_NAMES.get(base)
+    plugged = [row for row in rows if row["k"]]
+    places = list(dict.fromkeys(map(results.placements, plugged)))
+    for place in places:
+        own = [row for row in plugged if results.placements(row) == place]
+        bounds = sorted({(row["k"], row["bound"]) for row in own})
+        label = "cost bound" if place == places[0] else None
+        colour = PLACES.get(place, GREY)
+        axes.plot(*zip(*bounds, strict=True), "--", color=colour, lw=1.3, label=label)
+        for arm, style in STYLES.items():
+            cells = [row for row in own if row["arm"] == arm and results.speedup(row, base)]
+            k = [row["k"] for row in cells]
+            quartiles = ([row["speedup"][base][q] for row in cells] for q in ("q1", "median", "q3"))
+            low, mid, high = quartiles
+            style = style | ({"color": PLACES[place]} if place in PLACES else {})
+            if places != ["ffn"]:
+                style["label"] += f", {place}"
+            if cells:
+                axes.fill_between(k, low, high, color=style["color"], alpha=0.16, lw=0)
+                axes.plot(k, mid, **style)
     axes.axhline(1, color=GREY, lw=0.8)
-    over_k(axes, [k for k, _ in bounds])
+    over_k(axes, sorted({row["k"] for row in plugged}))
     axes.set_ylim(bottom=0)
-    axes.set_title(f"FFN sublayer, {dtype}")
+    scope = "Whole encoder" if results.pick(rows, case="encoder") else "FFN sublayer"
+    axes.set_title(f"{scope}, {dtype}")
     axes.set_ylabel(f"speed-up over {name}" if name else "no dense baseline")
     axes.legend(loc="upper left", fontsize=8.5)
 
@@ -101,9 +111,12 @@ def _bars(axes: Axes, rows: list[Row], dtype: str) -> None:
     cells = [row for row in rows if row["status"] == "ok"]
     base, names = _base(rows, "hf-sdpa", "hf"), []
     for place, row in enumerate(cells):
-        k, median = row["k"], row["median"]
+        k, median, place_of = row["k"], row["median"], results.placements(row)
         names.append(str(ENCODER_NAMES.get(row["arm"], row["arm"])) + (f", k={k}" if k else ""))
-        colour = STYLES[row["arm"]]["color"] if k is not None else "#9fb3c8"
+        if k and any(results.placements(other) in PLACES for other in cells):
+            names[-1] += f"\n{place_of}"
+        own = PLACES.get(place_of) or STYLES.get(row["arm"], {}).get("color")
+        colour = own if k is not None else "#9fb3c8"
         axes.barh(place, median, color=colour, height=0.66)
         spread = [[median - row["q1"]], [row["q3"] - median]]
         axes.errorbar(median, place, xerr=spread, color=INK, lw=1, capsize=2)
@@ -161,44 +174,6 @@ def _shares(axes: Axes, rows: list[Row], styles: dict[str, Any], title: str, lab
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns)
 
 
-def quality(content: Row, target: Path) -> None:
-    """Accuracy against measured speed: lines from slow to fast; ablations are single points."""
-    rows = [row for row in content["summary"] if row["speedup"]]
-    dense = 100 * rows[0]["dense_accuracy"]
-    smaller = rivals(content["costs"])
-
-    def place(row: Row) -> tuple[float, float]:
-        return row["speedup"], 100 * row["accuracy"]
-
-    tokens = content["costs"][0]["tokens_a_row"]
-    title = f"{content['task']} ({tokens:.0f} tokens a row), {content['model']['name']}"
-    with sheet(target, 1, 1, (6.2, 4.4), title, "") as ((axes,),):
-        axes.axhline(dense, color=GREY, lw=1.2, ls="--")
-        where: Any = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-        axes.annotate("the original", (0.99, dense), color=GREY, fontsize=8, **where)
-        for variant, colour in VARIANTS.items():
-            line = sorted(results.pick(rows, variant=variant), key=place)
-            if line:
-                axes.plot(*zip(*map(place, line), strict=True), "o-", color=colour, label=variant)
-            for row in line:
-                if smaller[row["k"]] is not None:
-                    axes.plot(*place(row), "o", color=colour, mfc="white")
-            for row in line if variant == "full" else ():
-                below: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
-                behind: Any = {"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8}
-                axes.annotate(f"k={row['k']}", place(row), (0, -13), bbox=behind, **below)
-        if any(smaller.values()):
-            label = "hollow: does not pay"
-            axes.plot([], [], "o", color=GREY, mfc="white", label=label)
-        for variant, marker in SINGLE.items():
-            for row in results.pick(rows, variant=variant):
-                label = variant if "k=" in variant else f"{variant}, k={row['k']}"
-                axes.plot(*place(row), marker, color=INK, ms=5, ls="none", label=label)
-        axes.set_xlabel("speed-up of the encoder on the dev set, measured")
-        axes.set_ylabel("accuracy, %")
-        axes.legend(fontsize=7)
-
-
 def gpu(content: Row, target: Path) -> None:
     """The curve over k, and every target beside its limit; what was not measured is said."""
     title = "dry run without a GPU: no figure here is a GPU's"
@@ -233,7 +208,7 @@ def gpu(content: Row, target: Path) -> None:
 FIGURES: dict[str, Callable[[Row, Path], None]] = {
     "speed_vs_k": speed,
     "neurons": neurons,
-    "quality_vs_k": quality,
+    "quality_vs_k": figure.quality,
     "quality_embeddings": figure.embeddings,
     "gpu_report": gpu,
 }

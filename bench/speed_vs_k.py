@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
         type=options.count,
         help="seconds to spend: as many rounds as fit, 2 rows unless asked, no compiled arms",
     )
+    made.add_argument("--name", default="speed_vs_k", help="of the result's files")
     made.add_argument("--small", action="store_true", help="also 1x128 and 1x512")
     made.add_argument("--backward", action="store_true", help="also forward with backward")
     made.add_argument("--ragged", action="store_true", help="also a right-padded ragged batch")
@@ -103,12 +104,12 @@ def main(arguments: list[str] | None = None) -> int:
         model = settle(args)
     except ValueError as error:
         made.error(str(error))
-    hidden = ("output", "publish")
+    hidden = ("output", "publish", "name")
     settings = {name: value for name, value in vars(args).items() if name not in hidden}
     content, console = options.begin(
         "speed_vs_k", settings | {"model": model.name, "allocator": memory}, model
     )
-    path = results.folder(args.output, args.publish) / "speed_vs_k.json"
+    path = results.folder(args.output, args.publish) / f"{args.name}.json"
     left = sum(1 for _ in args.dtype) * (2 if args.scope == "both" else 1)
     end = time.perf_counter() + (args.budget or math.inf)
     for case, rounds, warmup in plan(args, model):

@@ -17,6 +17,8 @@ SUBLAYER = {
     "bf16": {2: 1.85, 4: 3.4, 8: 6.0, 16: 9.3, 32: 12.5},
 }
 ENCODER = {"fp32": 1.85, "bf16": 1.5}
+WITH_KEYS = {(8, 512): 2.4, (1, 2048): 2.6}
+"""Of T5-base and BERT-base with plugins at FFNs, keys and values, in any dtype."""
 SMALL_DENSE, BACKWARD, RAGGED, MEMORY = 3.0, 1.2, 1.15, 0.4
 TRAINING = 0.8
 
@@ -43,12 +45,12 @@ def _speedup(over: str, **wanted: object) -> Measure:
     return lambda rows: speedup(one(rows, arm="ours", **wanted), over)
 
 
-def _worst_small(dtype: str) -> Measure:
-    """The least speed-up over the eager reference among all small inputs and ratios."""
+def _worst(over: str, least: int = 1, **wanted: object) -> Measure:
+    """The least speed-up among all inputs of ``least`` tokens a row or more, and all ratios."""
 
     def measure(rows: list[Row]) -> float | None:
-        cells = pick(rows, case="small", dtype=dtype, arm="ours")
-        found = [speedup(row if row["status"] == "ok" else None, "reference") for row in cells]
+        cells = [row for row in pick(rows, arm="ours", **wanted) if row["length"] >= least]
+        found = [speedup(row if row["status"] == "ok" else None, over) for row in cells]
         values = [value for value in found if value is not None]
         return min(values) if values and len(values) == len(found) else None
 
@@ -112,12 +114,22 @@ def _targets() -> list[Target]:
                 _speedup("dense-packed", **cell))  # fmt: skip
     for dtype, limit in ENCODER.items():
         add(f"whole encoder, {dtype}, k=4: speed-up over Hugging Face SDPA", limit,
-            _speedup("hf-sdpa", case="encoder", dtype=dtype, k=4))  # fmt: skip
+            _speedup("hf-sdpa", case="encoder", dtype=dtype, k=4, placements=["ffn"],
+                     model="t5-base", batch=8, length=512))  # fmt: skip
+    for dtype in ENCODER:
+        both = {"case": "encoder", "dtype": dtype, "placements": ["ffn", "attention_kv"]}
+        for model in ("t5-base", "bert-base"):
+            for (batch, length), limit in WITH_KEYS.items():
+                cell = {"k": 4, "model": model, "batch": batch, "length": length, **both}
+                add(f"{model}, ffn + attention_kv, {batch} x {length}, {dtype}, k=4: speed-up over "
+                    "Hugging Face SDPA", limit, _speedup("hf-sdpa", **cell))  # fmt: skip
+        add(f"ffn + attention_kv, {dtype}, from 128 tokens: least speed-up over ffn alone", 1.0,
+            _worst("ours, ffn", 128, **both))  # fmt: skip
     for dtype in ENCODER:
         cell = {"dtype": dtype, "k": 4}
         small = {"case": "small", "batch": 1, "length": 512, **cell}
         add(f"1 x 128 and 1 x 512, {dtype}, any k: least speed-up over the eager reference", 1.0,
-            _worst_small(dtype))  # fmt: skip
+            _worst("reference", case="small", dtype=dtype))  # fmt: skip
         add(f"1 x 512, {dtype}, k=4: speed-up over dense with packed weights", SMALL_DENSE,
             _speedup("dense-packed", **small))  # fmt: skip
         add(f"forward and backward, {dtype}, k=4: speed-up over the eager reference", BACKWARD,

@@ -61,7 +61,7 @@ def pick(rows: list[Row], **wanted: Any) -> list[Row]:
 
 def placements(row: Row) -> str:
     """Where a row's plugins are, in words; empty for a dense arm."""
-    return " + ".join(row.get("placements", ABSENT["placements"]))
+    return " + ".join((ABSENT | row)["placements"])
 
 
 def one(rows: list[Row], **wanted: Any) -> Row | None:

@@ -1,4 +1,4 @@
-"""The picture of ``bench.quality_vs_k --task embeddings``."""
+"""The pictures of ``bench.quality_vs_k``: of tasks, and of ``--task embeddings``."""
 
 from itertools import cycle
 from pathlib import Path
@@ -6,13 +6,57 @@ from typing import Any
 
 from ..harness import results
 from ..harness.results import Row
-from ..harness.style import AMBER, BLUE, BROWN, GREY, NAVY, commit, sheet
+from ..harness.style import AMBER, BLUE, BROWN, GREY, INK, NAVY, commit, sheet
 from .embeddings import METRICS
+from .rivals import rivals
 
 COLOURS = {
     "untrained": "#a0aec0", "calibrated": AMBER, "calibrated on more text": BROWN, "trained": BLUE
 }  # fmt: skip
+VARIANTS = {"full": BLUE, "calibrated only": AMBER, "untrained": "#a0aec0"}
+SINGLE = {
+    "k=4 alone": "o", "without pre-training": "<", "from initial values": "v", "copy": "D",
+    "without adaptation": "^", "mean pooling": "s", "last layer alone": "X", "r=40": "P",
+}  # fmt: skip
 SHOWN = ("cosine", "spearman", "neighbours")
+
+
+def quality(content: Row, target: Path) -> None:
+    """Accuracy against measured speed: lines from slow to fast; ablations are single points."""
+    rows = [row for row in content["summary"] if row["speedup"]]
+    dense = 100 * rows[0]["dense_accuracy"]
+    smaller = rivals(content["costs"])
+
+    def place(row: Row) -> tuple[float, float]:
+        return row["speedup"], 100 * row["accuracy"]
+
+    tokens = content["costs"][0]["tokens_a_row"]
+    title = f"{content['task']} ({tokens:.0f} tokens a row), {content['model']['name']}"
+    with sheet(target, 1, 1, (6.2, 4.4), title, "") as ((axes,),):
+        axes.axhline(dense, color=GREY, lw=1.2, ls="--")
+        where: Any = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+        axes.annotate("the original", (0.99, dense), color=GREY, fontsize=8, **where)
+        for variant, colour in VARIANTS.items():
+            line = sorted(results.pick(rows, variant=variant), key=place)
+            if line:
+                axes.plot(*zip(*map(place, line), strict=True), "o-", color=colour, label=variant)
+            for row in line:
+                if smaller[row["k"]] is not None:
+                    axes.plot(*place(row), "o", color=colour, mfc="white")
+            for row in line if variant == "full" else ():
+                below: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+                behind: Any = {"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8}
+                axes.annotate(f"k={row['k']}", place(row), (0, -13), bbox=behind, **below)
+        if any(smaller.values()):
+            label = "hollow: does not pay"
+            axes.plot([], [], "o", color=GREY, mfc="white", label=label)
+        for variant, marker in SINGLE.items():
+            for row in results.pick(rows, variant=variant):
+                label = variant if "k=" in variant else f"{variant}, k={row['k']}"
+                axes.plot(*place(row), marker, color=INK, ms=5, ls="none", label=label)
+        axes.set_xlabel("speed-up of the encoder on the dev set, measured")
+        axes.set_ylabel("accuracy, %")
+        axes.legend(fontsize=7)
 
 
 def embeddings(content: Row, target: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from bench import memory, packing, targets
 from bench.harness import tables
-from bench.harness.results import Row, pick, speedup
+from bench.harness.results import Row, pick, placements, speedup
 from bench.harness.tables import Column, key, number
 
 
@@ -69,6 +69,7 @@ def _over(heading: str, arm: str, baseline: str) -> Column:
 
 
 DTYPE, K = key("dtype", "dtype"), key("k", "k")
+SIZE = Column("tokens", lambda row: f"{row['batch']} x {row['length']}")
 BOUND = number("cost bound", lambda row: row["bound"])
 _PACKED = "dense-packed"
 SUBLAYER = [
@@ -78,16 +79,21 @@ SUBLAYER = [
     _over("the same, compiled", "ours-compiled", _PACKED),
 ]  # fmt: skip
 SMALL = [
-    Column("tokens", lambda cell: f"{cell['batch']} x {cell['length']}"), DTYPE, K,
+    SIZE, DTYPE, K,
     _over("over dense, packed", "ours", _PACKED), _over("over eager PyTorch", "ours", "reference"),
 ]  # fmt: skip
 BACKWARD = [
     DTYPE, K, _over("compiled PyTorch", "reference-compiled", "reference"),
     _over("variator_kernels", "ours", "reference"),
 ]  # fmt: skip
-ENCODER = [
-    DTYPE, key("arm", "arm"), K, number("seconds", lambda row: row["median"]),
-    number("over HF SDPA", lambda row: speedup(row, "hf-sdpa")), BOUND,
+TIMED = [
+    number("seconds", lambda row: row["median"]),
+    number("over HF SDPA", lambda row: speedup(row, "hf-sdpa")),
+]
+ENCODER = [DTYPE, key("arm", "arm"), K, *TIMED, BOUND]
+PLACEMENTS = [
+    key("model", "model"), SIZE, DTYPE, K, Column("placements", placements), *TIMED,
+    number("over ffn alone", lambda row: speedup(row, "ours, ffn")), BOUND,
 ]  # fmt: skip
 
 
@@ -107,8 +113,18 @@ def _of_cells(case: str, columns: list[Column]) -> Callable[[Machine, Path], str
 
 
 def encoder(found: Machine, folder: Path) -> str:
-    """Seconds of the whole encoder by arm."""
-    return tables.markdown(ENCODER, pick(found.rows(), case="encoder", status="ok"))
+    """Seconds of the whole encoder by arm, FFNs alone compressed."""
+    rows = pick(found.rows(), case="encoder", status="ok")
+    return tables.markdown(ENCODER, [row for row in rows if placements(row) in ("", "ffn")])
+
+
+def with_placements(found: Machine, folder: Path) -> str:
+    """The encoder with plugins at each set of placements, of every file that has several."""
+    rows: list[Row] = []
+    for name in sorted(found.files):
+        some = pick(found.rows(name), case="encoder", arm="ours", status="ok")
+        rows += some if len(set(map(placements, some))) > 1 else []
+    return tables.markdown(PLACEMENTS, rows)
 
 
 def of_memory(found: Machine, folder: Path) -> str:
@@ -143,7 +159,7 @@ def of_targets(found: Machine, folder: Path) -> str:
 
 TABLES: dict[str, Callable[[Machine, Path], str]] = {
     "machine": caption, "figure": figure, "sublayer": _of_cells("sublayer", SUBLAYER),
-    "small": _of_cells("small", SMALL), "encoder": encoder,
+    "small": _of_cells("small", SMALL), "encoder": encoder, "placements": with_placements,
     "backward": _of_cells("backward", BACKWARD), "ragged": _of_cells("ragged", RAGGED),
     "memory": of_memory, "packing": of_packing, "targets": of_targets,
 }  # fmt: skip

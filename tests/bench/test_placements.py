@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import variator_kernels as vk
-from bench import plot, speed_vs_k, targets
+from bench import speed_vs_k, targets
 from bench.cases import Key, encoder, models
 from bench.cases.encoder import Encoder
-from bench.harness import results, tables
+from bench.harness import options, results
 from bench.tools import report
+from bench.tools.report_speed import Machine
 from tests.bench.conftest import BERT
 from variator_kernels import extension
 
@@ -30,8 +32,9 @@ def run(model: str, output: Path, *more: str) -> tuple[int, dict]:
 
 @KERNELS
 def test_sets_beside_one_another(
-    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(options, "screen", lambda: Console(width=300))
     arms = ["--arms", "hf,hf-sdpa,ours", "--ratios", "2,4", "--encoder-ratios", "2,4"]
     code, content = run(tiny, tmp_path, *arms, *EACH)
     assert code == 0, content
@@ -74,7 +77,7 @@ def test_positions_of_pretrained_weights_do_not_grow(tmp_path: Path) -> None:
     made.save_pretrained(tmp_path)
     model = models.architecture(str(tmp_path))
     assert models.reaching(model, 40) is model
-    with pytest.raises(ValueError, match="length must be at most 40, the positions of .*, got 41"):
+    with pytest.raises(ValueError, match=r"length must be at most 40, the positions of .*, got 41"):
         models.reaching(model, 41)
 
 
@@ -127,13 +130,78 @@ def test_refused_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
-def speedup(over: float) -> dict:
-    return {"hf-sdpa": dict.fromkeys(("q1", "median", "q3"), over)}
+def row(model: str, over: float, placements: list[str] | None, **more: object) -> results.Row:
+    """Of the encoder; of an older file without placements."""
+    speedup = {"hf-sdpa": dict.fromkeys(("q1", "median", "q3"), over)}
+    values = {"case": "encoder", "arm": "ours", "k": 4, "status": "ok", "dtype": "fp32"}
+    values |= {"model": model, "batch": 8, "length": 512, "median": 0.5, "bound": 2.6}
+    return {**values, "speedup": speedup, **more} | (
+        {} if placements is None else {"placements": placements}
+    )
+
+
+BOTH, NONE = ["ffn", "attention_kv"], "not measured"
+
+
+def test_targets_are_of_their_placements_model_and_size() -> None:
+    rows = [
+        row("bert-base", 9, ["ffn"]),
+        row("t5-base", 8, ["ffn"], length=128),
+        row("t5-base", 2.5, BOTH),
+        row("t5-base", 7, ["attention"]),
+        row("bert-base", 2.3, BOTH),
+        row("t5-base", 1.9, None),
+    ]
+    found = {target.text: (value, verdict) for target, value, verdict in targets.verdicts(rows)}
+    over = "k=4: speed-up over Hugging Face SDPA"
+    assert found[f"whole encoder, fp32, {over}"] == (1.9, "met")
+    assert found[f"t5-base, ffn + attention_kv, 8 x 512, fp32, {over}"] == (2.5, "met")
+    assert found[f"bert-base, ffn + attention_kv, 8 x 512, fp32, {over}"] == (2.3, "missed")
+    for name in ("t5-base", "bert-base"):
+        wide = found[f"{name}, ffn + attention_kv, 1 x 2048, fp32, {over}"]
+        assert wide == (None, NONE)
+
+
+def test_never_slower_than_the_ffn_alone() -> None:
+    """The least over all inputs from 128 tokens up, of every file."""
+
+    def beside(over: float, length: int, **more: object) -> results.Row:
+        made = row("t5-base", 2, BOTH, batch=1, length=length, **more)
+        made["speedup"]["ours, ffn"] = dict.fromkeys(("q1", "median", "q3"), over)
+        return made
+
+    rows = [beside(0.8, 64), beside(1.1, 128), beside(1.05, 512)]
+    text = "ffn + attention_kv, fp32, from 128 tokens: least speed-up over ffn alone"
+    for more, expected in ([], (1.05, "met")), ([beside(9, 128, status="failed")], (None, NONE)):
+        found = [(v, verdict) for t, v, verdict in targets.verdicts(rows + more) if t.text == text]
+        assert found == [expected]
+
+
+def test_a_table_of_every_file_with_placements(tmp_path: Path) -> None:
+    new, dense = row("bert-base", 2.3, BOTH), row("bert-base", 1, [], arm="hf-sdpa", k=None)
+    new["speedup"]["ours, ffn"] = dict.fromkeys(("q1", "median", "q3"), 1.25)
+    one = [dense, row("bert-base", 1.7, ["ffn"]), new]
+    files = {"speed_vs_k": [row("t5-base", 1.8, None)], "bert": one, "memory": [{"case": "memory"}]}
+    found = Machine(tmp_path, {name: {"rows": rows} for name, rows in files.items()})
+    _, _, *lines = report.TABLES["placements"](found, tmp_path).splitlines()
+    assert lines == [
+        "| bert-base | 8 x 512 | fp32 | 4 | ffn | 0.50 | 1.70 |  | 2.60 |",
+        "| bert-base | 8 x 512 | fp32 | 4 | ffn + attention_kv | 0.50 | 2.30 | 1.25 | 2.60 |",
+    ]
+    assert "bert" not in report.TABLES["encoder"](found, tmp_path)
+
+
+def test_a_name_for_the_result(tiny: str, tmp_path: Path) -> None:
+    run(tiny, tmp_path, "--arms", "hf")
+    (tmp_path / "speed_vs_k.json").rename(tmp_path / "before")
+    more = ["--model", tiny, "--output", str(tmp_path), "--quick", "--dtype", "fp32"]
+    speed_vs_k.main([*more, "--scope", "encoder", "--arms", "hf", "--name", "other"])
+    assert (tmp_path / "other.json").is_file() and (tmp_path / "other.png").is_file()
+    assert not (tmp_path / "speed_vs_k.json").exists()
 
 
 def test_rows_of_older_files_are_of_the_ffn() -> None:
-    row = {"arm": "ours", "k": 4, "status": "ok"}
-    new = {**row, "placements": ["ffn", "attention_kv"]}
-    assert results.pick([new, row], placements=["ffn"]) == [row]
-    assert results.placements(row) == "ffn"
+    old, new = row("t5-base", 1, None), row("t5-base", 1, BOTH)
+    assert results.pick([new, old], placements=["ffn"]) == [old]
+    assert results.placements(old) == "ffn"
     assert results.placements(new) == "ffn + attention_kv"

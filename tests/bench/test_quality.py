@@ -4,9 +4,10 @@ import json
 import shutil
 
 import pytest
+from matplotlib.axes import Axes
 
-from bench import plot, quality_vs_k
-from bench.quality import originals, tasks
+from bench import quality_vs_k
+from bench.quality import figure, originals, tasks
 from bench.quality.recipe import VARIANTS
 from bench.quality.rivals import rivals
 from bench.tools import report_training
@@ -51,14 +52,14 @@ def test_a_ratio_pays_if_it_is_clearly_faster():
 def test_the_picture_goes_from_slow_to_fast(monkeypatch, tmp_path):
     """A line over k would run back where a larger k is slower."""
     lines = []
-    plotted = plot.Axes.plot
+    plotted = Axes.plot
 
     def record(self, *arguments, **settings):
         if len(arguments) == 3 and arguments[2] == "o-":
             lines.append(arguments[0])
         return plotted(self, *arguments, **settings)
 
-    monkeypatch.setattr(plot.Axes, "plot", record)
+    monkeypatch.setattr(Axes, "plot", record)
     costs = [{**cost(k, s, s), "tokens_a_row": 25.2} for k, s in ((2, 1.3), (4, 1.7), (8, 1.6))]
     summary = [
         {"variant": "full", "k": row["k"], "speedup": row["speedup"]["median"], "accuracy": 0.8,
@@ -66,7 +67,7 @@ def test_the_picture_goes_from_slow_to_fast(monkeypatch, tmp_path):
         for row in costs
     ]  # fmt: skip
     content = {"summary": summary, "costs": costs, "task": "sst2", "model": {"name": "toy"}}
-    plot.quality(content, tmp_path / "picture.png")
+    figure.quality(content, tmp_path / "picture.png")
     assert lines == [(1.3, 1.6, 1.7)]
 
 

@@ -17,6 +17,7 @@ README = "# Title\n\n<!-- bench:{} -->\n{}<!-- /bench -->\n\nEnd.\n"
 def row(case: str, arm: str, k: int | None, over: dict[str, float], **more: object) -> Row:
     speedup = {name: dict.fromkeys(("q1", "median", "q3"), v) for name, v in over.items()}
     values = {"dtype": "fp32", "batch": 8, "length": 512, "padding": "none", "tokens": 4096}
+    values["model"] = "t5-base"
     numbers = {"median": 0.1, "samples": [0.1, 0.2], "ns_per_token": 10.0, "bound": 3.65}
     names = {"case": case, "arm": arm, "k": k, "status": "ok", "speedup": speedup}
     return {**values, **numbers, **names, **more}
