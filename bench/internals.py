@@ -53,6 +53,11 @@ def placements(words: Iterable[str]) -> tuple[str, ...]:
     return tuple(configure(None, (2,), 1, "tanh", words, "auto")[0].placements)
 
 
+def placed(model: nn.Module) -> tuple[str, ...]:
+    """Where a patched model has plugins."""
+    return tuple(states(model)[0].method.config.placements)
+
+
 def backend(model: nn.Module) -> str:
     """The backend that a patched model was given."""
     return states(model)[0].method.config.backend

@@ -7,7 +7,6 @@ with its own.
 """
 
 import argparse
-import statistics
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,13 +16,12 @@ import torch
 from rich.console import Console
 from transformers import logging
 
-from . import plot
+from . import internals, plot
 from .cases import models
 from .harness import machine, options, results, tables
 from .harness.results import Row
-from .quality import embedders, embeddings, originals, recipe, speed, stages, tasks
-from .quality.recipe import TARGETS, VARIANTS, Recipe, Variant
-from .quality.rivals import rivals
+from .quality import embedders, embeddings, originals, recipe, speed, stages, summary, tasks
+from .quality.recipe import VARIANTS, Recipe, Variant
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,8 +49,11 @@ def parser() -> argparse.ArgumentParser:
     add("--ratios", type=options.ratios, help="default 2,4,8,16,32 (embeddings: 2,4)")
     add("--plugins", nargs="+", default=[], metavar="[LABEL=]FOLDER",
         help="embeddings: more plugins to compare; folders of one label are seeds")  # fmt: skip
-    add("--keep-first", type=_integers, default=[0, 1],
-        help="embeddings: first tokens that stay whole, of the variants; default 0,1")  # fmt: skip
+    add("--placements", type=_placements, default=("ffn",),
+        help="of the plugins: some of ffn, attention_kv, attention; default ffn")  # fmt: skip
+    add("--keep-first", type=_integers,
+        help="first tokens that stay whole; one number, by default as vk.patch does (embeddings: "
+        "several, 0,1)")  # fmt: skip
     add("--rounds", type=options.count, default=7, help="of the timing; default 7")
     add("--threads", type=options.count, default=torch.get_num_threads())
     options.add_output(made)
@@ -62,6 +63,13 @@ def parser() -> argparse.ArgumentParser:
 
 def _integers(text: str) -> list[int]:
     return sorted({int(word) for word in options.words(text)})
+
+
+def _placements(text: str) -> tuple[str, ...]:
+    try:
+        return internals.placements(options.words(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def base(name: str) -> str:
@@ -77,10 +85,15 @@ def base(name: str) -> str:
 
 def chosen(args: argparse.Namespace) -> list[tuple[Variant, int]]:
     """Variants with their seeds."""
-    wanted = args.variants or list(VARIANTS)
-    unknown = [name for name in wanted if name not in VARIANTS]
+    some = recipe.calibrates(args.placements)
+    known = [name for name in VARIANTS if some or name != "calibrated only"]
+    if args.placements == ("attention_kv",):
+        known = [n for n in known if n not in recipe.OF_ADAPTERS]
+    wanted = args.variants or known
+    unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise ValueError(f"variants must be of {tuple(VARIANTS)}, got {unknown[0]!r}")
+        where = ", ".join(args.placements)
+        raise ValueError(f"variants must be of {tuple(known)} at {where}, got {unknown[0]!r}")
     made = []
     for name in wanted:
         variant = VARIANTS[name]
@@ -90,78 +103,20 @@ def chosen(args: argparse.Namespace) -> list[tuple[Variant, int]]:
     return made
 
 
-def summary(rows: list[Row], costs: dict[int, Row], folder: Path) -> list[Row]:
-    """Medians over seeds, with cost and speed beside them.
-
-    ``folder``: of the original, whose FFNs the added parameters are compared with.
-    """
-    made = []
-    for variant, k in dict.fromkeys((r["variant"], r["k"]) for r in rows):
-        found = results.pick(rows, variant=variant, k=k)
-        cost = costs[k]
-        row: Row = {
-            name: statistics.median(r[name] for r in found)
-            for name in ("accuracy", "loss", "dense_accuracy")
-        }
-        row["lost"] = 100 * (row["dense_accuracy"] - row["accuracy"])
-        row["test_lost"] = None
-        if all(r["test_accuracy"] is not None for r in found):
-            lost = [r["test_dense_accuracy"] - r["test_accuracy"] for r in found]
-            row["test_lost"] = 100 * statistics.median(lost)
-        row |= {"variant": variant, "k": k, "seeds": len(found)}
-        row["speedup"] = cost["speedup"]["median"] if cost["status"] == "ok" else None
-        row["multiply_adds_left"] = cost["multiply_adds_left"]
-        row["added_over_ffn"] = speed.added(folder, found[0]["bottleneck"], k)
-        made.append(row)
-    return made
-
-
-def percent(heading: str, name: str) -> tables.Column:
-    return tables.number(heading, lambda row: 100 * row[name], ".1f")
-
-
-def columns(content: Row) -> list[tables.Column]:
-    """Of the tables on the screen and in the documentation, without what the rows are of."""
-    smaller = rivals(content["costs"])
-    tokens = {row["k"]: row["tokens_a_row"] for row in content["costs"]}
-
-    def lost(row: Row) -> str:
-        limit = TARGETS.get(row["k"]) if has_targets(content) and row["variant"] == "full" else None
-        return f"{row['lost']:.1f}" + ("" if limit is None else f" (target {limit})")
-
-    def pays(row: Row) -> str:
-        if row["k"] not in smaller:
-            return ""
-        rival = smaller[row["k"]]
-        return "yes" if rival is None else f"no, k={rival} is within the spread"
-
-    return [
-        percent("original, %", "dense_accuracy"),
-        tables.number("tokens a row", lambda row: tokens[row["k"]], ".0f"),
-        tables.key("k", "k"),
-        percent("compressed, %", "accuracy"),
-        tables.Column("points lost", lost),
-        tables.number("points lost, test set", lambda row: row.get("test_lost"), ".1f"),
-        tables.key("seeds", "seeds"),
-        tables.number("multiply-adds left", lambda row: row["multiply_adds_left"], ".0%"),
-        tables.number("parameters added to FFNs", lambda row: row["added_over_ffn"], ".1%"),
-        tables.number("encoder speed-up", lambda row: row["speedup"]),
-        tables.Column("pays at this length", pays),
-    ]
-
-
 def run(args: argparse.Namespace, setup: stages.Setup, task: tasks.Task, console: Console) -> Row:
     """All stages of a task; its result file is written after each."""
     ratios = args.ratios or list(recipe.RATIOS)
     settings = {"threads": args.threads, "rounds": args.rounds, "ratios": ratios}
+    settings |= {"placements": list(setup.placements), "keep_first": setup.keep_first}
+    settings["calibrated"] = recipe.calibrates(setup.placements)
     model = {"name": args.model if args.model == "minilm" else Path(args.model).name}
     content = results.result("quality_vs_k", settings | stages.settings(setup), model)
-    name = f"quality_vs_k_{model['name']}_{task.name}.json"
-    path = results.folder(args.output, args.publish) / name
+    name = "_".join(filter(None, ("quality_vs_k", model["name"], task.name, setup.label)))
+    path = results.folder(args.output, args.publish) / f"{name}.json"
     tasks.check(args.data, task)
     folder, accuracy = stages.original(setup, task)
     console.print(f"{task.name}: the original answers {100 * accuracy:.1f} % right")
-    measured = speed.measure(folder, task, args.data, tuple(ratios), args.rounds)
+    measured = speed.measure(setup, folder, task, tuple(ratios), args.rounds)
     content |= {"task": task.name, "original": accuracy, "costs": measured}
     wanted = chosen(args)
     if any(variant.name == "calibrated only" for variant, _ in wanted):
@@ -171,18 +126,15 @@ def run(args: argparse.Namespace, setup: stages.Setup, task: tasks.Task, console
         content["rows"] += stages.answers(setup, task, variant, seed)
         results.write(path, content)
     costs = {row["k"]: row for row in measured}
-    content["summary"] = summary(content["rows"], costs, folder)
+    content["summary"] = summary.medians(content["rows"], costs, folder)
     results.write(path, content)
-    shown = [tables.key("variant", "variant"), *columns(content)]
+    shown = [tables.key("variant", "variant"), *summary.columns(content)]
     loss = tables.number("loss", lambda row: row["loss"], ".4f")
-    table = tables.screen("medians over seeds", [*shown, loss], content["summary"])
+    table = tables.screen(
+        f"{summary.named(content)}: medians over seeds", [*shown, loss], content["summary"]
+    )
     options.finish(content, path, console, table, draw=plot.draw)
     return content
-
-
-def has_targets(content: Row) -> bool:
-    """Targets are of one model and task."""
-    return (content["model"]["name"], content["task"]) == ("minilm", "sst2")
 
 
 def recipes(args: argparse.Namespace) -> tuple[Recipe, embedders.Recipe]:
@@ -208,10 +160,18 @@ def main(arguments: list[str] | None = None) -> int:
         if unknown:
             raise ValueError(f"tasks must be of {(*tasks.TASKS, embeddings.NAME)}, got {unknown}")
         of_tasks, of_embeddings = recipes(args)
-        setup = stages.Setup(base(args.model), args.data, work, of_tasks)
+        first = args.keep_first
+        if first is not None and (not first or min(first) < 0):
+            raise ValueError(f"keep_first must be integers >= 0, got {first}")
+        if classified and first is not None and len(first) != 1:
+            raise ValueError(f"keep_first must be one integer for {classified[0]}, got {first}")
+        whole = first[0] if classified and first else None
+        setup = stages.Setup(base(args.model), args.data, work, of_tasks, args.placements, whole)
         if classified:
             chosen(args)
             stages.claim(work, stages.settings(setup))
+            if setup.label:
+                stages.claim(setup.plugins, {"calibrated": recipe.calibrates(args.placements)})
         if embeddings.NAME in args.tasks:
             embeddings.check(args, setup.base)
             stages.claim(work / embeddings.NAME, embedders.settings(of_embeddings))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     BertConfig,
@@ -18,11 +18,11 @@ from transformers import (
     PreTrainedModel,
     T5Config,
 )
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from variator_kernels import FeedForward, PluginWeights
 
 from .. import internals
+from .llama import Llama
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BUILT_IN: dict[str, Callable[[], PretrainedConfig]] = {
@@ -175,25 +175,6 @@ def sharing(built: PreTrainedModel, attention: str) -> PreTrainedModel:
         path, _, own = name.rpartition(".")
         setattr(twin.get_submodule(path), own, buffer)  # BERT's position ids are not in the state
     return twin.eval().requires_grad_(False)
-
-
-class Llama(nn.Module):
-    """LLaMA's FFN sublayer, norm to residual, of Hugging Face's modules."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = LlamaMLP(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.norm(x))
-
-    def feed_forward(self) -> FeedForward:
-        up, gate, down = self.mlp.up_proj, self.mlp.gate_proj, self.mlp.down_proj
-        norm: dict[str, Any] = {"norm_weight": self.norm.weight, "eps": self.norm.variance_epsilon}
-        return FeedForward(
-            gate.weight, down.weight, up.weight, activation="silu", norm="rms", **norm
-        )
 
 
 def sublayer(model: Architecture, dtype: torch.dtype) -> tuple[Any, FeedForward]:

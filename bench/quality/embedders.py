@@ -13,6 +13,7 @@ from variator_kernels.train.embeddings import is_embedder
 
 from .. import internals
 from . import text
+from .recipe import calibrates, label
 
 RATIOS = (2, 4)
 VARIANTS = ("untrained", "calibrated", "calibrated on more text", "trained")
@@ -101,19 +102,20 @@ def given(words: list[str]) -> list[Made]:
 
 def make(
     base: str, data: Path, work: Path, recipe: Recipe, variant: str, ratios: tuple[int, ...],
-    keep_first: int, seed: int,
+    placements: tuple[str, ...], keep_first: int, seed: int,
 ) -> Made:  # fmt: skip
     """The plugins of a variant, in a folder of ``work``. A run that was killed goes on."""
     name = f"{variant.replace(' ', '-')}-keep{keep_first}-seed{seed}"
+    name = "-".join(filter(None, (label(placements), name)))
     made = Made(variant, work / name, seed)
     if (made.folder / "plugins.json").is_file():
         return made
     if variant == "trained":
-        _train(base, data, work, recipe, ratios, keep_first, made)
+        _train(base, data, work, recipe, ratios, placements, keep_first, made)
         return made
     set_seed(seed)
     model = load(base)
-    vk.patch(model, ratios[0], ratios, keep_first=keep_first)
+    vk.patch(model, ratios[0], ratios, placements=placements, keep_first=keep_first)
     if variant != "untrained":
         _calibrate(model, data, recipe.few if variant == "calibrated" else recipe.many)
     vk.save_plugins(model, made.folder)
@@ -133,14 +135,15 @@ def _calibrate(model: Any, data: Path, count: int) -> None:
 
 
 def _train(
-    base: str, data: Path, work: Path, recipe: Recipe, ratios: tuple[int, ...], keep_first: int,
-    made: Made,
+    base: str, data: Path, work: Path, recipe: Recipe, ratios: tuple[int, ...],
+    placements: tuple[str, ...], keep_first: int, made: Made,
 ) -> None:  # fmt: skip
     """By ``python -m variator_kernels.train pretrain``, whose arguments these are."""
     source = work / "train.txt"
     text.write(source, text.training(data))
     job = Job(
-        "pretrain", base, str(source), str(made.folder), ratios, calibrate=recipe.many,
+        "pretrain", base, str(source), str(made.folder), ratios, placements,
+        calibrate=recipe.many if calibrates(placements) else 0,
         noise="none", vary_lengths=True, splice=recipe.splice, max_length=recipe.length,
         attention=recipe.attention, keep_first=keep_first,
     )  # fmt: skip
@@ -154,13 +157,14 @@ def _train(
     train(job, config)
 
 
-def kept(model: Any) -> tuple[str, int]:
-    """Which tokens a patched model keeps whole, in words, and its plugins' bottleneck."""
+def kept(model: Any) -> tuple[str, int, tuple[str, ...]]:
+    """Which tokens a patched model keeps whole, in words, its plugins' bottleneck, and where they
+    are."""
     first, last, ids, bottleneck = internals.kept(model)
     words = [f"first {first}"] if first else []
     words += [f"last {last}"] if last else []
     words += [f"ids {', '.join(map(str, ids))}"] if ids else []
-    return "; ".join(words) or "none", bottleneck
+    return "; ".join(words) or "none", bottleneck, internals.placed(model)
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:

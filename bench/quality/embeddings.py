@@ -15,6 +15,7 @@ from ..harness import options, results, tables
 from ..harness.results import Row
 from . import embedders, encoding, tasks, text
 from .embedders import TARGETS, VARIANTS, Made, Recipe
+from .recipe import calibrates, label
 from .similarity import NEIGHBOURS, compare
 
 NAME = "embeddings"
@@ -28,10 +29,13 @@ METRICS = {
 
 def chosen(args: argparse.Namespace) -> list[str]:
     """The variants to make; ``ValueError`` for what there is not."""
-    names = list(VARIANTS) if args.variants is None else args.variants
-    unknown = [name for name in names if name not in VARIANTS]
+    some = calibrates(args.placements)
+    known = [name for name in VARIANTS if some or not name.startswith("calibrated")]
+    names = known if args.variants is None else args.variants
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"variants must be of {VARIANTS} for {NAME}, got {unknown[0]!r}")
+        where = f"{NAME} at {', '.join(args.placements)}"
+        raise ValueError(f"variants must be of {tuple(known)} for {where}, got {unknown[0]!r}")
     both = {made.variant for made in embedders.given(args.plugins)} & set(names)
     if both:
         raise ValueError(f"plugins must have labels of their own, {both.pop()!r} is a variant too")
@@ -41,8 +45,6 @@ def chosen(args: argparse.Namespace) -> list[str]:
 def check(args: argparse.Namespace, base: str) -> None:
     """``ValueError`` or ``ImportError`` for what cannot run, before anything is made."""
     chosen(args)
-    if not args.keep_first or min(args.keep_first) < 0:
-        raise ValueError(f"keep_first must be integers >= 0, got {args.keep_first}")
     model, ratios = embedders.load(base), _ratios(args)
     for made in embedders.given(args.plugins):
         vk.load_plugins(model, made.folder)
@@ -75,12 +77,14 @@ def run(
     texts = measured(args.data, args.quick)
     sets = _all(args, base, work, recipe, ratios, console)
     settings = {"threads": args.threads, "rounds": args.rounds, "ratios": list(ratios)}
+    settings["placements"] = list(args.placements)
     model = {"name": args.model if args.model == "minilm" else Path(args.model).name}
     content = results.result("quality_embeddings", settings | embedders.settings(recipe), model)
     content["texts"] = {kind: len(lines) for kind, lines in texts.items()}
     console.print(f"{NAME}: comparing {len(sets)} sets of plugins")
     content["rows"] = compared(base, sets, texts, ratios)
-    path = results.folder(args.output, args.publish) / f"quality_embeddings_{model['name']}.json"
+    parts = ("quality_embeddings", model["name"], label(args.placements))
+    path = results.folder(args.output, args.publish) / f"{'_'.join(filter(None, parts))}.json"
     results.write(path, content)
     content["costs"] = encoding.measure(
         base, [made.folder for made in sets], texts, ratios, args.rounds
@@ -98,11 +102,11 @@ def _all(
     made = []
     for variant in chosen(args):
         seeds = (args.seeds or 1) if variant == "trained" else 1
-        for keep_first in args.keep_first:
+        for keep_first in (0, 1) if args.keep_first is None else args.keep_first:
             for seed in range(seeds):
                 console.print(f"{NAME}: {variant}, keep_first={keep_first}, seed {seed}")
-                options_ = (base, args.data, work, recipe, variant, ratios, keep_first, seed)
-                made.append(embedders.make(*options_))
+                options_ = (base, args.data, work, recipe, variant, ratios)
+                made.append(embedders.make(*options_, args.placements, keep_first, seed))
     return made + embedders.given(args.plugins)
 
 
@@ -115,13 +119,14 @@ def compared(
     rows: list[Row] = []
     for made in sets:
         vk.load_plugins(model, made.folder)
-        kept, bottleneck = embedders.kept(model)
+        kept, bottleneck, placements = embedders.kept(model)
         for k in ratios:
             for kind, lines in texts.items():
                 with vk.use_ratio(model, k):
                     found = embedders.encode(model, lines)
                 row = {"text": kind, "variant": made.variant, "kept": kept, "k": k}
                 row |= {"seed": made.seed, "bottleneck": bottleneck}
+                row["placements"] = list(placements)
                 rows.append(row | compare(found, original[kind]))
         vk.unpatch(model)
     return rows
@@ -132,9 +137,9 @@ def summary(rows: list[Row], costs: list[Row]) -> list[Row]:
     made: list[Row] = []
     names = ("text", "variant", "kept", "bottleneck", "k")
     order = {cost["text"]: place for place, cost in reversed(list(enumerate(costs)))}
-    groups = dict.fromkeys(tuple(row[name] for name in names) for row in rows)
+    groups = {(*(r[name] for name in names), *r["placements"]): r["placements"] for r in rows}
     for group in sorted(groups, key=lambda group: order[group[0]]):
-        wanted: Row = dict(zip(names, group, strict=True))
+        wanted: Row = dict(zip(names, group, strict=False)) | {"placements": groups[group]}
         found = results.pick(rows, **wanted)
         row = wanted | {name: statistics.median(r[name] for r in found) for name in METRICS}
         del wanted["variant"]
@@ -158,6 +163,7 @@ def columns(content: Row) -> list[tables.Column]:
     return [
         tables.Column("text", lambda row: f"{row['text']}, {row['tokens_a_row']:.0f} tokens"),
         tables.key("plugins", "variant"),
+        tables.Column("placements", results.placements),
         tables.key("kept whole", "kept"),
         tables.key("k", "k"),
         *map(metric, METRICS),
@@ -168,6 +174,7 @@ def columns(content: Row) -> list[tables.Column]:
 
 def target(content: Row, row: Row) -> dict[str, float]:
     """What these plugins must reach."""
-    if (content["model"]["name"], row["variant"], row["kept"]) != ("minilm", "trained", "first 1"):
+    of = (content["model"]["name"], row["variant"], row["kept"], results.placements(row))
+    if of != ("minilm", "trained", "first 1", "ffn"):
         return {}
     return TARGETS.get((row["text"], row["k"]), {})

@@ -21,12 +21,13 @@ def measure(
     base: str, folders: list[Path], texts: dict[str, list[str]], ratios: tuple[int, ...],
     rounds: int,
 ) -> list[Row]:  # fmt: skip
-    """A row a kind of text, what is kept, and ratio: seconds of ``encode`` over all of its texts.
+    """A row a kind of text, what is kept, placements, and ratio: seconds of ``encode`` over
+    all of its texts.
 
     ``folders``: of plugins; their values do not matter. A row whose hidden states are not right,
     against float64, has no time. The original runs as Hugging Face runs it.
     """
-    models: dict[tuple[str, int], Any] = {}
+    models: dict[tuple[str, int, tuple[str, ...]], Any] = {}
     for folder in folders:
         model = embedders.load(base)
         vk.load_plugins(model, folder)
@@ -39,8 +40,7 @@ def measure(
 
 
 def _measure(
-    kind: str, lines: list[str], models: dict[tuple[str, int], Any], ratios: tuple[int, ...],
-    rounds: int,
+    kind: str, lines: list[str], models: dict[Any, Any], ratios: tuple[int, ...], rounds: int
 ) -> list[Row]:  # fmt: skip
     def over_all(model: Any, k: int) -> Callable[[], Any]:
         def run() -> Any:
@@ -65,6 +65,7 @@ def _measure(
     for kept, k in keys:
         verdict, own = verdicts[kept, k], seconds[kept, k]
         row: Row = {"text": kind, "kept": kept[0], "bottleneck": kept[1], "k": k}
+        row["placements"] = list(kept[2])
         row |= speed.cost(models[kept][0].auto_model, inputs, k)
         row |= {"error": verdict.error, "allowed": verdict.allowed}
         if verdict.ok:

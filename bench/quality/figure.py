@@ -32,6 +32,8 @@ def quality(content: Row, target: Path) -> None:
 
     tokens = content["costs"][0]["tokens_a_row"]
     title = f"{content['task']} ({tokens:.0f} tokens a row), {content['model']['name']}"
+    places = results.placements(content.get("settings", {}))
+    title += f", {places}" if places != "ffn" else ""
     with sheet(target, 1, 1, (6.2, 4.4), title, "") as ((axes,),):
         axes.axhline(dense, color=GREY, lw=1.2, ls="--")
         where: Any = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}

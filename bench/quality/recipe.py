@@ -5,8 +5,23 @@ from typing import Any
 
 RATIOS = (2, 4, 8, 16, 32)
 FEW = 5000
-TARGETS = {2: 0.5, 4: 1.3, 8: 2.0, 16: 3.0, 32: 4.0}
-"""Points that plugins for MiniLM may lose on SST-2, at most."""
+TARGETS = {
+    ("ffn",): {2: 0.5, 4: 1.3, 8: 2.0, 16: 3.0, 32: 4.0},
+    ("attention_kv",): {4: 1.0}, ("ffn", "attention_kv"): {4: 1.8},
+}  # fmt: skip
+"""Points that plugins for MiniLM may lose on SST-2, at most, by placements."""
+
+
+def calibrates(placements: tuple[str, ...]) -> bool:
+    """Whether ``vk.calibrate`` knows plugins there; without it training starts at initial values,
+    and there is no variant that is calibrated only."""
+    return placements == ("ffn",)
+
+
+def label(placements: tuple[str, ...], keep_first: int | None = None) -> str:
+    """Of files and folders; empty for what ``vk.patch`` does by default."""
+    parts = [] if placements == ("ffn",) else ["_".join(placements)]
+    return "_".join(parts + ([] if keep_first is None else [f"keep{keep_first}"]))
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,10 @@ VARIANTS = {
         _ablation("r=40", bottleneck=40),
     )
 }
+
+
+OF_ADAPTERS = ("copy", "r=40")
+"""Without adapters they are what they are compared with."""
 
 
 @dataclass(frozen=True)

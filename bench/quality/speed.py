@@ -16,6 +16,7 @@ from ..harness import checks
 from ..harness.clock import Wall, quartiles, ratio
 from ..harness.results import Row
 from . import originals, tasks
+from .stages import Setup
 
 ROWS = 32
 """Rows of one batch; rows of similar length share one."""
@@ -23,7 +24,7 @@ ROWS = 32
 
 @torch.no_grad()
 def measure(
-    folder: Path, task: tasks.Task, data: Path, ratios: tuple[int, ...], rounds: int
+    setup: Setup, folder: Path, task: tasks.Task, ratios: tuple[int, ...], rounds: int
 ) -> list[Row]:
     """A row a ratio: cost, and seconds of the encoder over the dev set against the original's.
 
@@ -31,11 +32,11 @@ def measure(
     float64, has no time.
     """
     model, tokenizer = originals.read(folder, task=True)
-    dev, _ = tasks.load(data, task, "dev", model, tokenizer)
+    dev, _ = tasks.load(setup.data, task, "dev", model, tokenizer)
     padded = batches(dev, collator(tokenizer, model.config), ROWS)
     inputs = [{k: batch[k] for k in ("input_ids", "attention_mask")} for batch in padded]
     encoder = _encoder(model)
-    vk.patch(model, ratios[0], ratios)
+    setup.patch(model, ratios)
     fill(model)
 
     def over_all(k: int) -> Callable[[], None]:
@@ -68,10 +69,11 @@ def measure(
     return made
 
 
-def added(folder: Path, bottleneck: int, ratio: int) -> float:
+def added(folder: Path, placements: tuple[str, ...], bottleneck: int, ratio: int) -> float:
     """Parameters of a ratio's plugins, as a fraction of the encoder's FFNs'."""
     encoder = _encoder(originals.read(folder, task=True)[0])
-    found = vk.flops.count(encoder, length=8, ratio=ratio, bottleneck=bottleneck)
+    level = dict.fromkeys(placements, ratio)
+    found = vk.flops.count(encoder, length=8, ratio=level, bottleneck=bottleneck)
     return (found.parameters.merge + found.parameters.decompress) / found.dense_parameters.ffn
 
 
@@ -105,19 +107,12 @@ def check(encoder: Any, model: Any, batch: dict[str, Tensor], ratio: int) -> che
 
 
 def cost(encoder: Any, inputs: list[dict[str, Tensor]], ratio: int) -> Row:
-    """Multiply-adds left in the encoder and in its FFNs, as fractions, and the rows' length."""
-    used = dense = ffn = ffn_dense = tokens = rows = 0
+    """Multiply-adds left in the encoder, as a fraction, and the rows' length."""
+    used = dense = tokens = rows = 0
     for batch in inputs:
         lengths = batch["attention_mask"].sum(-1).tolist()
         tokens, rows = tokens + sum(lengths), rows + len(lengths)
         found = vk.flops.count(encoder, length=lengths, ratio=ratio)
         used += found.multiply_adds.total
         dense += found.dense_multiply_adds.total
-        parts = found.multiply_adds
-        ffn += parts.ffn + parts.merge + parts.decompress
-        ffn_dense += found.dense_multiply_adds.ffn
-    return {
-        "tokens_a_row": tokens / rows,
-        "multiply_adds_left": used / dense,
-        "ffn_multiply_adds_left": ffn / ffn_dense,
-    }
+    return {"tokens_a_row": tokens / rows, "multiply_adds_left": used / dense}

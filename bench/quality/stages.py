@@ -18,7 +18,7 @@ from variator_kernels.train.collate import batches, collator
 from ..harness import results
 from ..harness.results import Row
 from . import originals, tasks
-from .recipe import Recipe, Variant
+from .recipe import Recipe, Variant, calibrates, label
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,22 @@ class Setup:
     data: Path
     work: Path
     recipe: Recipe
+    placements: tuple[str, ...] = ("ffn",)
+    keep_first: int | None = None
+    """As :func:`patch` takes it."""
+
+    @property
+    def label(self) -> str:
+        return label(self.placements, self.keep_first)
+
+    @property
+    def plugins(self) -> Path:
+        """The folder of what is made for these placements and kept tokens; originals are whole."""
+        return self.work / "plugins" / self.label
+
+    def patch(self, model: Any, ratios: tuple[int, ...], bottleneck: int = 64) -> None:
+        vk.patch(model, ratios[0], ratios, bottleneck, placements=self.placements,
+                 keep_first=self.keep_first)  # fmt: skip
 
 
 def original(setup: Setup, task: tasks.Task) -> tuple[Path, float]:
@@ -48,7 +64,7 @@ def answers(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> list
     if not _answered(result, splits):
         model, tokenizer = originals.read(original(setup, task)[0], task=True)
         plugins = _plugins(setup, task, variant, seed)
-        _patched(model, variant, seed)
+        _patched(setup, model, variant, seed)
         if plugins is not None:
             vk.load_plugins(model, plugins)
         several = len(variant.ratios) > 1
@@ -67,6 +83,7 @@ def answers(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> list
             row = {"task": task.name, "variant": variant.name, "bottleneck": variant.bottleneck}
             row |= {"seed": seed, "k": k, "accuracy": got[f"dev_k{k}_accuracy"]}
             row |= {"loss": got[f"dev_k{k}_loss"], "dense_accuracy": got["dev_dense_accuracy"]}
+            row["placements"] = list(setup.placements)
             row["test_accuracy"] = got.get(f"test_k{k}_accuracy")
             made.append(row | {"test_dense_accuracy": got.get("test_dense_accuracy")})
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +110,7 @@ def calibration(setup: Setup, task: tasks.Task, ratios: tuple[int, ...]) -> Row:
     """Seconds that ``vk.calibrate`` takes, a ratio, on rows of a task."""
     model, tokenizer = originals.read(original(setup, task)[0], task=True)
     train, _ = tasks.load(setup.data, task, "train", model, tokenizer, setup.recipe.adapt_least)
-    vk.patch(model, ratios[0], ratios)
+    setup.patch(model, ratios)
     inputs = _calibration_batches(setup, model, tokenizer, train)
     seconds = {}
     for k in ratios:
@@ -108,7 +125,7 @@ def calibration(setup: Setup, task: tasks.Task, ratios: tuple[int, ...]) -> Row:
 def _plugins(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> Path | None:
     """The folder of the plugins to use on ``task``; None: initial values."""
     start = _pretrained(setup, task, variant, seed) if variant.pretrain else None
-    calibrate = variant.calibrate and not variant.pretrain
+    calibrate = variant.calibrate and not variant.pretrain and calibrates(setup.placements)
     if not (variant.adapt or calibrate):
         return start
     folder = _folder(setup, variant, seed, task.name)
@@ -116,7 +133,7 @@ def _plugins(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> Pat
         model, tokenizer = originals.read(original(setup, task)[0], task=True)
         least = setup.recipe.adapt_least
         train, _ = tasks.load(setup.data, task, "train", model, tokenizer, least)
-        _patched(model, variant, seed)
+        _patched(setup, model, variant, seed)
         if start is not None:
             vk.load_plugins(model, start)
         if calibrate:
@@ -142,8 +159,8 @@ def _pretrained(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> 
         encoder_decoder = model.config.is_encoder_decoder
         corrupt = noise.corrupted_spans if encoder_decoder else noise.masked_tokens
         train = rows.Rows(pieces, corrupt(tokenizer), seed)
-        _patched(model, variant, seed)
-        if variant.calibrate:
+        _patched(setup, model, variant, seed)
+        if variant.calibrate and calibrates(setup.placements):
             _calibrate(setup, variant, model, tokenizer, train)
         _train(setup, variant, seed, "pretrain", model, tokenizer, train, folder)
         vk.save_plugins(model, folder)
@@ -183,14 +200,14 @@ def _train(
     trainer.train(resume_from_checkpoint=True)
 
 
-def _patched(model: Any, variant: Variant, seed: int) -> None:
+def _patched(setup: Setup, model: Any, variant: Variant, seed: int) -> None:
     set_seed(seed)
-    vk.patch(model, variant.ratios[0], variant.ratios, variant.bottleneck)
+    setup.patch(model, variant.ratios, variant.bottleneck)
 
 
 def _folder(setup: Setup, variant: Variant, seed: int, stage: str) -> Path:
     name = variant.name.replace(" ", "-")
-    return setup.work / "plugins" / f"{name}-seed{seed}" / stage
+    return setup.plugins / f"{name}-seed{seed}" / stage
 
 
 def claim(work: Path, wanted: Row) -> None:

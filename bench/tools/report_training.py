@@ -3,24 +3,24 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench import quality_vs_k, training_speed
+from bench import training_speed
 from bench.harness import tables
 from bench.harness.results import Row, pick
 from bench.harness.tables import key, number
 from bench.quality import embeddings as of_embeddings
+from bench.quality import summary
 from bench.quality.recipe import ABLATED
 from bench.tools.report_speed import Machine
 
 
 def _qualities(found: Machine) -> Iterator[tuple[str, Row]]:
-    """Every file's stem and content; the one with targets first."""
-    names = sorted(name for name in found.files if name.startswith("quality_vs_k_"))
-    for name in sorted(names, key=lambda name: not quality_vs_k.has_targets(found.files[name])):
-        yield name, found.files[name]
+    """Every file's stem and content; the one with most targets first."""
+    files = {name: found.files[name] for name in sorted(found.files) if name.startswith(QUALITY)}
+    yield from sorted(files.items(), key=lambda item: -len(summary.targets(item[1])))
 
 
 def _named(content: Row, rows: list[Row]) -> list[Row]:
-    return [{**row, "of": f"{content['model']['name']}, {content['task']}"} for row in rows]
+    return [{**row, "of": summary.named(content)} for row in rows]
 
 
 def figure(found: Machine, folder: Path) -> str:
@@ -30,6 +30,7 @@ def figure(found: Machine, folder: Path) -> str:
     return ""
 
 
+QUALITY = "quality_vs_k_"
 OF = key("model, task", "of")
 LOSS = number("distillation loss", lambda row: row["loss"], ".3f")
 ADDED = number("added to FFNs", lambda row: row["added_over_ffn"], ".1%")
@@ -50,7 +51,7 @@ def quality(found: Machine, folder: Path) -> str:
     """A row a model, task and k, of the full recipe."""
     lines: list[str] = []
     for _, content in _qualities(found):
-        columns = [OF, *quality_vs_k.columns(content)]
+        columns = [OF, *summary.columns(content)]
         rows = _named(content, pick(content["summary"], variant="full"))
         made = tables.markdown(columns, rows).splitlines()
         lines += made[2:] if lines else made

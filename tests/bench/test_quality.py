@@ -7,7 +7,8 @@ import pytest
 from matplotlib.axes import Axes
 
 from bench import quality_vs_k
-from bench.quality import figure, originals, tasks
+from bench.harness import results
+from bench.quality import figure, originals, summary, tasks
 from bench.quality.recipe import VARIANTS
 from bench.quality.rivals import rivals
 from bench.tools import report_training
@@ -71,11 +72,11 @@ def test_the_picture_goes_from_slow_to_fast(monkeypatch, tmp_path):
     assert lines == [(1.3, 1.6, 1.7)]
 
 
-def run(folder, *more):
+def run(folder, *more, name="quality_vs_k_model_sst2"):
     arguments = ["--model", folder / "model", "--data", folder / "data", "--work", folder / "work"]
     arguments += ["--output", folder / "out", "--quick", "--rounds", "2", "--ratios", "2,4", *more]
     assert quality_vs_k.main([str(word) for word in arguments]) == 0
-    return json.loads((folder / "out" / "quality_vs_k_model_sst2.json").read_text())
+    return json.loads((folder / "out" / f"{name}.json").read_text())
 
 
 @pytest.mark.slow
@@ -163,8 +164,71 @@ def test_a_folder_keeps_to_its_recipe(folder, capsys, monkeypatch):
 
 
 def test_refuses_what_it_does_not_know(folder, capsys):
-    wrong = ((["--variants", "x"], "variants must be of"), (["--model", "x"], "folder"))
+    wrong = (
+        (["--variants", "x"], "variants must be of"),
+        (["--model", "x"], "folder"),
+        (["--placements", "keys"], "placements must be among"),
+        (["--placements", "attention,attention_kv"], "not hold both"),
+        (["--keep-first", "0,1"], "keep_first must be one integer"),
+        (["--keep-first", "-1"], "keep_first must be integers >= 0"),
+    )
     for more, message in wrong:
         with pytest.raises(SystemExit):
             run(folder, *more)
         assert message in capsys.readouterr().err
+
+
+PLACED = "quality_vs_k_model_sst2_ffn_attention_kv_keep1"
+
+
+def test_placements_are_kept_apart(folder):
+    plain = run(folder, "--variants", "untrained")
+    stamps = {p: p.stat().st_mtime_ns for p in (folder / "work").rglob("*") if p.is_file()}
+    more = ("--placements", "attention_kv,ffn", "--keep-first", "1")
+    placed = run(folder, "--variants", "untrained,without pre-training", *more, name=PLACED)
+    assert placed["settings"]["placements"] == ["ffn", "attention_kv"]
+    assert placed["settings"]["keep_first"] == 1
+    for row in placed["rows"]:
+        assert row["placements"] == ["ffn", "attention_kv"]
+    assert {tuple(row["placements"]) for row in plain["rows"]} == {("ffn",)}
+    for few, many in zip(placed["costs"], plain["costs"], strict=True):
+        assert few["multiply_adds_left"] != many["multiply_adds_left"]
+        assert few["status"] == "ok" and few["error"] <= few["allowed"]
+    untrained = [results.pick(c["summary"], variant="untrained", k=4)[0] for c in (placed, plain)]
+    assert untrained[0]["loss"] != untrained[1]["loss"]
+    assert untrained[0]["added_over_ffn"] > untrained[1]["added_over_ffn"]
+    (made,) = (folder / "work" / "plugins").glob("**/sst2/plugins.json")
+    stage = made.parent.relative_to(folder / "work" / "plugins")
+    assert str(stage) == "ffn_attention_kv_keep1/without-pre-training-seed0/sst2"
+    settings = json.loads(made.read_text())
+    assert settings["placements"] == {"ffn": [4], "attention_kv": [4]}
+    assert settings["keep_first"] == 1
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+    machine = Machine(folder / "out", {"quality_vs_k_model_sst2": plain, PLACED: placed})
+    assert "sst2_ffn" not in report_training.TABLES["quality-figure"](machine, folder)
+    lines = report_training.TABLES["ablation"](machine, folder)
+    assert "| model, sst2, ffn + attention_kv, first 1 kept | untrained |" in lines
+    assert (folder / "out" / f"{PLACED}.png").stat().st_size > 10_000
+
+
+def test_keys_alone_have_no_adapter_to_ablate(folder, capsys):
+    more = ("--placements", "attention_kv")
+    for wrong in ("copy", "r=40"):
+        with pytest.raises(SystemExit):
+            run(folder, "--variants", wrong, *more)
+        assert "variants must be of" in capsys.readouterr().err
+    args = quality_vs_k.parser().parse_args(more)
+    names = [variant.name for variant, _ in quality_vs_k.chosen(args)]
+    assert "mean pooling" in names and not {"copy", "r=40"} & set(names)
+
+
+def test_targets_of_the_placements():
+    def content(*placements, model="minilm", **more):
+        settings = {"placements": list(placements), **more} if placements else {}
+        return {"model": {"name": model}, "task": "sst2", "settings": settings}
+
+    assert summary.targets(content())[4] == summary.targets(content("ffn"))[4] == 1.3
+    assert summary.targets(content("attention_kv")) == {4: 1.0}
+    assert summary.targets(content("ffn", "attention_kv", keep_first=0)) == {4: 1.8}
+    assert summary.targets(content("attention")) == {}
+    assert summary.targets(content("ffn", model="other")) == {}

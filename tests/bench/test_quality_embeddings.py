@@ -151,6 +151,30 @@ def test_compares_plugins_that_are_given(folder):
     assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 
 
+def test_placements_are_kept_apart(folder):
+    """Given plugins of other placements stand beside them, with a cost of their own."""
+    model = embedders.load(folder / "model")
+    vk.patch(model, 2, (2, 4), keep_first=1, placements=("attention_kv",))
+    vk.save_plugins(model, folder / "keys")
+    more = ("--variants", "untrained,trained", "--keep-first", "1", "--placements", "ffn,attention")
+    assert quality_vs_k.main(arguments(folder, *more, "--plugins", str(folder / "keys"))) == 0
+    path = folder / "out" / "quality_embeddings_model_ffn_attention.json"
+    content = json.loads(path.read_text())
+    found = {(r["variant"], results.placements(r), r["kept"]) for r in content["summary"]}
+    assert found == {
+        ("untrained", "ffn + attention", "first 1"),
+        ("trained", "ffn + attention", "first 1"),
+        ("keys", "attention_kv", "first 1"),
+    }
+    (cost, other) = (
+        results.pick(content["summary"], variant=name, k=4, text="sst2")[0]["multiply_adds_left"]
+        for name in ("untrained", "keys")
+    )
+    assert other < 1 < cost  # r is 64 here, and d 16
+    made = {path.parent.name for path in (folder / "work" / "embeddings").glob("*/plugins.json")}
+    assert made == {f"ffn_attention-{name}-keep1-seed0" for name in ("untrained", "trained")}
+
+
 def test_a_row_that_is_not_right_has_no_time(folder, monkeypatch):
     real = speed.check
     monkeypatch.setattr(speed, "check", lambda *args: real(*args)._replace(ok=args[-1] == 2))
