@@ -50,6 +50,9 @@ def read(path: str | Path) -> Row:
     content = json.loads(Path(path).read_text())
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not a result of these benchmarks (schema {SCHEMA})")
+    if "name" in content.get("model", {}):
+        for row in content["rows"]:  # older ones do not say it
+            row.setdefault("model", content["model"]["name"])
     return content
 
 

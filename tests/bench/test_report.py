@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import targets
+from bench.harness import results
 from bench.harness.results import Row
 from bench.tools import report
 
@@ -17,7 +18,6 @@ README = "# Title\n\n<!-- bench:{} -->\n{}<!-- /bench -->\n\nEnd.\n"
 def row(case: str, arm: str, k: int | None, over: dict[str, float], **more: object) -> Row:
     speedup = {name: dict.fromkeys(("q1", "median", "q3"), v) for name, v in over.items()}
     values = {"dtype": "fp32", "batch": 8, "length": 512, "padding": "none", "tokens": 4096}
-    values["model"] = "t5-base"
     numbers = {"median": 0.1, "samples": [0.1, 0.2], "ns_per_token": 10.0, "bound": 3.65}
     names = {"case": case, "arm": arm, "k": k, "status": "ok", "speedup": speedup}
     return {**values, **numbers, **names, **more}
@@ -87,10 +87,7 @@ def test_broken_blocks_are_errors(folder: Path, text: str) -> None:
 
 def test_targets(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder / "results" / "a-cpu" / "speed_vs_k.json"
-    found = {
-        t.text: (v, verdict)
-        for t, v, verdict in targets.verdicts(json.loads(path.read_text())["rows"])
-    }
+    found = {t.text: (v, verdict) for t, v, verdict in targets.verdicts(results.read(path)["rows"])}
     over = "speed-up over"
     assert found[f"FFN sublayer, fp32, k=4: {over} dense with packed weights"] == (3.6, "met")
     assert found[f"whole encoder, fp32, k=4: {over} Hugging Face SDPA"] == (1.5, "missed")
