@@ -103,7 +103,8 @@ def _curves(axes: Axes, rows: list[Row], dtype: str) -> None:
     scope = "Whole encoder" if results.pick(rows, case="encoder") else "FFN sublayer"
     axes.set_title(f"{scope}, {dtype}")
     axes.set_ylabel(f"speed-up over {name}" if name else "no dense baseline")
-    axes.legend(loc="upper left", fontsize=8.5)
+    below: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
+    axes.legend(fontsize=8.5, **below if len(places) > 1 else {"loc": "upper left"})
 
 
 def _bars(axes: Axes, rows: list[Row], dtype: str) -> None:
@@ -114,7 +115,7 @@ def _bars(axes: Axes, rows: list[Row], dtype: str) -> None:
         k, median, place_of = row["k"], row["median"], results.placements(row)
         names.append(str(ENCODER_NAMES.get(row["arm"], row["arm"])) + (f", k={k}" if k else ""))
         if k and any(results.placements(other) in PLACES for other in cells):
-            names[-1] += f"\n{place_of}"
+            names[-1] = names[-1].replace("\n", " ") + f"\n{place_of}"
         own = PLACES.get(place_of) or STYLES.get(row["arm"], {}).get("color")
         colour = own if k is not None else "#9fb3c8"
         axes.barh(place, median, color=colour, height=0.66)
