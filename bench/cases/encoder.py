@@ -116,18 +116,19 @@ class Encoder:
             self._truths = {level: truth((exact[level],), (plain[level],)) for level in exact}
         return self._truths[key[1:] if key.k else None]
 
-    def _outputs(self, model: nn.Module) -> dict[Any, Tensor]:
+    def _outputs(self, model: Any) -> dict[Any, Tensor]:
         """Of the dense model, under None, and of every level."""
         module = LastHidden(model)
         ids, mask = self.ids[self.checked], self.mask[self.checked]
         found: dict[Any, Tensor] = {None: module(ids, mask)}
         for placements in self.placements if self.ratios else ():
-            self.patched(model, "reference", placements)
+            # A twin each: unpatching would drop what other arms have packed of the same weights.
+            twin = models.sharing(model, model.config._attn_implementation)
+            module = LastHidden(self.patched(twin, "reference", placements))
             for level in self.levels:
                 if level[-1] == placements:
-                    vk.set_ratio(model, level[0])
+                    vk.set_ratio(twin, level[0])
                     found[level] = module(ids, mask)
-            vk.unpatch(model)
         return found
 
     def openvino(self) -> Call:
