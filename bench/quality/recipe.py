@@ -15,7 +15,7 @@ TARGETS = {
 def calibrates(placements: tuple[str, ...]) -> bool:
     """Whether ``vk.calibrate`` knows plugins there; without it training starts at initial values,
     and there is no variant that is calibrated only."""
-    return placements == ("ffn",)
+    return "attention" not in placements
 
 
 def label(placements: tuple[str, ...], keep_first: int | None = None) -> str:
