@@ -99,7 +99,8 @@ struct AttentionPart {
         if (more || head + 1 < p.heads)
             next_queries = {
                 vector_of<V, dtype>(p.q, row, more ? begin + many : first, head + !more),
-                more ? last - begin - many : together * block, p.q.token, p.d};
+                more ? last - begin - many : smaller(together * block, last - first), p.q.token,
+                p.d};
         outputs = {out(head, begin), many, p.heads * p.d, p.d};
         for (int64_t at = 0; at * block < many; ++at) {
             const int64_t count = smaller(block, many - at * block);

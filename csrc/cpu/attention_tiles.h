@@ -108,8 +108,8 @@ void tile_product(const TileOperand a, const TileOperand b, int64_t steps, float
 }
 
 template <class V, DType dtype, int parts>
-struct TileProducts : PartProducts<V, dtype, parts, 32, 128> {
-    using Base = PartProducts<V, dtype, parts, 32, 128>;
+struct TileProducts : PartProducts<V, dtype, parts, 32, 256> {
+    using Base = PartProducts<V, dtype, parts, 32, 256>;
     using Session = TileSession;
     static constexpr int64_t block = Base::block, tile = Base::tile;
 
