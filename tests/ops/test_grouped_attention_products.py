@@ -53,7 +53,7 @@ def test_slow_pairs_are_not_chosen():
 
 @every_isa
 @every_dtype
-@pytest.mark.parametrize("count", [1, 15, 16, 17, 31, 32, 33, 63, 127, 128, 129, 257])
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 31, 32, 33, 64, 129, 255, 256, 257, 513])
 def test_numbers_of_keys_beside_those_of_tiles(kernels, dtype, count):  # noqa: F811
     shape = (2, 21, count, 4, 2, 40)
     for kind in ("plain", "t5 attention_kv", "bias"):
