@@ -12,6 +12,7 @@ from torch import Tensor
 from ..ops import checks
 from ..ops.groups import NOTHING_KEPT, Groups, Keep
 from ..ops.make_groups import make_groups
+from ..ops.transforms import is_plain
 from .level import Level
 
 Phase = Literal["prefill", "decoding"]
@@ -136,4 +137,6 @@ def token_mask(mask: Any) -> Tensor | None:
             f"groups where a row's tokens are), got {got}"
         )
     checks.mask_values(mask, "attention_mask")
-    return mask != 0
+    found = mask != 0
+    # Without padding there is less to do. Where values are not at hand, nobody waits for them.
+    return None if is_plain(found) and found.is_cpu and bool(found.all()) else found

@@ -13,7 +13,8 @@ from torch import Tensor
 from .. import prepacked_linear
 from ..adapter_decompress import op as decompress
 from ..arguments import Norm
-from ..feed_forward import FeedForward, PluginWeights, normalize, products
+from ..fast_norm import normalize_fast
+from ..feed_forward import FeedForward, PluginWeights, products
 from ..group_merge import op as merge
 from ..groups import Groups, real_tokens
 
@@ -36,7 +37,8 @@ def normalize_real(y: Tensor, norm: Norm, groups: Groups) -> Tensor:
     """The norm after the residual, for real tokens alone, in y's dtype."""
     real = real_tokens(groups, y)
     if real is None:
-        return normalize(y, *norm).to(y.dtype)
-    # What padding holds must not reach the norm's gradient.
-    normed = normalize(torch.where(real[..., None], y, 0), *norm)
-    return torch.where(real[..., None], normed.to(y.dtype), y)
+        return normalize_fast(y, norm).to(y.dtype)
+    tokens = y
+    if torch.is_grad_enabled():  # what padding holds must not reach the norm's gradient
+        tokens = torch.where(real[..., None], y, 0)
+    return torch.where(real[..., None], normalize_fast(tokens, norm).to(y.dtype), y)

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import prepacked_linear
 from ..arguments import MergeWeights
 from ..compressed_ffn.layered import normalize_real
+from ..fast_norm import normalize_fast
 from ..feed_forward import FeedForward, autocasts, normalize
 from ..group_merge import op as merge_op
 from ..group_merge import reference as merge_reference
@@ -56,7 +57,10 @@ def attention_kv(
     if real is not None and (torch.is_grad_enabled() or tracing()):
         tokens = torch.where(real, x, 0)
     norm = attention.pre_norm
-    h = normalize(tokens, norm.name, norm.weight, norm.bias, norm.eps)
+    if backend == "reference":
+        h = normalize(tokens, norm.name, norm.weight, norm.bias, norm.eps)
+    else:
+        h = normalize_fast(tokens, norm)
     if backend == "reference":
         merged = merge_reference.group_merge(h, merge.weight, merge.bias, groups)
     else:

@@ -1,0 +1,32 @@
+"""A sublayer's norm in few passes over memory, for inference on the CPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .arguments import Norm
+from .feed_forward import normalize
+from .transforms import is_plain
+
+
+def normalize_fast(x: Tensor, norm: Norm) -> Tensor:
+    """:func:`~.feed_forward.normalize` of ``x [..., d]``: statistics and arithmetic in fp32, as there.
+
+    Where a gradient is asked for, on other devices and in traces it is that function.
+    """
+    weight = norm.weight
+    same = weight is not None and weight.dtype == x.dtype
+    fits = x.is_cpu and x.dtype != torch.float64 and same and x.numel() > 0
+    if torch.is_grad_enabled() or not fits or not is_plain(x):
+        return normalize(x, norm.name, norm.weight, norm.bias, norm.eps)
+    assert weight is not None
+    if norm.name == "layer":  # PyTorch's own sums 16-bit rows in fp32
+        return F.layer_norm(x, x.shape[-1:], weight, norm.bias, norm.eps)
+    if norm.name != "rms" or norm.bias is not None:
+        return normalize(x, norm.name, norm.weight, norm.bias, norm.eps)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = length.square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()
+    # With out= the product is made in fp32 and rounded once, without an array of fp32.
+    return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
