@@ -12,7 +12,7 @@ from .transforms import is_plain
 
 
 def normalize_fast(x: Tensor, norm: Norm) -> Tensor:
-    """:func:`~.feed_forward.normalize` of ``x [..., d]``: statistics and arithmetic in fp32, as there.
+    """:func:`~.feed_forward.normalize` of ``x [..., d]``: in fp32 inside, as there.
 
     Where a gradient is asked for, on other devices and in traces it is that function.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ... import backends
@@ -137,8 +138,8 @@ def _merged_keys(
     def keys() -> Keys:
         return make(tokens, x, table, window)
 
-    if table is not None and table.weight.requires_grad:  # part of the graph of this call alone
-        found = keys()
+    if table is not None and table.weight.requires_grad and torch.is_grad_enabled():
+        found = keys()  # part of the graph of this call alone
     else:
         found = context.once(("keys", placement, here, x.dtype, reach.table, window), x, keys)
     if reach.rotary is None:
