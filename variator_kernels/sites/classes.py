@@ -17,10 +17,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .attention_layer import AttentionLayer
+from .attention_refusals import UNREAD
 from .families import FAMILIES
 from .family import ORIGINAL, ROW, Family
 from .inline import attributes
-from .mixins import UNREAD, AttentionLayer, Block, BlockInline, BlockWithMethod, Encoder, Layer
+from .mixins import Block, BlockInline, BlockWithMethod, Encoder, Layer
 from .unchanged import module_of
 
 _POSITIONS = "variator_positions"

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.feed_forward import FeedForward
-from ..ops.self_attention import Rotation, SelfAttention
 from ..ops.transforms import tracing
 from ..runtime.context import Context, token_mask
 from ..runtime.level import Site
 from ..runtime.state import State
-from .attention import DescribedAttention, paths_of, reach_of
+from .attention_refusals import UNREAD, check_absent, check_no_weights
 from .described import Described
-from .family import Family, follow
+from .family import Family
 from .find import whole_rows
 from .inline import Inline
 from .loading import check_loaded
@@ -61,9 +60,9 @@ class Encoder(nn.Module):
         context.pads = bool(family.pads)
         if state.attends(level):
             context.position_ids = _argument("position_ids", positions, args, kwargs)
-            _check_no_weights(self, _argument("output_attentions", positions, args, kwargs))
+            check_no_weights(self, _argument("output_attentions", positions, args, kwargs))
             for name in UNREAD:
-                _check_absent(name, _argument(name, positions, args, kwargs))
+                check_absent(name, _argument(name, positions, args, kwargs))
         if not (self.training or state.warned or torch.compiler.is_compiling() or tracing()):
             _warn_if_untrained(self, level.ratios)
         outer = local.context
@@ -167,44 +166,6 @@ class Sublayer(AtSite):
         return state.method.feed_forward(self, x, ratio, self._context(), dense)
 
 
-class AttentionLayer(AtSite):
-    """The self-attention sublayer: as it was where its ratio is 1, else what the method makes."""
-
-    variator_described: DescribedAttention
-    variator_bare: bool
-    """Whether ``forward`` gives a tensor alone."""
-
-    def self_attention(self) -> SelfAttention:
-        """What the sublayer consists of now."""
-        return self.variator_described.of(self)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        ratio = self._ratio_for(hidden_states)
-        state, paths = self.variator_state, paths_of(self)
-        if ratio == 1:
-            self._lend()
-            return super().forward(hidden_states, *args, **kwargs)
-        if state.local.context is None:
-            _check_no_mask(args, kwargs)
-        turned = kwargs.get("position_embeddings") if paths.rotary else None
-        if paths.rotary and turned is None:
-            turned = args[0]  # where it is not given by name, it comes first
-        rotation = Rotation(turned[0], turned[1]) if turned is not None else None
-        y = state.method.attention(self, hidden_states, ratio, self._context(), rotation)
-        if self.variator_bare:
-            return y
-        return (y, *(kwargs.get(name) for name in paths.returns))
-
-    def _lend(self) -> None:
-        """The table that this layer makes a bias of in the place of the first one is the table that
-        is there now."""
-        paths = paths_of(self)
-        name = paths.table.rpartition(".")[2]
-        own = vars(follow(self, paths.table_of)) if paths.table_of else {}
-        if name in own and own[name] is not reach_of(self).table:
-            own[name] = reach_of(self).table
-
-
 class Layer(Sublayer):
     """A module that is the FFN sublayer."""
 
@@ -228,40 +189,6 @@ def _argument(
     if value is None and len(args) > positions.get(name, len(args)):
         value = args[positions[name]]
     return value
-
-
-def _check_no_weights(encoder: Encoder, asked: Any) -> None:
-    """Attention's weights over merged keys are not those that anybody asks for."""
-    if asked is None:
-        asked = getattr(encoder.config, "output_attentions", None)
-    if asked:
-        raise ValueError(
-            "output_attentions must be off where attention is compressed (its weights are over "
-            "merged keys), got True: set_ratio(model, 1), or a level without it"
-        )
-
-
-UNREAD = ("head_mask", "past_key_values")
-"""Arguments of an encoder that change what its attention gives."""
-
-
-def _check_absent(name: str, given: Any) -> None:
-    if given is not None:
-        raise ValueError(
-            f"{name} must be None where attention is compressed, which knows neither masks of "
-            f"heads nor keys from elsewhere (prefix tuning), got a {type(given).__name__}: "
-            "set_ratio(model, 1), or a level without attention"
-        )
-
-
-def _check_no_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    given = [*args, kwargs.get("attention_mask"), kwargs.get("mask")]
-    if any(isinstance(value, Tensor) for value in given):
-        raise ValueError(
-            "attention_mask must be None where a compressed self-attention runs outside of its "
-            "encoder, which alone knows the padding, got a mask: call the encoder, or "
-            "set_ratio(model, 1)"
-        )
 
 
 def _warn_if_untrained(encoder: Encoder, ratios: tuple[int, ...]) -> None:

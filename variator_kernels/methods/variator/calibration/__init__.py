@@ -1,7 +1,7 @@
 """Initial values of plugins in closed form: moments, not training."""
 
+from .calibrate_model import calibrate
 from .inputs import LEAST
-from .run import calibrate
 from .table import Calibration, Row
 
 __all__ = ["LEAST", "Calibration", "Row", "calibrate"]

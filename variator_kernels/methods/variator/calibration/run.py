@@ -21,136 +21,37 @@ takes its fitted values: only if these lower the error of the model's last hidde
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .... import backends, checks
-from ....ops import prepack
 from ....ops.feed_forward import products
 from ....ops.groups import Groups
-from ....ops.prepacked_linear import FrozenProducts, linear
+from ....ops.prepacked_linear import linear
 from ....runtime.level import Site
 from ....runtime.levels import use_ratio
-from ....runtime.state import STATE, State, states
+from ....runtime.state import State
 from ....sites.attention import reach_of
 from ....sites.feed_forward import describe
-from ....sites.find import Found, find
-from ....sites.wrappers import check_values
-from ..method import plugin_parameters
+from ....sites.find import Found
 from .descent import Behind, behind, descend, differentiable
 from .fit import Part, SiteFit, hidden, part
-from .inputs import Chunk, chunks, merged_tokens
+from .inputs import Chunk, merged_tokens
 from .key_values import KeyValues
 from .key_values import fit as fit_key_values
 from .search import Errors, put, search, values
-from .sensitivity import Output, Sensitivity, output_of, sensitivities
-from .streams import Blocks, Store
+from .sensitivity import Output, Sensitivity, sensitivities
+from .streams import Blocks, Store, watched
 from .table import Calibration, Row
 
 SAMPLE = 8192
 """Tokens, with padding, that decide about the merge and W_2."""
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-def calibrate(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
-    ratios: Iterable[int] | None = None,
-    *,
-    merge: bool = True,
-    adapter: bool = True,
-    passes: int = 3,
-    progress: bool = False,
-) -> Calibration:
-    """Give the plugins of a patched model initial values that fit these inputs.
-
-    Values that raise the model's final error on held-out sequences are not taken. Memory holds the
-    inputs themselves (token ids and masks) and the work of one chunk of 4096 tokens; temporary
-    files (``TMPDIR``) hold ``4 + len(ratios)`` hidden states of every token, padding between rows
-    of similar length included; on the CPU kernels there are packed copies of the encoder's linear
-    weights, which are freed at the end together with those that inference made of this model, and
-    makes again. No other thread may use the model meanwhile.
-
-    Args:
-        model: patched. Its other parameters stay as they are.
-        batches: arguments of the encoder, ``attention_mask`` among them, read once; a few hundred
-            sequences of what it will be used on, or of plain text. About a fifth of them, at most
-            4096 tokens, in runs of neighbours, is held out.
-        ratios: which plugins; by default all.
-        merge, adapter: which parts; the other keeps its values.
-        passes: of gradient descent at each site, over all tokens; 0: the closed form alone, which
-            takes half the time. FFNs that pass no gradient (some quantised ones) have none.
-        progress: show a bar, and print the table.
-
-    Returns:
-        The final error on held-out sequences before and after, per ratio and site.
-
-    Raises:
-        ValueError: the model is not patched, has no plugins for a ratio, or no values (on the
-            meta device); or ``batches`` has fewer than 10 sequences, or no ``attention_mask``.
-            TypeError: ``batches`` does not hold mappings. FloatingPointError: the hidden states
-            are not finite. OSError: no room for the temporary files. All plugins have their old
-            values then.
-    """
-    states(model)
-    passes = checks.integer(passes, "passes")
-    found = find(model)
-    if found.family.mask != "attention_mask":
-        raise ValueError(
-            "calibrate needs an encoder that takes attention_mask, the family of this one says "
-            f"mask={found.family.mask!r}: give its forward such an argument"
-        )
-    check_values(found.encoder)
-    state: State = vars(found.encoder)[STATE]
-    wanted = list(state.ratios if ratios is None else ratios)
-    for k in wanted:
-        if checks.ratio(k, "ratios") not in (1, *state.ratios):
-            state.check(k)
-    wanted = list(dict.fromkeys(k for k in wanted if k > 1))
-    on_cpu = backends.resolve(state.method.config.backend, found.like(0)) == "cpu"
-    given = chunks(batches, inspect.signature(found.encoder.forward).parameters, found.pads_to)
-    with _restored(model, state, wanted):
-        blocks = Blocks(model, found, state)
-        with FrozenProducts(found.encoder) if on_cpu else nullcontext(), blocks.installed():
-            backend = "cpu" if on_cpu else "reference"
-            output = output_of(model, found.encoder)
-            with _Run(found, state, blocks, given, wanted, backend, output) as run:
-                table = run.all(merge, adapter, passes, progress)
-    if progress:
-        tqdm.write(str(table))
-    return table
-
-
-@contextmanager
-def _restored(model: nn.Module, state: State, ratios: list[int]) -> Iterator[None]:
-    """Modes and caches afterwards as before; after an error the plugins too."""
-    before = [(parameter, parameter.clone()) for parameter in plugin_parameters(model, ratios)]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    warned, state.warned = state.warned, True
-    try:
-        yield
-    except BaseException:
-        for parameter, value in before:
-            parameter.copy_(value)
-        raise
-    finally:
-        state.warned = warned
-        prepack.cache.forget(model.parameters())
-        for module, training in modes:
-            module.training = training
-
-
-class _Run:
+class Run:
     """One calibration. ``dense`` and ``streams`` hold the input of the block that is next."""
 
     def __init__(
@@ -178,7 +79,7 @@ class _Run:
         self.errors = Errors(blocks, state, held_out)
         self.sensitivities: dict[Site, Sensitivity] | None = None
 
-    def __enter__(self) -> _Run:
+    def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -263,7 +164,7 @@ class _Run:
             got: list[Tensor] = []
             attended: list[Tensor] = []
             before = self._input(self.dense, i, j)
-            with _watched(self.found, i if "attention_kv" in placements else None, attended):
+            with watched(self.found, i if "attention_kv" in placements else None, attended):
                 self.after[j] = self.blocks.run(
                     chunk.inputs, 1, i, i + 1, before, partial(_collect, got)
                 )
@@ -382,20 +283,3 @@ class _Run:
 
 def _collect(into: list[Tensor], layer: nn.Module, x: Tensor) -> None:
     into.append(x)
-
-
-@contextmanager
-def _watched(found: Found, layer: int | None, into: list[Tensor]) -> Iterator[None]:
-    """What the self-attention of a layer gives, also where a block runs it again."""
-    if layer is None:
-        yield
-        return
-
-    def see(module: nn.Module, args: Any, given: Any) -> None:
-        into.append(given[0] if isinstance(given, tuple) else given)
-
-    hook = found.attentions[layer].register_forward_hook(see)
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -173,3 +173,20 @@ def _bytes(x: Tensor) -> memoryview:
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def watched(found: Found, layer: int | None, into: list[Tensor]) -> Iterator[None]:
+    """What the self-attention of a layer gives, also where a block runs it again."""
+    if layer is None:
+        yield
+        return
+
+    def see(module: nn.Module, args: Any, given: Any) -> None:
+        into.append(given[0] if isinstance(given, tuple) else given)
+
+    hook = found.attentions[layer].register_forward_hook(see)
+    try:
+        yield
+    finally:
+        hook.remove()

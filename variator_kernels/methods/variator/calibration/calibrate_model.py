@@ -1,0 +1,115 @@
+"""The public function: checks, what is restored afterwards, and the run in between."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .... import backends, checks
+from ....ops import prepack
+from ....ops.prepacked_linear import FrozenProducts
+from ....runtime.state import STATE, State, states
+from ....sites.find import find
+from ....sites.wrappers import check_values
+from ..method import plugin_parameters
+from .inputs import chunks
+from .run import Run
+from .sensitivity import output_of
+from .streams import Blocks
+from .table import Calibration
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    ratios: Iterable[int] | None = None,
+    *,
+    merge: bool = True,
+    adapter: bool = True,
+    passes: int = 3,
+    progress: bool = False,
+) -> Calibration:
+    """Give the plugins of a patched model initial values that fit these inputs.
+
+    Values that raise the model's final error on held-out sequences are not taken. Memory holds the
+    inputs themselves (token ids and masks) and the work of one chunk of 4096 tokens; temporary
+    files (``TMPDIR``) hold ``4 + len(ratios)`` hidden states of every token, padding between rows
+    of similar length included; on the CPU kernels there are packed copies of the encoder's linear
+    weights, which are freed at the end together with those that inference made of this model, and
+    makes again. No other thread may use the model meanwhile.
+
+    Args:
+        model: patched. Its other parameters stay as they are.
+        batches: arguments of the encoder, ``attention_mask`` among them, read once; a few hundred
+            sequences of what it will be used on, or of plain text. About a fifth of them, at most
+            4096 tokens, in runs of neighbours, is held out.
+        ratios: which plugins; by default all.
+        merge, adapter: which parts; the other keeps its values.
+        passes: of gradient descent at each site, over all tokens; 0: the closed form alone, which
+            takes half the time. FFNs that pass no gradient (some quantised ones) have none.
+        progress: show a bar, and print the table.
+
+    Returns:
+        The final error on held-out sequences before and after, per ratio and site.
+
+    Raises:
+        ValueError: the model is not patched, has no plugins for a ratio, or no values (on the
+            meta device); or ``batches`` has fewer than 10 sequences, or no ``attention_mask``.
+            TypeError: ``batches`` does not hold mappings. FloatingPointError: the hidden states
+            are not finite. OSError: no room for the temporary files. All plugins have their old
+            values then.
+    """
+    states(model)
+    passes = checks.integer(passes, "passes")
+    found = find(model)
+    if found.family.mask != "attention_mask":
+        raise ValueError(
+            "calibrate needs an encoder that takes attention_mask, the family of this one says "
+            f"mask={found.family.mask!r}: give its forward such an argument"
+        )
+    check_values(found.encoder)
+    state: State = vars(found.encoder)[STATE]
+    wanted = list(state.ratios if ratios is None else ratios)
+    for k in wanted:
+        if checks.ratio(k, "ratios") not in (1, *state.ratios):
+            state.check(k)
+    wanted = list(dict.fromkeys(k for k in wanted if k > 1))
+    on_cpu = backends.resolve(state.method.config.backend, found.like(0)) == "cpu"
+    given = chunks(batches, inspect.signature(found.encoder.forward).parameters, found.pads_to)
+    with _restored(model, state, wanted):
+        blocks = Blocks(model, found, state)
+        with FrozenProducts(found.encoder) if on_cpu else nullcontext(), blocks.installed():
+            backend = "cpu" if on_cpu else "reference"
+            output = output_of(model, found.encoder)
+            with Run(found, state, blocks, given, wanted, backend, output) as run:
+                table = run.all(merge, adapter, passes, progress)
+    if progress:
+        tqdm.write(str(table))
+    return table
+
+
+@contextmanager
+def _restored(model: nn.Module, state: State, ratios: list[int]) -> Iterator[None]:
+    """Modes and caches afterwards as before; after an error the plugins too."""
+    before = [(parameter, parameter.clone()) for parameter in plugin_parameters(model, ratios)]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    warned, state.warned = state.warned, True
+    try:
+        yield
+    except BaseException:
+        for parameter, value in before:
+            parameter.copy_(value)
+        raise
+    finally:
+        state.warned = warned
+        prepack.cache.forget(model.parameters())
+        for module, training in modes:
+            module.training = training

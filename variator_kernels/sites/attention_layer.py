@@ -1,0 +1,51 @@
+"""The self-attention sublayer of a patched model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..ops.self_attention import Rotation, SelfAttention
+from .attention import DescribedAttention, paths_of, reach_of
+from .attention_refusals import check_no_mask
+from .family import follow
+from .mixins import AtSite
+
+
+class AttentionLayer(AtSite):
+    """The self-attention sublayer: as it was where its ratio is 1, else what the method makes."""
+
+    variator_described: DescribedAttention
+    variator_bare: bool
+    """Whether ``forward`` gives a tensor alone."""
+
+    def self_attention(self) -> SelfAttention:
+        """What the sublayer consists of now."""
+        return self.variator_described.of(self)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        ratio = self._ratio_for(hidden_states)
+        state, paths = self.variator_state, paths_of(self)
+        if ratio == 1:
+            self._lend()
+            return super().forward(hidden_states, *args, **kwargs)
+        if state.local.context is None:
+            check_no_mask(args, kwargs)
+        turned = kwargs.get("position_embeddings") if paths.rotary else None
+        if paths.rotary and turned is None:
+            turned = args[0]  # where it is not given by name, it comes first
+        rotation = Rotation(turned[0], turned[1]) if turned is not None else None
+        y = state.method.attention(self, hidden_states, ratio, self._context(), rotation)
+        if self.variator_bare:
+            return y
+        return (y, *(kwargs.get(name) for name in paths.returns))
+
+    def _lend(self) -> None:
+        """The table that this layer makes a bias of in the place of the first one is the table that
+        is there now."""
+        paths = paths_of(self)
+        name = paths.table.rpartition(".")[2]
+        own = vars(follow(self, paths.table_of)) if paths.table_of else {}
+        if name in own and own[name] is not reach_of(self).table:
+            own[name] = reach_of(self).table

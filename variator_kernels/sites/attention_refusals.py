@@ -1,0 +1,41 @@
+"""What compressed attention would pass by, refused where it is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def check_no_weights(encoder: Any, asked: Any) -> None:
+    """Attention's weights over merged keys are not those that anybody asks for."""
+    if asked is None:
+        asked = getattr(encoder.config, "output_attentions", None)
+    if asked:
+        raise ValueError(
+            "output_attentions must be off where attention is compressed (its weights are over "
+            "merged keys), got True: set_ratio(model, 1), or a level without it"
+        )
+
+
+UNREAD = ("head_mask", "past_key_values")
+"""Arguments of an encoder that change what its attention gives."""
+
+
+def check_absent(name: str, given: Any) -> None:
+    if given is not None:
+        raise ValueError(
+            f"{name} must be None where attention is compressed, which knows neither masks of "
+            f"heads nor keys from elsewhere (prefix tuning), got a {type(given).__name__}: "
+            "set_ratio(model, 1), or a level without attention"
+        )
+
+
+def check_no_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = [*args, kwargs.get("attention_mask"), kwargs.get("mask")]
+    if any(isinstance(value, Tensor) for value in given):
+        raise ValueError(
+            "attention_mask must be None where a compressed self-attention runs outside of its "
+            "encoder, which alone knows the padding, got a mask: call the encoder, or "
+            "set_ratio(model, 1)"
+        )
