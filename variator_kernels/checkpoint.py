@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import sharding
+from .hub import located
 from .methods.variator import released, stored
 from .methods.variator.stored import FIELDS, Settings, key
 from .ops import checks
@@ -135,8 +136,9 @@ def load_plugins(
         model: patched or not. Of several encoders (a bi-encoder's) each takes its plugins from the
             folder of its name in ``source``.
         source: a folder that :func:`save_plugins` wrote (also version 0.1.0's), or a patched
-            model's ``save_pretrained``; its ``plugins.safetensors``; or a file of the authors' (a
-            torch pickle with one ratio; only tensors are read from it).
+            model's ``save_pretrained``; its ``plugins.safetensors``; the hub id of such a
+            folder, ``"owner/name"``; or a file of the authors' (a torch pickle with one ratio; only
+            tensors are read from it).
         family: of an unpatched model outside of the table, as :func:`patch` takes it.
 
     Raises:
@@ -145,6 +147,7 @@ def load_plugins(
         was patched to keep; nothing has changed then.
     """
     families = None if family is None else (family,)
+    source = located(source, FILES)
     named = _encoders(model, families)
     if len(named) < 2:
         one = named[0][1] if named and is_patched(named[0][1]) else model
