@@ -104,11 +104,17 @@ def test_is_counted():
     assert 2 * half.parameters.decompress == whole.parameters.decompress > 0
 
 
-def test_training_needs_one_ratio(tmp_path):
+def test_training_of_one_level_trains_its_sites_alone(tmp_path):
     from variator_kernels.train import DistillationConfig, DistillationTrainer
 
     model = tiny.patched(ratio={"ffn": {0: 4}})
-    with pytest.raises(ValueError, match=r"in all layers, got \(4, 1\), a ratio a layer"):
+    trainer = DistillationTrainer(
+        model, DistillationConfig(output_dir=str(tmp_path), sample_ratios=False)
+    )
+    first = {id(p) for p in tiny.layers(model)[0].plugins["4"].parameters()}
+    assert trainer.ratios == ("mixed",) and {id(p) for p in trainer.trained} == first
+    vk.set_ratio(model, 1)
+    with pytest.raises(ValueError, match=r"at some site, got 1 \(dense\)"):
         DistillationTrainer(
             model, DistillationConfig(output_dir=str(tmp_path), sample_ratios=False)
         )

@@ -36,6 +36,8 @@ class Context:
         keep: Keep = NOTHING_KEPT,
     ) -> None:
         self.mask = mask
+        # Without padding there is less to do. Where values are not at hand, nobody waits for them.
+        self.full = mask is None or (is_plain(mask) and mask.is_cpu and bool(mask.all()))
         self.level = level
         self.phase = phase
         self.keep = keep
@@ -46,7 +48,7 @@ class Context:
         self._groups: dict[tuple[Any, ...], tuple[torch.Size, Groups]] = {}
 
     def mask_of(self, x: Tensor) -> Tensor | None:
-        """The mask of ``x [B, n, d]``, on its device.
+        """The mask of ``x [B, n, d]``, on its device; None without padding.
 
         A mask longer than the hidden states speaks of keys from elsewhere too (a prefix): its last
         n columns are the tokens'.
@@ -65,7 +67,7 @@ class Context:
                 f"attention_mask must have shape [{batch}, {n}] (or more columns, of which the "
                 f"last {n} are the tokens'), got {[rows, columns]}"
             )
-        return self.mask[:, columns - n :].to(x.device)
+        return None if self.full else self.mask[:, columns - n :].to(x.device)
 
     def keep_of(self, x: Tensor) -> Keep:
         """What stays whole of ``x [B, n, d]``; its mask is on x's device.
@@ -137,6 +139,4 @@ def token_mask(mask: Any) -> Tensor | None:
             f"groups where a row's tokens are), got {got}"
         )
     checks.mask_values(mask, "attention_mask")
-    found = mask != 0
-    # Without padding there is less to do. Where values are not at hand, nobody waits for them.
-    return None if is_plain(found) and found.is_cpu and bool(found.all()) else found
+    return mask != 0
