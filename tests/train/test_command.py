@@ -295,7 +295,7 @@ def test_takes_from_plugins_what_is_not_asked_for(folder, tmp_path):
     plugged(model, job)
     (state,) = states(model)
     found = tuple(state.method.config)
-    assert found == ((3, 5), 4, "identity", ("ffn",), "reference", True)
+    assert found == ({"ffn": (3, 5)}, 4, "identity", "reference", True)
     for a, b in zip(plugin_parameters(saved), plugin_parameters(model), strict=True):
         assert torch.equal(a, b)
     for wrong in ({"bottleneck": 5}, {"activation": "tanh"}, {"ratios": (3,)}):

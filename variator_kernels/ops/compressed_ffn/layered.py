@@ -17,6 +17,7 @@ from ..fast_norm import normalize_fast
 from ..feed_forward import FeedForward, PluginWeights, products
 from ..group_merge import op as merge
 from ..groups import Groups, real_tokens
+from ..transforms import tracing
 
 
 def compressed_ffn(
@@ -39,6 +40,8 @@ def normalize_real(y: Tensor, norm: Norm, groups: Groups) -> Tensor:
     if real is None:
         return normalize_fast(y, norm).to(y.dtype)
     tokens = y
-    if torch.is_grad_enabled():  # what padding holds must not reach the norm's gradient
+    # What padding holds must not reach the norm's gradient. A trace must not depend on whether one
+    # is taken.
+    if torch.is_grad_enabled() or tracing():
         tokens = torch.where(real[..., None], y, 0)
     return torch.where(real[..., None], normalize_fast(tokens, norm).to(y.dtype), y)
