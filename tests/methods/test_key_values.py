@@ -55,7 +55,10 @@ def test_received_attention_is_that_of_transformers():
     for name in ("bert", "t5", "modernbert"):
         if name not in zoo.NAMES:
             continue
-        made = vk.patch(zoo.plain(name, "eager"), 1, (2,), 6, placements=("attention_kv",))
+        made = zoo.plain(name, "eager")
+        if name == "modernbert" and not hasattr(made.layers[0], "attention_type"):
+            continue  # an older version of transformers, where it is refused
+        vk.patch(made, 1, (2,), 6, placements=("attention_kv",))
         found = find(made)
         ids, mask = tiny.batch(9, 5)
         inputs = []
