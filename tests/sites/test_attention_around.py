@@ -128,7 +128,9 @@ def test_hooks_and_other_modules_run_or_are_refused(name, placement):
         part, seen = follow(layer, path), []
         hook = part.register_forward_hook(lambda *_, seen=seen: seen.append(1))
         if path in products:
-            assert torch.equal(encode(model, IDS, MASK), expected), path
+            # Through the modules one product is cut otherwise: MKL rounds it so on some processors.
+            got = encode(model, IDS, MASK)
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
             assert seen, path
         else:
             with pytest.raises(TypeError, match=f"{path} of .* was replaced or hooked"):
