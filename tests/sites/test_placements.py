@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import variator_kernels as vk
-from tests.sites import tiny, zoo
+from tests.sites import attention_cases, tiny, zoo
+from tests.sites.attention_cases import patched, placed
 from variator_kernels.sites.families import FAMILIES
 from variator_kernels.sites.find import find
 
@@ -21,33 +22,7 @@ FORMS = {
     dataclasses.replace(FAMILIES[name].attention, layer="one"): name for name in reversed(NAMES)
 }
 each_form = pytest.mark.parametrize("name", [name for name in NAMES if name in FORMS.values()])
-placed = pytest.mark.parametrize("placement", ["attention_kv", "attention"])
-
-
-def patched(name, *placements, ratio=3, **settings):
-    model = zoo.plain(name)
-    try:
-        vk.patch(model, ratio, (2, 3), 6, placements=placements, **settings)
-    except ValueError as error:
-        if "another version of transformers" in str(error):
-            pytest.skip(str(error))
-        raise
-    tiny.train_plugins(model)
-    return model
-
-
-def positions(model, mask):
-    if mask is None or find(model).family.name not in zoo.GIVEN:
-        return {}
-    first = 2 if find(model).family.name == "mpnet" else 0
-    return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0) + first}
-
-
-@torch.no_grad()
-def encode(model, ids, mask=None):
-    encoder = find(model).encoder
-    given = positions(model, mask)
-    return encoder(ids, attention_mask=mask, **given).last_hidden_state
+encode = torch.no_grad()(attention_cases.encode)
 
 
 @placed

@@ -17,7 +17,8 @@ def normalize_fast(x: Tensor, norm: Norm) -> Tensor:
     Where a gradient is asked for, on other devices and in traces it is that function.
     """
     weight = norm.weight
-    same = weight is not None and weight.dtype == x.dtype
+    given = [t for t in (weight, norm.bias) if t is not None]
+    same = weight is not None and all(t.dtype == x.dtype for t in given)
     fits = x.is_cpu and x.dtype != torch.float64 and same and x.numel() > 0
     if torch.is_grad_enabled() or not fits or not is_plain(x):
         return normalize(x, norm.name, norm.weight, norm.bias, norm.eps)

@@ -36,15 +36,10 @@ class Found(NamedTuple):
         return follow(self.blocks[site.layer], self.family.attention.sublayer)
 
     @property
-    def owners(self) -> tuple[int, ...]:
-        """For each layer the first that is the same module: itself, unless modules are shared."""
-        first: dict[int, int] = {}
-        return tuple(first.setdefault(id(layer), i) for i, layer in enumerate(self.layers))
-
-    @property
     def own_layers(self) -> list[tuple[int, Any]]:
-        """Every sublayer once, with its number."""
-        return [(i, self.layers[i]) for i, owner in enumerate(self.owners) if i == owner]
+        """Every FFN sublayer once, with the number of the first layer that it is."""
+        first: dict[int, int] = {}
+        return [(i, x) for i, x in enumerate(self.layers) if first.setdefault(id(x), i) == i]
 
     @property
     def hidden_size(self) -> int:

@@ -8,7 +8,7 @@ mean; then gradient descent through the sublayer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class KeyValues:
         """The sublayer with merged keys and values: ``x [B, n, d]``."""
         tokens = members(groups, x)
         table = self.reach.distances(x)
+        if table is not None:  # no gradient goes there, and the kernels know none
+            table = table._replace(weight=table.weight.detach())
         keys = whole_queries(tokens, x, table, self.attention.window)
         turned = None
         if self.reach.rotary is not None:
@@ -66,15 +68,19 @@ class KeyValues:
             weight = weight / square.clamp_min(1e-3 * float(square[mask].mean()) + 1e-30)
         return Behind(x, dense.float(), weight, groups)
 
-    def scores(self, parts: Iterable[tuple[Tensor, Tensor, Groups, Tensor, bool]]) -> Tensor:
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the products see of ``x [B, n, d]``."""
+        norm = self.attention.pre_norm
+        return normalize(x, norm.name, norm.weight, norm.bias, norm.eps)
+
+    def scores(self, parts: Sequence[tuple[Tensor, Tensor, Groups, Tensor, bool]]) -> Tensor:
         """``[d]``: the linear map of h that fits the logarithm of the attention that it receives.
 
         ``parts``: x, mask, groups, positions of a chunk, and whether it is held out.
         """
         both: tuple[Moments, Moments] | None = None
         for x, mask, groups, positions, held_out in parts:
-            norm = self.attention.pre_norm
-            h = normalize(x, norm.name, norm.weight, norm.bias, norm.eps)
+            h = self.hidden(x)
             positions = positions.expand(mask.shape)
             seen = torch.cat(
                 [
@@ -91,7 +97,7 @@ class KeyValues:
                 both = Moments(z.mean(0), t.mean(0)), Moments(z.mean(0), t.mean(0))
             both[held_out].add(z, t, torch.ones_like(t))
         if both is None or not all(part.total for part in both):
-            return torch.zeros(self.attention.w_q.shape[1])
+            return torch.zeros(parts[0][0].shape[-1])
         return regression(*both, MILD).weight[0]
 
     def _received(self, h: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
@@ -154,7 +160,8 @@ def fit(
         errors.append((sum(float(loss(chunk(), weights)) for chunk in ready[:4]), sharpness))
     set_merge(plugin.merge, min(errors)[1] * scores)
     if passes:
-        spread = torch.cat([x[mask].float() for x, mask, *_ in sample]).std(0, correction=0)
+        spread = torch.cat([site.hidden(x)[mask].float() for x, mask, *_ in sample])
+        spread = spread.std(0, correction=0)
         spread = spread.clamp_min(1e-3 * float(spread.mean()) + 1e-30)
         one = spread.new_ones(())
         scales = [1 / spread.repeat(plugin.merge.ratio), one]
