@@ -12,7 +12,7 @@ from .methods.variator.calibration import calibrate
 from .methods.variator.method import plugin_parameters
 from .ops import flop_formulas
 from .ops.feed_forward import FeedForward, PluginWeights
-from .patching import patch, patch_bert, patch_t5, unpatch
+from .patching import patch, patch_bert, patch_llama, patch_t5, unpatch
 from .runtime.keep import keep
 from .runtime.levels import set_ratio, use_ratio
 from .sites.attention_paths import AttentionPaths
@@ -39,6 +39,7 @@ __all__ = [
     "load_plugins",
     "patch",
     "patch_bert",
+    "patch_llama",
     "patch_t5",
     "plugin_parameters",
     "save_plugins",

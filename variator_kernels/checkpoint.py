@@ -92,6 +92,7 @@ def gather(
         keep_first=state.kept.first,
         keep_last=state.kept.last,
         keep=state.kept.ids,
+        window=state.kept.window,
     )
     sharding.reshard(model)
     tensors = {}

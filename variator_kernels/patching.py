@@ -14,6 +14,8 @@ from .ops import prepack
 from .runtime import kept
 from .runtime.state import State
 from .sites.attends import check_attends
+from .sites.decoder_families import DECODER_FAMILIES
+from .sites.decoder_refusals import check_decoder
 from .sites.families import BERT_FAMILIES, FAMILIES, T5_FAMILIES
 from .sites.family import Family
 from .sites.find import find, find_all, is_patched, parts_of
@@ -36,6 +38,7 @@ def patch_t5(
     keep_first: int | None = None,
     keep_last: int = 0,
     keep: Iterable[int] | None = None,
+    window: int = kept.WINDOW,
     pack: bool = True,
 ) -> Model:
     """Put compression plugins around the encoder FFNs of a T5, mT5, umT5 or LongT5, in place.
@@ -60,6 +63,8 @@ def patch_t5(
             number of first ones, and none at the end.
         keep: ids of tokens that stay whole wherever they stand. The encoder must get ``input_ids``
             then. See :func:`keep` for tokens of one batch.
+        window: in decoders' ``attention_kv``, how many of the last keys stay plain, a query's own
+            among them. Without effect elsewhere.
         pack: whether the CPU keeps packed copies of the FFNs' weights, as large as these in the
             dtype of the products; :func:`describe` tells their bytes. Without, inference is slower.
 
@@ -83,6 +88,7 @@ def patch_t5(
         keep_first,
         keep_last,
         keep,
+        window,
         pack,
     )
 
@@ -99,6 +105,7 @@ def patch_bert(
     keep_first: int | None = None,
     keep_last: int = 0,
     keep: Iterable[int] | None = None,
+    window: int = kept.WINDOW,
     pack: bool = True,
 ) -> Model:
     """:func:`patch_t5` for BERT and relatives (see docs/families.md), with or without a head.
@@ -119,6 +126,48 @@ def patch_bert(
         keep_first,
         keep_last,
         keep,
+        window,
+        pack,
+    )
+
+
+def patch_llama(
+    model: Model,
+    ratio: Any = None,
+    ratios: Iterable[int] | Mapping[str, Iterable[int]] = (2, 4, 8),
+    bottleneck: int = 64,
+    activation: str = "tanh",
+    placements: Iterable[str] = ("ffn",),
+    backend: str = "auto",
+    *,
+    keep_first: int | None = None,
+    keep_last: int = 0,
+    keep: Iterable[int] | None = None,
+    window: int = kept.WINDOW,
+    pack: bool = True,
+) -> Model:
+    """:func:`patch_t5` for LLaMA and relatives (see docs/families.md), with or without a head.
+
+    ``ffn`` is compressed in prompts, in whole groups; steps of decoding are dense there.
+    ``attention_kv`` merges keys in prompts and in decoding, behind the first ``keep_first`` tokens
+    and in front of the last ``window``. ``attention`` is refused.
+
+    Raises:
+        TypeError, ValueError: as :func:`patch_t5`.
+    """
+    return apply(
+        model,
+        DECODER_FAMILIES,
+        ratio,
+        ratios,
+        bottleneck,
+        activation,
+        placements,
+        backend,
+        keep_first,
+        keep_last,
+        keep,
+        window,
         pack,
     )
 
@@ -135,6 +184,7 @@ def patch(
     keep_first: int | None = None,
     keep_last: int = 0,
     keep: Iterable[int] | None = None,
+    window: int = kept.WINDOW,
     pack: bool = True,
     family: Family | None = None,
 ) -> Model:
@@ -163,6 +213,7 @@ def patch(
         keep_first,
         keep_last,
         keep,
+        window,
         pack,
         family,
     )
@@ -192,6 +243,7 @@ def apply(
     keep_first: int | None = None,
     keep_last: int = 0,
     keep: Iterable[int] | None = None,
+    window: int = kept.WINDOW,
     pack: bool = True,
     family: Family | None = None,
 ) -> Model:
@@ -209,6 +261,7 @@ def apply(
     config, active = configure(ratio, ratios, bottleneck, activation, placements, backend, pack)
     for found in every:
         check_present(found.encoder)
+        check_decoder(found, config.placements)
         if set(config.placements) - {"ffn"}:
             check_attention(found)
         check_unchanged(found, tuple(config.placements))
@@ -219,7 +272,7 @@ def apply(
     made = []
     for found in every:
         row = found.family
-        chosen = kept.configure(keep_first, keep_last, keep, row.keep_first, found.vocabulary)
+        chosen = kept.configure(keep_first, keep_last, keep, row.keep_first, found.vocabulary, window)
         method = Variator(config)
         sites = sites_of(found, config.placements)
         state = State(row.name, method, sites, owners_of(found, sites))

@@ -15,6 +15,26 @@ from torch import Tensor
 from .groups import Keep
 
 
+def with_rest(x: Tensor, ratio: int, mask: Tensor | None, keep: Keep) -> Keep:
+    """``keep``, and the tokens at the end of a row of ``x [B, n, ...]`` that are too few for a
+    group. A group in front of a kept token is as whole as any."""
+    if keep.last or x.shape[1] == 0:
+        return keep
+    if mask is None and keep.mask is None:
+        first = torch.sym_min(keep.first, x.shape[1])
+        return keep._replace(last=(x.shape[1] - first) % ratio)
+    real = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+    rows = rows_of_batch(real, keep)
+    lists = kept_lists(rows, ratio, x.shape[1])
+    position = torch.arange(1, x.shape[1] + 1, device=x.device)
+    end = torch.where(real, position, 0).amax(1, keepdim=True)
+    short = (lists.span > 0) & (lists.span < ratio) & ~lists.kept
+    short &= lists.start + lists.owned == end
+    begin = torch.where(short, lists.start, x.shape[1]).amin(1, keepdim=True)
+    rest = real & (position > begin)
+    return keep._replace(mask=rest if keep.mask is None else rest | keep.mask)
+
+
 class KeptLists(NamedTuple):
     """``[rows, count]`` each; as in :class:`~.groups.Groups`."""
 

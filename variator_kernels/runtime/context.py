@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..ops import checks
 from ..ops.groups import NOTHING_KEPT, Groups, Keep
+from ..ops.kept_groups import with_rest
 from ..ops.make_groups import make_groups
 from ..ops.transforms import is_plain
 from .level import Level
@@ -42,6 +43,10 @@ class Context:
         self.phase = phase
         self.keep = keep
         self.pads = False
+        self.causal = False
+        """Whether it is a decoder's forward: a last group that is not whole stays dense."""
+        self.past = 0
+        """Tokens of a row that a cache holds from before."""
         self.position_ids: Any = None
         """The encoder's argument; None: tokens count from 0."""
         self._made: dict[Any, tuple[torch.Size, Any]] = {}
@@ -86,7 +91,7 @@ class Context:
     def positions(self, x: Tensor) -> Tensor:
         """Of the tokens of ``x [B, n, d]``: ``[B or 1, n]``."""
         if self.position_ids is None:
-            return torch.arange(x.shape[1], device=x.device)[None]
+            return torch.arange(self.past, self.past + x.shape[1], device=x.device)[None]
         return self.position_ids.to(x.device)
 
     def once(self, key: Any, x: Tensor, make: Callable[[], Made]) -> Made:
@@ -103,14 +108,11 @@ class Context:
         kept = self._groups.get(key)
         size = x.shape[:2]
         if kept is None or kept[0] != size:
-            made = make_groups(
-                x,
-                ratio,
-                mask=self.mask_of(x),
-                backend=backend,
-                inner=True,
-                keep=self.keep_of(x) if ratio > 1 else NOTHING_KEPT,
-            )
+            mask = self.mask_of(x)
+            keep = self.keep_of(x) if ratio > 1 else NOTHING_KEPT
+            if self.causal and ratio > 1:
+                keep = with_rest(x, ratio, mask, keep)
+            made = make_groups(x, ratio, mask=mask, backend=backend, inner=True, keep=keep)
             kept = self._groups[key] = size, made
         return kept[1]
 
@@ -121,6 +123,23 @@ def check_kept(mask: Tensor, x: Tensor) -> None:
         raise ValueError(
             f"the mask of kept tokens (of vk.keep, or made of input_ids) must have shape "
             f"{list(x.shape[:2])}, as the encoder's tokens, got {list(mask.shape)}"
+        )
+
+
+def check_past(mask: Tensor | None, seen: Tensor, n: int) -> None:
+    """An encoder's ``mask`` over tokens of a cache and ``n`` new ones hides of the former what it
+    hid when they came.
+
+    Raises:
+        ValueError: it does not: ``seen [B]`` is how many it showed.
+    """
+    if mask is None or mask.shape[1] == n:
+        return
+    shown = mask[:, : mask.shape[1] - n].sum(1).to(seen.device)
+    if not torch.equal(shown, seen):
+        raise ValueError(
+            "attention_mask must show the tokens of past_key_values that it showed when they came "
+            f"(merged keys stand for several), {seen.tolist()} in each row, got {shown.tolist()}"
         )
 
 

@@ -21,20 +21,28 @@ class Kept(NamedTuple):
     last: int = 0
     ids: tuple[int, ...] = ()
     """Token ids, sorted."""
+    window: int = 64
+    """Of a decoder: so many of the last keys of attention stay plain."""
     given: tuple[str, ...] = ()
     """The fields that were asked for at patching: plugin files may not change them."""
 
 
-NAMES = {"first": "keep_first", "last": "keep_last", "ids": "keep"}
+WINDOW = Kept().window
+NAMES = {"first": "keep_first", "last": "keep_last", "ids": "keep", "window": "window"}
 """The fields as users and plugin files write them."""
 
 
 def configure(
-    keep_first: Any, keep_last: Any, keep: Iterable[int] | None, default: int, vocabulary: int
+    keep_first: Any,
+    keep_last: Any,
+    keep: Iterable[int] | None,
+    default: int,
+    vocabulary: int,
+    window: Any = WINDOW,
 ) -> Kept:
     """What these arguments of ``patch`` ask for; ``default`` is the family's ``keep_first``.
 
-    ``None``, and 0 for ``keep_last``, count as not given.
+    ``None``, 0 for ``keep_last`` and the default ``window`` count as not given.
 
     Raises:
         ValueError: one does not fit; the message names it.
@@ -44,8 +52,10 @@ def configure(
     if keep_first is not None:
         first = checks.integer(keep_first, "keep_first", most=MOST)
     ids = () if keep is None else token_ids(keep, vocabulary)
+    wide = checks.integer(window, "window", most=MOST)
     asked = {"first": keep_first is not None, "last": last > 0, "ids": keep is not None}
-    return Kept(first, last, ids, tuple(name for name, given in asked.items() if given))
+    asked["window"] = wide != WINDOW
+    return Kept(first, last, ids, wide, tuple(name for name, given in asked.items() if given))
 
 
 def token_ids(keep: Iterable[int], vocabulary: int) -> tuple[int, ...]:

@@ -85,7 +85,7 @@ def _resolve(
         if not isinstance(entry, Mapping):
             entry = dict.fromkeys(layers, entry)
         for layer, ratio in entry.items():
-            at = Site(placement, _layer(layer, len(layers), name))
+            at = Site(placement, _layer(layer, layers, name))
             if at in chosen:
                 raise ValueError(f"{name} must name a layer once, got {layer} for {at.layer} again")
             chosen[at] = _ratio(ratio, placement, available, name)
@@ -114,9 +114,14 @@ def _ratio(
     return ratio
 
 
-def _layer(value: object, layers: int, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not -layers <= value < layers:
+def _layer(value: object, layers: list[int], name: str) -> int:
+    count = len(layers)
+    if layers != list(range(count)):  # some layers have no site: their numbers are as in the model
+        if isinstance(value, bool) or value not in layers:
+            raise ValueError(f"{name} must name layers among {layers}, got {value!r}")
+        return layers[layers.index(value)]  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, int) or not -count <= value < count:
         raise ValueError(
-            f"{name} must name layers as integers from {-layers} to {layers - 1}, got {value!r}"
+            f"{name} must name layers as integers from {-count} to {count - 1}, got {value!r}"
         )
-    return value % layers
+    return value % count

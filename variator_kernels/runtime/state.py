@@ -50,6 +50,13 @@ class Method(Protocol):
         in a model with RoPE."""
         ...
 
+    def causal_attention(
+        self, layer: Any, h: Tensor, scheme: Any, context: Context, rotation: Any, store: Any
+    ) -> Tensor:
+        """The output of a decoder's self-attention site; ``store``: what its cache holds, or
+        None."""
+        ...
+
     def is_trained(self, layer: Any, ratio: int) -> bool:
         """Whether the parameters at a site are others than those it starts with."""
         ...

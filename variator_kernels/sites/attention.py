@@ -94,7 +94,7 @@ def reach(encoder: Any, block: Any, number: int, paths: AttentionPaths) -> Reach
         paths.table.format(layer=number),
         getattr(encoder.config, "relative_attention_max_distance", 128),
         paths.rotary,
-        follow(block, paths.rotary_kind) if paths.rotary_kind else None,
+        lookup(block, paths.rotary_kind),
     )
     _ = found.table, found.rotary  # they are there
     return found
@@ -103,9 +103,10 @@ def reach(encoder: Any, block: Any, number: int, paths: AttentionPaths) -> Reach
 def _watched(layer: nn.Module, paths: AttentionPaths) -> Watch:
     watch = Watch()
     products = (paths.q, paths.k, paths.v, paths.qkv, paths.o)
-    named = {*products, paths.norm, paths.dropout, paths.outer_dropout, *paths.bypassed} - {""}
+    norms = paths.norm, paths.q_norm, paths.k_norm
+    named = {*products, *norms, paths.dropout, paths.outer_dropout, *paths.bypassed} - {""}
     ends = [watch.path(layer, path) for path in sorted(named)]
-    for path in (paths.dropout, paths.outer_dropout, paths.head_size, paths.window):
+    for path in (paths.dropout, paths.outer_dropout, *paths.numbers):
         owner, name = _owner(layer, path)
         if isinstance(owner, nn.Module) and name in vars(owner):
             watch.entries(vars(owner), (name, "training"))
@@ -141,11 +142,13 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
     found = SelfAttention(
         *(stand_in,) * 4,
         head_size=size,
-        scale=paths.scale or 1 / math.sqrt(size),
+        scale=lookup(layer, paths.scaling) or paths.scale or 1 / math.sqrt(size),
         post_norm=paths.post_norm,
         residual=paths.adds,
         dropout_weights=probability(*_owner(layer, paths.dropout)),
         dropout_outer=probability(layer, paths.outer_dropout),
+        q_norm=_norm(lookup(layer, paths.q_norm), size),
+        k_norm=_norm(lookup(layer, paths.k_norm), size),
         window=None if window is None else (window - 1, window - 1),
     )
     if norm is not None:
@@ -161,9 +164,9 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
     weights = [product.weight for product in products]
     biases = [product.bias for product in products]
     if paths.qkv:
-        third = weights[0].shape[0] // 3
-        weights = list(weights[0].split(third))
-        biases = [None] * 3 if biases[0] is None else list(biases[0].split(third))
+        sizes = _split(weights[0].shape[0], o)
+        weights = list(weights[0].split(sizes))
+        biases = [None] * 3 if biases[0] is None else list(biases[0].split(sizes))
     return found._replace(
         **dict(zip(("w_q", "w_k", "w_v"), weights, strict=True)),
         **dict(zip(("b_q", "b_k", "b_v"), biases, strict=True)),
@@ -172,11 +175,29 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
     )
 
 
+def _split(outputs: int, o: Any) -> list[int]:
+    """The outputs of one product for queries, keys and values."""
+    queries = o.in_features
+    keys = (outputs - queries) // 2
+    return [queries, keys, keys]
+
+
 def _modules(products: list[Any], o: Any) -> Projections:
     if len(products) == 3:
         return Projections(products[0], products[1], products[2], o)
 
     def part(number: int) -> Callable[[Tensor], Tensor]:
-        return lambda x: products[0](x).chunk(3, -1)[number]
+        def project(x: Tensor) -> Tensor:
+            every = products[0](x)
+            return every.split(_split(every.shape[-1], o), -1)[number]
+
+        return project
 
     return Projections(part(0), part(1), part(2), o)
+
+
+def _norm(norm: Any, size: int) -> Callable[[Tensor], Tensor] | None:
+    """Of ``[..., H, size]``: a module over a head, or over all of them (OLMo 2)."""
+    if norm is None or norm.weight.shape[0] == size:
+        return norm
+    return lambda heads: norm(heads.flatten(-2)).unflatten(-1, (-1, size))

@@ -30,6 +30,11 @@ class AttentionPaths:
     """Instead: to one product for all three, in this order."""
     scale: float = 0.0
     """Of the scores; 0: one over the root of the head's size."""
+    scaling: str = ""
+    """To that scale, where a module has it."""
+    q_norm: str = ""
+    """To the norms of queries and keys, over a head or over all of them."""
+    k_norm: str = ""
     dropout: str = ""
     """To the dropout of attention's weights: a module, or a probability."""
     outer_dropout: str = ""
@@ -53,6 +58,11 @@ class AttentionPaths:
     """From the block to what that module wants besides."""
     window: str = ""
     """To the number of tokens on either side, its own place included, that a query sees."""
+    sliding: str = ""
+    """Of a decoder: to the number of tokens that a query sees; a layer in which there is one stays
+    dense."""
+    absent: tuple[str, ...] = ()
+    """What must be None or not there: merged keys do not know it."""
     returns: tuple[str, ...] = ("",)
     """What the sublayer's ``forward`` gives behind its output: arguments of its own by name, or
     nothing. One that is annotated to return a tensor gives that alone."""
@@ -81,3 +91,8 @@ class AttentionPaths:
     def adds(self) -> bool:
         """Whether the sublayer adds its input."""
         return bool(self.norm) if self.residual is None else self.residual
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Paths of what is no module."""
+        return self.head_size, self.window, self.scaling, self.sliding, *self.absent

@@ -135,3 +135,8 @@ MODERNBERT = rotary(
     rotary_kind="attention_type",
     window="sliding_window",
 )
+
+
+def causal(prefix: str, **own: Any) -> AttentionPaths:
+    """A LLaMA's or a relative's."""
+    return rotary(prefix, scaling="scaling", absent=("attn_logit_softcapping",), **own)

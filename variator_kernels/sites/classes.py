@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .attention_layer import AttentionLayer
 from .attention_refusals import UNREAD
+from .decoder import CausalAttentionLayer, Decoder
 from .families import FAMILIES
 from .family import ORIGINAL, ROW, Family
 from .inline import attributes
@@ -26,6 +27,7 @@ from .mixins import Block, BlockInline, BlockWithMethod, Encoder, Layer
 from .unchanged import module_of
 
 _POSITIONS = "variator_positions"
+_READ = ("input_ids", "inputs_embeds", "position_ids", "cache_position", "output_attentions")
 when_patched: list[Callable[[], None]] = []
 """Called when a model is patched or unpickled."""
 
@@ -41,9 +43,10 @@ def _method(original: type, name: str) -> Callable[[Any, Tensor], Tensor]:
 
 
 def _roles(family: Family) -> dict[str, type[nn.Module]]:
-    roles: dict[str, type[nn.Module]] = {family.encoder: Encoder}
+    roles: dict[str, type[nn.Module]] = {family.encoder: Decoder if family.decoder else Encoder}
     if family.attention is not None:
-        roles[family.attention.layer] = AttentionLayer
+        kind = CausalAttentionLayer if family.decoder else AttentionLayer
+        roles[family.attention.layer] = kind
     if family.called:
         return roles | {family.block: BlockInline}
     if family.block == family.layer:
@@ -79,7 +82,7 @@ def patched_class(family: Family, name: str) -> type[nn.Module]:
     }
     if FAMILIES.get(family.name) is not family:
         body["__reduce_ex__"] = _reduce
-    if mixin is Encoder:
+    if issubclass(mixin, Encoder):
         # generate() reads the encoder's signature to learn which arguments it takes.
         signature = inspect.signature(original.forward)
         forward: Any = Encoder.forward
@@ -89,8 +92,7 @@ def patched_class(family: Family, name: str) -> type[nn.Module]:
         copy.__signature__ = signature
         body["forward"] = copy
         names = list(signature.parameters)[1:]
-        read = (family.mask, "input_ids", "inputs_embeds", "position_ids", "output_attentions")
-        wanted = (name for name in (*read, *UNREAD) if name in names)
+        wanted = (name for name in (family.mask, *_READ, *UNREAD) if name in names)
         body[_POSITIONS] = {name: names.index(name) for name in wanted}
     if mixin is BlockWithMethod:
         body[family.method] = _method(original, family.method)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from . import attention_rows as attention
+from .decoder_families import DECODER_FAMILIES
 from .family import Family
 
 
@@ -285,7 +286,10 @@ BART_FAMILIES = (
         **_none(_SPARSE),
     ),
 )
-FAMILIES = {family.name: family for family in (*T5_FAMILIES, *BERT_FAMILIES, *BART_FAMILIES)}
+FAMILIES = {
+    family.name: family
+    for family in (*T5_FAMILIES, *BERT_FAMILIES, *BART_FAMILIES, *DECODER_FAMILIES)
+}
 
 REFUSED = {
     "switch_transformers": "its FFNs are mixtures of experts, and which tokens fit depends on all",

@@ -92,6 +92,9 @@ class Family:
     embeddings, full attention and what lies around."""
     keep_first: int = 0
     """How many first tokens of a row new plugins keep whole, where nobody says."""
+    decoder: bool = False
+    """Whether tokens see none behind them, and a cache holds their keys: the FFN is compressed in
+    a prompt alone then, and merged keys are as causal as plain ones."""
     attention: AttentionPaths | None = None
     """Its self-attention sublayers, for the placements ``attention`` and ``attention_kv``."""
     no_attention: str = ""

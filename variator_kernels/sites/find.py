@@ -28,6 +28,13 @@ class Found(NamedTuple):
         paths = self.family.attention
         return [] if paths is None else [follow(block, paths.sublayer) for block in self.blocks]
 
+    def has(self, site: Site) -> bool:
+        """Whether there can be a site: not at a decoder's sliding attention."""
+        paths = self.family.attention
+        if site.placement == "ffn" or paths is None or not paths.sliding:
+            return True
+        return lookup(self.at(site), paths.sliding) is None
+
     def at(self, site: Site) -> Any:
         """The sublayer of a site."""
         if site.placement == "ffn":
@@ -118,7 +125,7 @@ def find_all(
     return [
         (family, module)
         for family, module in _stacks(model, families)
-        if not getattr(getattr(module, "config", None), "is_decoder", False)
+        if family.decoder or not getattr(getattr(module, "config", None), "is_decoder", False)
     ]
 
 

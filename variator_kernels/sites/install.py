@@ -21,7 +21,8 @@ from .mixins import DESCRIBED, SITE, SitePosition
 def sites_of(found: Found, placements: Iterable[str]) -> tuple[Site, ...]:
     """Every site of these placements in an encoder."""
     layers = range(len(found.blocks))
-    return tuple(Site(placement, layer) for placement in placements for layer in layers)
+    every = (Site(placement, layer) for placement in placements for layer in layers)
+    return tuple(filter(found.has, every))
 
 
 def owners_of(found: Found, sites: tuple[Site, ...]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..ops.feed_forward import FeedForward
 from ..ops.transforms import tracing
 from ..runtime.context import Context, token_mask
-from ..runtime.level import Site
+from ..runtime.level import Level, Site
 from ..runtime.state import State
 from .attention_refusals import UNREAD, check_absent, check_no_weights
 from .described import Described
@@ -48,7 +48,7 @@ class Encoder(nn.Module):
             self.variator_positions,
             self.variator_family,
         )
-        local, level = state.local, state.current()
+        local, level = state.local, self._level(args, kwargs)
         mask = ids = None
         if not level.is_dense or local.observer is not None:
             mask = token_mask(_argument(family.mask, positions, args, kwargs))
@@ -58,19 +58,38 @@ class Encoder(nn.Module):
                 mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         context = state.context(level, mask, ids)
         context.pads = bool(family.pads)
-        if state.attends(level):
-            context.position_ids = _argument("position_ids", positions, args, kwargs)
-            check_no_weights(self, _argument("output_attentions", positions, args, kwargs))
-            for name in UNREAD:
-                check_absent(name, _argument(name, positions, args, kwargs))
+        args, kwargs = self._arranged(context, args, kwargs)
         if not (self.training or state.warned or torch.compiler.is_compiling() or tracing()):
             _warn_if_untrained(self, level.ratios)
         outer = local.context
         local.context = context
         try:
-            return super().forward(*args, **kwargs)
+            output = super().forward(*args, **kwargs)
         finally:
             local.context = outer
+        self._done(output, args, kwargs)
+        return output
+
+    def _level(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Level:
+        """The one that holds in this forward."""
+        return self.variator_state.current()
+
+    def _arranged(
+        self, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments to go on with, once what they say is in ``context``, or refused."""
+        if self.variator_state.attends(context.level):
+            context.position_ids = self._given("position_ids", args, kwargs)
+            check_no_weights(self, self._given("output_attentions", args, kwargs))
+            for name in UNREAD:
+                check_absent(name, self._given(name, args, kwargs))
+        return args, kwargs
+
+    def _done(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Something to note behind a forward."""
+
+    def _given(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _argument(name, self.variator_positions, args, kwargs)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         check_loaded(self, state_dict, prefix)

@@ -81,6 +81,8 @@ def check_attention(found: Found) -> None:
             reach(found.encoder, block, number, paths)
             for name in ("q", "k", "v", "qkv", "o", "head_size", "norm", "table_of", "window"):
                 follow(layer, getattr(paths, name))
+            for name in ("q_norm", "k_norm", "scaling", "sliding"):
+                follow(layer, getattr(paths, name))
         except (AttributeError, IndexError, TypeError, KeyError) as error:
             raise ValueError(
                 f"model's block {number} lacks what family.attention says of {family.name} "
@@ -93,6 +95,12 @@ def check_attention(found: Found) -> None:
                 f"family.attention says {expected} (another version of transformers may have it, "
                 'or attn_implementation="eager")'
             )
+        for name in paths.absent:
+            if lookup(layer, name) is not None:
+                raise ValueError(
+                    f"placements must be ('ffn',) for a {family.name} whose {name} is "
+                    f"{lookup(layer, name)!r}: merged keys do not know it"
+                )
         if any(hasattr(module, "distance_embedding") for module in layer.modules()):
             raise ValueError(
                 f"placements must be ('ffn',) for a {family.name} whose position_embedding_type is "

@@ -12,17 +12,22 @@ from ... import backends
 from ...ops import checks
 from ...ops.compressed_ffn import run
 from ...ops.self_attention import (
+    Book,
     Keys,
+    MergedKeys,
     Rotation,
+    Scheme,
     SelfAttention,
+    Step,
     around,
     attention_kv,
+    causal_attention,
     members,
     merged_queries,
     whole_queries,
 )
 from ...ops.transforms import fitting
-from ...runtime.context import Context
+from ...runtime.context import Context, check_past
 from ...runtime.level import Level
 from ...runtime.state import states
 from ...sites.attention import reach_of
@@ -110,6 +115,34 @@ class Variator:
         checks.compressed_ffn(x, weights, sublayer)
         return run(x, weights, sublayer, context.groups(x, ratio, backend), backend)
 
+    def causal_attention(
+        self,
+        layer: Any,
+        h: Tensor,
+        scheme: Scheme,
+        context: Context,
+        rotation: Rotation,
+        store: MergedKeys | None,
+    ) -> Tensor:
+        """A decoder's sublayer over merged keys, without norm and residual: ``h [B, n, d]``."""
+        plugin: Any = layer._modules[ATTACHED]._modules[str(scheme.ratio)]
+        config = self.config
+        attention = layer.self_attention()._replace(pack=config.pack)
+        backend = fitting(config.backend, backends.resolve(config.backend, h))
+        attention.check(h)
+        check_present(plugin)
+        weights = plugin.weights()
+        checks.merge_parameters(weights.weight, weights.bias, h)
+        step = _step(scheme, h, context, store)
+        reach = reach_of(layer)
+
+        def merged_rotation() -> Rotation:
+            key = "merged rotation", scheme, h.device, h.dtype, reach.rotary, reach.rotary_kind, step
+            return context.once(key, h, lambda: reach.rotation(h, step.mean_positions))
+
+        rotations = rotation, merged_rotation
+        return causal_attention(h, weights, attention, step, rotations, store, backend)
+
     def is_trained(self, layer: Any, ratio: int) -> bool:
         """Whether a plugin differs from the one it starts as, or nobody can tell."""
         return any(
@@ -117,6 +150,24 @@ class Variator:
             for name, weight in layer.plugins[str(ratio)].named_parameters()
             if name in ("adapter.w2", "merge.weight")
         )
+
+
+def _step(scheme: Scheme, h: Tensor, context: Context, store: MergedKeys | None) -> Step:
+    """What this forward means to caches under ``scheme``; made once for all layers of it."""
+    rows = h.shape[0]
+    past = Book.empty(rows, h.device) if store is None else store.past(rows, h.device)
+    if past.columns != context.past:
+        raise ValueError(
+            f"past_key_values must hold as many tokens in every layer, got {past.columns} in one "
+            f"and {context.past} in the first"
+        )
+
+    def make() -> Step:
+        real = context.mask_of(h)
+        check_past(context.mask, past.seen, h.shape[1])
+        return Step(scheme, past, real, context.positions(h))
+
+    return context.once(("step", scheme, h.device), h, make)
 
 
 def _merged_keys(

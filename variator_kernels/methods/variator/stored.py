@@ -42,11 +42,12 @@ class Settings(NamedTuple):
     keep_first: int = 0
     keep_last: int = 0
     keep: tuple[int, ...] = ()
+    window: int = 64
 
     @property
     def kept(self) -> Kept:
         """The tokens that stay whole."""
-        return Kept(self.keep_first, self.keep_last, self.keep)
+        return Kept(self.keep_first, self.keep_last, self.keep, self.window)
 
     @property
     def ratios(self) -> list[int]:
@@ -109,7 +110,7 @@ def read_settings(given: Any) -> Settings:
         raise ValueError(f"its method must be 'variator', got {settings.method!r}")
     if not isinstance(settings.written_by, str):
         raise ValueError(f"written_by must be a version, got {settings.written_by!r}")
-    for name in ("keep_first", "keep_last"):
+    for name in ("keep_first", "keep_last", "window"):
         checks.integer(_integer(getattr(settings, name), name), name, most=MOST)
     if not isinstance(settings.keep, list | tuple):
         raise ValueError(f"keep must be a list of token ids, got {settings.keep!r}")

@@ -6,31 +6,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import prepacked_linear
 from ..arguments import MergeWeights
 from ..compressed_ffn.layered import normalize_real
 from ..fast_norm import normalize_fast
-from ..feed_forward import FeedForward, autocasts, normalize
+from ..feed_forward import FeedForward, normalize
 from ..group_merge import op as merge_op
 from ..group_merge import reference as merge_reference
 from ..grouped_attention import grouped_attention
 from ..groups import Groups, real_tokens
 from ..transforms import tracing
 from .description import Projections, SelfAttention
+from .causal import causal_attention
 from .keys import Keys, Rotation, Table, members, merged_queries, whole_queries
+from .merged_keys import MergedKeys
+from .products import keys_and_values, output, queries
+from .steps import Book, Scheme, Step
 
 __all__ = [
+    "Book",
     "Keys",
+    "MergedKeys",
     "Projections",
     "Rotation",
+    "Scheme",
     "SelfAttention",
+    "Step",
     "Table",
     "around",
     "attend",
     "attention_kv",
+    "causal_attention",
+    "keys_and_values",
     "members",
     "merged_queries",
-    "projected",
+    "queries",
     "whole_queries",
 ]
 
@@ -83,7 +92,8 @@ def attend(
     backend: str,
 ) -> Tensor:
     """``[B, n, d]``: queries of ``h [B, n, d]`` over keys and values of ``source [B, G, d]``."""
-    q, k, v = (t.unflatten(-1, (-1, attention.head_size)) for t in projected(h, source, attention))
+    q = queries(h, attention)
+    k, v = keys_and_values(source, attention)
     if rotations is not None:
         q, k = rotations[0].of(q), rotations[1].of(k)
     out = grouped_attention(
@@ -95,10 +105,8 @@ def attend(
         relative=keys.relative,
         dropout_p=attention.dropout_weights,
         backend="reference" if backend == "reference" else "auto",
-    ).flatten(-2)
-    if attention.modules is not None:
-        return attention.modules.o(out)
-    return _linear(out, attention.w_o, attention.b_o, attention)
+    )
+    return output(out, attention)
 
 
 def around(
@@ -125,20 +133,3 @@ def around(
         pack=attention.pack,
         module=attends,
     )
-
-
-def projected(h: Tensor, source: Tensor, attention: SelfAttention) -> tuple[Tensor, ...]:
-    if attention.modules is not None:
-        return attention.modules.q(h), attention.modules.k(source), attention.modules.v(source)
-    return (
-        _linear(h, attention.w_q, attention.b_q, attention),
-        _linear(source, attention.w_k, attention.b_k, attention),
-        _linear(source, attention.w_v, attention.b_v, attention),
-    )
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, attention: SelfAttention) -> Tensor:
-    if not autocasts(x):
-        x = x.to(weight.dtype)
-    multiply = prepacked_linear.packed if attention.pack else prepacked_linear.unpacked
-    return multiply(x, weight, bias)

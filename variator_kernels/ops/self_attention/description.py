@@ -57,6 +57,9 @@ class SelfAttention(NamedTuple):
     pack: bool = True
     """Whether the CPU may keep packed copies of the weights from call to call."""
     modules: Projections | None = None
+    q_norm: Project | None = None
+    """Of queries ``[B, n, H, head_size]``, before rotations; ``k_norm`` of keys."""
+    k_norm: Project | None = None
     window: tuple[int, int] | None = None
     """A token is seen from so many before to so many behind a query; None: from everywhere."""
 

@@ -117,13 +117,19 @@ class Rotation(NamedTuple):
     sin: Tensor
 
     def of(self, vectors: Tensor) -> Tensor:
-        """``vectors [B, m, H, head_size]`` turned: halves of a head are the two components."""
-        if self.cos.shape[-1] != vectors.shape[-1]:
-            raise ValueError(
-                f"position_embeddings must turn whole heads of {vectors.shape[-1]}, got "
-                f"{self.cos.shape[-1]}"
-            )
+        """``vectors [B, m, H, head_size]`` turned: halves of a head are the two components. What
+        the cosines have no place for at a head's end stays."""
+        size, part = vectors.shape[-1], self.cos.shape[-1]
+        if part > size:
+            raise ValueError(f"position_embeddings must turn heads of {size}, got {part}")
+        if part < size:
+            turned = self.of(vectors[..., :part])
+            return torch.cat((turned, vectors[..., part:]), -1)
         wide = torch.promote_types(vectors.dtype, torch.float32)
         x, cos, sin = vectors.to(wide), self.cos[:, :, None].to(wide), self.sin[:, :, None].to(wide)
         first, second = x.chunk(2, -1)
         return (x * cos + torch.cat((-second, first), -1) * sin).to(vectors.dtype)
+
+    def rows(self, index: Tensor) -> Rotation:
+        """Of some rows."""
+        return self if self.cos.shape[0] == 1 else Rotation(self.cos[index], self.sin[index])

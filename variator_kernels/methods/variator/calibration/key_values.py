@@ -23,8 +23,9 @@ from ....ops.self_attention import (
     Rotation,
     SelfAttention,
     attention_kv,
+    keys_and_values,
     members,
-    projected,
+    queries,
     whole_queries,
 )
 from ....sites.attention import Reach
@@ -104,7 +105,7 @@ class KeyValues:
         """The dense weights of each token as a key, ``[B, n]``: sums over queries and heads."""
         attention, n = self.attention, h.shape[1]
         size = attention.head_size
-        q, k, _ = (t.unflatten(-1, (-1, size)) for t in projected(h, h, attention))
+        q, k = queries(h, attention), keys_and_values(h, attention)[0]
         if self.reach.rotary is not None:
             turned = Rotation(*self.reach.rotation(h, positions))
             q, k = turned.of(q), turned.of(k)

@@ -1,0 +1,111 @@
+"""A decoder's self-attention over merged keys: a composition of the ops below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..arguments import NO_NORM, MergeWeights
+from ..group_merge import op as merge_op
+from ..group_merge import reference as merge_reference
+from ..grouped_attention import grouped_attention
+from ..groups import Groups
+from ..make_groups import make_groups
+from .description import SelfAttention
+from .keys import Rotation
+from .merged_keys import MergedKeys
+from .products import keys_and_values, output, queries
+from .steps import Step
+
+
+def causal_attention(
+    h: Tensor,
+    merge: MergeWeights,
+    attention: SelfAttention,
+    step: Step,
+    rotations: tuple[Rotation, Callable[[], Rotation]],
+    store: MergedKeys | None,
+    backend: str,
+) -> Tensor:
+    """The sublayer without norm and residual: ``h [B, n, d]`` to the same shape.
+
+    ``rotations``: of the tokens, and of the groups that ``step`` completes. ``store`` takes up what
+    later queries need. Padding gets some output.
+    """
+    turn, turn_merged = rotations
+    q = turn.of(queries(h, attention))
+    k, v = keys_and_values(h, attention)
+    k = turn.of(k)
+    if store is not None and step.single:
+        store.remember_single(step, h)
+        if step.groups:
+            rows = None if step.every is not None else step.exists[:, 0].nonzero()[:, 0]
+            source = store.recent if rows is None else store.recent[rows]
+            merged = _merge(source, merge, None, backend)
+            k_m, v_m = keys_and_values(merged, attention)
+            turned = turn_merged()
+            turned = turned if rows is None else turned.rows(rows)
+            store.append_merged(step, rows, turned.of(k_m), v_m)
+        store.append_single(step, k, v)
+        entries = step.visible
+        keys, values = (t[:, :, :entries].transpose(1, 2) for t in (store.keys, store.values))
+        bias = step.bias_after(_wide(h))
+        bounds: dict[str, Tensor] = {}
+    else:
+        old = store if store is not None and step.past.columns else None
+        k_m, v_m = k[:, :0], v[:, :0]
+        if step.groups:
+            k_m, v_m = keys_and_values(_merged(h, merge, step, old, backend), attention)
+            k_m = turn_merged().of(k_m)
+        keys, values = (torch.cat(parts, 1) for parts in ((k, k_m), (v, v_m)))
+        if old is not None:
+            entries = step.past.plain + step.scheme.kept + step.held_groups
+            held = (t[:, :, :entries].transpose(1, 2) for t in (old.keys, old.values))
+            keys, values = (torch.cat(two, 1) for two in zip(held, (keys, values), strict=True))
+        bias = step.bias(_wide(h))
+        bounds = {"first": step.first, "last": step.last}
+        if store is not None:
+            store.rebuild(step, h, k, v, k_m, v_m)
+    if store is not None:
+        store.book = step.book
+    out = grouped_attention(
+        q,
+        keys,
+        values,
+        scale=attention.scale,
+        bias=bias,
+        dropout_p=attention.dropout_weights,
+        backend="reference" if backend == "reference" else "auto",
+        **bounds,
+    )
+    o = output(out, attention)
+    return F.dropout(o, attention.dropout_outer) if attention.dropout_outer > 0 else o
+
+
+def _merged(
+    h: Tensor, merge: MergeWeights, step: Step, old: MergedKeys | None, backend: str
+) -> Tensor:
+    """``[B, groups, d]``: of the groups that are completed."""
+    groups = step.in_place if backend in ("cpu", "reference") else None
+    if groups is None:
+        source = h if old is None else torch.cat((old.recent, h), 1)
+        rows = torch.arange(step.rows, device=h.device)[:, None]
+        h = source[rows, step.members]
+    return _merge(h, merge, groups, backend)
+
+
+def _merge(h: Tensor, merge: MergeWeights, groups: Groups | None, backend: str) -> Tensor:
+    """Of whole ``groups``; None: of all tokens, side by side."""
+    if groups is None:
+        groups = make_groups(h, len(merge.bias), backend=backend, inner=True)
+    if backend == "reference":
+        return merge_reference.group_merge(h, merge.weight, merge.bias, groups)
+    return merge_op.group_merge(h, merge, groups, NO_NORM, backend)[0]
+
+
+def _wide(h: Tensor) -> torch.dtype:
+    """Of scores: fp32, fp64 for fp64 storage."""
+    return torch.promote_types(h.dtype, torch.float32)

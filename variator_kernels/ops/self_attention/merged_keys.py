@@ -1,0 +1,131 @@
+"""The keys and values that a decoder keeps of one layer: merged, kept and plain ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .steps import Book, Scheme, Step
+
+GROWTH = 8
+"""Merged keys that there is room for beyond those that there are."""
+
+
+class MergedKeys:
+    """Of one layer: ``keys`` and ``values [B, H_kv, entries, head_size]``.
+
+    Entries are a ring of plain keys (slot = rank modulo its size), the kept tokens, and the merged
+    keys in order, with some room behind. ``recent [B, ., d]`` has the inputs of the group that is
+    not complete yet. What lies where is in ``book``.
+    """
+
+    scheme: Scheme
+    book: Book
+    keys: Tensor
+    values: Tensor
+    recent: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything that is held."""
+        return self.keys, self.values, self.recent, *self.book[1:2], *self.book[3:5]
+
+    @property
+    def room(self) -> int:
+        """For so many merged keys."""
+        return self.keys.shape[2] - self.book.plain - self.scheme.kept
+
+    def counts(self) -> dict[str, list[int]]:
+        """Of each row, for the next query's predecessor s: its ``visible`` entries, and the merged
+        ones that are still ``hidden`` by the window."""
+        rank = self.book.seen - self.scheme.kept - 1
+        groups = self.scheme.groups(rank)
+        complete = (rank + 1).clamp_min(0) // self.scheme.ratio
+        kept = self.book.seen.clamp_max(self.scheme.kept)
+        plain = (rank + 1).clamp_min(0) - groups * self.scheme.ratio
+        return {
+            "visible": (kept + groups + plain).tolist(),
+            "hidden": (complete - groups).tolist(),
+            "unfinished": ((rank + 1).clamp_min(0) % self.scheme.ratio).tolist(),
+        }
+
+    def append_single(self, step: Step, k: Tensor, v: Tensor) -> None:
+        """One plain key and value a row, ``[B, 1, H_kv, head_size]``, in place."""
+        kept, before = self.scheme.kept, step.past.every
+        if before is not None:
+            rank = before - kept
+            slot = step.plain + before if rank < 0 else rank % step.plain
+            self.keys[:, :, slot] = k[:, 0]
+            self.values[:, :, slot] = v[:, 0]
+            return
+        rows = torch.arange(step.rows, device=k.device)
+        ranks = step.past.seen - kept
+        slots = torch.where(ranks < 0, step.plain + step.past.seen, ranks % step.plain)
+        self.keys[rows, :, slots] = k[:, 0]
+        self.values[rows, :, slots] = v[:, 0]
+
+    def remember_single(self, step: Step, h: Tensor) -> None:
+        """The input ``[B, 1, d]`` that a group is made of later."""
+        before = step.past.every
+        if before is not None:
+            self.recent[:, (before - self.scheme.kept) % step.recent] = h[:, 0]
+        else:
+            rows = torch.arange(step.rows, device=h.device)
+            self.recent[rows, (step.past.seen - self.scheme.kept) % step.recent] = h[:, 0]
+
+    def append_merged(self, step: Step, rows: Tensor | None, k: Tensor, v: Tensor) -> None:
+        """The one group that ``rows`` (None: all, at the same place) completed."""
+        behind = step.plain + self.scheme.kept
+        if step.held_groups >= self.room:
+            more = GROWTH + step.held_groups // 64
+            self.keys, self.values = (
+                torch.cat((t, t.new_zeros(*t.shape[:2], more, t.shape[3])), 2)
+                for t in (self.keys, self.values)
+            )
+        if rows is None:
+            assert step.every is not None
+            at = behind + (step.every - self.scheme.kept) // self.scheme.ratio - 1
+            self.keys[:, :, at] = k[:, 0]
+            self.values[:, :, at] = v[:, 0]
+        else:
+            slots = behind + step.first_group[rows]
+            self.keys[rows, :, slots] = k[:, 0]
+            self.values[rows, :, slots] = v[:, 0]
+
+    def rebuild(self, step: Step, h: Tensor, k: Tensor, v: Tensor, k_m: Tensor, v_m: Tensor) -> None:
+        """All of it anew, from what there was and what came: ``k``, ``v [B, n, H_kv, head_size]``,
+        and the same of the merged ones."""
+        h, k, v, k_m, v_m = (t.detach() for t in (h, k, v, k_m, v_m))
+        old = bool(step.past.columns)
+        recent = torch.cat((self.recent, h), 1) if old else h
+        self.recent = _picked(recent, step.recent_from)
+        most = step.held_groups + step.groups
+        room = most + GROWTH + most // 64
+        number = torch.arange(room, device=h.device).expand(step.rows, -1)
+        fresh = number - step.first_group[:, None]
+        merged = torch.where(fresh < 0, number, fresh + (self.room if old else 0))
+        made = []
+        for name, plain, groups in (("keys", k, k_m), ("values", v, v_m)):
+            kept = plain
+            if old:
+                held = getattr(self, name).transpose(1, 2)
+                ring, whole, there = held.split(
+                    (step.past.plain, self.scheme.kept, self.room), 1
+                )
+                groups = torch.cat((there, groups), 1)
+                kept, plain = torch.cat((whole, plain), 1), torch.cat((ring, plain), 1)
+            if groups.shape[1] == 0:
+                groups = k.new_zeros(step.rows, 1, *k.shape[2:])
+            parts = (
+                _picked(plain, step.plain_from),
+                _picked(kept, step.kept_from),
+                _picked(groups, merged.clamp(0, groups.shape[1] - 1)),
+            )
+            made.append(torch.cat(parts, 1).transpose(1, 2).contiguous())
+        self.keys, self.values = made
+
+
+def _picked(tokens: Tensor, index: Tensor) -> Tensor:
+    """``tokens [B, m, ...]`` at ``index [B, .]``."""
+    rows = torch.arange(tokens.shape[0], device=tokens.device)[:, None]
+    return tokens[rows, index]

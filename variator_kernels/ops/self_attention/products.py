@@ -1,0 +1,47 @@
+"""The four products of a self-attention sublayer, and norms of queries and keys."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import prepacked_linear
+from ..feed_forward import autocasts
+from .description import SelfAttention
+
+
+def queries(h: Tensor, attention: SelfAttention) -> Tensor:
+    """``[B, n, H, head_size]`` of ``h [B, n, d]``, before rotations."""
+    modules = attention.modules
+    if modules is not None:
+        q = modules.q(h)
+    else:
+        q = _linear(h, attention.w_q, attention.b_q, attention)
+    q = q.unflatten(-1, (-1, attention.head_size))
+    return q if attention.q_norm is None else attention.q_norm(q)
+
+
+def keys_and_values(source: Tensor, attention: SelfAttention) -> tuple[Tensor, Tensor]:
+    """``[B, G, H_kv, head_size]`` each of ``source [B, G, d]``, before rotations."""
+    modules = attention.modules
+    if modules is not None:
+        k, v = modules.k(source), modules.v(source)
+    else:
+        k = _linear(source, attention.w_k, attention.b_k, attention)
+        v = _linear(source, attention.w_v, attention.b_v, attention)
+    k, v = (t.unflatten(-1, (-1, attention.head_size)) for t in (k, v))
+    return (k if attention.k_norm is None else attention.k_norm(k)), v
+
+
+def output(out: Tensor, attention: SelfAttention) -> Tensor:
+    """``[B, n, d]`` of what the heads found, ``[B, n, H, head_size]``."""
+    out = out.flatten(-2)
+    if attention.modules is not None:
+        return attention.modules.o(out)
+    return _linear(out, attention.w_o, attention.b_o, attention)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, attention: SelfAttention) -> Tensor:
+    if not autocasts(x):
+        x = x.to(weight.dtype)
+    multiply = prepacked_linear.packed if attention.pack else prepacked_linear.unpacked
+    return multiply(x, weight, bias)

@@ -1,0 +1,131 @@
+"""What a patched decoder does beside what its original did."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.self_attention import Rotation, Scheme, SelfAttention
+from ..runtime.context import Context
+from ..runtime.level import Level, Site
+from .attention import DescribedAttention
+from .attention_refusals import check_no_mask, check_no_weights
+from .merged_cache import MergedLayer, merged_layer
+from .mixins import SITE, AtSite, Encoder
+
+PREFILLED = "variator_prefilled"
+"""Attribute of a cache: its last forward was one of several tokens a row."""
+
+
+class Decoder(Encoder):
+    """Holds the context ready, as an encoder does. A forward of one token a row is a step of
+    decoding, in which FFNs are dense; one of more is a prompt, or a part of it."""
+
+    def _level(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Level:
+        level = self.variator_state.current()
+        if not level.is_dense and self._length(args, kwargs) == 1:
+            return without_ffn(level, self.variator_state.sites)
+        return level
+
+    def _length(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        tokens = self._given("input_ids", args, kwargs)
+        if tokens is None:
+            tokens = self._given("inputs_embeds", args, kwargs)
+        return 0 if tokens is None else tokens.shape[1]
+
+    def _arranged(
+        self, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        state, level = self.variator_state, context.level
+        cache = self._given("past_key_values", args, kwargs)
+        if level.is_dense:
+            return args, kwargs
+        context.causal = True
+        context.past = 0 if cache is None else int(cache.get_seq_length())
+        context.position_ids = self._given("position_ids", args, kwargs)
+        place = self._given("cache_position", args, kwargs)
+        if context.position_ids is None and place is not None:
+            context.position_ids = place[None]
+        if context.past:
+            context.keep = context.keep._replace(first=0)  # they are at the cache's beginning
+            if getattr(cache, PREFILLED, False) and _compresses_ffn(level, state.sites):
+                raise ValueError(
+                    "a prompt must come whole where ffn is compressed, whose groups depend on how "
+                    "it is cut: no prefill in chunks and no assisted decoding. Got a forward of "
+                    f"{self._length(args, kwargs)} tokens right behind another of several: pass "
+                    "the prompt at once, or run its parts at a level without ffn"
+                )
+        if not state.attends(level):
+            return args, kwargs
+        check_no_weights(self, self._given("output_attentions", args, kwargs))
+        compressed = sum(
+            1
+            for site, k in zip(state.sites, level.ratios, strict=True)
+            if k > 1 and site.placement != "ffn"
+        )
+        mask = self.variator_family.mask
+        if compressed == self.config.num_hidden_layers:
+            # Nobody reads the mask of n x n that would be made: this one is taken as it is.
+            args, kwargs = self._with(mask, torch.zeros(1, 1, 1, 1), args, kwargs)
+        return args, kwargs
+
+    def _with(
+        self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        position = self.variator_positions[name]
+        if position < len(args):
+            return (*args[:position], value, *args[position + 1 :]), kwargs
+        return args, {**kwargs, name: value}
+
+    def _done(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            cache = self._given("past_key_values", args, kwargs)
+        if hasattr(cache, "layers"):
+            setattr(cache, PREFILLED, self._length(args, kwargs) > 1)
+
+
+@functools.lru_cache(maxsize=64)
+def without_ffn(level: Level, sites: tuple[Site, ...]) -> Level:
+    """``level`` with every FFN dense."""
+    pairs = zip(sites, level.ratios, strict=True)
+    return Level(tuple(1 if site.placement == "ffn" else k for site, k in pairs))
+
+
+def _compresses_ffn(level: Level, sites: tuple[Site, ...]) -> bool:
+    pairs = zip(sites, level.ratios, strict=True)
+    return any(k > 1 and site.placement == "ffn" for site, k in pairs)
+
+
+class CausalAttentionLayer(AtSite):
+    """A decoder's self-attention: as it was where its ratio is 1, else over merged keys."""
+
+    variator_described: DescribedAttention
+    layer_idx: int
+
+    def self_attention(self) -> SelfAttention:
+        """What the sublayer consists of now."""
+        return self.variator_described.of(self)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if SITE not in vars(self):
+            return super().forward(hidden_states, *args, **kwargs)
+        ratio = self._ratio_for(hidden_states)
+        if ratio == 1:
+            return super().forward(hidden_states, *args, **kwargs)
+        state, context = self.variator_state, self._context()
+        if state.local.context is None:
+            check_no_mask(args, kwargs)
+        turned = kwargs.get("position_embeddings")
+        if turned is None:
+            turned = args[0]  # where it is not given by name, it comes first
+        scheme = Scheme(ratio, state.kept.window, state.kept.first)
+        store: MergedLayer | None = merged_layer(
+            kwargs.get("past_key_values"), self.layer_idx, scheme
+        )
+        rotation = Rotation(turned[0], turned[1])
+        run = state.method.causal_attention
+        return run(self, hidden_states, scheme, context, rotation, store), None
