@@ -56,6 +56,8 @@ class AttentionPaths:
     """From the encoder to the module that turns positions into cosines and sines (RoPE)."""
     rotary_kind: str = ""
     """From the block to what that module wants besides."""
+    turns: str = ""
+    """To whether the sublayer does turn, where not every one of a model does."""
     window: str = ""
     """To the number of tokens on either side, its own place included, that a query sees."""
     sliding: str = ""
@@ -95,4 +97,4 @@ class AttentionPaths:
     @property
     def numbers(self) -> tuple[str, ...]:
         """Paths of what is no module."""
-        return self.head_size, self.window, self.scaling, self.sliding, *self.absent
+        return self.head_size, self.window, self.scaling, self.sliding, self.turns, *self.absent

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..ops.self_attention import Rotation, Scheme, SelfAttention
 from ..runtime.context import Context
 from ..runtime.level import Level, Site
-from .attention import DescribedAttention
+from .attention import DescribedAttention, paths_of
 from .attention_refusals import check_no_mask, check_no_weights
+from .family import lookup
 from .merged_cache import MergedLayer, merged_layer
 from .mixins import SITE, AtSite, Encoder
 
@@ -126,6 +127,9 @@ class CausalAttentionLayer(AtSite):
         store: MergedLayer | None = merged_layer(
             kwargs.get("past_key_values"), self.layer_idx, scheme
         )
-        rotation = Rotation(turned[0], turned[1])
+        turns = paths_of(self).turns
+        rotation = None
+        if not turns or lookup(self, turns):
+            rotation = Rotation(turned[0], turned[1])
         run = state.method.causal_attention
         return run(self, hidden_states, scheme, context, rotation, store), None

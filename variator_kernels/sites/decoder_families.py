@@ -40,7 +40,11 @@ DECODER_FAMILIES = (
     _llama("mistral", "Mistral", attention=attention.causal("Mistral", **_FOR_ALL)),
     _llama("qwen2", "Qwen2", attention=attention.causal("Qwen2", **_PER_LAYER)),
     _llama("qwen3", "Qwen3", attention=attention.causal("Qwen3", **_NORMS, **_PER_LAYER)),
-    _llama("smollm3", "SmolLM3", attention=attention.causal("SmolLM3", **_PER_LAYER)),
+    _llama(
+        "smollm3",
+        "SmolLM3",
+        attention=attention.causal("SmolLM3", turns="use_rope", **_PER_LAYER),
+    ),
     _llama("gemma", "Gemma"),
     _llama("gemma2", "Gemma2", attention=attention.causal("Gemma2", **_PER_LAYER)),
     _llama(

@@ -81,7 +81,7 @@ def check_attention(found: Found) -> None:
             reach(found.encoder, block, number, paths)
             for name in ("q", "k", "v", "qkv", "o", "head_size", "norm", "table_of", "window"):
                 follow(layer, getattr(paths, name))
-            for name in ("q_norm", "k_norm", "scaling", "sliding"):
+            for name in ("q_norm", "k_norm", "scaling", "sliding", "turns"):
                 follow(layer, getattr(paths, name))
         except (AttributeError, IndexError, TypeError, KeyError) as error:
             raise ValueError(

@@ -121,7 +121,7 @@ class Variator:
         h: Tensor,
         scheme: Scheme,
         context: Context,
-        rotation: Rotation,
+        rotation: Rotation | None,
         store: MergedKeys | None,
     ) -> Tensor:
         """A decoder's sublayer over merged keys, without norm and residual: ``h [B, n, d]``."""
@@ -140,7 +140,7 @@ class Variator:
             key = "merged rotation", scheme, h.device, h.dtype, reach.rotary, reach.rotary_kind, step
             return context.once(key, h, lambda: reach.rotation(h, step.mean_positions))
 
-        rotations = rotation, merged_rotation
+        rotations = None if rotation is None else (rotation, merged_rotation)
         return causal_attention(h, weights, attention, step, rotations, store, backend)
 
     def is_trained(self, layer: Any, ratio: int) -> bool:

@@ -26,7 +26,7 @@ def causal_attention(
     merge: MergeWeights,
     attention: SelfAttention,
     step: Step,
-    rotations: tuple[Rotation, Callable[[], Rotation]],
+    rotations: tuple[Rotation, Callable[[], Rotation]] | None,
     store: MergedKeys | None,
     backend: str,
 ) -> Tensor:
@@ -35,10 +35,10 @@ def causal_attention(
     ``rotations``: of the tokens, and of the groups that ``step`` completes. ``store`` takes up what
     later queries need. Padding gets some output.
     """
-    turn, turn_merged = rotations
-    q = turn.of(queries(h, attention))
+    q = queries(h, attention)
     k, v = keys_and_values(h, attention)
-    k = turn.of(k)
+    if rotations is not None:
+        q, k = rotations[0].of(q), rotations[0].of(k)
     if store is not None and step.single:
         store.remember_single(step, h)
         if step.groups:
@@ -46,9 +46,10 @@ def causal_attention(
             source = store.recent if rows is None else store.recent[rows]
             merged = _merge(source, merge, None, backend)
             k_m, v_m = keys_and_values(merged, attention)
-            turned = turn_merged()
-            turned = turned if rows is None else turned.rows(rows)
-            store.append_merged(step, rows, turned.of(k_m), v_m)
+            if rotations is not None:
+                turn = rotations[1]()
+                k_m = (turn if rows is None else turn.rows(rows)).of(k_m)
+            store.append_merged(step, rows, k_m, v_m)
         store.append_single(step, k, v)
         entries = step.visible
         keys, values = (t[:, :, :entries].transpose(1, 2) for t in (store.keys, store.values))
@@ -59,7 +60,7 @@ def causal_attention(
         k_m, v_m = k[:, :0], v[:, :0]
         if step.groups:
             k_m, v_m = keys_and_values(_merged(h, merge, step, old, backend), attention)
-            k_m = turn_merged().of(k_m)
+            k_m = k_m if rotations is None else rotations[1]().of(k_m)
         keys, values = (torch.cat(parts, 1) for parts in ((k, k_m), (v, v_m)))
         if old is not None:
             entries = step.past.plain + step.scheme.kept + step.held_groups
