@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -89,7 +88,6 @@ class Decoder(Encoder):
             setattr(cache, PREFILLED, self._length(args, kwargs) > 1)
 
 
-@functools.lru_cache(maxsize=64)
 def without_ffn(level: Level, sites: tuple[Site, ...]) -> Level:
     """``level`` with every FFN dense."""
     pairs = zip(sites, level.ratios, strict=True)
@@ -117,6 +115,11 @@ class CausalAttentionLayer(AtSite):
         ratio = self._ratio_for(hidden_states)
         if ratio == 1:
             return super().forward(hidden_states, *args, **kwargs)
+        return self._compressed(hidden_states, ratio, *args, **kwargs)
+
+    @torch.compiler.disable
+    def _compressed(self, hidden_states: Tensor, ratio: int, *args: Any, **kwargs: Any) -> Any:
+        """Not compiled: what a cache holds decides what runs. The other parts of a step are."""
         state, context = self.variator_state, self._context()
         if state.local.context is None:
             check_no_mask(args, kwargs)

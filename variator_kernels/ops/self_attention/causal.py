@@ -40,7 +40,7 @@ def causal_attention(
     if rotations is not None:
         q, k = rotations[0].of(q), rotations[0].of(k)
     if store is not None and step.single:
-        store.remember_single(step, h)
+        store.remember_single(step, h.detach())
         if step.groups:
             rows = None if step.every is not None else step.exists[:, 0].nonzero()[:, 0]
             source = store.recent if rows is None else store.recent[rows]
@@ -49,8 +49,8 @@ def causal_attention(
             if rotations is not None:
                 turn = rotations[1]()
                 k_m = (turn if rows is None else turn.rows(rows)).of(k_m)
-            store.append_merged(step, rows, k_m, v_m)
-        store.append_single(step, k, v)
+            store.append_merged(step, rows, k_m.detach(), v_m.detach())
+        store.append_single(step, k.detach(), v.detach())
         entries = step.visible
         keys, values = (t[:, :, :entries].transpose(1, 2) for t in (store.keys, store.values))
         bias = step.bias_after(_wide(h))
@@ -69,7 +69,7 @@ def causal_attention(
         bias = step.bias(_wide(h))
         bounds = {"first": step.first, "last": step.last}
         if store is not None:
-            store.rebuild(step, h, k, v, k_m, v_m)
+            store.rebuild(step, *(t.detach() for t in (h, k, v, k_m, v_m)))
     if store is not None:
         store.book = step.book
     out = grouped_attention(
@@ -82,8 +82,25 @@ def causal_attention(
         backend="reference" if backend == "reference" else "auto",
         **bounds,
     )
+    if store is not None and step.past.columns and out.requires_grad:
+        out = _Cut.apply(out)
     o = output(out, attention)
     return F.dropout(o, attention.dropout_outer) if attention.dropout_outer > 0 else o
+
+
+class _Cut(torch.autograd.Function):
+    """Refuses gradients, which would lack all that goes through what a cache holds."""
+
+    @staticmethod
+    def forward(ctx, out):  # noqa: ANN001
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, *_):  # noqa: ANN001
+        raise ValueError(
+            "no gradient goes through past_key_values of merged keys: train with use_cache=False, "
+            "on whole sequences"
+        )
 
 
 def _merged(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .steps import Book, Scheme, Step
 
-GROWTH = 8
+GROWTH = 4
 """Merged keys that there is room for beyond those that there are."""
 
 
@@ -77,9 +77,8 @@ class MergedKeys:
         """The one group that ``rows`` (None: all, at the same place) completed."""
         behind = step.plain + self.scheme.kept
         if step.held_groups >= self.room:
-            more = GROWTH + step.held_groups // 64
             self.keys, self.values = (
-                torch.cat((t, t.new_zeros(*t.shape[:2], more, t.shape[3])), 2)
+                torch.cat((t, t.new_zeros(*t.shape[:2], GROWTH, t.shape[3])), 2)
                 for t in (self.keys, self.values)
             )
         if rows is None:
@@ -95,12 +94,10 @@ class MergedKeys:
     def rebuild(self, step: Step, h: Tensor, k: Tensor, v: Tensor, k_m: Tensor, v_m: Tensor) -> None:
         """All of it anew, from what there was and what came: ``k``, ``v [B, n, H_kv, head_size]``,
         and the same of the merged ones."""
-        h, k, v, k_m, v_m = (t.detach() for t in (h, k, v, k_m, v_m))
         old = bool(step.past.columns)
         recent = torch.cat((self.recent, h), 1) if old else h
         self.recent = _picked(recent, step.recent_from)
-        most = step.held_groups + step.groups
-        room = most + GROWTH + most // 64
+        room = step.held_groups + step.groups + GROWTH
         number = torch.arange(room, device=h.device).expand(step.rows, -1)
         fresh = number - step.first_group[:, None]
         merged = torch.where(fresh < 0, number, fresh + (self.room if old else 0))
