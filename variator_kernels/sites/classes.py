@@ -23,7 +23,7 @@ from .decoder import CausalAttentionLayer, Decoder
 from .families import FAMILIES
 from .family import ORIGINAL, ROW, Family
 from .inline import attributes
-from .mixins import Block, BlockInline, BlockWithMethod, Encoder, Layer
+from .mixins import Block, BlockInline, BlockNorm, BlockWithMethod, Encoder, Layer
 from .unchanged import module_of
 
 _POSITIONS = "variator_positions"
@@ -47,6 +47,8 @@ def _roles(family: Family) -> dict[str, type[nn.Module]]:
     if family.attention is not None:
         kind = CausalAttentionLayer if family.decoder else AttentionLayer
         roles[family.attention.layer] = kind
+    if family.block_norm_class:
+        roles[family.block_norm_class] = BlockNorm
     if family.called:
         return roles | {family.block: BlockInline}
     if family.block == family.layer:

@@ -24,6 +24,8 @@ def _llama(name: str, prefix: str, **own: Any) -> Family:
         w_gate="up_proj",
         w_out="down_proj",
         act="act_fn",
+        block_norms=("input_layernorm", "post_attention_layernorm"),
+        block_norm_class=f"{prefix}RMSNorm",
         decoder=True,
         # Measured on SmolLM2 (docs/decoders.md): all others attend to the first ones.
         keep_first=4,
@@ -32,6 +34,8 @@ def _llama(name: str, prefix: str, **own: Any) -> Family:
     return dataclasses.replace(row, **own)
 
 
+_OTHER_NORMS: dict[str, Any] = {"block_norms": (), "block_norm_class": ""}
+"""Gemma's multiply by one more than their weight."""
 _NORMS = {"q_norm": "q_norm", "k_norm": "k_norm"}
 _PER_LAYER = {"sliding": "sliding_window"}
 _FOR_ALL = {"sliding": "config.sliding_window"}
@@ -45,8 +49,13 @@ DECODER_FAMILIES = (
         "SmolLM3",
         attention=attention.causal("SmolLM3", turns="use_rope", **_PER_LAYER),
     ),
-    _llama("gemma", "Gemma"),
-    _llama("gemma2", "Gemma2", attention=attention.causal("Gemma2", **_PER_LAYER)),
+    _llama("gemma", "Gemma", **_OTHER_NORMS),
+    _llama(
+        "gemma2",
+        "Gemma2",
+        attention=attention.causal("Gemma2", **_PER_LAYER),
+        **_OTHER_NORMS,
+    ),
     _llama(
         "gemma3_text",
         "Gemma3",
@@ -54,6 +63,7 @@ DECODER_FAMILIES = (
         attention=attention.causal(
             "Gemma3", rotary_kind="self_attn.layer_type", **_NORMS, **_PER_LAYER
         ),
+        **_OTHER_NORMS,
     ),
     _llama(
         "phi3",
@@ -67,5 +77,10 @@ DECODER_FAMILIES = (
             "Phi3", q="", k="", v="", qkv="qkv_proj", **_FOR_ALL
         ),
     ),
-    _llama("olmo2", "Olmo2", attention=attention.causal("Olmo2", **_NORMS)),
+    _llama(
+        "olmo2",
+        "Olmo2",
+        block_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        attention=attention.causal("Olmo2", **_NORMS),
+    ),
 )

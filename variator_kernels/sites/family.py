@@ -92,6 +92,10 @@ class Family:
     embeddings, full attention and what lies around."""
     keep_first: int = 0
     """How many first tokens of a row new plugins keep whole, where nobody says."""
+    block_norms: tuple[str, ...] = ()
+    """From a block to norms outside of its sublayers, by the root mean square and a plain weight:
+    they go faster beside compressed sublayers."""
+    block_norm_class: str = ""
     decoder: bool = False
     """Whether tokens see none behind them, and a cache holds their keys: the FFN is compressed in
     a prompt alone then, and merged keys are as causal as plain ones."""

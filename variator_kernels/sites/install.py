@@ -16,6 +16,7 @@ from .feed_forward import DescribedFeedForward
 from .find import Found, replaced
 from .loading import ATTACHED
 from .mixins import DESCRIBED, SITE, SitePosition
+from .unchanged import module_of
 
 
 def sites_of(found: Found, placements: Iterable[str]) -> tuple[Site, ...]:
@@ -82,8 +83,21 @@ def _install(
         vars(part).pop("forward", None)  # its own, which would go before the new class's
         part.__class__ = patched_class(found.family, name)
         vars(part)[STATE] = state
+    _swap_norms(found, state)
     for call in when_patched:
         call()
+
+
+def _swap_norms(found: Found, state: State) -> None:
+    """Of those that are the family's own: somebody's faster one stays."""
+    family = found.family
+    for block in found.blocks if family.block_norms else ():
+        for path in family.block_norms:
+            norm = follow(block, path)
+            plain = type(norm) is getattr(module_of(family), family.block_norm_class)
+            if plain and not replaced(norm):
+                norm.__class__ = patched_class(family, family.block_norm_class)
+                vars(norm)[STATE] = state
 
 
 def _reach(found: Found) -> None:

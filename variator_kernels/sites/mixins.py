@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops.arguments import Norm
+from ..ops.fast_norm import normalize_fast
 from ..ops.feed_forward import FeedForward
 from ..ops.transforms import tracing
 from ..runtime.context import Context, token_mask
@@ -122,6 +124,20 @@ class Block(nn.Module):
             return super().forward(*args, **kwargs)
         finally:
             local.context = outer
+
+
+class BlockNorm(nn.Module):
+    """A norm between sublayers: as it was where all of them are dense, else in fewer passes."""
+
+    variator_state: State
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        context = self.variator_state.local.context
+        if context is None or context.level.is_dense:
+            return super().forward(hidden_states)
+        return normalize_fast(hidden_states, Norm("rms", self.weight, None, self.variance_epsilon))
 
 
 class AtSite(nn.Module):

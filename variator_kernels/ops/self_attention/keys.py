@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..grouped_attention import DistanceBias, distance_bias
 from ..groups import Groups, slots
+from ..transforms import is_plain
 
 
 class Table(NamedTuple):
@@ -125,10 +126,25 @@ class Rotation(NamedTuple):
         if part < size:
             turned = self.of(vectors[..., :part])
             return torch.cat((turned, vectors[..., part:]), -1)
+        given = (vectors, self.cos, self.sin)
+        if not torch.is_grad_enabled() and all(is_plain(t) for t in given):
+            return self._in_few_passes(vectors)
         wide = torch.promote_types(vectors.dtype, torch.float32)
         x, cos, sin = vectors.to(wide), self.cos[:, :, None].to(wide), self.sin[:, :, None].to(wide)
         first, second = x.chunk(2, -1)
         return (x * cos + torch.cat((-second, first), -1) * sin).to(vectors.dtype)
+
+    def _in_few_passes(self, vectors: Tensor) -> Tensor:
+        """The same, over memory twice: the two components are written where they belong."""
+        turned = torch.empty_like(vectors, memory_format=torch.contiguous_format)
+        cos, sin = (t[:, :, None].to(vectors.dtype).chunk(2, -1) for t in (self.cos, self.sin))
+        x, y = vectors.chunk(2, -1)
+        first, second = turned.chunk(2, -1)
+        torch.mul(x, cos[0], out=first)
+        first.addcmul_(y, sin[0], value=-1)
+        torch.mul(y, cos[1], out=second)
+        second.addcmul_(x, sin[1])
+        return turned
 
     def rows(self, index: Tensor) -> Rotation:
         """Of some rows."""
