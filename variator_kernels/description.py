@@ -51,7 +51,7 @@ def lines(model: nn.Module) -> list[tuple[str, str]]:
         ("level", _level(state.current(), state.sites)),
         ("backend", _backend(config.backend, found.like(0))),
         ("plugins", _size(plugin_parameters(model))),
-        ("kept whole", _kept(state)),
+        ("kept whole", _kept(state, found.family.decoder)),
         ("packed", packed_weights(model) if config.pack else "nothing: pack=False"),
         *(
             (f"trained, {_named(state, place, k)}", _trained(state, found, place, k))
@@ -95,11 +95,13 @@ def _size(parameters: list[nn.Parameter]) -> str:
     return f"{number:,} parameters, {size:,} bytes"
 
 
-def _kept(state: State) -> str:
+def _kept(state: State, decoder: bool) -> str:
     kept = state.kept
     facts = [f"first {kept.first}, last {kept.last}"]
     if kept.ids:
         facts.append(f"ids {', '.join(map(str, kept.ids))}")
+    if any(site.placement == "attention_kv" for site in state.sites) and decoder:
+        facts.append(f"window {kept.window}")
     if state in kept_masks.get():
         facts.append("those of vk.keep's mask")
     return ", ".join(facts)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import repeat
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from . import checks
 from .flops_lora import LowRank, low_rank, low_rank_parts
-from .ops.flop_formulas import decompress_macs, ffn_macs, groups_around, merge_macs
+from .flops_rows import Prompts, Rows, whole
+from .ops.flop_formulas import decompress_macs, ffn_macs, merge_macs
+from .runtime.kept import WINDOW
 from .runtime.level import Site, mentioned, resolve
 from .runtime.state import STATE
 from .sites.family import lookup
@@ -64,6 +65,8 @@ def count(
 ) -> Count:
     """Multiply-adds and parameters of a model's encoder, patched or not, on any device.
 
+    Of a decoder they are those of a prompt: a query counts the keys that it sees.
+
     Quantised linear layers count as what they stand for. LoRA (peft's) counts with the layers that
     it is beside: its parameters always, its products where they run (active and not merged).
 
@@ -112,7 +115,10 @@ def count(
     last = state.kept.last if state else 0
     first = first if keep_first is None else checks.integer(keep_first, "keep_first")
     last = last if keep_last is None else checks.integer(keep_last, "keep_last")
-    rows = _Rows(lengths, _whole(lengths, first, last, kept))
+    places = whole(lengths, first, last, kept)
+    rows = Rows(lengths, places)
+    if found.family.decoder:
+        rows = Prompts(lengths, places, first, state.kept.window if state else WINDOW)
     beside = [low_rank_parts(found, i) for i in range(len(found.layers))]
     outside = _outside_blocks(found.encoder, len(lengths), rows.longest)
     level = dict(zip(sites, ratios, strict=True))
@@ -153,35 +159,9 @@ def _shape(found: Found) -> _Shape:
     return _Shape(d, inner, gated, heads * size, key_heads * size)
 
 
-class _Rows(NamedTuple):
-    """The tokens of a batch, and the places of those that stay whole."""
-
-    lengths: list[int]
-    whole: list[set[int]]
-
-    @property
-    def longest(self) -> int:
-        return max(self.lengths, default=0)
-
-    @property
-    def merged(self) -> int:
-        """Tokens that are members of groups."""
-        return sum(self.lengths) - sum(map(len, self.whole))
-
-    def groups(self, ratio: int) -> list[int]:
-        """Of each row."""
-        return list(map(groups_around, self.lengths, repeat(ratio), self.whole))
-
-    def vectors(self, ratio: int) -> list[int]:
-        """Merged ones and whole tokens of each row."""
-        if ratio == 1:
-            return self.lengths
-        return [g + len(w) for g, w in zip(self.groups(ratio), self.whole, strict=True)]
-
-
 def _multiply_adds(
     shape: _Shape,
-    rows: _Rows,
+    rows: Rows,
     beside: list[LowRank],
     level: Mapping[Site, int],
     r: int,
@@ -195,16 +175,18 @@ def _multiply_adds(
         ffn += sum(rows.vectors(k)) * cost
         around, front = (level.get(Site(f"attention{end}", i), 1) for end in ("", "_kv"))
         # Attention runs on padding too: on as many vectors as the longest row has.
-        keys = max(rows.vectors(max(around, front)), default=0)
+        keys, pairs = rows.attention(around, front)
         queries = keys if around > 1 else n
         of_keys = 2 * shape.d * shape.keys + extra.keys.macs
         of_queries = 2 * shape.d * shape.queries + extra.attention.macs - extra.keys.macs
         projections += batch * (queries * of_queries + keys * of_keys)
-        core += batch * 2 * queries * keys * shape.queries
-        merge += sum(merge_macs(rows.merged, shape.d, x) for x in (k, around, front) if x > 1)
+        core += batch * 2 * pairs * shape.queries
         for x in (k, around):
             if x > 1:
-                decompress += decompress_macs(rows.merged, sum(rows.groups(x)), shape.d, r)
+                merge += merge_macs(rows.merged(x), shape.d, x)
+                decompress += decompress_macs(rows.merged(x), sum(rows.groups(x)), shape.d, r)
+        if front > 1:
+            merge += merge_macs(rows.merged_keys(front), shape.d, front)
     return Parts(projections, core, ffn, merge, decompress, outside)
 
 
@@ -218,22 +200,6 @@ def _dense_parameters(found: Found, shape: _Shape, beside: list[LowRank], patche
     each = 2 * shape.d * (shape.queries + shape.keys)
     projections = sum(each + beside[i].attention.parameters for i in blocks)
     return Parts(projections, ffn=weights, other=base - projections - weights)
-
-
-def _whole(lengths: list[int], first: int, last: int, kept: Tensor | None) -> list[set[int]]:
-    """Of each row the positions of the tokens that stay whole."""
-    whole = [{*range(min(first, n)), *range(max(n - last, 0), n)} for n in lengths]
-    if kept is None:
-        return whole
-    shape = (len(lengths), max(lengths, default=0))
-    if not isinstance(kept, Tensor) or tuple(kept.shape) != shape:
-        got = list(kept.shape) if isinstance(kept, Tensor) else type(kept).__name__
-        raise ValueError(f"kept must be a tensor of shape {list(shape)}, got {got}")
-    further = [row.nonzero().flatten().tolist() for row in kept]
-    return [
-        ends | {at for at in places if at < n}
-        for ends, places, n in zip(whole, further, lengths, strict=True)
-    ]
 
 
 def _of(config: Any, name: str) -> int:
