@@ -13,6 +13,7 @@ import torch
 
 import variator_kernels as vk
 from tests.sites import tiny, zoo
+from variator_kernels.sites.decoder_families import DECODER_FAMILIES
 from variator_kernels.sites.families import BART_FAMILIES, BERT_FAMILIES, FAMILIES, T5_FAMILIES
 
 DOCS = Path(__file__).parents[2] / "docs" / "families.md"
@@ -168,7 +169,7 @@ def test_the_documentation_lists_the_table():
         1
     ]
     assert set(re.findall(r"`([^`]+)`", listed)) == set(FAMILIES)
-    groups = (T5_FAMILIES, BERT_FAMILIES, BART_FAMILIES)
+    groups = (T5_FAMILIES, BERT_FAMILIES, DECODER_FAMILIES, BART_FAMILIES)
     for line, group in zip(listed.strip().splitlines()[2:], groups, strict=True):
         assert re.findall(r"`([^`]+)`", line) == [family.name for family in group]
 

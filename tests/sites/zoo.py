@@ -115,7 +115,7 @@ def installed(name: str) -> bool:
     return True
 
 
-NAMES = [name for name in FAMILIES if installed(name)]
+NAMES = [name for name, row in FAMILIES.items() if not row.decoder and installed(name)]
 
 
 def plain(name: str, attention: str | None = None, **settings) -> nn.Module:

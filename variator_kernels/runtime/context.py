@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,6 @@ from ..ops.make_groups import make_groups
 from ..ops.transforms import is_plain
 from .level import Level
 
-Phase = Literal["prefill", "decoding"]
 Made = TypeVar("Made")
 
 
@@ -24,7 +23,7 @@ class Context:
     """Made when an encoder's forward begins; its sublayers read it until the forward ends.
 
     ``mask`` is bool ``[B, n]`` or None (no padding), checked; ``level`` has the ratio of each site;
-    ``phase`` is ``"prefill"`` in an encoder; ``keep`` says which tokens stay whole. ``pads``: the
+    ``keep`` says which tokens stay whole. ``pads``: the
     encoder appends padding of its own, which no mask speaks of. Groups are made once for each ratio
     (and device: a model may be spread over several).
     """
@@ -33,14 +32,12 @@ class Context:
         self,
         mask: Tensor | None,
         level: Level,
-        phase: Phase = "prefill",
         keep: Keep = NOTHING_KEPT,
     ) -> None:
         self.mask = mask
         # Without padding there is less to do. Where values are not at hand, nobody waits for them.
         self.full = mask is None or (is_plain(mask) and mask.is_cpu and bool(mask.all()))
         self.level = level
-        self.phase = phase
         self.keep = keep
         self.pads = False
         self.causal = False

@@ -40,6 +40,9 @@ def check_attends(found: Found, state: State) -> None:
     )
     modes = [(module, module.training) for module in encoder.modules()]
     warned, state.warned = state.warned, True
+    kept = state.kept
+    if found.family.decoder:  # where all of a row is in the window
+        state.kept = kept._replace(window=LENGTH + 1)
     encoder.eval()
     try:
         with use_ratio(encoder, 1):
@@ -52,7 +55,7 @@ def check_attends(found: Found, state: State) -> None:
             f"which fails on token ids {list(ids.shape)}: {error}"
         ) from error
     finally:
-        state.warned = warned
+        state.warned, state.kept = warned, kept
         for module, training in modes:
             module.training = training
     off = (got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
