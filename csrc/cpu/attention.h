@@ -2,6 +2,7 @@
 // tile by tile.
 #pragma once
 
+#include "attention_direct.h"
 #include "attention_softmax.h"
 #include "attention_tiles.h"
 
@@ -148,10 +149,9 @@ struct AttentionPart {
 };
 
 template <class V, DType dtype>
-void attention(const AttentionParams& p) {
+void packed_attention(const AttentionParams& p) {
     using M = Multiply<V, dtype>;
     using Wide = WideProducts<V, dtype>;
-    if (p.rows == 0 || p.queries == 0 || p.heads == 0) return;
     const AttentionItems items(p, 2 * M::block);
     for_items(items.count, p.threads, [&](int64_t item) {
         const int64_t part = item % items.by_queries, pair = item / items.by_queries;
@@ -165,6 +165,16 @@ void attention(const AttentionParams& p) {
             AttentionPart<V, dtype, Wide>{p, row, first, last}.heads(head, head + 1);
         }
     });
+}
+
+// `few`: query vectors that share a head of keys; more of them are worth packed keys.
+template <class V, DType dtype>
+void attention(const AttentionParams& p) {
+    if (p.rows == 0 || p.queries == 0 || p.heads == 0) return;
+    const bool few = p.heads / p.kv_heads * p.queries <= Multiply<V, dtype>::few;
+    if (p.path == AttentionPath::direct || (p.path == AttentionPath::automatic && few))
+        return direct_attention<V, dtype>(p);
+    packed_attention<V, dtype>(p);
 }
 
 }  // namespace VARIATOR_ISA

@@ -2,7 +2,7 @@
 // instruction set has products of them.
 #pragma once
 
-#include "attention_keys.h"
+#include "attention_rows.h"
 
 namespace variator {
 namespace VARIATOR_ISA {
@@ -13,13 +13,6 @@ bool seen(const AttentionParams& p, int64_t row, int64_t j) {
     using S = typename V::Scalar;
     if (j >= p.keys) return false;
     return !p.bias || static_cast<const S*>(p.bias)[row * p.keys + j] != -infinity<S>();
-}
-
-template <class V, DType dtype>
-const typename Storage<V, dtype>::Element* vector_of(const HeadRows& t, int64_t row, int64_t token,
-                                                     int64_t head) {
-    return static_cast<const typename Storage<V, dtype>::Element*>(t.data) + row * t.row +
-           token * t.token + head * t.head;
 }
 
 // One row in acc, zeros up to `padded`, and of a key that nobody sees (null).
@@ -68,7 +61,7 @@ struct WideProducts {
     using Element = S;
     using Session = Nothing;
     static constexpr int64_t key_unit = V::width;
-    static constexpr int64_t block = 8 * V::tile_rows, tile = 256;
+    static constexpr int64_t block = 8 * V::tile_rows, tile = 256, few = 32;
     const AttentionParams& p;
     int64_t padded = round_up(p.keys, key_unit), width = round_up(p.d, V::width);
     S *keys = nullptr, *values = nullptr, *queries = nullptr, *staged = nullptr;

@@ -1,7 +1,7 @@
 // The running softmax of a block of queries, tile of keys by tile of keys (flash attention).
 #pragma once
 
-#include "attention_keys.h"
+#include "attention_rows.h"
 
 namespace variator {
 namespace VARIATOR_ISA {
@@ -74,18 +74,6 @@ struct ScoreTerms {
     }
 };
 
-// Lane i: the largest of rows[i].
-template <class V>
-V largest_of_each(V* rows) {
-    for (int many = V::width / 2; many > 0; many /= 2)
-        for (int i = 0; i < many; ++i) {
-            V low, high;
-            V::interleave(rows[i], rows[i + many], low, high);
-            rows[i] = V::maximum(low, high);
-        }
-    return rows[0];
-}
-
 // Of a block of queries: sums of weights e^(score - top), a vector a query. A top is a score that
 // no other exceeds by more than `slack`, so it seldom changes, and weights stay far from fp32's
 // limit. log2(e) meets the difference: in the scores themselves it would round more.
@@ -120,7 +108,7 @@ struct RunningSoftmax {
                 ahead();
                 found[i] = terms.row(scores + (first + i) * M::tile, query + first + i);
             }
-            move_tops(largest_of_each(found), first, many, sums + first * width, width);
+            move_tops(fold<V::width>(found, V::maximum), first, many, sums + first * width, width);
             for (int64_t i = first; i < first + many; ++i) {
                 // Of a query that has seen no key all scores are -inf.
                 const V shift = V::set(top[i] == -infinity<S>() ? S(0) : top[i]);

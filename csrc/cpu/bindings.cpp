@@ -69,6 +69,7 @@ PYBIND11_MODULE(_cpu, m) {
     using Values = std::map<std::string, int>;
     m.attr("dtypes") = Values{VARIATOR_DTYPES(VARIATOR_ENUM_ENTRY)};
     m.attr("norms") = Values{VARIATOR_NORMS(VARIATOR_ENUM_ENTRY)};
+    m.attr("attention_paths") = Values{VARIATOR_ATTENTION_PATHS(VARIATOR_ENUM_ENTRY)};
     m.attr("adapter_activations") = Values{VARIATOR_ADAPTER_ACTIVATIONS(VARIATOR_ENUM_ENTRY)};
 
     m.def(
@@ -293,12 +294,13 @@ PYBIND11_MODULE(_cpu, m) {
     using Sizes = std::array<int64_t, 6>;  // rows, queries, keys, heads, kv_heads, d
     using Terms = std::array<int64_t, 7>;  // values, heads, width, origin, positions, pattern
     py::class_<Call<AttentionParams>>(m, "Attention")
-        .def(py::init([](const std::string& isa, int dtype, int threads, const Sizes& sizes,
-                         const HeadRowsGiven& q, const HeadRowsGiven& k, const HeadRowsGiven& v,
-                         double scale, Address bias, Address first, Address last,
-                         const Terms& terms, Address out) {
+        .def(py::init([](const std::string& isa, int dtype, int path, int threads,
+                         const Sizes& sizes, const HeadRowsGiven& q, const HeadRowsGiven& k,
+                         const HeadRowsGiven& v, double scale, Address bias, Address first,
+                         Address last, const Terms& terms, Address out) {
                  AttentionParams p{};
                  p.dtype = static_cast<DType>(dtype), p.threads = threads;
+                 p.path = static_cast<AttentionPath>(path);
                  p.rows = sizes[0], p.queries = sizes[1], p.keys = sizes[2];
                  p.heads = sizes[3], p.kv_heads = sizes[4], p.d = sizes[5];
                  p.q = head_rows(q), p.k = head_rows(k), p.v = head_rows(v);
@@ -312,9 +314,9 @@ PYBIND11_MODULE(_cpu, m) {
                  p.out = pointer(out);
                  return Call(p, isa);
              }),
-             py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("threads"), py::arg("sizes"),
-             py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scale"), py::arg("bias"),
-             py::arg("first"), py::arg("last"), py::arg("terms"), py::arg("out"))
+             py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("path"), py::arg("threads"),
+             py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scale"),
+             py::arg("bias"), py::arg("first"), py::arg("last"), py::arg("terms"), py::arg("out"))
         .def(
             "run", [](const Call<AttentionParams>& call) { call.run(&Kernels::attention); },
             Quiet());

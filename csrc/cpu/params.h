@@ -140,6 +140,7 @@ struct HeadRows {
 // "positions" and "pattern": ops/grouped_attention/relative.py: DistanceBias.
 struct AttentionParams {
     DType dtype;
+    AttentionPath path;
     int threads;
     int64_t rows, queries, keys, heads, kv_heads, d;
     HeadRows q, k, v;

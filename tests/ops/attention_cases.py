@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from tests.ops.cases import masked
 from variator_kernels import functional as vf
+from variator_kernels.ops.grouped_attention import cpu
 from variator_kernels.ops.groups import Keep, slots
 from variator_kernels.ops.make_groups import make_groups
 
@@ -26,6 +28,15 @@ SHAPES = [
     (2, 65, 129, 6, 2, 128),
 ]
 KINDS = ["plain", "bias", "t5 attention", "t5 attention_kv", "window", "causal"]
+
+PATHS = ["packed", "direct"]
+
+
+@pytest.fixture
+def path(request, monkeypatch):
+    """Both ways of the CPU's kernel, whatever it would choose for a size (indirect parameter)."""
+    monkeypatch.setattr(cpu, "PATH", request.param)
+    return request.param
 
 
 def qkv(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -8,7 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.ops.attention_cases import KINDS, SHAPES, of_tokens, options, qkv, t5_table
+from tests.ops.attention_cases import (  # noqa: F401
+    KINDS,
+    PATHS,
+    SHAPES,
+    of_tokens,
+    options,
+    path,
+    qkv,
+    t5_table,
+)
 from tests.ops.cases import DTYPES, ISAS, MASKS, assert_close, kernels, needs_cpu  # noqa: F401
 from variator_kernels import functional as vf
 from variator_kernels.ops.groups import NOTHING_KEPT, Keep
@@ -17,6 +26,7 @@ every_isa = pytest.mark.parametrize("kernels", ISAS, indirect=True)
 every_backend = pytest.mark.parametrize(
     "backend", ["reference", pytest.param("cpu", marks=needs_cpu)]
 )
+every_path = pytest.mark.parametrize("path", PATHS, indirect=True)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -26,10 +36,11 @@ def run(inputs, backend, given, dtype=None):
         return vf.grouped_attention(*inputs, backend=backend, **given)
 
 
+@every_path
 @every_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_kind
-def test_forward(kernels, dtype, kind):  # noqa: F811
+def test_forward(kernels, dtype, kind, path):  # noqa: F811
     for shape in SHAPES:
         inputs, given = qkv(shape, dtype), options(kind, shape)
         truth = run(inputs, "reference", given, torch.double)
@@ -39,11 +50,12 @@ def test_forward(kernels, dtype, kind):  # noqa: F811
         assert_close(out, plain, truth, f"{kind} {shape}")
 
 
+@every_path
 @every_backend
 @pytest.mark.parametrize("kept", [NOTHING_KEPT, Keep(2, 1)], ids=["merged", "kept"])
 @pytest.mark.parametrize("mask_kind", MASKS)
 @pytest.mark.parametrize("ratio", [1, 2, 4, 5])
-def test_a_key_weighs_as_much_as_the_tokens_it_stands_for(backend, ratio, mask_kind, kept):
+def test_a_key_weighs_as_much_as_the_tokens_it_stands_for(backend, ratio, mask_kind, kept, path):
     """Groups whose tokens have one key and one value: attention_kv is attention over the tokens."""
     rows, n, heads, d = 2, 40, 3, 8
     made = of_tokens(mask_kind, rows, n, max(ratio, 2), kept)
@@ -106,10 +118,11 @@ def test_ratio_1_is_the_attention_of_t5(bidirectional):
         torch.testing.assert_close(out.transpose(1, 2), expected, rtol=1e-4, atol=1e-5)
 
 
+@every_path
 @every_backend
 @pytest.mark.parametrize("window", [0, 1, 3, 8, 100])
 @pytest.mark.parametrize("ratio", [1, 2, 3])
-def test_a_decoder_sees_what_the_specification_says(backend, ratio, window):
+def test_a_decoder_sees_what_the_specification_says(backend, ratio, window, path):
     """Kept keys, merged keys of whole groups that left the window, plain keys behind them."""
     kept, n = 2, 23
     t = torch.arange(n - kept)
@@ -132,8 +145,9 @@ def test_a_decoder_sees_what_the_specification_says(backend, ratio, window):
         assert (weights[query] > 0).nonzero().flatten().tolist() == seen, query
 
 
+@every_path
 @every_isa
-def test_huge_logits_and_far_positions(kernels):  # noqa: F811
+def test_huge_logits_and_far_positions(kernels, path):  # noqa: F811
     q, k, v = qkv((2, 37, 50, 2, 2, 16))
     for factor in (30, 1e4, 1e18):
         truth = run((factor * q, k, v), "reference", {"scale": 1.0}, torch.double)
@@ -153,8 +167,9 @@ def test_huge_logits_and_far_positions(kernels):  # noqa: F811
         assert_close(out, run((q, k, v), "reference", given), truth)
 
 
+@every_path
 @every_backend
-def test_nan_of_invisible_keys_and_other_rows_harms_nothing(backend):
+def test_nan_of_invisible_keys_and_other_rows_harms_nothing(backend, path):
     shape = (3, 20, 40, 2, 2, 16)
     (q, k, v), bias = qkv(shape), torch.zeros(3, 40)
     bias[:, 7:30] = -torch.inf
@@ -168,8 +183,9 @@ def test_nan_of_invisible_keys_and_other_rows_harms_nothing(backend):
     assert torch.equal(out, clean)
 
 
+@every_path
 @every_backend
-def test_memory_layouts(backend):
+def test_memory_layouts(backend, path):
     q, k, v = qkv((2, 21, 30, 4, 2, 16))
     expected = run((q, k, v), backend, {})
 
@@ -187,8 +203,9 @@ def test_memory_layouts(backend):
     torch.testing.assert_close(run(one, backend, {}), expected[:1].expand_as(expected))
 
 
+@every_path
 @needs_cpu
-def test_threads_change_nothing():
+def test_threads_change_nothing(path):
     shape = (2, 130, 70, 6, 3, 32)
     inputs, given = qkv(shape), options("t5 attention_kv", shape)
     before, found = torch.get_num_threads(), []
@@ -246,8 +263,9 @@ def test_flops_are_those_of_the_products():
     assert counts[0] == counts[1] == 2 * 2 * flop_formulas.attention_macs(19, 12, 4 * 16)
 
 
+@every_path
 @every_backend
-def test_positions_that_are_no_numbers_harm_nobody_else(backend):
+def test_positions_that_are_no_numbers_harm_nobody_else(backend, path):
     """A group without a token: its mean position is 0 / 0, and nobody sees it or asks for it."""
     n, heads, d = 64, 2, 8
     q, k, v = (torch.randn(1, n, heads, d) for _ in range(3))

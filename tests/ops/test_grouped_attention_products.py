@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.ops.attention_cases import options, qkv, t5_table
+from tests.ops.attention_cases import PATHS, options, path, qkv, t5_table  # noqa: F401
 from tests.ops.cases import CPU, DTYPES, ISAS, assert_close, kernels, needs_cpu  # noqa: F401
 from variator_kernels import extension
 from variator_kernels import functional as vf
 
 every_isa = pytest.mark.parametrize("kernels", ISAS, indirect=True)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+every_path = pytest.mark.parametrize("path", PATHS, indirect=True)
 sixteen_bits = pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
 INFO = Path("/proc/cpuinfo")
 FLAGS = set(INFO.read_text().split()) if INFO.exists() else set()
@@ -51,36 +52,40 @@ def test_slow_pairs_are_not_chosen():
     assert (ISAS.index("avx512_bf16") < ISAS.index("avx512")) == slow
 
 
+@every_path
 @every_isa
 @every_dtype
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 31, 32, 33, 64, 129, 255, 256, 257, 513])
-def test_numbers_of_keys_beside_those_of_tiles(kernels, dtype, count):  # noqa: F811
+def test_numbers_of_keys_beside_those_of_tiles(kernels, dtype, count, path):  # noqa: F811
     shape = (2, 21, count, 4, 2, 40)
     for kind in ("plain", "t5 attention_kv", "bias"):
         check(qkv(shape, dtype), options(kind, shape), f"{kind} {shape}")
 
 
+@every_path
 @every_isa
 @every_dtype
 @pytest.mark.parametrize("d", [1, 2, 7, 15, 16, 17, 31, 32, 33, 48, 63, 65, 80, 96, 200])
-def test_head_sizes_beside_those_of_tiles(kernels, dtype, d):  # noqa: F811
+def test_head_sizes_beside_those_of_tiles(kernels, dtype, d, path):  # noqa: F811
     for shape in ((2, 1, 37, 2, 1, d), (1, 19, 70, 2, 2, d)):
         given = options("t5 attention", shape) | {"scale": d**-0.5}
         check(qkv(shape, dtype), given, str(shape))
 
 
+@every_path
 @every_isa
 @every_dtype
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 32, 33, 48, 49, 127, 129, 193, 385])
-def test_numbers_of_queries_beside_those_of_blocks(kernels, dtype, n):  # noqa: F811
+def test_numbers_of_queries_beside_those_of_blocks(kernels, dtype, n, path):  # noqa: F811
     shape = (1, n, 140, 2, 1, 16)
     for kind in ("plain", "causal", "window"):
         check(qkv(shape, dtype), options(kind, shape), f"{kind} {shape}")
 
 
+@every_path
 @every_isa
 @every_dtype
-def test_bounds_within_and_between_tiles(kernels, dtype):  # noqa: F811
+def test_bounds_within_and_between_tiles(kernels, dtype, path):  # noqa: F811
     shape = rows, n, count, *_ = (2, 300, 300, 2, 2, 24)
     inputs, steps = qkv(shape, dtype), torch.arange(count).expand(rows, count)
     for width in (1, 5, 40, 128, 200):
@@ -91,9 +96,10 @@ def test_bounds_within_and_between_tiles(kernels, dtype):  # noqa: F811
     check(inputs, both, "terms, biases and bounds")
 
 
+@every_path
 @every_isa
 @every_dtype
-def test_what_nobody_sees_may_be_anything(kernels, dtype):  # noqa: F811
+def test_what_nobody_sees_may_be_anything(kernels, dtype, path):  # noqa: F811
     shape = (2, 70, 150, 4, 2, 40)
     (q, k, v), bias = qkv(shape, dtype), torch.zeros(2, 150)
     bias[:, 3:60] = bias[1, 100:] = -torch.inf
@@ -108,10 +114,11 @@ def test_what_nobody_sees_may_be_anything(kernels, dtype):  # noqa: F811
     assert torch.equal(out.isnan().all(-1), hurt) and torch.equal(out[~hurt], clean[~hurt])
 
 
+@every_path
 @every_isa
 @every_dtype
 @pytest.mark.parametrize("place", ["key", "value", "query", "query and key"])
-def test_infinite_numbers_act_as_in_plain_pytorch(kernels, dtype, place):  # noqa: F811
+def test_infinite_numbers_act_as_in_plain_pytorch(kernels, dtype, place, path):  # noqa: F811
     q, k, v = (t.abs() + 0.1 for t in qkv((1, 40, 50, 4, 2, 16), dtype))
     if "key" in place:
         k[0, 7, 1, 3] = -torch.inf  # a score of -inf: never seen
@@ -123,9 +130,10 @@ def test_infinite_numbers_act_as_in_plain_pytorch(kernels, dtype, place):  # noq
     torch.testing.assert_close(run((q, k, v), "cpu", {}), expected, equal_nan=True)
 
 
+@every_path
 @every_isa
 @every_dtype
-def test_strides(kernels, dtype):  # noqa: F811
+def test_strides(kernels, dtype, path):  # noqa: F811
     q, k, v = qkv((2, 45, 70, 4, 2, 40), dtype)
     expected = run((q, k, v), "cpu", {})
 
@@ -144,10 +152,11 @@ def test_strides(kernels, dtype):  # noqa: F811
     check(one, {}, "expanded")
 
 
+@every_path
 @every_isa
 @every_dtype
 @pytest.mark.parametrize("step", [-40, -3, 3, 5.9, 6.1, 40, 300])
-def test_scores_that_rise_from_tile_to_tile(kernels, dtype, step):  # noqa: F811
+def test_scores_that_rise_from_tile_to_tile(kernels, dtype, step, path):  # noqa: F811
     """A weight is relative to a score that need not be the largest."""
     n, count, d = 20, 1100, 8
     q, k, v = torch.ones(1, n, 1, d), torch.randn(1, count, 1, d), torch.randn(1, count, 1, d)
@@ -156,9 +165,10 @@ def test_scores_that_rise_from_tile_to_tile(kernels, dtype, step):  # noqa: F811
     check([t.to(dtype) for t in (q, k, v)], {"bias": bias, "scale": 1.0}, f"by {step}")
 
 
+@every_path
 @every_isa
 @every_dtype
-def test_threads_change_nothing(kernels, dtype):  # noqa: F811
+def test_threads_change_nothing(kernels, dtype, path):  # noqa: F811
     before, found = torch.get_num_threads(), []
     shape = (2, 300, 140, 6, 3, 40)
     inputs, given = qkv(shape, dtype), options("t5 attention_kv", shape)
@@ -173,9 +183,10 @@ def test_threads_change_nothing(kernels, dtype):  # noqa: F811
         torch.testing.assert_close(found[0], other, rtol=0, atol=0, equal_nan=True)
 
 
+@every_path
 @every_isa
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 1000])
-def test_steps_of_keys_and_of_queries(kernels, step):  # noqa: F811
+def test_steps_of_keys_and_of_queries(kernels, step, path):  # noqa: F811
     """Distances by steps: queries in any order, doubled, far apart, and beyond the table's ends."""
     n, count, heads = 50, 60, 2
     inputs, keys = qkv((1, n, count, heads, heads, 8)), torch.arange(count)[None] * step

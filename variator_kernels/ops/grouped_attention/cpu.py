@@ -16,6 +16,11 @@ from .op import Attention
 from .relative import DistanceBias
 
 
+PATH = "automatic"
+"""What the kernel does with keys: ``"packed"`` for many queries, ``"direct"``, where they lie, for
+few; it chooses by sizes."""
+
+
 class Launch(NamedTuple):
     """The kernel with its arguments; the tensors keep their memory alive."""
 
@@ -92,6 +97,7 @@ def _launch(call: Attention, out: Tensor) -> Launch:
     kernel = extension.load().Attention(
         isa=prepack.instruction_set(),
         dtype=dtype_code(dtype),
+        path=extension.enum_value("cpu", "attention_paths", PATH),
         threads=torch.get_num_threads(),
         sizes=(rows, n, k.shape[1], heads, k.shape[2], d),
         q=_head_rows(q),
