@@ -4,12 +4,12 @@
 #pragma once
 
 #include "attention_rows.h"
+#include "attention_visible.h"
 
 namespace variator {
 namespace VARIATOR_ISA {
 
 struct DirectSizes {
-    static constexpr int64_t most_keys = 256;  // of a chunk
     int64_t shared, vectors, width, tile, chunks, chunk, pairs;
 
     DirectSizes(const AttentionParams& p, int64_t lanes) {
@@ -17,7 +17,8 @@ struct DirectSizes {
         vectors = shared * p.queries;  // one a query and head
         width = round_up(p.d, lanes);
         tile = vectors <= 8 ? 128 : 64;  // its scores stay in the first-level cache
-        chunks = larger(1, (p.keys + most_keys - 1) / most_keys);
+        const int64_t most = 256 * larger(1, vectors / 8);  // few sums beside the keys of a chunk
+        chunks = larger(1, (p.keys + most - 1) / most);
         chunk = round_up((p.keys + chunks - 1) / chunks, 16);
         pairs = p.rows * p.kv_heads;
     }
@@ -45,24 +46,19 @@ struct DirectPart {
     const DirectSizes& sizes;
     int64_t row = 0, kv = 0;
     WeightedSums<S> found = {};
-    S *queries = nullptr, *scores = nullptr;      // [vectors][width], [vectors][tile]
-    int64_t *list = nullptr, *columns = nullptr;  // [tile]: keys that somebody sees
-    S *bias = nullptr, *first = nullptr, *last = nullptr, *added = nullptr;
+    S *queries = nullptr, *scores = nullptr;  // [vectors][width], [vectors][tile]
+    VisibleKeys<V> keys{p};
 
-    bool hides() const { return p.first || p.last; }
     void arrange(Arrays& arrays) {
         arrays.take(queries, sizes.vectors * sizes.width);
         arrays.take(scores, sizes.vectors * sizes.tile);
-        arrays.take(list, sizes.tile);
-        arrays.take(bias, sizes.tile), arrays.take(added, sizes.tile);
-        arrays.take(first, sizes.tile), arrays.take(last, sizes.tile);
-        arrays.take(columns, sizes.tile);
+        keys.arrange(arrays, sizes.tile);
     }
 
     // Keys begin .. end - 1 of a head; `to`: where the sums are made.
     void run(int64_t its_row, int64_t its_kv, int64_t begin, int64_t end,
              const WeightedSums<S>& to) {
-        row = its_row, kv = its_kv, found = to;
+        row = keys.row = its_row, kv = its_kv, found = to;
         for (int64_t i = 0; i < sizes.vectors; ++i) {
             found.top[i] = -infinity<S>(), found.total[i] = 0;
             widen_row(query(i), queries + i * sizes.width);
@@ -86,85 +82,30 @@ struct DirectPart {
         });
     }
 
-    // Lists keys that some query sees; pads repeat the last one, unseen, up to a whole vector.
-    int64_t list_keys(int64_t begin, int64_t end) {
-        int64_t count = end - begin;
-        if (p.bias || hides())
-            count = list_visible(begin, end);
-        else
-            for (int64_t i = 0; i < count; ++i) list[i] = begin + i, bias[i] = 0;
-        for (int64_t i = count; count > 0 && i < round_up(count, V::width); ++i) {
-            list[i] = list[count - 1], bias[i] = -infinity<S>(), added[i] = 0;
-            first[i] = infinity<S>(), last[i] = 0;
-        }
-        return count;
-    }
-    int64_t list_visible(int64_t begin, int64_t end) {
-        // In units of log2 it stays finite too: masks of the least number are not -inf.
-        constexpr S least = std::numeric_limits<S>::lowest() / 4;
-        int64_t count = 0;
-        for (int64_t j = begin; j < end; ++j) {
-            const int64_t key = row * p.keys + j;
-            const S given = p.bias ? static_cast<const S*>(p.bias)[key] : S(0);
-            const int64_t from = p.first ? larger(0, p.first[key]) : 0;
-            const int64_t to = p.last ? smaller(p.last[key], p.queries) : p.queries;
-            list[count] = j, bias[count] = given < least ? least : given;
-            first[count] = static_cast<S>(from), last[count] = static_cast<S>(to);
-            count += given != -infinity<S>() && from < to;
-        }
-        return count;
-    }
-
     void meet(int64_t begin, int64_t end) {
-        const int64_t count = list_keys(begin, end), padded = round_up(count, V::width);
+        const int64_t count = keys.fill(begin, end), padded = round_up(count, V::width);
         if (count == 0) return;
         const int64_t width = sizes.width, tile = sizes.tile;
         all_dots<V, dtype>(queries, sizes.vectors, width,
-                           {vector_of<V, dtype>(p.k, row, 0, kv), list, p.k.token}, padded, p.d,
-                           scores, tile);
+                           {vector_of<V, dtype>(p.k, row, 0, kv), keys.list, p.k.token}, padded,
+                           p.d, scores, tile);
         for (int64_t s = 0; s < p.queries; ++s) {
-            if (p.terms) find_columns(s, count);
+            if (p.terms) keys.find_columns(s, count);
             for (int64_t i = s; i < sizes.vectors; i += p.queries) {
-                if (p.terms) look_up(head_of(i), count);
+                if (p.terms) keys.look_up(head_of(i), count);
                 weigh(scores + i * tile, s, padded, found.from(i, width));
             }
         }
         all_sums<V, dtype>(scores, sizes.vectors, tile,
-                           {vector_of<V, dtype>(p.v, row, 0, kv), list, p.v.token}, count, p.d,
+                           {vector_of<V, dtype>(p.v, row, 0, kv), keys.list, p.v.token}, count, p.d,
                            found.sums, width);
-    }
-
-    // Where the terms of the distances of query s are, in the table of head 0.
-    void find_columns(int64_t s, int64_t count) {
-        const double end = static_cast<double>(p.width - 1);
-        const double origin = static_cast<double>(p.origin);
-        const double at = p.query_positions[row * p.queries + s];
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t key = row * p.keys + list[i];
-            // Clamped as a double: distances may be beyond any integer, or NaN.
-            double column = __builtin_floor(p.key_positions[key] - at + 0.5) - origin;
-            column = column > 0 ? (column < end ? column : end) : 0;
-            const int64_t pattern = p.pattern ? p.pattern[key] : 0;
-            columns[i] = pattern * p.term_heads * p.width + static_cast<int64_t>(column);
-        }
-    }
-    void look_up(int64_t head, int64_t count) {
-        const S* terms = static_cast<const S*>(p.terms) + (p.term_heads > 1 ? head * p.width : 0);
-        for (int64_t i = 0; i < count; ++i) added[i] = terms[columns[i]];
     }
 
     // Products of query s become weights, in place.
     void weigh(S* scores, int64_t s, int64_t padded, const WeightedSums<S>& of) {
-        const V scale = V::set(static_cast<S>(p.scale)), at = V::set(static_cast<S>(s));
-        const V hidden = V::set(-infinity<S>()), unit = V::set(S(log2_e));
-        V largest = hidden;
+        V largest = V::set(-infinity<S>());
         for (int64_t i = 0; i < padded; i += V::width) {
-            V score = V::fma(V::load(scores + i), scale, V::load(bias + i));
-            if (p.terms) score = score + V::load(added + i);
-            if (hides()) {
-                score = V::less_select(at, V::load(first + i), hidden, score);
-                score = V::less_select(at, V::load(last + i), score, hidden);
-            }
+            const V score = keys.score(V::load(scores + i), s, i);
             score.store(scores + i);
             largest = V::maximum(largest, score);
         }
@@ -177,7 +118,7 @@ struct DirectPart {
         const V shift = V::set(*of.top == -infinity<S>() ? S(0) : *of.top);
         V total = V::zero();
         for (int64_t i = 0; i < padded; i += V::width) {
-            const V weight = exp2<half>((V::load(scores + i) - shift) * unit);
+            const V weight = exp2<half>((V::load(scores + i) - shift) * V::set(S(log2_e)));
             weight.store(scores + i);
             total = total + weight;
         }
@@ -235,9 +176,12 @@ void direct_attention(const AttentionParams& p) {
     const DirectSizes sizes(p, V::width);
     const int64_t items = sizes.pairs * sizes.chunks, vectors = items * sizes.vectors;
     // Waking a thread takes as long as this many products.
-    constexpr int64_t least = 500000;
-    const int64_t wanted = p.rows * p.heads * p.queries * p.keys * p.d * 2 / least;
-    const int64_t threads = larger(1, smaller(smaller(wanted, p.threads), items));
+    constexpr double least = 5e5;
+    const double work = 2.0 * static_cast<double>(vectors) * static_cast<double>(sizes.chunk * p.d);
+    const int64_t useful = smaller(p.threads, items);
+    const int64_t threads = work < least * static_cast<double>(useful)
+                                ? larger(1, static_cast<int64_t>(work / least))
+                                : useful;
     WeightedSums<S> sums = {};
     int64_t *done = nullptr, next = 0;  // chunks of each head that are done; the next item
     char* own = nullptr;                // memory of each thread

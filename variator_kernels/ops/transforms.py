@@ -38,6 +38,31 @@ def is_plain(x: Tensor) -> bool:
     )
 
 
+def nothing_between(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a kernel may be called as it is, and not as a registered op: all tensors are memory,
+    none asks for a gradient, and nobody (compiler, mode, transform, profiler) looks on."""
+    if (
+        torch.compiler.is_compiling()
+        or tracing()
+        or transformed()
+        or _get_current_dispatch_mode() is not None
+        or torch._C._len_torch_function_stack() > 0
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    derives = torch.is_grad_enabled()
+    for x in tensors:
+        if x is not None and (
+            type(x) not in (Tensor, torch.nn.Parameter)
+            or (derives and x.requires_grad)
+            or x.is_neg()  # these three hold other numbers than their memory
+            or x._is_zerotensor()
+            or _functorch.is_functorch_wrapped_tensor(x)
+        ):
+            return False
+    return True
+
+
 def has_values(x: Tensor) -> bool:
     """Whether code may look at what ``x`` holds, and go this way or that."""
     return not (

@@ -29,8 +29,8 @@ class Launch(NamedTuple):
 
 
 def _unit_inner(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+    unit = tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
+    return tensor if unit else tensor.detach().contiguous()
 
 
 def _head_rows(tensor: Tensor) -> tuple[int, ...]:
@@ -39,8 +39,8 @@ def _head_rows(tensor: Tensor) -> tuple[int, ...]:
 
 def _bound(bound: Tensor | None) -> Tensor | None:
     """int32: no tensor has more queries."""
-    if bound is None:
-        return None
+    if bound is None or (bound.dtype == torch.int32 and bound.is_contiguous()):
+        return bound
     return bound.clamp(-(2**31), 2**31 - 1).to(torch.int32).contiguous()
 
 
@@ -49,11 +49,13 @@ def _check(call: Attention) -> None:
     require(queries.dim() == keys.dim() == 4, "queries and keys are [rows, ., heads, d]")
     rows, n, heads, d = queries.shape
     count, kv_heads = keys.shape[1:3]
-    require(keys.shape == (rows, count, kv_heads, d), f"keys are {list(keys.shape)}")
-    require(values.shape == keys.shape, f"values are {list(values.shape)}")
-    require(kv_heads > 0 and heads % kv_heads == 0, f"{kv_heads} heads of keys for {heads}")
+    for tensor, name in ((keys, "keys"), (values, "values")):
+        if tensor.shape != (rows, count, kv_heads, d):
+            require(False, f"{name} are {list(tensor.shape)}")
+    if kv_heads < 1 or heads % kv_heads:
+        require(False, f"{kv_heads} heads of keys for {heads}")
     require(queries.dtype == keys.dtype == values.dtype, "queries, keys and values are of a dtype")
-    require(all(t.is_cpu for t in call[:3]), "everything is on the CPU")
+    require(queries.is_cpu and keys.is_cpu and values.is_cpu, "everything is on the CPU")
     require(n < 2**24, "queries count in fp32: less than 2^24 of them")
     for bound in visible:
         require(bound is None or bound.shape == (rows, count), "bias, first, last are [rows, keys]")
@@ -114,7 +116,7 @@ def _launch(call: Attention, out: Tensor) -> Launch:
 
 
 def grouped_attention(call: Attention) -> Tensor:
-    out = torch.empty(call.queries.shape, dtype=call.queries.dtype)
+    out = call.queries.new_empty(call.queries.shape)
     launch = _launch(call, out)  # holds what the kernel reads
     launch.kernel.run()
     return out

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..library import LIBRARY, accumulator, backend_module, define, refuse_second_derivatives
-from ..transforms import refuse_transforms
+from ..transforms import nothing_between, refuse_transforms
 from .reference import Visible
 from .relative import DistanceBias
 
@@ -48,8 +48,14 @@ def _bundle(arguments: tuple) -> tuple[Attention, str]:
 
 
 def grouped_attention(call: Attention, backend: str) -> Tensor:
-    """Attention of whole queries over groups' keys, ``[B, n, H, d]``; see :class:`Attention`."""
+    """Attention of whole queries over groups' keys, ``[B, n, H, d]``; see :class:`Attention`.
+
+    The way through PyTorch's dispatcher takes longer than a kernel of few queries, so inference
+    goes past it.
+    """
     relative = call.relative or (None,) * 4 + (0,)
+    if nothing_between((*call[:3], *call.visible, *relative[:4])):
+        return backend_module(__package__, backend).grouped_attention(call)
     return torch.ops.variator.grouped_attention.default(
         *call[:3], *call.visible, *relative, call.scale, backend
     )
