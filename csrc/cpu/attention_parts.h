@@ -16,7 +16,8 @@ struct PartProducts {
     using Element = uint16_t;
     using T = Storage<V, dtype>;
     using Row = const typename T::Element*;
-    static constexpr int64_t key_unit = 32, block = block_queries, tile = tile_keys, few = 16;
+    static constexpr int64_t key_unit = 32, block = block_queries, tile = tile_keys,
+                             few = 12 * parts;
     const AttentionParams& p;
     int64_t padded = round_up(p.keys, key_unit), inner = round_up(p.d, 32);
     int64_t width = round_up(p.d, V::width);
@@ -99,6 +100,7 @@ template <class V, DType dtype>
 struct PairProducts : PartProducts<V, dtype, 1, 8 * V::tile_rows, 256> {
     using Base = PartProducts<V, dtype, 1, 8 * V::tile_rows, 256>;
     using Session = Nothing;
+    static constexpr int64_t few = 16;
     void scores(int64_t at, int64_t count, int64_t first, int64_t columns, float* scores) const {
         const int64_t inner = this->inner;
         product<Pairs, V>(Strided{this->queries + at * Base::block * inner, inner, 1}, count,

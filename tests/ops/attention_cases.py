@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from tests.ops.cases import masked
 from variator_kernels import functional as vf
-from variator_kernels.ops.grouped_attention import cpu
 from variator_kernels.ops.groups import Keep, slots
 from variator_kernels.ops.make_groups import make_groups
 
@@ -30,13 +28,7 @@ SHAPES = [
 KINDS = ["plain", "bias", "t5 attention", "t5 attention_kv", "window", "causal"]
 
 PATHS = ["packed", "direct"]
-
-
-@pytest.fixture
-def path(request, monkeypatch):
-    """Both ways of the CPU's kernel, whatever it would choose for a size (indirect parameter)."""
-    monkeypatch.setattr(cpu, "PATH", request.param)
-    return request.param
+"""The ways of the CPU's kernel; the fixture `path` takes one, whatever the sizes."""
 
 
 def qkv(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -8,13 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.ops.attention_cases import (  # noqa: F401
+from tests.ops.attention_cases import (
     KINDS,
     PATHS,
     SHAPES,
     of_tokens,
     options,
-    path,
     qkv,
     t5_table,
 )

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from tests.ops.attention_cases import KINDS, PATHS, options, path, qkv  # noqa: F401
+from tests.ops.attention_cases import KINDS, PATHS, options, qkv
 from tests.ops.cases import DTYPES, ISAS, assert_close, kernels, needs_cpu  # noqa: F401
 from variator_kernels import functional as vf
 from variator_kernels.ops.grouped_attention import cpu, op
@@ -175,9 +175,7 @@ def test_inference_goes_past_the_dispatcher(monkeypatch):
     with torch.inference_mode():
         assert torch.equal(vf.grouped_attention(*inputs), plain)
     assert not seen and not plain.requires_grad
-    through_op = torch.ops.variator.grouped_attention.default(
-        *inputs, *(None,) * 7, 0, 0.25, "cpu"
-    )
+    through_op = torch.ops.variator.grouped_attention.default(*inputs, *(None,) * 7, 0, 0.25, "cpu")
     assert seen and torch.equal(through_op, plain)
 
 

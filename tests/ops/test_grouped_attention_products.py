@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.ops.attention_cases import PATHS, options, path, qkv, t5_table  # noqa: F401
+from tests.ops.attention_cases import PATHS, options, qkv, t5_table
 from tests.ops.cases import CPU, DTYPES, ISAS, assert_close, kernels, needs_cpu  # noqa: F401
 from variator_kernels import extension
 from variator_kernels import functional as vf

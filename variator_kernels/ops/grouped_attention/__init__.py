@@ -72,9 +72,11 @@ def grouped_attention(
     Raises:
         ValueError: a shape, dtype, device or backend does not fit; the message names it.
     """
-    _check(queries, keys, values, relative)
     visible = Visible(bias, first, last)
-    _check_visible(visible, keys)
+    common = relative is None and first is None and last is None
+    if not (common and _usual(queries, keys, values, bias)):
+        _check(queries, keys, values, relative)
+        _check_visible(visible, keys)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be >= 0 and < 1, got {dropout_p}")
     if scale is None:
@@ -113,6 +115,33 @@ def _backend(asked: str, queries: Tensor, relative: DistanceBias | None, dropout
     if asked == "auto":
         return "reference"
     raise ValueError(f"backend {asked!r} cannot run here: {why}; or use backend='reference'")
+
+
+def _usual(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing is wrong with the most common arguments: what :func:`_check` and
+    :func:`_check_visible` ask, in a time that few queries can spare."""
+    if type(q) is not Tensor or type(k) is not Tensor or type(v) is not Tensor:
+        return False
+    shape, of_keys = q.shape, k.shape
+    if len(shape) != 4 or len(of_keys) != 4 or of_keys != v.shape:
+        return False
+    rows, _, heads, d = shape
+    if bias is not None and not (
+        type(bias) is Tensor
+        and bias.shape == of_keys[:2]
+        and bias.is_floating_point()
+        and bias.device == k.device
+    ):
+        return False
+    return (
+        of_keys[0] == rows
+        and of_keys[3] == d > 0
+        and of_keys[2] > 0
+        and heads % of_keys[2] == 0
+        and q.dtype == k.dtype == v.dtype
+        and q.is_floating_point()
+        and q.device == k.device == v.device
+    )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, relative: DistanceBias | None) -> None:

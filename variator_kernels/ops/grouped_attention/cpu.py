@@ -10,11 +10,11 @@ from torch import Tensor
 from ... import extension
 from .. import prepack
 from ..arguments import require
-from ..cpu_arguments import address, as_accumulator, dtype_code, optional_accumulator
+from ..cpu_arguments import address, as_accumulator, dtype_code
+from ..library import accumulator
 from .backward import backward
 from .op import Attention
 from .relative import DistanceBias
-
 
 PATH = "automatic"
 """What the kernel does with keys: ``"packed"`` for many queries, ``"direct"``, where they lie, for
@@ -28,13 +28,13 @@ class Launch(NamedTuple):
     tensors: tuple[Tensor | None, ...]
 
 
-def _unit_inner(tensor: Tensor) -> Tensor:
-    unit = tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
-    return tensor if unit else tensor.detach().contiguous()
-
-
-def _head_rows(tensor: Tensor) -> tuple[int, ...]:
-    return (tensor.data_ptr(), *tensor.stride()[:3])
+def _unit_inner(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """A tensor of unit inner stride, its address, and its strides of row, token and head."""
+    *strides, inner = tensor.stride()
+    if inner != 1 and tensor.shape[-1] > 1:
+        tensor = tensor.detach().contiguous()
+        strides = list(tensor.stride()[:3])
+    return tensor, (tensor.data_ptr(), *strides)
 
 
 def _bound(bound: Tensor | None) -> Tensor | None:
@@ -57,9 +57,10 @@ def _check(call: Attention) -> None:
     require(queries.dtype == keys.dtype == values.dtype, "queries, keys and values are of a dtype")
     require(queries.is_cpu and keys.is_cpu and values.is_cpu, "everything is on the CPU")
     require(n < 2**24, "queries count in fp32: less than 2^24 of them")
-    for bound in visible:
-        require(bound is None or bound.shape == (rows, count), "bias, first, last are [rows, keys]")
-        require(bound is None or bound.is_cpu, "everything is on the CPU")
+    for given in visible:
+        if given is not None:
+            require(given.shape == (rows, count), "bias, first, last are [rows, keys]")
+            require(given.is_cpu, "everything is on the CPU")
     if relative is None:
         return
     shape = relative.values.shape
@@ -90,22 +91,28 @@ def _terms(relative: DistanceBias | None, dtype: torch.dtype) -> tuple[tuple[int
 
 def _launch(call: Attention, out: Tensor) -> Launch:
     _check(call)
-    q, k, v = (_unit_inner(t) for t in call[:3])
-    dtype, visible = q.dtype, call.visible
-    bias = optional_accumulator(visible.bias, dtype)
+    queries, keys, values, visible, relative, scale = call
+    q, query_rows = _unit_inner(queries)
+    k, key_rows = _unit_inner(keys)
+    v, value_rows = _unit_inner(values)
+    dtype = q.dtype
+    bias = visible.bias
+    if bias is not None and not (bias.dtype == accumulator(dtype) and bias.is_contiguous()):
+        bias = as_accumulator(bias, dtype)
     first, last = _bound(visible.first), _bound(visible.last)
-    terms, kept = _terms(call.relative, dtype)
+    terms, kept = _terms(relative, dtype)
     rows, n, heads, d = q.shape
+    _, count, kv_heads, _ = k.shape
     kernel = extension.load().Attention(
         isa=prepack.instruction_set(),
         dtype=dtype_code(dtype),
         path=extension.enum_value("cpu", "attention_paths", PATH),
         threads=torch.get_num_threads(),
-        sizes=(rows, n, k.shape[1], heads, k.shape[2], d),
-        q=_head_rows(q),
-        k=_head_rows(k),
-        v=_head_rows(v),
-        scale=call.scale,
+        sizes=(rows, n, count, heads, kv_heads, d),
+        q=query_rows,
+        k=key_rows,
+        v=value_rows,
+        scale=scale,
         bias=address(bias),
         first=address(first),
         last=address(last),
