@@ -176,7 +176,7 @@ void direct_attention(const AttentionParams& p) {
     const DirectSizes sizes(p, V::width);
     const int64_t items = sizes.pairs * sizes.chunks, vectors = items * sizes.vectors;
     // Waking a thread takes as long as this many products.
-    constexpr double least = 5e5;
+    constexpr double least = 1.5e6;
     const double work = 2.0 * static_cast<double>(vectors) * static_cast<double>(sizes.chunk * p.d);
     const int64_t useful = smaller(p.threads, items);
     const int64_t threads = work < least * static_cast<double>(useful)

@@ -47,6 +47,7 @@ class Job:
         shape = (2, 40, 70, 4, 2, 24)
         self.qkv = attention_cases.qkv(shape, dtype)
         self.terms = attention_cases.options("t5 attention_kv", shape, ratio)
+        self.decoding = attention_cases.qkv((2, 2, 600, 4, 2, 24), dtype)
         self.merged, self.projected, self.softmax = merge.group_merge(*self.merge)
         self.expected: list[list[tuple[Tensor, ...]]] = []
         for isa in cases.ISAS:
@@ -63,6 +64,7 @@ class Job:
         yield (decompress.adapter_decompress(*inputs, x, groups),)
         yield decompress.adapter_decompress_backward(self.dy, *inputs, groups)
         yield (functional.grouped_attention(*self.qkv, backend="cpu", **self.terms),)
+        yield (functional.grouped_attention(*self.decoding, backend="cpu"),)
 
     def check(self) -> None:
         for i, outputs in enumerate(self.calls()):

@@ -123,7 +123,7 @@ def _launch(call: Attention, out: Tensor) -> Launch:
 
 
 def grouped_attention(call: Attention) -> Tensor:
-    out = call.queries.new_empty(call.queries.shape)
+    out = torch.empty_like(call.queries, memory_format=torch.contiguous_format)
     launch = _launch(call, out)  # holds what the kernel reads
     launch.kernel.run()
     return out
