@@ -54,7 +54,7 @@ struct AttentionPart {
     int64_t row, first, last;  // queries first .. last - 1
     M products{p};
     DistanceTerms<V> terms{p, row, first, last};
-    KeyLists<V> lists{p, products.padded, tile};
+    KeyLists<V> lists{p, products.padded, tile, M::step};
     Softmax softmax[together] = {};
     S *scores = nullptr, *sums = nullptr;
     typename M::Element* weights = nullptr;
@@ -121,7 +121,9 @@ struct AttentionPart {
     void meet(int64_t head, int64_t t, int64_t at, int64_t query, int64_t count) {
         const TileOfKeys& keys = lists.tiles[t / tile];
         if (lists.hides() && !keys.any(query, query + count)) return;
-        const int64_t columns = smaller(tile, products.padded - t);
+        int64_t end = smaller(t + tile, products.padded);
+        if (lists.hides()) lists.narrow(query, query + count, t, end);
+        const int64_t columns = end - t;
         const bool hiding = lists.hides() && !keys.all(query, query + count);
         const V scale = V::set(static_cast<S>(p.scale));
         S* of_block = sums + at * block * products.width;

@@ -135,6 +135,12 @@ struct TileOfKeys {
     double first_seen = 1e300, all_seen = -1e300, first_lost = 1e300, all_lost = -1e300;
     bool even = true;     // their terms are read as they lie
     bool biased = false;  // some bias is not 0
+    void note(double from, double to) {
+        first_seen = from < first_seen ? from : first_seen;
+        all_seen = from > all_seen ? from : all_seen;
+        first_lost = to < first_lost ? to : first_lost;
+        all_lost = to > all_lost ? to : all_lost;
+    }
     bool any(int64_t begin, int64_t end) const {
         return static_cast<double>(end) > first_seen && static_cast<double>(begin) < all_lost;
     }
@@ -148,20 +154,32 @@ template <class V>
 struct KeyLists {
     using S = typename V::Scalar;
     const AttentionParams& p;
-    int64_t padded, tile;
+    int64_t padded, tile, step;  // step: a part of a tile
     S *bias = nullptr, *first = nullptr, *last = nullptr;  // first, last: null where nothing hides
     uint8_t* even = nullptr;                               // a byte a vector
     TileOfKeys* tiles = nullptr;
+    TileOfKeys* steps = nullptr;
 
     bool hides() const { return p.first || p.last; }
     void arrange(Arrays& arrays) {
         arrays.take(bias, padded);
-        if (hides()) arrays.take(first, padded), arrays.take(last, padded);
+        if (hides()) {
+            arrays.take(first, padded), arrays.take(last, padded);
+            arrays.take(steps, (padded + step - 1) / step);
+        }
         arrays.take(even, padded / V::width);
         arrays.take(tiles, (padded + tile - 1) / tile);
     }
+    // Of the keys begin .. end - 1 those from the first to the last step of which a query sees some:
+    // a window of few keys needs no whole tile.
+    void narrow(int64_t query, int64_t behind, int64_t& begin, int64_t& end) const {
+        while (begin < end && !steps[begin / step].any(query, behind)) begin += step;
+        while (end > begin && !steps[(end - 1) / step].any(query, behind))
+            end = (end - 1) / step * step;
+    }
     void fill(const DistanceTerms<V>& terms) {
         for (int64_t t = 0; t < padded; t += tile) tiles[t / tile] = {};
+        for (int64_t t = 0; hides() && t < padded; t += step) steps[t / step] = {};
         for (int64_t j = 0; j < padded; ++j) {
             TileOfKeys& at = tiles[j / tile];
             const bool real = j < p.keys;
@@ -177,10 +195,8 @@ struct KeyLists {
             last[j] = real && p.last ? static_cast<S>(p.last[key]) : infinity<S>();
             if (!real) continue;
             const double from = static_cast<double>(first[j]), to = static_cast<double>(last[j]);
-            at.first_seen = from < at.first_seen ? from : at.first_seen;
-            at.all_seen = from > at.all_seen ? from : at.all_seen;
-            at.first_lost = to < at.first_lost ? to : at.first_lost;
-            at.all_lost = to > at.all_lost ? to : at.all_lost;
+            at.note(from, to);
+            steps[j / step].note(from, to);
         }
         if (!p.terms) return;
         for (int64_t j = 0; j < padded; j += V::width) {

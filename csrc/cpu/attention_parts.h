@@ -17,7 +17,7 @@ struct PartProducts {
     using T = Storage<V, dtype>;
     using Row = const typename T::Element*;
     static constexpr int64_t key_unit = 32, block = block_queries, tile = tile_keys,
-                             few = 12 * parts;
+                             few = 12 * parts, step = larger(key_unit, panel_columns<V>());
     const AttentionParams& p;
     int64_t padded = round_up(p.keys, key_unit), inner = round_up(p.d, 32);
     int64_t width = round_up(p.d, V::width);

@@ -62,6 +62,7 @@ struct WideProducts {
     using Session = Nothing;
     static constexpr int64_t key_unit = V::width;
     static constexpr int64_t block = 8 * V::tile_rows, tile = 256, few = 32;
+    static constexpr int64_t step = panel_columns<V>();  // a part of a tile may begin there
     const AttentionParams& p;
     int64_t padded = round_up(p.keys, key_unit), width = round_up(p.d, V::width);
     S *keys = nullptr, *values = nullptr, *queries = nullptr, *staged = nullptr;

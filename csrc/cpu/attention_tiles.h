@@ -111,7 +111,7 @@ template <class V, DType dtype, int parts>
 struct TileProducts : PartProducts<V, dtype, parts, 32, 256> {
     using Base = PartProducts<V, dtype, parts, 32, 256>;
     using Session = TileSession;
-    static constexpr int64_t block = Base::block, tile = Base::tile;
+    static constexpr int64_t block = Base::block, tile = Base::tile, step = 32;
 
     // One row of tiles where the queries fill no more.
     template <int columns>

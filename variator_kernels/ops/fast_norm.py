@@ -27,7 +27,9 @@ def normalize_fast(x: Tensor, norm: Norm) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], weight, norm.bias, norm.eps)
     if norm.name != "rms" or norm.bias is not None:
         return normalize(x, norm.name, norm.weight, norm.bias, norm.eps)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    wide = x.float()
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     scale = length.square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()
-    # With out= the product is made in fp32 and rounded once, without an array of fp32.
-    return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
+    if x.dtype == torch.float32:
+        return (wide * scale).mul_(weight)
+    return wide.mul_(scale).mul_(weight.float()).to(x.dtype)  # one array of fp32, rounded once
