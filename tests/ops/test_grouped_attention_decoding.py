@@ -232,5 +232,7 @@ def test_tensors_that_are_not_their_memory():
     assert type(other) is Other and torch.equal(other.as_subclass(torch.Tensor), expected)
     rows = torch.vmap(lambda one: vf.grouped_attention(one, k, v))(torch.stack([-q, q]))
     torch.testing.assert_close(rows[0], expected)
+    shapes = vf.grouped_attention(*(t.to("meta") for t in (q, k, v)))
+    assert shapes.is_meta and shapes.shape == q.shape
     with torch.device("meta"):
         assert torch.equal(vf.grouped_attention(-q, k, v), expected)

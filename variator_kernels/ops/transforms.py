@@ -55,6 +55,7 @@ def nothing_between(tensors: Iterable[Tensor | None]) -> bool:
         if x is not None and (
             type(x) not in (Tensor, torch.nn.Parameter)
             or (derives and x.requires_grad)
+            or x.is_meta
             or x.is_neg()  # these three hold other numbers than their memory
             or x._is_zerotensor()
             or _functorch.is_functorch_wrapped_tensor(x)
