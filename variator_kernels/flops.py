@@ -115,10 +115,10 @@ def count(
     last = state.kept.last if state else 0
     first = first if keep_first is None else checks.integer(keep_first, "keep_first")
     last = last if keep_last is None else checks.integer(keep_last, "keep_last")
-    places = whole(lengths, first, last, kept)
-    rows = Rows(lengths, places)
+    whole_at = whole(lengths, first, last, kept)
+    rows = Rows(lengths, whole_at)
     if found.family.decoder:
-        rows = Prompts(lengths, places, first, state.kept.window if state else WINDOW)
+        rows = Prompts(lengths, whole_at, first, state.kept.window if state else WINDOW)
     beside = [low_rank_parts(found, i) for i in range(len(found.layers))]
     outside = _outside_blocks(found.encoder, len(lengths), rows.longest)
     level = dict(zip(sites, ratios, strict=True))

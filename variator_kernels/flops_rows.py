@@ -54,9 +54,7 @@ class Rows:
 class Prompts(Rows):
     """Of a decoder."""
 
-    def __init__(
-        self, lengths: list[int], places: list[set[int]], kept: int, window: int
-    ) -> None:
+    def __init__(self, lengths: list[int], places: list[set[int]], kept: int, window: int) -> None:
         super().__init__(lengths, places)
         self.kept, self.window = kept, window
 
@@ -85,9 +83,7 @@ class Prompts(Rows):
         return sum(max(0, n - self.kept) // ratio * ratio for n in self.lengths)
 
 
-def whole(
-    lengths: list[int], first: int, last: int, kept: Tensor | None
-) -> list[set[int]]:
+def whole(lengths: list[int], first: int, last: int, kept: Tensor | None) -> list[set[int]]:
     """Of each row the positions of the tokens that stay whole.
 
     Raises:

@@ -272,7 +272,9 @@ def apply(
     made = []
     for found in every:
         row = found.family
-        chosen = kept.configure(keep_first, keep_last, keep, row.keep_first, found.vocabulary, window)
+        chosen = kept.configure(
+            keep_first, keep_last, keep, row.keep_first, found.vocabulary, window
+        )
         method = Variator(config)
         sites = sites_of(found, config.placements)
         state = State(row.name, method, sites, owners_of(found, sites))

@@ -16,7 +16,11 @@ SCHEMES = [(2, 0, 0), (2, 1, 3), (3, 5, 2), (4, 7, 1), (5, 3, 4), (8, 64, 4)]
 
 def model(ratio=3, window=5, kept=2, **settings):
     return tiny.patched(
-        ratio={"attention_kv": ratio}, window=window, keep_first=kept, num_hidden_layers=2, **settings
+        ratio={"attention_kv": ratio},
+        window=window,
+        keep_first=kept,
+        num_hidden_layers=2,
+        **settings,
     )
 
 
@@ -51,10 +55,8 @@ def test_padding(scheme, side):
     lengths = [29, 20, 4, 1]
     tokens, mask, positions = tiny.padded(lengths, side)
     for cuts in ([29], [3, 11, 12, 13, 14, 29], list(range(1, 30))):
-        got, _ = tiny.in_pieces(
-            patched, tokens, cuts, attention_mask=mask, position_ids=positions
-        )
-        for row, length in enumerate(lengths):
+        got, _ = tiny.in_pieces(patched, tokens, cuts, attention_mask=mask, position_ids=positions)
+        for row, _length in enumerate(lengths):
             own = tokens[row][mask[row] > 0][None]
             close(got[row][mask[row] > 0], patched(own, use_cache=False).logits[0])
 
@@ -68,9 +70,7 @@ def test_holes():
     mask[0, 4:9] = mask[1, 10:12] = mask[1, 20] = 0
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     for cuts in ([29], [6, 7, 8, 15, 29], list(range(1, 30))):
-        got, _ = tiny.in_pieces(
-            patched, tokens, cuts, attention_mask=mask, position_ids=positions
-        )
+        got, _ = tiny.in_pieces(patched, tokens, cuts, attention_mask=mask, position_ids=positions)
         for row in range(2):
             own = tokens[row][mask[row] > 0][None]
             close(got[row][mask[row] > 0], patched(own, use_cache=False).logits[0])

@@ -164,9 +164,7 @@ def test_pieces_of_a_prompt_are_refused():
 @torch.no_grad()
 def test_generate(family):
     """With both placements, of prompts of unequal length."""
-    patched = tiny.patched(
-        family, {"ffn": {1: 4}, "attention_kv": 3}, window=5, keep_first=2
-    )
+    patched = tiny.patched(family, {"ffn": {1: 4}, "attention_kv": 3}, window=5, keep_first=2)
     tokens, mask, _ = tiny.padded([20, 11, 3], "left")
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     got = patched.generate(tokens, attention_mask=mask, **settings)

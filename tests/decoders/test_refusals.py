@@ -1,4 +1,4 @@
-"""What a decoder cannot bear is refused when it is patched, or asked for; files and descriptions."""
+"""What a decoder cannot bear is refused, at patching or when it is asked for; files."""
 
 import copy
 import pickle
@@ -146,7 +146,9 @@ def test_lora():
     adapted = peft.get_peft_model(
         patched, peft.LoraConfig(target_modules=["q_proj", "k_proj", "o_proj", "up_proj"], r=2)
     ).double()
-    torch.testing.assert_close(adapted(tokens, use_cache=False).logits, wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        adapted(tokens, use_cache=False).logits, wanted, rtol=1e-9, atol=1e-9
+    )
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.normal_(0, 0.1)

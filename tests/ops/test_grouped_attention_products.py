@@ -14,6 +14,7 @@ from tests.ops.attention_cases import PATHS, options, qkv, t5_table
 from tests.ops.cases import CPU, DTYPES, ISAS, assert_close, kernels, needs_cpu  # noqa: F401
 from variator_kernels import extension
 from variator_kernels import functional as vf
+from variator_kernels.ops.self_attention import Book, Scheme, Step
 
 every_isa = pytest.mark.parametrize("kernels", ISAS, indirect=True)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
@@ -238,3 +239,16 @@ def test_the_librarys_tiles_stay_as_they_are(dtype):
         assert not wrong
     finally:
         CPU.set_isa(before)
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize(("n", "window"), [(700, 64), (391, 1), (300, 150)])
+def test_windows_of_few_keys(kernels, dtype, n, window):  # noqa: F811
+    """A query sees a small part of a tile: no other part may count, nor one be left out."""
+    step = Step(
+        Scheme(4, window, 3), Book.empty(2, torch.device("cpu")), None, torch.arange(n)[None]
+    )
+    given = {"bias": step.bias(torch.double), "first": step.first, "last": step.last}
+    inputs = qkv((2, n, n + step.groups, 4, 2, 24), dtype)
+    check(inputs, given, f"n={n}, window={window}")

@@ -67,7 +67,8 @@ class Decoder(Encoder):
             if k > 1 and site.placement != "ffn"
         )
         mask = self.variator_family.mask
-        if compressed == self.config.num_hidden_layers:
+        config: Any = self.config
+        if compressed == config.num_hidden_layers:
             # Nobody reads the mask of n x n that would be made: this one is taken as it is.
             args, kwargs = self._with(mask, torch.zeros(1, 1, 1, 1), args, kwargs)
         return args, kwargs

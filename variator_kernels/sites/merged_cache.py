@@ -31,20 +31,6 @@ class MergedLayer(MergedKeys, CacheLayerMixin):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.scheme})"
 
-    def past(self, rows: int, device: torch.device) -> Book:
-        """What went in before a forward of ``rows``.
-
-        Raises:
-            ValueError: other rows did.
-        """
-        if not self.book.columns:
-            return Book.empty(rows, device)
-        if len(self.book.seen) != rows:
-            raise ValueError(
-                f"past_key_values must be of {rows} rows, as the input, got {len(self.book.seen)}"
-            )
-        return self.book
-
     def reset(self) -> None:
         """Empty again."""
         self.book = Book.empty(0, torch.device("cpu"))

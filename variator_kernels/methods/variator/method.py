@@ -137,7 +137,15 @@ class Variator:
         reach = reach_of(layer)
 
         def merged_rotation() -> Rotation:
-            key = "merged rotation", scheme, h.device, h.dtype, reach.rotary, reach.rotary_kind, step
+            key = (
+                "merged rotation",
+                scheme,
+                h.device,
+                h.dtype,
+                reach.rotary,
+                reach.rotary_kind,
+                step,
+            )
             return context.once(key, h, lambda: reach.rotation(h, step.mean_positions))
 
         rotations = None if rotation is None else (rotation, merged_rotation)
@@ -155,7 +163,7 @@ class Variator:
 def _step(scheme: Scheme, h: Tensor, context: Context, store: MergedKeys | None) -> Step:
     """What this forward means to caches under ``scheme``; made once for all layers of it."""
     rows = h.shape[0]
-    past = Book.empty(rows, h.device) if store is None else store.past(rows, h.device)
+    past = Book.empty(rows, h.device) if store is None else store.before(rows, h.device)
     if past.columns != context.past:
         raise ValueError(
             f"past_key_values must hold as many tokens in every layer, got {past.columns} in one "

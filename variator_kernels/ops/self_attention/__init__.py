@@ -15,8 +15,8 @@ from ..group_merge import reference as merge_reference
 from ..grouped_attention import grouped_attention
 from ..groups import Groups, real_tokens
 from ..transforms import tracing
-from .description import Projections, SelfAttention
 from .causal import causal_attention
+from .description import Projections, SelfAttention
 from .keys import Keys, Rotation, Table, members, merged_queries, whole_queries
 from .merged_keys import MergedKeys
 from .products import keys_and_values, output, queries

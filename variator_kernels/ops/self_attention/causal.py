@@ -54,7 +54,7 @@ def causal_attention(
         entries = step.visible
         keys, values = (t[:, :, :entries].transpose(1, 2) for t in (store.keys, store.values))
         bias = step.bias_after(_wide(h))
-        bounds: dict[str, Tensor] = {}
+        first = last = None
     else:
         old = store if store is not None and step.past.columns else None
         k_m, v_m = k[:, :0], v[:, :0]
@@ -67,7 +67,7 @@ def causal_attention(
             held = (t[:, :, :entries].transpose(1, 2) for t in (old.keys, old.values))
             keys, values = (torch.cat(two, 1) for two in zip(held, (keys, values), strict=True))
         bias = step.bias(_wide(h))
-        bounds = {"first": step.first, "last": step.last}
+        first, last = step.first, step.last
         if store is not None:
             store.rebuild(step, *(t.detach() for t in (h, k, v, k_m, v_m)))
     if store is not None:
@@ -78,9 +78,10 @@ def causal_attention(
         values,
         scale=attention.scale,
         bias=bias,
+        first=first,
+        last=last,
         dropout_p=attention.dropout_weights,
         backend="reference" if backend == "reference" else "auto",
-        **bounds,
     )
     if store is not None and step.past.columns and out.requires_grad:
         out = _Cut.apply(out)
@@ -92,11 +93,11 @@ class _Cut(torch.autograd.Function):
     """Refuses gradients, which would lack all that goes through what a cache holds."""
 
     @staticmethod
-    def forward(ctx, out):  # noqa: ANN001
+    def forward(ctx, out):
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx, *_):  # noqa: ANN001
+    def backward(ctx, *_):
         raise ValueError(
             "no gradient goes through past_key_values of merged keys: train with use_cache=False, "
             "on whole sequences"

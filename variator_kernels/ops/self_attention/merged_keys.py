@@ -25,10 +25,19 @@ class MergedKeys:
     values: Tensor
     recent: Tensor
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Everything that is held."""
-        return self.keys, self.values, self.recent, *self.book[1:2], *self.book[3:5]
+    def before(self, rows: int, device: torch.device) -> Book:
+        """What went in before a forward of ``rows``.
+
+        Raises:
+            ValueError: other rows did.
+        """
+        if not self.book.columns:
+            return Book.empty(rows, device)
+        if len(self.book.seen) != rows:
+            raise ValueError(
+                f"past_key_values must be of {rows} rows, as the input, got {len(self.book.seen)}"
+            )
+        return self.book
 
     @property
     def room(self) -> int:
@@ -91,7 +100,9 @@ class MergedKeys:
             self.keys[rows, :, slots] = k[:, 0]
             self.values[rows, :, slots] = v[:, 0]
 
-    def rebuild(self, step: Step, h: Tensor, k: Tensor, v: Tensor, k_m: Tensor, v_m: Tensor) -> None:
+    def rebuild(
+        self, step: Step, h: Tensor, k: Tensor, v: Tensor, k_m: Tensor, v_m: Tensor
+    ) -> None:
         """All of it anew, from what there was and what came: ``k``, ``v [B, n, H_kv, head_size]``,
         and the same of the merged ones."""
         old = bool(step.past.columns)
@@ -106,9 +117,7 @@ class MergedKeys:
             kept = plain
             if old:
                 held = getattr(self, name).transpose(1, 2)
-                ring, whole, there = held.split(
-                    (step.past.plain, self.scheme.kept, self.room), 1
-                )
+                ring, whole, there = held.split((step.past.plain, self.scheme.kept, self.room), 1)
                 groups = torch.cat((there, groups), 1)
                 kept, plain = torch.cat((whole, plain), 1), torch.cat((ring, plain), 1)
             if groups.shape[1] == 0:

@@ -8,7 +8,6 @@ from .. import prepacked_linear
 from ..feed_forward import autocasts
 from .description import SelfAttention
 
-
 FEW = 32
 """So few vectors go faster through weights as they are: a call with packed ones costs 50 us."""
 

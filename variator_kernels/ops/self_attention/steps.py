@@ -35,7 +35,7 @@ class Scheme(NamedTuple):
         return (group + 1) * self.ratio + max(0, self.window - 1)
 
     def groups(self, rank: Tensor) -> Tensor:
-        """How many merged keys the query of ``rank`` sees: G above; 0 for a kept token (rank < 0)."""
+        """How many merged keys the query of ``rank`` sees: G above; 0 for a kept one, below 0."""
         behind = (rank + 1 - self.window).clamp_min(0) // self.ratio
         return torch.minimum(behind, rank.clamp_min(0) // self.ratio)
 
@@ -199,7 +199,9 @@ class Step:
         start = begin + ratio * torch.arange(self.groups, device=begin.device)
         row = torch.arange(self.rows, device=begin.device)[:, None] * self.n
         span = torch.where(self.exists, ratio, 0)
-        return Groups(torch.where(self.exists, start, 0) + row, span, None, None, None, ratio, "listed")
+        return Groups(
+            torch.where(self.exists, start, 0) + row, span, None, None, None, ratio, "listed"
+        )
 
     @functools.cached_property
     def mean_positions(self) -> Tensor:
@@ -207,7 +209,7 @@ class Step:
         every = torch.cat((self.past.positions, self.positions), 1)
         return every.gather(1, self.members).unflatten(1, (self.groups, -1)).mean(-1)
 
-    # What the queries see, when the keys are [those of the cache, the n plain ones, the merged ones].
+    # What the queries see. Keys are those of the cache, the n plain ones, the merged ones.
 
     @functools.cached_property
     def first(self) -> Tensor:
@@ -248,7 +250,7 @@ class Step:
 
     @functools.cached_property
     def _held(self) -> Tensor:
-        """``[B, plain]``: the rank in each slot of the past ring; below 0, or ``oldest``: nothing."""
+        """``[B, plain]``: the rank in each slot of the past ring; nothing below ``oldest`` or 0."""
         return in_slots(self.past.seen - self.scheme.kept - 1, self.past.plain)
 
     @functools.cached_property
@@ -351,7 +353,9 @@ class Step:
         held = in_slots(rank[:, 0], self.plain)
         plain = held >= torch.maximum(self.oldest[:, None], groups * self.scheme.ratio)
         kept = torch.arange(self.scheme.kept, device=rank.device) < self.seen[:, None]
-        merged = torch.arange(self.visible - self.plain - self.scheme.kept, device=rank.device) < groups
+        merged = (
+            torch.arange(self.visible - self.plain - self.scheme.kept, device=rank.device) < groups
+        )
         return _bias((plain, kept, merged), self.scheme.ratio, dtype)
 
 

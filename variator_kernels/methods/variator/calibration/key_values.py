@@ -104,7 +104,6 @@ class KeyValues:
     def _received(self, h: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """The dense weights of each token as a key, ``[B, n]``: sums over queries and heads."""
         attention, n = self.attention, h.shape[1]
-        size = attention.head_size
         q, k = queries(h, attention), keys_and_values(h, attention)[0]
         if self.reach.rotary is not None:
             turned = Rotation(*self.reach.rotation(h, positions))
