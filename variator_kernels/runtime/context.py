@@ -38,6 +38,7 @@ class Context:
         # Without padding there is less to do. Where values are not at hand, nobody waits for them.
         self.full = mask is None or (is_plain(mask) and mask.is_cpu and bool(mask.all()))
         self.level = level
+        self.dense = level.is_dense
         self.keep = keep
         self.pads = False
         self.causal = False

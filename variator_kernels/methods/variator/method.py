@@ -173,9 +173,10 @@ def _step(scheme: Scheme, h: Tensor, context: Context, store: MergedKeys | None)
     def make() -> Step:
         real = context.mask_of(h)
         check_past(context.mask, past.seen, h.shape[1])
-        return Step(scheme, past, real, context.positions(h))
+        wide = torch.promote_types(h.dtype, torch.float32)
+        return Step(scheme, past, real, context.positions(h), wide)
 
-    return context.once(("step", scheme, h.device), h, make)
+    return context.once(("step", scheme, h.device, h.dtype), h, make)
 
 
 def _merged_keys(

@@ -53,7 +53,7 @@ def causal_attention(
         store.append_single(step, k.detach(), v.detach())
         entries = step.visible
         keys, values = (t[:, :, :entries].transpose(1, 2) for t in (store.keys, store.values))
-        bias = step.bias_after(_wide(h))
+        bias = step.bias_after
         first = last = None
     else:
         old = store if store is not None and step.past.columns else None
@@ -66,7 +66,7 @@ def causal_attention(
             entries = step.past.plain + step.scheme.kept + step.held_groups
             held = (t[:, :, :entries].transpose(1, 2) for t in (old.keys, old.values))
             keys, values = (torch.cat(two, 1) for two in zip(held, (keys, values), strict=True))
-        bias = step.bias(_wide(h))
+        bias = step.bias
         first, last = step.first, step.last
         if store is not None:
             store.rebuild(step, *(t.detach() for t in (h, k, v, k_m, v_m)))
@@ -123,8 +123,3 @@ def _merge(h: Tensor, merge: MergeWeights, groups: Groups | None, backend: str) 
     if backend == "reference":
         return merge_reference.group_merge(h, merge.weight, merge.bias, groups)
     return merge_op.group_merge(h, merge, groups, NO_NORM, backend)[0]
-
-
-def _wide(h: Tensor) -> torch.dtype:
-    """Of scores: fp32, fp64 for fp64 storage."""
-    return torch.promote_types(h.dtype, torch.float32)

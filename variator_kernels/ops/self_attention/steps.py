@@ -114,8 +114,17 @@ class Book(NamedTuple):
 class Step:
     """One forward of ``n`` tokens a row on a cache that ``past`` describes."""
 
-    def __init__(self, scheme: Scheme, past: Book, real: Tensor | None, positions: Tensor) -> None:
-        """``real``: bool ``[B, n]``, None without padding; ``positions [B or 1, n]``."""
+    def __init__(
+        self,
+        scheme: Scheme,
+        past: Book,
+        real: Tensor | None,
+        positions: Tensor,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """``real``: bool ``[B, n]``, None without padding; ``positions [B or 1, n]``; ``dtype`` of
+        biases."""
+        self.dtype = dtype
         self.scheme, self.past = scheme, past
         self.real = real
         self.rows, self.n = len(past.seen), positions.shape[1]
@@ -226,14 +235,17 @@ class Step:
         merged = plain.new_full((self.rows, self.groups), self.n)
         return torch.cat((self._past_last, plain, merged), 1)
 
-    def bias(self, dtype: torch.dtype) -> Tensor:
+    @functools.cached_property
+    def bias(self) -> Tensor:
         """``[B, keys]``: the logarithm of the number of tokens; -inf where there is no key."""
-        plain = torch.zeros(self.rows, self.n, dtype=dtype, device=self.seen.device)
+        plain = torch.zeros(self.rows, self.n, dtype=self.dtype, device=self.seen.device)
         if self.real is not None:
             plain = plain.masked_fill(~self.real, -math.inf)
         log = math.log(self.scheme.ratio)
-        merged = torch.full_like(self.made, log, dtype=dtype).masked_fill(~self.exists, -math.inf)
-        return torch.cat((self._past_bias(dtype), plain, merged), 1)
+        merged = torch.full_like(self.made, log, dtype=self.dtype).masked_fill(
+            ~self.exists, -math.inf
+        )
+        return torch.cat((self._past_bias, plain, merged), 1)
 
     @property
     def _ranks(self) -> Tensor:
@@ -279,14 +291,15 @@ class Step:
         behind = self.seen.new_full((self.rows, self.scheme.kept + self.held_groups), self.n)
         return torch.cat((self._until(self._held), behind), 1)
 
-    def _past_bias(self, dtype: torch.dtype) -> Tensor:
+    @property
+    def _past_bias(self) -> Tensor:
         past = self.past
         if not past.columns:
-            return torch.zeros(self.rows, 0, dtype=dtype, device=self.seen.device)
+            return torch.zeros(self.rows, 0, dtype=self.dtype, device=self.seen.device)
         plain = self._held >= past.oldest[:, None].clamp_min(0)
         kept = torch.arange(self.scheme.kept, device=self.seen.device) < past.seen[:, None]
         merged = self._past_groups < self.first_group[:, None]
-        return _bias((plain, kept, merged), self.scheme.ratio, dtype)
+        return _bias((plain, kept, merged), self.scheme.ratio, self.dtype)
 
     # What is left behind.
 
@@ -345,7 +358,8 @@ class Step:
         most = int(self.scheme.groups(rank).max()) if self.rows else 0
         return self.plain + self.scheme.kept + most
 
-    def bias_after(self, dtype: torch.dtype) -> Tensor:
+    @functools.cached_property
+    def bias_after(self) -> Tensor:
         """``[B, visible]``: of the cache's entries, for the queries of a single step, which are
         among them."""
         rank = (self.seen - self.scheme.kept - 1)[:, None]
@@ -356,7 +370,7 @@ class Step:
         merged = (
             torch.arange(self.visible - self.plain - self.scheme.kept, device=rank.device) < groups
         )
-        return _bias((plain, kept, merged), self.scheme.ratio, dtype)
+        return _bias((plain, kept, merged), self.scheme.ratio, self.dtype)
 
 
 def in_slots(last: Tensor, size: int) -> Tensor:
