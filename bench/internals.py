@@ -24,6 +24,7 @@ from variator_kernels.runtime.state import states
 from variator_kernels.sites.family import lookup
 from variator_kernels.sites.feed_forward import describe, family_of
 from variator_kernels.sites.find import find
+from variator_kernels.sites.merged_cache import MergedLayer
 
 __all__ = ["describe"]
 
@@ -67,6 +68,18 @@ def kept(model: nn.Module) -> tuple[int, int, tuple[int, ...], int]:
     """What a patched model keeps whole (first and last tokens, token ids), and its bottleneck."""
     state = states(model)[0]
     return state.kept.first, state.kept.last, state.kept.ids, state.method.config.bottleneck
+
+
+def set_window(model: nn.Module, window: int) -> None:
+    """Another window of plain keys than a patched decoder was given."""
+    for state in states(model):
+        state.kept = state.kept._replace(window=window)
+
+
+def cache_entries(cache: Any) -> list[int]:
+    """What the last query found in each row of each layer of merged keys."""
+    layers = (layer for layer in cache.layers if isinstance(layer, MergedLayer))
+    return [count for layer in layers for count in layer.counts()["visible"]]
 
 
 @contextmanager

@@ -7,9 +7,8 @@ whose outputs are not right has no number, and the exit code is 1.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from rich.progress import track
 
 from .cases import Key, models
 from .cases.sublayer import Sublayer
-from .harness import allocations, machine, options, results, tables
+from .harness import allocations, child, options, results, tables
 from .harness.checks import factor_of, judge
 from .harness.compiling import Unavailable
 from .harness.results import Row
@@ -54,16 +53,7 @@ def measure(cell: Row) -> Row:
     return found | {"forbidden_bytes": cell["batch"] * cell["length"] * width}
 
 
-def in_child(cell: Row) -> Row:
-    """:func:`measure` in a fresh process."""
-    command = [sys.executable, "-m", "bench.memory", "--cell", json.dumps(cell)]
-    paths = [str(machine.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return {"status": "failed", "reason": lines[-1][:200]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+in_child = partial(child.measured, "memory")
 
 
 def columns(rows: list[Row]) -> list[tables.Column]:

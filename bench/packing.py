@@ -15,7 +15,6 @@ import ctypes
 import gc
 import json
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -32,7 +31,7 @@ import variator_kernels as vk
 from . import internals
 from .cases import Key, models
 from .cases.encoder import Encoder
-from .harness import machine, options, results, tables
+from .harness import child, options, results, tables
 from .harness.checks import Outputs, judge
 from .harness.clock import Wall, quartiles, ratio
 from .harness.results import Row
@@ -150,14 +149,7 @@ def _judged(error: float, kind: torch.dtype) -> Row:
 CELLS = {"lengths": lengths, "unpatched": unpatched}
 
 
-def in_child(cell: Row) -> Row:
-    """A memory cell in a fresh process."""
-    command = [sys.executable, "-m", "bench.packing", "--cell", json.dumps(cell)]
-    done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return {"status": "failed", "reason": lines[-1][:200]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+in_child = partial(child.measured, "packing")
 
 
 LOOKING = [

@@ -211,6 +211,7 @@ FIGURES: dict[str, Callable[[Row, Path], None]] = {
     "neurons": neurons,
     "quality_vs_k": figure.quality,
     "quality_embeddings": figure.embeddings,
+    "decoder": figure.decoder,
     "gpu_report": gpu,
 }
 

@@ -59,7 +59,7 @@ class Architecture(NamedTuple):
 
     @property
     def weights(self) -> str:
-        if self.name == "minilm":
+        if self.name in ("minilm", "smollm2"):
             return "pretrained"
         return "from the folder" if self.folder else "random"
 

@@ -51,6 +51,7 @@ class Wall:
         advance: Callable[[], None] = lambda: None,
         settle: bool = False,
         until: float = math.inf,
+        before: Callable[[Key], None] = lambda key: None,
     ) -> tuple[dict[Key, list[float]], dict[Key, Any]]:
         """Seconds of each call in each round, and each call's last output.
 
@@ -74,6 +75,7 @@ class Wall:
                 for key in order:
                     if settle and self.settles:
                         calls[key]()
+                    before(key)
                     self.ready()
                     start = self.read()
                     for _ in range(self.burst):

@@ -73,13 +73,18 @@ def settle_common(args: argparse.Namespace) -> models.Architecture:
     """Fill in what was not asked for, set the threads; ``ValueError`` for what there is not."""
     args.batch = args.batch or (2 if args.quick else 8)
     args.length = args.length or (64 if args.quick else 512)
+    settle_dtypes(args)
+    return models.architecture(args.model)
+
+
+def settle_dtypes(args: argparse.Namespace) -> None:
+    """The same of dtypes and threads alone."""
     args.threads = args.threads or torch.get_num_threads()
     args.dtype = args.dtype or (["fp32", "bf16"] if machine.has_bf16() else ["fp32"])
     unknown = [name for name in args.dtype if name not in models.DTYPES]
     if unknown:
         raise ValueError(f"dtype must be one of {tuple(models.DTYPES)}, got {unknown[0]!r}")
     torch.set_num_threads(args.threads)
-    return models.architecture(args.model)
 
 
 def check_arms(arms: Any) -> list[str]:

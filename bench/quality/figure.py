@@ -78,6 +78,47 @@ def embeddings(content: Row, target: Path) -> None:
         grid[0][0].legend(fontsize=7, loc="lower left", handlelength=4)
 
 
+PLACES = {
+    "attention_kv": BLUE, "attention_kv+ffn/2": NAVY, "attention_kv+ffn": "#2f855a", "ffn": BROWN,
+    "ffn/2": AMBER, "ffn/3": "#d69e2e",
+}  # fmt: skip
+
+
+def decoder(content: Row, target: Path) -> None:
+    """Perplexity over the dense model's, against the cache's memory and the time to first token.
+
+    A point a level: open with untrained plugins, filled with trained ones.
+    """
+    rows = [row for row in content["rows"] if row.get("perplexity") and row["status"] == "ok"]
+    settings, context = content["settings"], str(content["settings"]["contexts"][0])
+    title = f"{content['model']['name']}: perplexity behind a compressed prompt"
+    caption = (
+        f"{content['machine']['cpu']}, {settings['threads']} threads; {settings['sequences']} "
+        f"sequences of {context} tokens, the last 64 predicted. Hollow: untrained; labels: k, and "
+        f"the window of plain keys. Commit {commit(content)}."
+    )
+    panels: list[tuple[str, Any]] = [
+        ("cache, of Hugging Face's", lambda row: row["cache_share"]),
+        ("time to first token, of Hugging Face's", lambda row: 1 / row["first"]["speedup"]["median"]),
+    ]
+    with sheet(target, 1, 2, (11, 4.6), title, caption) as (line,):
+        for axes, (label, x) in zip(line, panels, strict=True):
+            for row in rows:
+                colour = PLACES.get(row["where"], GREY)
+                for kind, found in row["perplexity"].items():
+                    place = x(row), found[context]["over_dense"]
+                    mfc = "white" if kind == "untrained" else colour
+                    axes.plot(*place, "o", color=colour, mfc=mfc)
+                    name = f"{row['k']}, {row['window']}" if row["window"] else f"{row['k']}"
+                    axes.annotate(name if row["where"] else "dense", place, (4, 3), fontsize=7,
+                                  textcoords="offset points", color=GREY)  # fmt: skip
+            for where in dict.fromkeys(row["where"] for row in rows if row["where"]):
+                axes.plot([], [], "o", color=PLACES.get(where, GREY), label=where)
+            axes.set(xlabel=label, ylabel="perplexity over the dense model's", yscale="log")
+            axes.grid()
+        line[0].legend(fontsize=7)
+
+
 def _panel(axes: Any, rows: list[Row], metric: str) -> None:
     spare = cycle((NAVY, "#2f855a", "#805ad5"))
     for variant in dict.fromkeys(row["variant"] for row in rows):
