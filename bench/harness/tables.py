@@ -39,7 +39,8 @@ def screen(
     made = Table(title=title, title_justify="left", title_style="bold")
     for place, column in enumerate([*columns, Column("note", note)]):
         named = not place or place == len(columns)
-        made.add_column(column.heading, justify="left" if named else "right")
+        how: Any = {"justify": "left" if named else "right", "no_wrap": not place}
+        made.add_column(column.heading, **how)
     for before, row in zip([None, *rows], rows, strict=False):
         if section and before is not None and before[section] != row[section]:
             made.add_section()

@@ -98,8 +98,11 @@ def decoder(content: Row, target: Path) -> None:
         f"the window of plain keys. Commit {commit(content)}."
     )
     panels: list[tuple[str, Any]] = [
-        ("cache, of Hugging Face's", lambda row: row["cache_share"]),
-        ("time to first token, of Hugging Face's", lambda row: 1 / row["first"]["speedup"]["median"]),
+        ("cache, of HF", lambda row: row["cache_share"]),
+        (
+            "time to first token, of Hugging Face's",
+            lambda row: 1 / row["first"]["speedup"]["median"],
+        ),
     ]
     with sheet(target, 1, 2, (11, 4.6), title, caption) as (line,):
         for axes, (label, x) in zip(line, panels, strict=True):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import memory, packing, targets
+from bench.decoder import table as decoder
 from bench.harness import tables
 from bench.harness.results import Row, pick, placements, speedup
 from bench.harness.tables import Column, key, number
@@ -149,6 +150,25 @@ def of_packing(found: Machine, folder: Path) -> str:
     )
 
 
+def of_decoder(found: Machine, folder: Path) -> str:
+    """A row a level of every run of ``bench.decoder``."""
+    parts = []
+    for content in _decoders(found).values():
+        measured = pick(content["rows"], status="ok")
+        parts.append(tables.markdown(decoder.columns(content), measured))
+    return "\n\n".join(parts)
+
+
+def decoder_figure(found: Machine, folder: Path) -> str:
+    """Perplexity against the cache and the time to first token."""
+    text = "Perplexity against cache memory and time to first token"
+    return "\n".join(found.picture(name, text, folder) for name in _decoders(found))
+
+
+def _decoders(found: Machine) -> dict[str, Row]:
+    return {name: found.files[name] for name in sorted(found.files) if name.startswith("decoder")}
+
+
 def of_targets(found: Machine, folder: Path) -> str:
     """Every target beside its measurement, where the curve was measured."""
     if "speed_vs_k" not in found.files:
@@ -161,5 +181,6 @@ TABLES: dict[str, Callable[[Machine, Path], str]] = {
     "machine": caption, "figure": figure, "sublayer": _of_cells("sublayer", SUBLAYER),
     "small": _of_cells("small", SMALL), "encoder": encoder, "placements": with_placements,
     "backward": _of_cells("backward", BACKWARD), "ragged": _of_cells("ragged", RAGGED),
-    "memory": of_memory, "packing": of_packing, "targets": of_targets,
+    "memory": of_memory, "packing": of_packing, "targets": of_targets, "decoder": of_decoder,
+    "decoder-figure": decoder_figure,
 }  # fmt: skip

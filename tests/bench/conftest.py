@@ -53,3 +53,20 @@ def tiny(tmp_path: Path, request: pytest.FixtureRequest) -> str:
 def tiny_bert(tmp_path: Path, request: pytest.FixtureRequest) -> str:
     """The same of a BERT."""
     return written(tmp_path, request.param)
+
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "vocab_size": 100,
+}
+
+
+@pytest.fixture
+def tiny_llama(tmp_path: Path) -> str:
+    """The same of a decoder."""
+    return written(tmp_path, LLAMA)

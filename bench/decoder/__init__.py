@@ -1,0 +1,1 @@
+"""Decoders with plugins: the benchmark ``python -m bench.decoder``, in pieces."""

@@ -1,0 +1,46 @@
+"""The table on the screen and in the documentation."""
+
+from ..harness.results import Row
+from ..harness.tables import Column, key, mib, number
+
+
+def columns(content: Row) -> list[Column]:
+    """Of the tables on the screen and in the documentation."""
+    settings = content["settings"]
+    made = [
+        Column("compressed", lambda row: row["where"] or "nothing, HF SDPA", True),
+        key("dtype", "dtype"),
+        key("prompt", "length"),
+        Column("k", lambda row: str(row["k"]) if row["where"] else "", True),
+        key("window", "window"),
+        number("first token, s", lambda row: row["first"]["median"]),
+        _over("over HF", "first"),
+    ]
+    for size in settings["batches"]:
+        name = f"batch {size}"
+        made.append(_milliseconds(f"ms a token, {name}", name))
+        made.append(_over("over HF", name))
+    made += [
+        mib("cache, MiB", "cache_bytes"),
+        number("of HF", lambda row: row["cache_share"], ".0%"),
+        mib(f"prefill of {settings['peak']}, MiB", "peak_bytes", ".0f"),
+    ]
+    kinds = dict.fromkeys(kind for row in content["rows"] for kind in row.get("perplexity", ()))
+    made += [_perplexity(kind, str(n)) for kind in kinds for n in settings["contexts"]]
+    return made
+
+
+def _milliseconds(heading: str, name: str) -> Column:
+    return number(heading, lambda row: row[name]["median"] * 1e3, ".1f")
+
+
+def _perplexity(kind: str, context: str) -> Column:
+    def read(row: Row) -> float | None:
+        found = row.get("perplexity", {}).get(kind, {}).get(context, {})
+        return found.get("over_dense")
+
+    return number(f"perplexity over dense, {kind}, {context} tokens", read)
+
+
+def _over(heading: str, name: str) -> Column:
+    return number(heading, lambda row: row[name]["speedup"]["median"])
