@@ -9,6 +9,7 @@ Times are of interleaved rounds in one process, peak memory of a process for eac
 import argparse
 import json
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def measured(
     dense = setup.load(model, models.DTYPES[dtype])
     wanted = levels.every(args.places, args.ratios, args.windows)
     head: Row = {"case": "decoder", "dtype": dtype, "length": length}
-    verdicts = check.verdicts(dense, wanted, args.ratios, args.windows)
+    verdicts = check.verdicts(dense, wanted, args.ratios)
     rows: dict[Level, Row] = {}
     for level, verdict in zip(wanted, verdicts, strict=True):
         arm = {"arm": "ours" if level.where else "hf-sdpa", **level._asdict()}
@@ -135,6 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = made.parse_args(arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".* plugins of ratio .* are untrained")
     if args.cell:
         print(json.dumps(timing.prefill_memory(args.cell)))
         return 0

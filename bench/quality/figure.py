@@ -119,7 +119,8 @@ def decoder(content: Row, target: Path) -> None:
                 axes.plot([], [], "o", color=PLACES.get(where, GREY), label=where)
             axes.set(xlabel=label, ylabel="perplexity over the dense model's", yscale="log")
             axes.grid()
-        line[0].legend(fontsize=7)
+        if any(row["where"] for row in rows):
+            line[0].legend(fontsize=7)
 
 
 def _panel(axes: Any, rows: list[Row], metric: str) -> None:
