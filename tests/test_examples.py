@@ -1,5 +1,7 @@
-"""The plugins that come with the repository."""
+"""The plugins and the scripts that come with the repository."""
 
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,8 @@ import torch
 
 import variator_kernels as vk
 
-FOLDER = Path(__file__).parents[1] / "examples" / "minilm"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+FOLDER = EXAMPLES / "minilm"
 
 
 def test_the_folder_is_small_and_whole():
@@ -50,3 +53,45 @@ def test_closer_to_the_original_than_untrained_ones():
     for k, least in ((2, 0.93), (4, 0.87)):  # 5 % quantiles 0.95 and 0.90 on paragraphs
         vk.set_ratio(model, k)
         assert ((embed() * original).sum(-1) > least).all()
+
+
+@pytest.fixture
+def chatting(tmp_path):
+    """A folder with a tiny LLaMA and a tokenizer of single characters, and the model."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = {chr(number): number for number in range(128)}
+    words = tokenizers.Tokenizer(tokenizers.models.BPE(letters, [], unk_token="?"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 128}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        num_attention_heads=4, num_key_value_heads=2, eos_token_id=None, **size
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    tokenizer.save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model", model, tokenizer
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_summarise(chatting, tmp_path, monkeypatch, capsys, trained):
+    """It prints what the patched model generates, with the plugins it was given."""
+    folder, model, tokenizer = chatting
+    text = "The river rises in the hills north of the town. " * 6
+    (tmp_path / "text.txt").write_text(text)
+    vk.patch(model, {"attention_kv": 2}, ratios=(2,))
+    arguments = [str(folder), str(tmp_path / "text.txt")]
+    if trained:
+        with torch.no_grad():
+            for parameter in vk.plugin_parameters(model):
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+        vk.save_plugins(model, tmp_path / "plugins")
+        arguments.append(str(tmp_path / "plugins"))
+    ids = tokenizer(f"[{text}\n\nSummarise this text in one sentence.]", return_tensors="pt")
+    wanted = model.generate(ids["input_ids"], max_new_tokens=60, do_sample=False)
+    monkeypatch.setattr(sys, "argv", ["summarise.py", *arguments])
+    runpy.run_path(str(EXAMPLES / "summarise.py"))
+    shown = tokenizer.decode(wanted[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert capsys.readouterr().out.split() == shown.split() and shown.strip()
