@@ -21,6 +21,7 @@ from variator_kernels.ops.group_merge import op as merge_op
 from variator_kernels.ops.groups import Keep
 from variator_kernels.ops.make_groups import make_groups
 from variator_kernels.runtime.state import states
+from variator_kernels.sites.families import FAMILIES
 from variator_kernels.sites.family import lookup
 from variator_kernels.sites.feed_forward import describe, family_of
 from variator_kernels.sites.find import find
@@ -68,6 +69,11 @@ def kept(model: nn.Module) -> tuple[int, int, tuple[int, ...], int]:
     """What a patched model keeps whole (first and last tokens, token ids), and its bottleneck."""
     state = states(model)[0]
     return state.kept.first, state.kept.last, state.kept.ids, state.method.config.bottleneck
+
+
+def decoders() -> tuple[str, ...]:
+    """The model types that are patched as decoders."""
+    return tuple(family.name for family in FAMILIES.values() if family.decoder)
 
 
 def set_window(model: nn.Module, window: int) -> None:

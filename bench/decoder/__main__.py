@@ -56,16 +56,18 @@ def measured(
     runs |= {
         level: timing.Run(twins[window], level, args.tokens) for level, window in windows.items()
     }
+    kinds = {perplexity.UNTRAINED: runs}
+    first = (dtype, length) == (args.dtype[0], args.lengths[0])
+    if first:
+        kinds |= perplexity.trained(dense, args.plugins, good)
     with tables.progress(console) as bar:
         bar.start(f"{dtype}, {length} tokens", len(runs) * args.rounds * (1 + len(args.batches)))
         timing.timed(runs, rows, tokens[None, :length], args, bar.step)
-        if (dtype, length) == (args.dtype[0], args.lengths[0]):
-            kinds = {"untrained": runs, **perplexity.trained(dense, args.plugins, good)}
+        if first:
             batches = -(-args.sequences // perplexity.BATCH) * len(args.contexts)
             bar.start("perplexity", sum(map(len, kinds.values())) * batches)
             perplexity.measure(kinds, rows, tokens, args, partial(bar.step, ""))
-            del kinds
-        del runs, twins, dense
+        del runs, kinds, twins, dense
         bar.start(f"memory of {args.peak} tokens", len(good))
         for level in good:
             cell = {"level": list(level), "dtype": dtype, "tokens": args.peak}
@@ -123,6 +125,7 @@ def settle(args: argparse.Namespace) -> models.Architecture:
         raise ValueError(f"contexts must be above {perplexity.LAST}, got {min(args.contexts)}")
     if 1 not in args.batches:
         raise ValueError(f"batches must hold 1, of which the cache is measured, got {args.batches}")
+    perplexity.check_folders(args.plugins)
     model = setup.architecture(args.model)
     levels.check_places(args.places, model.config.num_hidden_layers)
     options.settle_dtypes(args)

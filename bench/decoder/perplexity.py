@@ -21,6 +21,7 @@ from .timing import Run
 LAST = 64
 """Tokens of a sequence that are predicted; those before are the prompt."""
 BATCH = 8
+UNTRAINED = "untrained"
 
 
 @torch.no_grad()
@@ -61,7 +62,7 @@ def measure(kinds: dict[str, dict[Level, Run]], rows: dict[Level, Row], tokens: 
     """By plugins and length of a sequence, over the dense model's on the same sequences."""
     for length in args.contexts:
         sequences = tokens[: args.sequences * length].view(-1, length)
-        dense = losses(kinds["untrained"][Level()].model, sequences, step=step)
+        dense = losses(kinds[UNTRAINED][Level()].model, sequences, step=step)
         for kind, runs in kinds.items():
             for level, run in runs.items():
                 run.begin()
@@ -75,8 +76,22 @@ def measure(kinds: dict[str, dict[Level, Run]], rows: dict[Level, Row], tokens: 
                 mine[str(length)] = over(found, dense)
 
 
+def check_folders(folders: list[Path]) -> None:
+    """``ValueError`` for folders of plugins that are not there, or have one name."""
+    for folder in folders:
+        if not (folder / "plugins.json").is_file():
+            raise ValueError(f"plugins must be folders with plugins.json, got {folder}")
+    names = [UNTRAINED, *(folder.name for folder in folders)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"plugins must be folders of different names, got {names[1:]}")
+
+
 def trained(dense: Any, folders: list[Path], wanted: list[Level]) -> dict[str, dict[Level, Run]]:
-    """By folder, the levels that its plugins are for, perhaps under another window than theirs."""
+    """By folder, the levels that its plugins are for, perhaps under another window than theirs.
+
+    Raises:
+        ValueError: there are none, or the plugins are another model's.
+    """
     made: dict[str, dict[Level, Run]] = {}
     for folder in folders:
         twins: dict[int | None, Any] = {}
@@ -89,4 +104,6 @@ def trained(dense: Any, folders: list[Path], wanted: list[Level]) -> dict[str, d
             except ValueError:
                 continue  # plugins of other ratios or placements
             made.setdefault(folder.name, {})[level] = run
+        if folder.name not in made:
+            raise ValueError(f"plugins {folder} are for none of {', '.join(map(str, wanted))}")
     return made

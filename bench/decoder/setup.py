@@ -23,6 +23,9 @@ def architecture(name: str) -> models.Architecture:
     if not (folder / "config.json").is_file():
         raise ValueError(f"model must be smollm2 or a folder with config.json, got {name!r}")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    known = internals.decoders()
+    if config.model_type not in known:
+        raise ValueError(f"model_type must be one of {known}, got {config.model_type!r}")
     stored = any(any(folder.glob(pattern)) for pattern in models.WEIGHT_FILES)
     own = folder if (folder / "tokenizer_config.json").is_file() else None
     named = name if name == "smollm2" else folder.resolve().name

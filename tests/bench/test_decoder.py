@@ -251,6 +251,7 @@ def test_text(tiny_llama: str, tmp_path: Path) -> None:
         (["--contexts", "64"], "contexts must be above 64, got 64"),
         (["--batches", "2"], "batches must hold 1"),
         (["--ratios", "1"], "ratios must be integers of at least 2"),
+        (["--plugins", "none"], "plugins must be folders with plugins.json, got none"),
         (["--dtype", "int8"], "dtype must be one of"),
         (["--model", "none"], "model must be smollm2 or a folder with config.json, got 'none'"),
     ],
@@ -261,6 +262,25 @@ def test_what_cannot_be_measured(
     with pytest.raises(SystemExit):
         command.main(["--model", tiny_llama, "--quick", *arguments])
     assert text in capsys.readouterr().err
+
+
+def test_plugins_that_cannot_be_shown(dense, run, tiny_llama: str, tmp_path: Path) -> None:
+    vk.save_plugins(vk.patch(dense, {"ffn": 8}, (8,)), tmp_path / "of eight")
+    for name in ("one", "other"):
+        (tmp_path / name / "same").mkdir(parents=True)
+        (tmp_path / name / "same" / "plugins.json").write_text("{}")
+    same = [str(tmp_path / name / "same") for name in ("one", "other")]
+    with pytest.raises(SystemExit):
+        run("--plugins", *same)
+    with pytest.raises(ValueError, match=r"of eight are for none of hf-sdpa, attention_kv\+ffn/2"):
+        run("--plugins", str(tmp_path / "of eight"))
+    assert not list((tmp_path / "results" / "here").glob("*.json"))
+
+
+def test_other_kinds_of_models(tiny_bert: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--model", tiny_bert, "--quick"])
+    assert "model_type must be one of ('llama', " in capsys.readouterr().err
 
 
 def test_the_settings_are_in_the_file(run, tmp_path: Path) -> None:
