@@ -15,6 +15,7 @@ def columns(content: Row) -> list[Column]:
         key("window", "window"),
         number("first token, s", lambda row: row["first"]["median"]),
         _over("over HF", "first"),
+        number("cost bound", lambda row: row["bound"]),
     ]
     for size in settings["batches"]:
         name = f"batch {size}"

@@ -36,6 +36,11 @@ class Run:
         if self.level.where:
             vk.set_ratio(self.model, self.level.ratio(self.model.config.num_hidden_layers))
 
+    def bound(self, length: int) -> float:
+        """The speed-up of a prompt if time were multiply-adds."""
+        ratio = self.level.ratio(self.model.config.num_hidden_layers)
+        return 1 / vk.flops.count(self.model, 1, length, ratio).fraction_left
+
     @torch.no_grad()
     def first(self, ids: Tensor) -> Any:
         """A prompt ``[1, n]``: the first token ``[1, 1]``, and the cache."""
@@ -79,6 +84,8 @@ def timed(runs: dict[Level, Run], rows: dict[Level, Row], prompt: Tensor,
         rows[level]["prompt_bytes"] = nbytes(run.prefilled[1])
     firsts = {level: partial(run.first, prompt) for level, run in runs.items()}
     measure("first", firsts, lambda level: runs[level].begin())
+    for level, run in runs.items():
+        rows[level]["bound"] = run.bound(prompt.shape[1]) if level.where else None
     for size in args.batches:
         calls = {level: partial(run.continuation, size) for level, run in runs.items()}
         measure(

@@ -58,6 +58,8 @@ def test_writes_numbers_table_and_picture(run, tmp_path: Path) -> None:
         assert row["error"] <= row["allowed"] and row["peak_bytes"] >= 0
         assert ("perplexity" in row) == (row["dtype"] == "fp32")
     rows = {row["where"]: row for row in results.pick(content["rows"], dtype="fp32")}
+    assert rows[""]["bound"] is None
+    assert 0 < rows["ffn"]["bound"] < rows["ffn/3"]["bound"] < 1  # at d=32 adapters cost more
     key_bytes = 2 * 4 * 2 * 8 * 4  # keys and values, layers, key heads, their size, fp32
     assert rows[""]["prompt_bytes"] == 96 * key_bytes
     assert rows[""]["cache_bytes"] == rows["ffn"]["cache_bytes"] == (96 + 4) * key_bytes
