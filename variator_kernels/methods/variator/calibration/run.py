@@ -112,7 +112,7 @@ class Run:
                 for k in self.ratios:
                     for place in (place for place in todo if place[0] == k and place[1].layer == i):
                         site = place[1]
-                        if site.placement == "attention_kv":
+                        if site.placement == "attention_kv" and not self.found.family.decoder:
                             rows[place] = self._key_values(site, k, passes)
                         elif site.placement == "ffn":
                             rows[place] = self._site(site, k, merge, adapter, passes)
@@ -164,7 +164,8 @@ class Run:
             got: list[Tensor] = []
             attended: list[Tensor] = []
             before = self._input(self.dense, i, j)
-            with watched(self.found, i if "attention_kv" in placements else None, attended):
+            keys = "attention_kv" in placements and not self.found.family.decoder
+            with watched(self.found, i if keys else None, attended):
                 self.after[j] = self.blocks.run(
                     chunk.inputs, 1, i, i + 1, before, partial(_collect, got)
                 )
