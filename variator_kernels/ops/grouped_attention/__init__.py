@@ -64,7 +64,7 @@ def grouped_attention(
         relative: terms of the distance, made by :func:`distance_bias`. The kernels know no gradient
             for them: ``auto`` takes the reference where it is asked for.
         dropout_p: of the weights; only the reference drops, and ``auto`` takes it then.
-        backend: ``"auto"``, ``"reference"`` or ``"cpu"``.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
 
     Returns:
         ``[B, n, H, d]`` in the queries' dtype; 0 for a query without a visible key.
@@ -96,7 +96,7 @@ def grouped_attention(
     return op.grouped_attention(call, chosen)
 
 
-_KERNELS = ("cpu",)
+_KERNELS = ("cpu", "triton")
 
 
 def _backend(asked: str, queries: Tensor, relative: DistanceBias | None, dropout_p: float) -> str:

@@ -13,6 +13,7 @@ from ..arguments import require
 from ..cpu_arguments import address, as_accumulator, dtype_code
 from ..library import accumulator
 from .backward import backward
+from .kernel_checks import check
 from .op import Attention
 from .relative import DistanceBias
 
@@ -45,36 +46,9 @@ def _bound(bound: Tensor | None) -> Tensor | None:
 
 
 def _check(call: Attention) -> None:
-    queries, keys, values, visible, relative, _ = call
-    require(queries.dim() == keys.dim() == 4, "queries and keys are [rows, ., heads, d]")
-    rows, n, heads, d = queries.shape
-    count, kv_heads = keys.shape[1:3]
-    for tensor, name in ((keys, "keys"), (values, "values")):
-        if tensor.shape != (rows, count, kv_heads, d):
-            require(False, f"{name} are {list(tensor.shape)}")
-    if kv_heads < 1 or heads % kv_heads:
-        require(False, f"{kv_heads} heads of keys for {heads}")
-    require(queries.dtype == keys.dtype == values.dtype, "queries, keys and values are of a dtype")
-    require(queries.is_cpu and keys.is_cpu and values.is_cpu, "everything is on the CPU")
-    require(n < 2**24, "queries count in fp32: less than 2^24 of them")
-    for given in visible:
-        if given is not None:
-            require(given.shape == (rows, count), "bias, first, last are [rows, keys]")
-            require(given.is_cpu, "everything is on the CPU")
-    if relative is None:
-        return
-    shape = relative.values.shape
-    fits = len(shape) == 3 and shape[0] > 0 and shape[1] in (1, heads) and shape[2] > 0
-    require(fits, f"values of distances are {list(shape)}")
-    require(relative.queries.shape == (rows, n), "query positions are [rows, queries]")
-    require(relative.keys.shape == (rows, count), "key positions are [rows, keys]")
-    pattern = relative.pattern
-    require(all(t is None or t.is_cpu for t in relative[:4]), "everything is on the CPU")
-    if pattern is not None:
-        require(pattern.shape == (rows, count), "patterns are [rows, keys]")
-        if pattern.numel():
-            low, high = (int(edge) for edge in pattern.aminmax())
-            require(low >= 0 and high < shape[0], f"patterns are {low} to {high} of {shape[0]}")
+    check(call)
+    require(call.queries.is_cpu, "everything is on the CPU")
+    require(call.queries.shape[1] < 2**24, "queries count in fp32: less than 2^24 of them")
 
 
 def _terms(relative: DistanceBias | None, dtype: torch.dtype) -> tuple[tuple[int, ...], list]:
