@@ -125,8 +125,8 @@ def _cuda_status() -> Status:
     return Status("cuda", usable, f"{detail} ({_experience('cuda')})")
 
 
-def resolve(backend: str, x: torch.Tensor) -> str:
-    """The backend that runs an op on ``x``.
+def resolve(backend: str, x: torch.Tensor, *, double: bool = False) -> str:
+    """The backend that runs an op on ``x``; ``double``: its Triton kernels know float64.
 
     ``"auto"`` takes the fastest that is proven on the device and falls back to the reference;
     an explicit choice that cannot run raises ``ValueError`` and says why.
@@ -137,7 +137,7 @@ def resolve(backend: str, x: torch.Tensor) -> str:
         if _why_not_cpu(x) is None:
             return "cpu"
         for proven in _proven_for(x):
-            if _WHY_NOT[proven](x) is None:
+            if _why_not(proven, x, double) is None:
                 return proven
         # Of a weight, `patch` asks before the model is where it will run.
         on_cpu = x.device.type == "cpu" and not isinstance(x, torch.nn.Parameter)
@@ -146,7 +146,7 @@ def resolve(backend: str, x: torch.Tensor) -> str:
         return "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
-    reason = _WHY_NOT[backend](x)
+    reason = _why_not(backend, x, double)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run here: {reason}")
     return backend
@@ -196,6 +196,13 @@ def _why_not_triton(x: torch.Tensor) -> str | None:
     if x.dtype not in GPU_DTYPES:
         return f"the input's dtype is {x.dtype}, expected one of {GPU_DTYPES}"
     return _WHY_NO_TRITON
+
+
+def _why_not(backend: str, x: torch.Tensor, double: bool) -> str | None:
+    """Why a backend cannot run on ``x``, or None."""
+    if double and backend == "triton" and x.dtype == torch.float64:
+        return _why_not_triton(x.new_empty(0, dtype=torch.float32))
+    return _WHY_NOT[backend](x)
 
 
 _WHY_NOT = {"cpu": _why_not_cpu, "triton": _why_not_triton, "cuda": cuda_support.why_not}

@@ -16,7 +16,6 @@ from .attention_scores import (
     lowest_bit,
     matrix_mask,
     place_of,
-    row_lists,
     scores,
     seen_tiles,
 )
@@ -34,16 +33,23 @@ def attention_kernel(
     blocks = tl.cdiv(n * SHARED, BM)
     pid, begin = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BM
     b, kv = (pid // kv_heads).to(tl.int64), (pid % kv_heads).to(tl.int64)
-    p_bias, p_first, p_last, p_queries, p_keys, p_pattern = row_lists(
-        b, p_bias, p_first, p_last, p_queries, p_keys, p_pattern,
-        bias_row, first_row, last_row, queries_row, keys_row, pattern_row,
-    )  # fmt: skip
+    if p_bias is not None:
+        p_bias += b * bias_row
+    if p_first is not None:
+        p_first += b * first_row
+    if p_last is not None:
+        p_last += b * last_row
+    if p_values is not None:
+        p_queries += b * queries_row
+        p_keys += b * keys_row
+    if p_pattern is not None:
+        p_pattern += b * pattern_row
     o_m, o_d = begin + tl.arange(0, BM), tl.arange(0, D)
     m_m = o_m < n * SHARED
     query, head = o_m // SHARED, kv * SHARED + o_m % SHARED
     m_q = matrix_mask(m_m, o_d, HEAD, D)
-    p = p_q + (b * q_row + query.to(tl.int64) * q_token + head * q_head)[:, None] + o_d[None, :]
-    b_q = tl.load(p, mask=m_q, other=0.0)
+    o_q = (b * q_row + query.to(tl.int64) * q_token + head * q_head)[:, None] + o_d[None, :]
+    b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)
     p_k += b * k_row + kv * k_head
     p_v += b * v_row + kv * v_head
     base = tl.full([], 0, tl.int64)
@@ -77,7 +83,7 @@ def attention_kernel(
             o_key = o_n.to(tl.int64)[:, None]
             b_k = tl.load(p_k + o_key * k_token + o_d[None, :], mask=m_n, other=0.0)
             b_v = tl.load(p_v + o_key * v_token + o_d[None, :], mask=m_n, other=0.0)
-            b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=WIDE)
             b_s = scores(
                 b_qk, scale, b_bias[None, :], first[None, :], last[None, :], key_place[None, :],
                 row[None, :], query[:, None], query_place[:, None], table_row[:, None],
@@ -85,9 +91,9 @@ def attention_kernel(
             )  # fmt: skip
             b_p, factor, top, total = grow(b_s, top, total)
             b_out = tl.dot(
-                b_p.to(b_v.dtype), b_v, b_out * factor[:, None], input_precision=PRECISION
-            )
+                b_p.to(b_v.dtype), b_v, b_out * factor[:, None], input_precision=PRECISION,
+                out_dtype=WIDE,
+            )  # fmt: skip
     b_out = b_out / tl.where(total == 0.0, 1.0, total)[:, None]
     o_row = ((b * n + query) * kv_heads * SHARED + head) * HEAD
-    p = p_out + o_row[:, None] + o_d[None, :]
-    tl.store(p, b_out.to(p_out.dtype.element_ty), mask=m_q)
+    tl.store(p_out + o_row[:, None] + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_q)

@@ -1,9 +1,10 @@
 """Gradients of grouped_attention, without atomics: of queries, then of keys, values and biases.
 
-Nothing is saved in the forward pass but its output. The kernel over queries first walks over the
-keys for top and total of each row's softmax (a logarithm of the total plus the top would lose the
-bits of large scores), then again for dQ. It leaves top, 1 / total and ``Σ dO·O`` to the kernel over
-keys, whose tile of keys stays while all rows of all its queries' heads pass by.
+Nothing is saved in the forward pass. The kernel over queries first walks over the keys for each
+row's softmax, its top and total (a logarithm of the total plus the top would lose the bits of large
+scores), and for ``Σ p dp`` (``dO·O`` of a rounded O would not cancel where one weight is nearly 1),
+then again for dQ. It leaves these to the kernel over keys, whose tile of keys stays while all rows
+of all its queries' heads pass by.
 """
 
 import triton
@@ -17,7 +18,6 @@ from .attention_scores import (
     lowest_bit,
     matrix_mask,
     place_of,
-    row_lists,
     scores,
     seen_tiles,
 )
@@ -25,7 +25,7 @@ from .attention_scores import (
 
 @triton.jit
 def query_gradient_kernel(
-    p_q, p_k, p_v, p_out, p_d_out, p_dq, p_top, p_inverse, p_delta,
+    p_q, p_k, p_v, p_d_out, p_dq, p_top, p_inverse, p_delta,
     p_bias, p_first, p_last, p_values, p_queries, p_keys, p_pattern,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
     bias_row, first_row, last_row, queries_row, keys_row, pattern_row,
@@ -33,25 +33,30 @@ def query_gradient_kernel(
     SHARED: tl.constexpr, HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HIDES: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``out``, ``d_out`` and ``dq`` are contiguous; ``top``, ``inverse`` and ``delta`` have a row's
+    """``d_out`` and ``dq`` are contiguous; ``top``, ``inverse`` and ``delta`` have a row's
     number each, ``[B, H_kv, n * SHARED]``."""
     blocks = tl.cdiv(n * SHARED, BM)
     pid, begin = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BM
     b, kv = (pid // kv_heads).to(tl.int64), (pid % kv_heads).to(tl.int64)
-    p_bias, p_first, p_last, p_queries, p_keys, p_pattern = row_lists(
-        b, p_bias, p_first, p_last, p_queries, p_keys, p_pattern,
-        bias_row, first_row, last_row, queries_row, keys_row, pattern_row,
-    )  # fmt: skip
+    if p_bias is not None:
+        p_bias += b * bias_row
+    if p_first is not None:
+        p_first += b * first_row
+    if p_last is not None:
+        p_last += b * last_row
+    if p_values is not None:
+        p_queries += b * queries_row
+        p_keys += b * keys_row
+    if p_pattern is not None:
+        p_pattern += b * pattern_row
     o_m, o_d = begin + tl.arange(0, BM), tl.arange(0, D)
     m_m = o_m < n * SHARED
     query, head = o_m // SHARED, kv * SHARED + o_m % SHARED
     m_q = matrix_mask(m_m, o_d, HEAD, D)
-    p = p_q + (b * q_row + query.to(tl.int64) * q_token + head * q_head)[:, None] + o_d[None, :]
-    b_q = tl.load(p, mask=m_q, other=0.0)
+    o_q = (b * q_row + query.to(tl.int64) * q_token + head * q_head)[:, None] + o_d[None, :]
+    b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)
     o_out = (((b * n + query) * kv_heads * SHARED + head) * HEAD)[:, None] + o_d[None, :]
     b_do = tl.load(p_d_out + o_out, mask=m_q, other=0.0)
-    b_o = tl.load(p_out + o_out, mask=m_q, other=0.0)
-    delta = tl.sum(b_do.to(WIDE) * b_o.to(WIDE), 1)
     p_k += b * k_row + kv * k_head
     p_v += b * v_row + kv * v_head
     base = tl.full([], 0, tl.int64)
@@ -64,6 +69,7 @@ def query_gradient_kernel(
 
     top = tl.full([BM], float("-inf"), WIDE)
     total = tl.zeros([BM], WIDE)
+    delta = tl.zeros([BM], WIDE)
     low, high = begin // SHARED, tl.minimum((begin + BM - 1) // SHARED + 1, n)
     tiles = tl.cdiv(count, BN)
     for at in range(0, tiles, TILES if HIDES else tiles):
@@ -81,17 +87,21 @@ def query_gradient_kernel(
                 pattern_size, WIDE, PLACES,
             )  # fmt: skip
             m_n = matrix_mask(b_bias != float("-inf"), o_d, HEAD, D)
-            p = p_k + o_n.to(tl.int64)[:, None] * k_token + o_d[None, :]
-            b_k = tl.load(p, mask=m_n, other=0.0)
+            o_key = o_n.to(tl.int64)[:, None]
+            b_k = tl.load(p_k + o_key * k_token + o_d[None, :], mask=m_n, other=0.0)
+            b_v = tl.load(p_v + o_key * v_token + o_d[None, :], mask=m_n, other=0.0)
             b_s = scores(
-                tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scale,
+                tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=WIDE), scale,
                 b_bias[None, :], first[None, :], last[None, :], key_place[None, :],
                 row[None, :], query[:, None], query_place[:, None], table_row[:, None],
                 p_first, p_last, p_values, width, origin, PLACES,
             )  # fmt: skip
-            _, _, top, total = grow(b_s, top, total)
+            b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION, out_dtype=WIDE)
+            b_p, factor, top, total = grow(b_s, top, total)
+            delta = delta * factor + tl.sum(b_p * b_dp, 1)
     top = tl.where(top == float("-inf"), 0.0, top)
-    inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
+    total = tl.where(total == 0.0, 1.0, total)  # of no key: all exponentials are 0
+    inverse, delta = 1.0 / total, delta / total
     o_row = pid.to(tl.int64) * n * SHARED + o_m
     tl.store(p_top + o_row, top, mask=m_m)
     tl.store(p_inverse + o_row, inverse, mask=m_m)
@@ -117,15 +127,15 @@ def query_gradient_kernel(
             b_k = tl.load(p_k + o_key * k_token + o_d[None, :], mask=m_n, other=0.0)
             b_v = tl.load(p_v + o_key * v_token + o_d[None, :], mask=m_n, other=0.0)
             b_s = scores(
-                tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scale,
+                tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=WIDE), scale,
                 b_bias[None, :], first[None, :], last[None, :], key_place[None, :],
                 row[None, :], query[:, None], query_place[:, None], table_row[:, None],
                 p_first, p_last, p_values, width, origin, PLACES,
             )  # fmt: skip
-            b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+            b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION, out_dtype=WIDE)
             b_p = exponentials(b_s, top[:, None]) * inverse[:, None]
             b_ds = (b_p * (b_dp - delta[:, None])).to(b_k.dtype)
-            b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
+            b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION, out_dtype=WIDE)
     tl.store(p_dq + o_out, (b_dq * scale).to(p_dq.dtype.element_ty), mask=m_q)
 
 
@@ -144,10 +154,17 @@ def key_gradient_kernel(
     blocks = tl.cdiv(count, BN)
     pid, begin = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BN
     b, kv = (pid // kv_heads).to(tl.int64), (pid % kv_heads).to(tl.int64)
-    p_bias, p_first, p_last, p_queries, p_keys, p_pattern = row_lists(
-        b, p_bias, p_first, p_last, p_queries, p_keys, p_pattern,
-        bias_row, first_row, last_row, queries_row, keys_row, pattern_row,
-    )  # fmt: skip
+    if p_bias is not None:
+        p_bias += b * bias_row
+    if p_first is not None:
+        p_first += b * first_row
+    if p_last is not None:
+        p_last += b * last_row
+    if p_values is not None:
+        p_queries += b * queries_row
+        p_keys += b * keys_row
+    if p_pattern is not None:
+        p_pattern += b * pattern_row
     o_n, o_d = begin + tl.arange(0, BN), tl.arange(0, D)
     base = tl.full([], 0, tl.int64)
     if PLACES == "whole":
@@ -183,15 +200,15 @@ def key_gradient_kernel(
         m_m = o_m < n * SHARED
         query, head = o_m // SHARED, kv * SHARED + o_m % SHARED
         m_q = matrix_mask(m_m, o_d, HEAD, D)
-        p = p_q + (query.to(tl.int64) * q_token + head * q_head)[:, None] + o_d[None, :]
-        b_q = tl.load(p, mask=m_q, other=0.0)
-        o_out = ((query.to(tl.int64) * kv_heads * SHARED + head) * HEAD)[:, None] + o_d[None, :]
-        b_do = tl.load(p_d_out + o_out, mask=m_q, other=0.0)
+        o_q = (query.to(tl.int64) * q_token + head * q_head)[:, None] + o_d[None, :]
+        b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)
+        o_do = ((query.to(tl.int64) * kv_heads * SHARED + head) * HEAD)[:, None] + o_d[None, :]
+        b_do = tl.load(p_d_out + o_do, mask=m_q, other=0.0)
         query_place = query
         if p_queries is not None:
             query_place = place_of(tl.load(p_queries + query, mask=m_m, other=0), base, PLACES)
         b_s = scores(
-            tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION), scale,
+            tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION, out_dtype=WIDE), scale,
             b_bias[:, None], first[:, None], last[:, None], key_place[:, None], row[:, None],
             query[None, :], query_place[None, :], (head * head_size).to(tl.int32)[None, :],
             p_first, p_last, p_values, width, origin, PLACES,
@@ -201,15 +218,15 @@ def key_gradient_kernel(
         inverse = tl.load(p_inverse + o_rows + o_m, mask=m_m, other=0.0)
         delta = tl.load(p_delta + o_rows + o_m, mask=m_m, other=0.0)
         b_p = exponentials(b_s, top[None, :]) * inverse[None, :]
-        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION, out_dtype=WIDE)
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION, out_dtype=WIDE)
         b_ds = b_p * (b_dp - delta[None, :])
         if p_d_bias is not None:
             d_bias += tl.sum(b_ds, 1)
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
-    m_n = matrix_mask(o_n < count, o_d, HEAD, D)
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION, out_dtype=WIDE)
+    inside = matrix_mask(o_n < count, o_d, HEAD, D)
     o_out = (((b * count + o_n) * kv_heads + kv) * HEAD)[:, None] + o_d[None, :]
-    tl.store(p_dk + o_out, (b_dk * scale).to(p_dk.dtype.element_ty), mask=m_n)
-    tl.store(p_dv + o_out, b_dv.to(p_dv.dtype.element_ty), mask=m_n)
+    tl.store(p_dk + o_out, (b_dk * scale).to(p_dk.dtype.element_ty), mask=inside)
+    tl.store(p_dv + o_out, b_dv.to(p_dv.dtype.element_ty), mask=inside)
     if p_d_bias is not None:
         tl.store(p_d_bias + pid.to(tl.int64) * count + o_n, d_bias, mask=o_n < count)

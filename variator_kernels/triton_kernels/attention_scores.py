@@ -19,29 +19,10 @@ TILES: tl.constexpr = tl.constexpr(32)  # of keys, that one look finds the seen 
 @triton.jit
 def matrix_mask(m_rows, o_d, HEAD: tl.constexpr, D: tl.constexpr):
     """Of rows and columns; where no column is padding, of the rows alone."""
-    if D == HEAD:
-        return m_rows[:, None]
-    return m_rows[:, None] & (o_d < HEAD)[None, :]
-
-
-@triton.jit
-def row_lists(
-    b, p_bias, p_first, p_last, p_queries, p_keys, p_pattern,
-    bias_row, first_row, last_row, queries_row, keys_row, pattern_row,
-):  # fmt: skip
-    """The lists ``[B, .]`` of batch row ``b``."""
-    if p_bias is not None:
-        p_bias += b * bias_row
-    if p_first is not None:
-        p_first += b * first_row
-    if p_last is not None:
-        p_last += b * last_row
-    if p_queries is not None:
-        p_queries += b * queries_row
-        p_keys += b * keys_row
-    if p_pattern is not None:
-        p_pattern += b * pattern_row
-    return p_bias, p_first, p_last, p_queries, p_keys, p_pattern
+    m = m_rows[:, None]
+    if D != HEAD:
+        m = m & (o_d < HEAD)[None, :]
+    return m
 
 
 @triton.jit

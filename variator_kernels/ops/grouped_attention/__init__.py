@@ -97,15 +97,19 @@ def grouped_attention(
 
 
 _KERNELS = ("cpu", "triton")
+LARGEST_HEAD = 256
+"""Numbers of a head that the Triton kernels hold on the chip."""
 
 
 def _backend(asked: str, queries: Tensor, relative: DistanceBias | None, dropout_p: float) -> str:
-    chosen = fitting(asked, backends.resolve(asked, queries))
+    chosen = fitting(asked, backends.resolve(asked, queries, double=True))
     if chosen == "reference":
         return chosen
     why = None
     if chosen not in _KERNELS:
-        why = f"grouped_attention has no {chosen} kernels yet"
+        why = f"grouped_attention has no {chosen} kernels"
+    elif chosen == "triton" and queries.shape[-1] > LARGEST_HEAD:
+        why = f"the kernels know head sizes up to {LARGEST_HEAD}, got {queries.shape[-1]}"
     elif dropout_p > 0:
         why = "the kernels have no dropout of weights"
     elif relative is not None and relative.values.requires_grad and torch.is_grad_enabled():

@@ -21,6 +21,10 @@ from .kernel_checks import check
 from .op import Attention
 
 
+# Products of fp32 and fp64 are others, and so are the tiles that fit.
+_SUFFIX = {torch.float32: "_fp32", torch.float64: "_fp64"}
+
+
 class Launch(NamedTuple):
     """What every kernel is told of a call: lists, strides, sizes, and what it is compiled for."""
 
@@ -87,8 +91,12 @@ def _launch(call: Attention) -> Launch:
 
 def _tiles(kernel: str, call: Launch) -> dict[str, int]:
     """Settings of a kernel; no tile is larger than what it works on."""
-    case = {"arch": launch.arch(call.q), "d": call.constants["D"]}
-    row = launch.settings(kernel, dtype=launch.name(call.q.dtype), **case)
+    row = launch.settings(
+        f"{kernel}{_SUFFIX.get(call.q.dtype, '')}",
+        arch=launch.arch(call.q),
+        d=call.constants["D"],
+        terms=call.constants["PLACES"] != "none",
+    )
     bm = min(row["bm"], launch.power_of_2(call.rows, 16))
     bn = min(row["bn"], launch.power_of_2(call.k.shape[1], 16))
     return {"BM": bm, "BN": bn, **launch.options(row)}
@@ -120,7 +128,7 @@ def grouped_attention_backward(
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), k.new_zeros(k.shape[:2], dtype=wide)
-    d_out, out = d_out.to(q.dtype).contiguous(), out.contiguous()
+    d_out = d_out.to(q.dtype).contiguous()
     statistics = q.new_empty(3, made.pairs, made.rows, dtype=wide).unbind()
     tiles = _tiles("attention_queries", made)
     biased = call.visible.bias is not None
@@ -129,7 +137,7 @@ def grouped_attention_backward(
         parts = k.new_empty(k.shape[0], k.shape[2], k.shape[1], dtype=wide)
     with launch.device_of(q):
         query_gradient_kernel[(triton.cdiv(made.rows, tiles["BM"]) * made.pairs,)](
-            q, k, v, out, d_out, dq, *statistics, *lists, *numbers, **constants, **tiles
+            q, k, v, d_out, dq, *statistics, *lists, *numbers, **constants, **tiles
         )
         tiles = _tiles("attention_keys", made)
         key_gradient_kernel[(triton.cdiv(k.shape[1], tiles["BN"]) * made.pairs,)](
