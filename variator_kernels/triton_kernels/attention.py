@@ -28,7 +28,8 @@ def attention_kernel(
     bias_row, first_row, last_row, queries_row, keys_row, pattern_row,
     n, count, kv_heads, patterns, pattern_size, head_size, width, origin, scale,
     SHARED: tl.constexpr, HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HIDES: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    HIDES: tl.constexpr, RAGGED: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(n * SHARED, BM)
     pid, begin = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BM
@@ -89,6 +90,8 @@ def attention_kernel(
                 row[None, :], query[:, None], query_place[:, None], table_row[:, None],
                 p_first, p_last, p_values, width, origin, PLACES,
             )  # fmt: skip
+            if RAGGED:  # an infinite query times the zeros behind the last key is NaN
+                b_s = tl.where((o_n < count)[None, :], b_s, float("-inf"))
             b_p, factor, top, total = grow(b_s, top, total)
             b_out = tl.dot(
                 b_p.to(b_v.dtype), b_v, b_out * factor[:, None], input_precision=PRECISION,

@@ -31,7 +31,8 @@ def query_gradient_kernel(
     bias_row, first_row, last_row, queries_row, keys_row, pattern_row,
     n, count, kv_heads, patterns, pattern_size, head_size, width, origin, scale,
     SHARED: tl.constexpr, HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HIDES: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    HIDES: tl.constexpr, RAGGED: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``d_out`` and ``dq`` are contiguous; ``top``, ``inverse`` and ``delta`` have a row's
     number each, ``[B, H_kv, n * SHARED]``."""
@@ -96,6 +97,8 @@ def query_gradient_kernel(
                 row[None, :], query[:, None], query_place[:, None], table_row[:, None],
                 p_first, p_last, p_values, width, origin, PLACES,
             )  # fmt: skip
+            if RAGGED:  # an infinite query times the zeros behind the last key is NaN
+                b_s = tl.where((o_n < count)[None, :], b_s, float("-inf"))
             b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION, out_dtype=WIDE)
             b_p, factor, top, total = grow(b_s, top, total)
             delta = delta * factor + tl.sum(b_p * b_dp, 1)
@@ -132,6 +135,8 @@ def query_gradient_kernel(
                 row[None, :], query[:, None], query_place[:, None], table_row[:, None],
                 p_first, p_last, p_values, width, origin, PLACES,
             )  # fmt: skip
+            if RAGGED:  # an infinite query times the zeros behind the last key is NaN
+                b_s = tl.where((o_n < count)[None, :], b_s, float("-inf"))
             b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION, out_dtype=WIDE)
             b_p = exponentials(b_s, top[:, None]) * inverse[:, None]
             b_ds = (b_p * (b_dp - delta[:, None])).to(b_k.dtype)
@@ -147,7 +152,8 @@ def key_gradient_kernel(
     bias_row, first_row, last_row, queries_row, keys_row, pattern_row,
     n, count, kv_heads, patterns, pattern_size, head_size, width, origin, scale,
     SHARED: tl.constexpr, HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HIDES: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    HIDES: tl.constexpr, RAGGED: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dk`` and ``dv`` are contiguous; ``d_bias`` is a part ``[B, H_kv, G]`` of each head of keys.
     Keys lie along the first axis of all tiles, so that no tile is turned before a product."""

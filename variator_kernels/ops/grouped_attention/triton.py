@@ -89,7 +89,7 @@ def _launch(call: Attention) -> Launch:
     return Launch(q, k, v, tuple(lists), numbers, constants)
 
 
-def _tiles(kernel: str, call: Launch) -> dict[str, int]:
+def _tiles(kernel: str, call: Launch) -> dict[str, Any]:
     """Settings of a kernel; no tile is larger than what it works on."""
     row = launch.settings(
         f"{kernel}{_SUFFIX.get(call.q.dtype, '')}",
@@ -99,7 +99,7 @@ def _tiles(kernel: str, call: Launch) -> dict[str, int]:
     )
     bm = min(row["bm"], launch.power_of_2(call.rows, 16))
     bn = min(row["bn"], launch.power_of_2(call.k.shape[1], 16))
-    return {"BM": bm, "BN": bn, **launch.options(row)}
+    return {"BM": bm, "BN": bn, "RAGGED": call.k.shape[1] % bn > 0, **launch.options(row)}
 
 
 def grouped_attention(call: Attention) -> Tensor:
