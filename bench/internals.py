@@ -18,6 +18,9 @@ from variator_kernels.ops import prepack
 from variator_kernels.ops.adapter_decompress import op as decompress_op
 from variator_kernels.ops.arguments import Norm
 from variator_kernels.ops.group_merge import op as merge_op
+from variator_kernels.ops.grouped_attention import DistanceBias
+from variator_kernels.ops.grouped_attention.op import Attention
+from variator_kernels.ops.grouped_attention.reference import Visible
 from variator_kernels.ops.groups import Keep
 from variator_kernels.ops.make_groups import make_groups
 from variator_kernels.runtime.state import states
@@ -27,7 +30,7 @@ from variator_kernels.sites.feed_forward import describe, family_of
 from variator_kernels.sites.find import find
 from variator_kernels.sites.merged_cache import MergedLayer
 
-__all__ = ["describe"]
+__all__ = ["DistanceBias", "describe"]
 
 
 def ffn_sublayers(model: nn.Module) -> list[Any]:
@@ -217,3 +220,22 @@ def triton_launches(
         decompress.adapter_decompress_backward(dy, merged, projected, plugin.adapter, groups)
 
     return forward, backward
+
+
+def triton_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: tuple[Tensor | None, Tensor | None, Tensor | None],
+    relative: DistanceBias | None,
+) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
+    """Forward and backward of grouped_attention, as :func:`triton_launches`; ``visible``: bias,
+    first and last."""
+    from variator_kernels.ops.grouped_attention import triton
+
+    call = Attention(queries, keys, values, Visible(*visible), relative, 0.125)
+
+    def backward(d_out: Tensor) -> None:
+        triton.grouped_attention_backward(d_out, d_out, call)
+
+    return lambda: triton.grouped_attention(call), backward

@@ -38,10 +38,43 @@ def compile_for(arch, folder, *arguments):
      ("gfx942", "t5-base", "4")],
 )  # fmt: skip
 def test_compiles_without_spills(arch, model, ratios, tmp_path):
-    arguments = ("--model", model, "--dtype", "bf16", "--ratio", *ratios.split())
+    arguments = ("--model", model, "--dtype", "bf16", "--attention", "--ratio", *ratios.split())
     done, rows = compile_for(arch, tmp_path, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len({row["kernel"] for row in rows}) >= 8
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
+def test_attention_compiles_without_spills(arch, tmp_path):
+    arguments = ("--model", "--dtype", "bf16", "--attention", "bert-base", "grouped queries")
+    done, rows = compile_for(arch, tmp_path, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {row["kernel"] for row in rows} == set(ATTENTION)
+
+
+ATTENTION = ("attention_kernel", "query_gradient_kernel", "key_gradient_kernel")
+WIDE = """
+import torch
+from bench.tools.compile_triton import ATTENTIONS, Attention, attention
+from bench.tools.triton_compiler import compile_call
+for model, dtype, size in (
+    (ATTENTIONS["grouped queries"], torch.float32, (8, 512, 128)),
+    (ATTENTIONS["t5-base around"], torch.float64, (8, 512, 128)),
+    (Attention(1, 1, 1, "everything"), torch.bfloat16, (1, 1, 1)),
+    (Attention(3, 1, 7, "means"), torch.float16, (1, 3, 5)),
+):
+    rows = compile_call("sm_90", attention(model, dtype, size))
+    assert len(rows) == 3
+    for row in rows:
+        assert row["spills"] == row["stack"] == 0 and row["shared"] <= 227 * 1024, row
+"""
+
+
+def test_attention_in_wide_types_and_of_sizes_of_one():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", WIDE], cwd=ROOT, env=env, capture_output=True,
+                          text=True, timeout=600)  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 ODD = """
@@ -69,11 +102,17 @@ def test_sizes_of_one_and_rows_that_are_not_aligned():
 def test_the_committed_table_is_whole_and_clean():
     from itertools import product
 
+    from bench.tools.compile_triton import ATTENTIONS
+
     rows = json.loads(COMMITTED.read_text())["rows"]
     limit = json.loads(COMMITTED.read_text())["settings"]["shared_limit"]
     for row in rows:
         assert row["spills"] == row["stack"] == 0, row
         assert row["shared"] <= limit[row["arch"]], row
+    for arch, name, dtype in product(("sm_80", "sm_90", "gfx942"), ATTENTIONS, ("bf16", "fp16")):
+        case = f"attention {name} {dtype}"
+        found = {r["kernel"] for r in results.pick(rows, arch=arch) if case in r["cases"]}
+        assert found == set(ATTENTION), f"{arch} {case}: {sorted(found)}"
     models = ("t5-base", "t5-large", "bert-base", "llama-7b")
     for arch, model, k, dtype in product(
         ("sm_80", "sm_90", "gfx942"), models, (2, 4, 8, 16, 32), ("bf16", "fp16")

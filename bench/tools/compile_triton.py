@@ -89,6 +89,63 @@ def sublayer(
     return run
 
 
+class Attention(NamedTuple):
+    """What of a model's attention over merged keys decides how kernels are compiled."""
+
+    heads: int
+    kv_heads: int
+    d: int
+    kind: str
+
+
+# Over the keys of groups of 4: learned positions, T5's table in front of keys and values and around
+# the sublayer, a decoder's bounds, and all there is at once at a head size beside a power of 2.
+ATTENTIONS = {
+    "bert-base": Attention(12, 12, 64, "bias"),
+    "t5-base": Attention(12, 12, 64, "table"),
+    "t5-base around": Attention(12, 12, 64, "means"),
+    "llama-7b": Attention(32, 32, 128, "bounds"),
+    "grouped queries": Attention(32, 8, 80, "everything"),
+    "large heads": Attention(16, 16, 256, "means"),
+}
+
+
+def attention(
+    model: Attention, dtype: torch.dtype, size: tuple[int, int, int] = (8, 512, 128)
+) -> Callable[[], None]:
+    """Forward and backward of attention for ``size`` rows, queries and keys, as :func:`sublayer`."""
+    rows, n, count = size
+
+    def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def run() -> None:
+        wide, whole = torch.promote_types(dtype, torch.float32), torch.int64
+        bias = first = last = relative = None
+        if model.kind != "table":
+            bias = make(rows, count, dtype=wide)
+        if model.kind in ("bounds", "everything"):
+            first, last = (make(rows, count, dtype=torch.int32) for _ in range(2))
+        if model.kind in ("table", "means", "everything"):
+            patterns = 1 if model.kind == "means" else 15
+            of = torch.float64 if model.kind == "means" else whole
+            relative = internals.DistanceBias(
+                make(patterns, model.heads, 263, dtype=wide),
+                make(rows, n, dtype=of),
+                make(rows, count, dtype=of),
+                None if model.kind == "means" else make(rows, count, dtype=whole),
+                -131,
+            )
+        queries = make(rows, n, model.heads, model.d)
+        keys, values = (make(rows, count, model.kv_heads, model.d) for _ in range(2))
+        forward, back = internals.triton_attention(
+            queries, keys, values, (bias, first, last), relative
+        )
+        back(forward())
+
+    return run
+
+
 def problems(row: dict[str, Any]) -> list[str]:
     """What of a compiled kernel is not as it must be."""
     found = []
@@ -102,18 +159,40 @@ def problems(row: dict[str, Any]) -> list[str]:
 
 
 def table(
-    archs: Iterable[str], models: Iterable[str], ratios: Iterable[int], dtypes: Iterable[str]
-) -> list[dict[str, Any]]:
+    archs: Iterable[str], models: Iterable[str], ratios: Iterable[int], dtypes: Iterable[str],
+    attentions: Iterable[str] = ATTENTIONS,
+) -> list[dict[str, Any]]:  # fmt: skip
     """A row a distinct result, with the cases it serves; says which case it is at."""
     rows: dict[tuple, dict[str, Any]] = {}
-    for arch, dtype, name, k in itertools.product(archs, dtypes, models, ratios):
-        for form in FORMS if (name, k, dtype) == ALL_FORMS else FORMS[:1]:
-            case = f"{name} k={k} {dtype}" + (f" {form}" if form != "plain" else "")
-            print(arch, case)
-            for row in compile_call(arch, sublayer(MODELS[name], k, DTYPES[dtype], form)):
-                of = rows.setdefault(tuple(row.items()), {**row, "cases": []})["cases"]
-                if case not in of:
-                    of.append(case)
+
+    def add(arch: str, case: str, call: Callable[[], None]) -> None:
+        print(arch, case, flush=True)
+        for row in compile_call(arch, call):
+            of = rows.setdefault(tuple(row.items()), {**row, "cases": []})["cases"]
+            if case not in of:
+                of.append(case)
+
+    for arch, dtype in itertools.product(archs, dtypes):
+        for name, k in itertools.product(models, ratios):
+            for form in FORMS if (name, k, dtype) == ALL_FORMS else FORMS[:1]:
+                case = f"{name} k={k} {dtype}" + (f" {form}" if form != "plain" else "")
+                add(arch, case, sublayer(MODELS[name], k, DTYPES[dtype], form))
+        for name in attentions:
+            add(arch, f"attention {name} {dtype}", attention(ATTENTIONS[name], DTYPES[dtype]))
+    return list(rows.values())
+
+
+def added(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``now``, and of ``before`` what was compiled for other cases."""
+    done = {(row["arch"], case) for row in now for case in row["cases"]}
+    kept = []
+    for row in before:
+        if others := [case for case in row["cases"] if (row["arch"], case) not in done]:
+            kept.append({**row, "cases": others})
+    rows: dict[tuple, dict[str, Any]] = {}
+    for row in [*kept, *now]:
+        key = tuple((name, value) for name, value in row.items() if name != "cases")
+        rows.setdefault(key, {**row, "cases": []})["cases"] += row["cases"]
     return list(rows.values())
 
 
@@ -149,13 +228,17 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--model", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--ratio", nargs="+", type=int, default=list(RATIOS))
+    parser.add_argument("--attention", nargs="*", choices=ATTENTIONS, default=list(ATTENTIONS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"a folder (default {OUTPUT})")
+    parser.add_argument("--add", action="store_true", help="keep the file's rows of other cases")
     chosen = parser.parse_args(arguments)
-    rows = table(chosen.arch, chosen.model, chosen.ratio, chosen.dtype)
+    rows = table(chosen.arch, chosen.model, chosen.ratio, chosen.dtype, chosen.attention)
     chosen.output.mkdir(parents=True, exist_ok=True)
+    if chosen.add:
+        rows = added(json.loads((chosen.output / "triton.json").read_text())["rows"], rows)
     settings = {"triton": triton.__version__, "shared_limit": SHARED_LIMIT}
     content = json.dumps({"settings": settings, "rows": rows}, indent=1)
     (chosen.output / "triton.json").write_text(content + "\n")

@@ -15,7 +15,7 @@ from . import op, reference
 from .reference import Visible
 from .relative import DistanceBias, distance_bias
 
-__all__ = ["DistanceBias", "distance_bias", "grouped_attention"]
+__all__ = ["DistanceBias", "distance_bias", "grouped_attention", "lacks"]
 
 
 def grouped_attention(
@@ -101,19 +101,26 @@ LARGEST_HEAD = 256
 """Numbers of a head that the Triton kernels hold on the chip."""
 
 
+def lacks(
+    backend: str, queries: Tensor, relative: DistanceBias | None, dropout_p: float
+) -> str | None:
+    """What a backend's kernels would need for such a call and do not have; None: they run it."""
+    if backend not in _KERNELS:
+        return f"grouped_attention has no {backend} kernels"
+    if backend == "triton" and queries.shape[-1] > LARGEST_HEAD:
+        return f"the kernels know head sizes up to {LARGEST_HEAD}, got {queries.shape[-1]}"
+    if dropout_p > 0:
+        return "the kernels have no dropout of weights"
+    if relative is not None and relative.values.requires_grad and torch.is_grad_enabled():
+        return "the kernels have no gradient for the terms of distances (T5's table); freeze it"
+    return None
+
+
 def _backend(asked: str, queries: Tensor, relative: DistanceBias | None, dropout_p: float) -> str:
     chosen = fitting(asked, backends.resolve(asked, queries, double=True))
     if chosen == "reference":
         return chosen
-    why = None
-    if chosen not in _KERNELS:
-        why = f"grouped_attention has no {chosen} kernels"
-    elif chosen == "triton" and queries.shape[-1] > LARGEST_HEAD:
-        why = f"the kernels know head sizes up to {LARGEST_HEAD}, got {queries.shape[-1]}"
-    elif dropout_p > 0:
-        why = "the kernels have no dropout of weights"
-    elif relative is not None and relative.values.requires_grad and torch.is_grad_enabled():
-        why = "the kernels have no gradient for the terms of distances (T5's table); freeze it"
+    why = lacks(chosen, queries, relative, dropout_p)
     if why is None:
         return chosen
     if asked == "auto":

@@ -12,7 +12,7 @@ from ..fast_norm import normalize_fast
 from ..feed_forward import FeedForward, normalize
 from ..group_merge import op as merge_op
 from ..group_merge import reference as merge_reference
-from ..grouped_attention import grouped_attention
+from ..grouped_attention import grouped_attention, lacks
 from ..groups import Groups, real_tokens
 from ..transforms import tracing
 from .causal import causal_attention
@@ -104,9 +104,18 @@ def attend(
         bias=keys.bias,
         relative=keys.relative,
         dropout_p=attention.dropout_weights,
-        backend="reference" if backend == "reference" else "auto",
+        backend=_kernels(backend, q, keys, attention),
     )
     return output(out, attention)
+
+
+def _kernels(backend: str, q: Tensor, keys: Keys, attention: SelfAttention) -> str:
+    """The backend of attention alone: a sublayer's own, ``"auto"`` where that one has no such
+    kernel."""
+    if backend in ("reference", "auto"):
+        return backend
+    lacking = lacks(backend, q, keys.relative, attention.dropout_weights)
+    return "auto" if lacking else backend
 
 
 def around(
