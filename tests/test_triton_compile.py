@@ -102,7 +102,7 @@ def test_sizes_of_one_and_rows_that_are_not_aligned():
 def test_the_committed_table_is_whole_and_clean():
     from itertools import product
 
-    from bench.tools.compile_triton import ATTENTIONS
+    from bench.tools.compile_triton import ATTENTIONS, LEFT_OUT
 
     rows = json.loads(COMMITTED.read_text())["rows"]
     limit = json.loads(COMMITTED.read_text())["settings"]["shared_limit"]
@@ -112,7 +112,8 @@ def test_the_committed_table_is_whole_and_clean():
     for arch, name, dtype in product(("sm_80", "sm_90", "gfx942"), ATTENTIONS, ("bf16", "fp16")):
         case = f"attention {name} {dtype}"
         found = {r["kernel"] for r in results.pick(rows, arch=arch) if case in r["cases"]}
-        assert found == set(ATTENTION), f"{arch} {case}: {sorted(found)}"
+        wanted = set() if (arch, name) in LEFT_OUT else set(ATTENTION)
+        assert found == wanted, f"{arch} {case}: {sorted(found)}"
     models = ("t5-base", "t5-large", "bert-base", "llama-7b")
     for arch, model, k, dtype in product(
         ("sm_80", "sm_90", "gfx942"), models, (2, 4, 8, 16, 32), ("bf16", "fp16")

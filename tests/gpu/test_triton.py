@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.ops.attention_cases import KINDS, options, qkv
 from tests.ops.cases import GPU, TRITON, assert_close, cast, feed_forward, masked, plugin
 from tests.ops.test_backward import gradients, leaves
 from variator_kernels import backends
@@ -166,3 +167,100 @@ def test_another_device_than_the_current():
     there = [type(v)(*(t.to("cuda:1") if isinstance(t, torch.Tensor) else t for t in v))
              for v in (p, ffn)]  # fmt: skip
     assert torch.equal(run(x.to("cuda:1"), *there).to(x.device), expected)
+
+
+# (rows, queries, keys, heads, heads of keys, head size)
+ATTENTIONS = {
+    "t5-base": (4, 512, 128, 12, 12, 64),
+    "long": (1, 2048, 512, 4, 4, 64),
+    "llama": (1, 700, 300, 8, 8, 128),
+    "decoding": (3, 1, 1100, 32, 8, 128),
+    "80": (2, 130, 67, 6, 3, 80),
+    "256": (1, 130, 200, 2, 1, 256),
+}
+
+
+def attention(inputs, given, backend, d_out):
+    """The output, and gradients of queries, keys, values and of a bias that is given."""
+    names = ["queries", "keys", "values", *(["bias"] if "bias" in given else [])]
+    leaves = dict(zip(names, (t.detach().clone().requires_grad_() for t in inputs), strict=True))
+    out = vf.grouped_attention(**{**given, **leaves}, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), d_out.to(out.dtype))]
+
+
+def attention_case(name, kind, dtype):
+    shape = ATTENTIONS[name]
+    inputs, given = qkv(shape, dtype), options(kind, shape)
+    if kind == "bias":  # row 0 is a row without a visible key, where there are others
+        given["bias"][0] = torch.randn(shape[2]) if shape[0] == 1 else given["bias"][0]
+    given = dict(zip(given, on_gpu(*given.values()), strict=True))
+    inputs = [*on_gpu(*inputs), *([given["bias"]] if "bias" in given else [])]
+    return inputs, given, torch.randn(inputs[0].shape, device="cuda")
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_attention_of_real_sizes(name, kind, dtype):
+    inputs, given, d_out = attention_case(name, kind, dtype)
+    d_out = d_out.to(dtype)
+    found = attention(inputs, given, "triton", d_out)
+    plain = attention(inputs, given, "reference", d_out)
+    truth = attention([t.double() for t in inputs], given, "reference", d_out.double())
+    assert_close(found[0], plain[0], truth[0], f"{name} {kind}")
+    for out, near, right in zip(found[1:], plain[1:], truth[1:], strict=True):
+        assert not out.isnan().any()
+        error, allowed = ((t.double() - right).square().mean().sqrt() for t in (out, near))
+        assert error <= 2 * allowed + 1e-6, f"{name} {kind}: {error}, allowed {allowed}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_is_the_same_every_time(kind):
+    inputs, given, d_out = attention_case("t5-base", kind, torch.bfloat16)
+    first = attention(inputs, given, "triton", d_out)
+    for _ in range(5):
+        assert all(map(torch.equal, attention(inputs, given, "triton", d_out), first))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_in_a_graph_and_without_synchronisation(kind):
+    inputs, given, _ = attention_case("t5-base", kind, torch.bfloat16)
+    queries, keys, values = inputs[:3]
+
+    def attend():
+        with torch.no_grad():
+            return vf.grouped_attention(queries, keys, values, backend="triton", **given)
+
+    attend()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attend()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = attend()
+    for _ in range(3):
+        queries.copy_(torch.randn_like(queries))
+        graph.replay()
+        assert torch.equal(y, attend())
+
+
+def test_attention_makes_nothing_of_queries_times_keys():
+    inputs, given, _ = attention_case("long", "t5 attention_kv", torch.bfloat16)
+    with torch.no_grad():
+        vf.grouped_attention(*inputs, backend="triton", **given)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        vf.grouped_attention(*inputs, backend="triton", **given)
+    _, n, count, heads, _, _ = ATTENTIONS["long"]
+    assert torch.cuda.max_memory_allocated() - before < heads * n * count
+
+
+def test_attention_that_auto_takes():
+    inputs, _, _ = attention_case("t5-base", "bias", torch.bfloat16)
+    proven = "triton" in backends._proven_for(inputs[0])
+    from variator_kernels.ops.grouped_attention import _backend
+
+    assert (_backend("auto", inputs[0], None, 0.0) == "triton") == proven

@@ -1,4 +1,4 @@
-"""grouped_attention's Triton kernels, on a GPU or interpreted: numbers, gradients, what is not read."""
+"""grouped_attention's Triton kernels, on a GPU or interpreted."""
 
 from __future__ import annotations
 
@@ -119,7 +119,9 @@ def test_bounds_within_and_between_tiles(dtype):
     check(inputs, options("t5 attention", shape) | {"first": steps}, "terms, biases and bounds")
     hidden = {"first": steps * 0 + n, "bias": torch.zeros(rows, count)}
     assert not run(inputs, "triton", hidden).any()
-    assert not any(g.any() for g in gradients(inputs, "triton", hidden, torch.randn(inputs[0].shape)))
+    assert not any(
+        g.any() for g in gradients(inputs, "triton", hidden, torch.randn(inputs[0].shape))
+    )
 
 
 def test_tiles_that_nobody_sees_are_not_read():
@@ -152,7 +154,9 @@ def test_what_nobody_sees_may_be_anything(dtype):
     for junk in (torch.nan, torch.inf, torch.finfo(dtype).max):
         k[:, 3:40], v[:, 3:40] = junk, -junk
         assert torch.equal(run((q, k, v), "triton", given), clean)
-        for found, expected in zip(gradients((q, k, v), "triton", given, d_out), grads, strict=True):
+        for found, expected in zip(
+            gradients((q, k, v), "triton", given, d_out), grads, strict=True
+        ):
             assert torch.equal(found, expected)
     q[1, 3], k[0, 0, 0] = torch.nan, torch.nan  # of a query, and of a key that others see
     out = run((q, k, v), "triton", given)
@@ -291,9 +295,8 @@ def test_types_of_bias_and_table():
     inputs, given = qkv(shape), options("t5 attention", shape)
     for dtype in (torch.float64, torch.bfloat16):
         relative = given["relative"]
-        other = given | {
-            "bias": given["bias"].to(dtype), "relative": relative._replace(values=relative.values.to(dtype))
-        }  # fmt: skip
+        terms = relative._replace(values=relative.values.to(dtype))
+        other = given | {"bias": given["bias"].to(dtype), "relative": terms}
         check(inputs, other, str(dtype), backward=False)
 
 
@@ -336,7 +339,10 @@ def test_what_it_has_not_is_refused_by_name():
 def test_the_op_itself_refuses_what_does_not_fit():
     """It reads addresses: a wrong shape must not become a wrong address."""
     shape = (2, 9, 6, 4, 2, 8)
-    (q, k, v), given = (moved(tuple(qkv(shape)), "triton"), arguments(options("t5 attention_kv", shape)))
+    (q, k, v), given = (
+        moved(tuple(qkv(shape)), "triton"),
+        arguments(options("t5 attention_kv", shape)),
+    )
     relative = given["relative"]
     bias, starts = q.new_zeros(2, 6), relative.keys
     call = op.Attention(q, k, v, op.Visible(bias), relative, 1.0)

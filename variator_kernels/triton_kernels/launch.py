@@ -1,8 +1,9 @@
 """Launch settings as data: ``launch.json``, written by ``python -m bench.tools.tune_triton``.
 
 A row has a kernel's name, what it is for (any of ``arch``, ``d``, ``f``, ``k``, ``dtype``,
-``activation``) and its settings. The row that names most of what a launch is for wins, of equals
-later one; a row without conditions is the fallback. Nothing is tuned at run time.
+``activation``) and its settings. Of attention ``d`` is the head size, padded to a power of two, and
+``terms`` whether distances have some. The row that names most of what a launch is for wins, of
+equals the later one; a row without conditions is the fallback. Nothing is tuned at run time.
 """
 
 from __future__ import annotations

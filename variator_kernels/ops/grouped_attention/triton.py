@@ -20,7 +20,6 @@ from ..library import accumulator
 from .kernel_checks import check
 from .op import Attention
 
-
 # Products of fp32 and fp64 are others, and so are the tiles that fit.
 _SUFFIX = {torch.float32: "_fp32", torch.float64: "_fp64"}
 
@@ -55,7 +54,7 @@ def _unit_inner(tensor: Tensor) -> Tensor:
 def _launch(call: Attention) -> Launch:
     check(call)
     q, k, v = (_unit_inner(t) for t in call[:3])
-    (rows, n, heads, d), (count, kv_heads) = q.shape, k.shape[1:3]
+    (n, heads, d), (count, kv_heads) = q.shape[1:], k.shape[1:3]
     scale, wide, relative = call.scale, accumulator(q.dtype), call.relative
     if wide == torch.float64:  # a number reaches a kernel as fp32
         q, scale = q * scale, 1.0
@@ -63,12 +62,12 @@ def _launch(call: Attention) -> Launch:
     patterns = per_head = width = origin = 0
     places = "none"
     if relative is not None:
-        values, *positions = relative[:4]
+        values, positions = relative.values, relative[1:3]
         patterns, per_head, width = values.shape
         origin = relative.origin
-        whole = not any(t.is_floating_point() for t in positions[:2])
+        whole = not any(t.is_floating_point() for t in positions)
         places = "whole" if whole else "real"
-        lists[3:] = [values.detach().to(wide).contiguous(), *positions]
+        lists[3:] = [values.detach().to(wide).contiguous(), *positions, relative.pattern]
         require(values.numel() < 2**31, "values of distances are addressed by 32 bits")
     for i, each in enumerate(lists):
         if i != 3 and each is not None:
