@@ -325,6 +325,70 @@ def test_gradcheck(kind):
     assert torch.autograd.gradcheck(attend, (*inputs, bias))
 
 
+def test_compiles_whole():
+    torch._dynamo.reset()
+    shape = (1, 9, 12, 4, 2, 16)
+    inputs, given = [moved(t, "triton") for t in qkv(shape)], arguments(options("bias", shape))
+
+    def layer(q, k, v, bias):
+        return 2 * vf.grouped_attention(q, k, v, bias=bias, backend="triton")
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found, plain = (f(*inputs, given["bias"]) for f in (compiled, layer))
+    assert torch.equal(found, plain)
+    made = []
+    for f in (compiled, layer):
+        leaves = [t.clone().requires_grad_() for t in (*inputs, torch.randn(1, 12).to(inputs[0]))]
+        leaves[3].data.zero_()
+        made.append(torch.autograd.grad(f(*leaves).square().sum(), leaves))
+    for a, b in zip(*made, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_changes_nothing():
+    inputs = [moved(t, "triton").requires_grad_() for t in qkv((2, 9, 5, 4, 2, 8))]
+    made = []
+    for enabled in (False, True):
+        with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=enabled):
+            out = vf.grouped_attention(*inputs, backend="triton")
+        made.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for plain, cast in zip(*made, strict=True):
+        assert plain.dtype == cast.dtype == torch.float32
+        assert torch.equal(plain, cast)
+
+
+def test_second_derivatives_are_refused():
+    inputs = [moved(t, "triton").requires_grad_() for t in qkv((1, 2, 3, 1, 1, 8))]
+    out = vf.grouped_attention(*inputs, backend="triton")
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(out.sum(), inputs, create_graph=True)
+
+
+def test_a_sublayer_on_triton_attends_by_its_kernel(monkeypatch):
+    """The placements around attention; with dropout of weights, plain PyTorch."""
+    from variator_kernels.ops import self_attention
+    from variator_kernels.ops.grouped_attention import triton
+
+    d, asked = 16, []
+    run_kernel = triton.grouped_attention
+    monkeypatch.setattr(
+        triton, "grouped_attention", lambda call: (asked.append(1), run_kernel(call))[1]
+    )
+    x, source = moved((torch.randn(1, 9, d), torch.randn(1, 4, d)), "triton")
+    weights = [moved(torch.randn(d, d) / 4, "triton") for _ in range(4)]
+    for dropout, ran in ((0.0, 1), (0.5, 0)):
+        asked.clear()
+        sublayer = self_attention.SelfAttention(
+            *weights, 8, 0.3, dropout_weights=dropout, pack=False
+        )
+        keys = self_attention.Keys(moved(torch.tensor([[4, 4, 1, 0]]).log(), "triton"))
+        out = self_attention.attend(x, source, sublayer, keys, None, "triton")
+        assert len(asked) == ran and out.isfinite().all()
+        if not dropout:
+            plain = self_attention.attend(x, source, sublayer, keys, None, "reference")
+            torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_what_it_has_not_is_refused_by_name():
     inputs = [moved(t, "triton") for t in qkv((1, 3, 4, 2, 1, 8))]
     with pytest.raises(ValueError, match=r"'triton' cannot run here: .* no dropout"):
