@@ -58,7 +58,8 @@ import torch
 from bench.tools.compile_triton import ATTENTIONS, Attention, attention
 from bench.tools.triton_compiler import compile_call
 for model, dtype, size in (
-    (ATTENTIONS["grouped queries"], torch.float32, (8, 512, 128)),
+    (ATTENTIONS["llama-7b"], torch.float32, (8, 512, 128)),
+    (ATTENTIONS["t5-base around"], torch.float32, (8, 512, 128)),
     (ATTENTIONS["t5-base around"], torch.float64, (8, 512, 128)),
     (Attention(1, 1, 1, "everything"), torch.bfloat16, (1, 1, 1)),
     (Attention(3, 1, 7, "means"), torch.float16, (1, 3, 5)),
