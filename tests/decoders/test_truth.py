@@ -29,6 +29,7 @@ def expected(model, tokens, scheme, positions):
     rotary = base.rotary_emb
     kinds = getattr(base.config, "layer_types", None)
     for number, block in enumerate(layers(model)):
+
         def turn(h, places, number=number):
             takes = "layer_type" in inspect.signature(inspect.unwrap(rotary.forward)).parameters
             extra = (kinds[number],) if takes else ()

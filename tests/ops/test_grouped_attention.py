@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-<<<<<<< HEAD
 from tests.ops.attention_cases import (
     KINDS,
     PATHS,
@@ -18,9 +17,6 @@ from tests.ops.attention_cases import (
     qkv,
     t5_table,
 )
-from tests.ops.cases import DTYPES, ISAS, MASKS, assert_close, kernels, needs_cpu  # noqa: F401
-=======
-from tests.ops.attention_cases import KINDS, SHAPES, of_tokens, options, qkv, t5_table
 from tests.ops.cases import (
     DTYPES,
     ISAS,
@@ -31,7 +27,6 @@ from tests.ops.cases import (
     needs_cpu,
     on_triton,
 )
->>>>>>> 0cc848a (Tests of attention in Triton: compiled whole, autocast, a sublayer's backend, a decoder's bounds)
 from variator_kernels import functional as vf
 from variator_kernels.ops.groups import NOTHING_KEPT, Keep
 
@@ -39,13 +34,10 @@ every_isa = pytest.mark.parametrize("kernels", ISAS, indirect=True)
 every_backend = pytest.mark.parametrize(
     "backend", ["reference", pytest.param("cpu", marks=needs_cpu)]
 )
-<<<<<<< HEAD
 every_path = pytest.mark.parametrize("path", PATHS, indirect=True)
-=======
 and_triton = pytest.mark.parametrize(
     "backend", ["reference", pytest.param("cpu", marks=needs_cpu), on_triton]
 )
->>>>>>> 0cc848a (Tests of attention in Triton: compiled whole, autocast, a sublayer's backend, a decoder's bounds)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -138,12 +130,8 @@ def test_ratio_1_is_the_attention_of_t5(bidirectional):
         torch.testing.assert_close(out.transpose(1, 2), expected, rtol=1e-4, atol=1e-5)
 
 
-<<<<<<< HEAD
 @every_path
-@every_backend
-=======
 @and_triton
->>>>>>> 0cc848a (Tests of attention in Triton: compiled whole, autocast, a sublayer's backend, a decoder's bounds)
 @pytest.mark.parametrize("window", [0, 1, 3, 8, 100])
 @pytest.mark.parametrize("ratio", [1, 2, 3])
 def test_a_decoder_sees_what_the_specification_says(backend, ratio, window, path):
@@ -191,14 +179,9 @@ def test_huge_logits_and_far_positions(kernels, path):  # noqa: F811
         assert_close(out, run((q, k, v), "reference", given), truth)
 
 
-<<<<<<< HEAD
 @every_path
-@every_backend
-def test_nan_of_invisible_keys_and_other_rows_harms_nothing(backend, path):
-=======
 @and_triton
-def test_nan_of_invisible_keys_and_other_rows_harms_nothing(backend):
->>>>>>> 0cc848a (Tests of attention in Triton: compiled whole, autocast, a sublayer's backend, a decoder's bounds)
+def test_nan_of_invisible_keys_and_other_rows_harms_nothing(backend, path):
     shape = (3, 20, 40, 2, 2, 16)
     (q, k, v), bias = qkv(shape), torch.zeros(3, 40)
     bias[:, 7:30] = -torch.inf
@@ -292,14 +275,9 @@ def test_flops_are_those_of_the_products():
     assert counts[0] == counts[1] == 2 * 2 * flop_formulas.attention_macs(19, 12, 4 * 16)
 
 
-<<<<<<< HEAD
 @every_path
-@every_backend
-def test_positions_that_are_no_numbers_harm_nobody_else(backend, path):
-=======
 @and_triton
-def test_positions_that_are_no_numbers_harm_nobody_else(backend):
->>>>>>> 0cc848a (Tests of attention in Triton: compiled whole, autocast, a sublayer's backend, a decoder's bounds)
+def test_positions_that_are_no_numbers_harm_nobody_else(backend, path):
     """A group without a token: its mean position is 0 / 0, and nobody sees it or asks for it."""
     n, heads, d = 64, 2, 8
     q, k, v = (torch.randn(1, n, heads, d) for _ in range(3))

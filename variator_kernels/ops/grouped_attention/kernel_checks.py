@@ -16,15 +16,18 @@ def check(call: Attention) -> None:
     require(queries.dim() == keys.dim() == 4, "queries and keys are [rows, ., heads, d]")
     rows, n, heads, d = queries.shape
     count, kv_heads = keys.shape[1:3]
-    require(keys.shape == (rows, count, kv_heads, d), f"keys are {list(keys.shape)}")
-    require(values.shape == keys.shape, f"values are {list(values.shape)}")
-    require(kv_heads > 0 and heads % kv_heads == 0, f"{kv_heads} heads of keys for {heads}")
+    for tensor, name in ((keys, "keys"), (values, "values")):
+        if tensor.shape != (rows, count, kv_heads, d):
+            require(False, f"{name} are {list(tensor.shape)}")
+    if kv_heads < 1 or heads % kv_heads:
+        require(False, f"{kv_heads} heads of keys for {heads}")
     require(queries.dtype == keys.dtype == values.dtype, "queries, keys and values are of a dtype")
     device = queries.device
-    require(all(t.device == device for t in call[:3]), f"everything is on {device}")
-    for bound in visible:
-        require(bound is None or bound.shape == (rows, count), "bias, first, last are [rows, keys]")
-        require(bound is None or bound.device == device, f"everything is on {device}")
+    require(keys.device == device == values.device, "everything is on the queries' device")
+    for given in visible:
+        if given is not None:
+            require(given.shape == (rows, count), "bias, first, last are [rows, keys]")
+            require(given.device == device, "everything is on the queries' device")
     if relative is None:
         return
     shape = relative.values.shape
@@ -34,7 +37,7 @@ def check(call: Attention) -> None:
     require(relative.keys.shape == (rows, count), "key positions are [rows, keys]")
     pattern = relative.pattern
     on_device = all(t is None or t.device == device for t in relative[:4])
-    require(on_device, f"everything is on {device}")
+    require(on_device, "everything is on the queries' device")
     if pattern is not None:
         require(pattern.shape == (rows, count), "patterns are [rows, keys]")
         if pattern.numel() and pattern.is_cpu:
