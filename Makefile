@@ -142,7 +142,7 @@ test: lint $(EMULATION)/.stamp
 # cache does not look at the instruction set, so it is another one. Of Triton's tests (interpreted by
 # NumPy, on OpenBLAS) those are run that failed on such a processor once.
 ISA ?= avx2
-WEAKER_TESTS ?= tests/ops tests/sites tests/methods tests/runtime tests/train tests/test_checkpoint.py
+WEAKER_TESTS ?= tests/ops tests/sites tests/decoders tests/methods tests/runtime tests/train tests/test_checkpoint.py
 LIMITS_avx2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
     OPENBLAS_CORETYPE=Haswell
 LIMITS_avx512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE
@@ -156,7 +156,7 @@ test-weaker: $(VENV)/.stamp-test
 
 # The lowest transformers that is promised, beside everything else as it is.
 LOWEST := build/transformers-4.57
-LOWEST_TESTS ?= tests/sites tests/runtime tests/methods tests/test_checkpoint.py tests/test_flops.py
+LOWEST_TESTS ?= tests/sites tests/decoders tests/runtime tests/methods tests/test_checkpoint.py tests/test_flops.py
 $(LOWEST)/.stamp: $(VENV)/.stamp-test
 	@echo "== installing transformers 4.57.1 into $(LOWEST)"
 	@rm -rf $(LOWEST)
