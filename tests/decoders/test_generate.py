@@ -96,7 +96,8 @@ def test_assisted():
     never = {"eos_token_id": tiny.VOCABULARY}  # older versions of transformers want one
     assistant = tiny.model(seed=1)
     assert torch.equal(generate(patched, tokens, assistant_model=assistant, **never), wanted)
-    assert torch.equal(generate(patched, tokens, prompt_lookup_num_tokens=4, **never), wanted)
+    got = generate(patched, tokens, prompt_lookup_num_tokens=4, **never)
+    assert torch.equal(got[:, : wanted.shape[1]], wanted)  # older versions go a token too far
     helper = model(seed=0)  # the same model: all its candidates are right
     assert torch.equal(generate(patched, tokens, assistant_model=helper, **never), wanted)
 
