@@ -22,7 +22,7 @@ from variator_kernels import patch, plugin_parameters, save_plugins
 from variator_kernels.runtime.state import states
 from variator_kernels.train import Job
 from variator_kernels.train.__main__ import main
-from variator_kernels.train.run import _load, plugged
+from variator_kernels.train.prepare import load, plugged
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--bottleneck", "4", "--per_device_train_batch_size", "8", "--use_cpu"]
@@ -73,7 +73,7 @@ def finish(run):
 def test_attention_is_the_one_asked_for(folder):
     for wanted in ("eager", "sdpa"):
         job = Job("pretrain", str(folder / "model"), "text.txt", "unused", attention=wanted)
-        assert _load(job)[0].config._attn_implementation == wanted
+        assert load(job)[0].config._attn_implementation == wanted
 
 
 @pytest.mark.slow
@@ -348,7 +348,7 @@ def test_refuses_to_adapt_what_has_no_head(folder, tmp_path):
     more = ["--max_steps", "1", "--model", str(tmp_path / "base")]
     with pytest.raises(ValueError, match=r"must be fine-tuned .*base has no classifier.bias"):
         main(command(folder, tmp_path / "output", "adapt", "task.tsv", *more))
-    assert _load(Job("pretrain", str(tmp_path / "base"), "", ""))[0].config.model_type == "bert"
+    assert load(Job("pretrain", str(tmp_path / "base"), "", ""))[0].config.model_type == "bert"
 
 
 def test_an_error_is_one_line(folder, tmp_path):

@@ -61,7 +61,7 @@ def test_trains_the_active_ratio_alone(tmp_path):
 def test_deals_every_ratio_the_same_number_of_steps(tmp_path):
     model = tiny.patched(head="EncoderModel", ratios=(2, 3, 4, 8))
     made = trainer(tmp_path, model, sample_ratios=True, max_steps=8)
-    dealt = [ratio for step in range(400) for ratio in made.ratios_at(step)]
+    dealt = [ratio for step in range(400) for ratio in made.turns.at(step)]
     for turn in range(0, 400, 4):
         assert sorted(dealt[turn : turn + 4]) == [2, 3, 4, 8]
     assert len(set(tuple(dealt[i : i + 4]) for i in range(0, 400, 4))) > 5
@@ -77,10 +77,10 @@ def test_ratios_that_share_a_step_get_the_gradients_that_each_would_get_alone(
 ):
     model = tiny.patched(head="EncoderModel", ratios=(2, 3, 4, 8), dropout=0.0)
     shared = trainer(tmp_path, model, sample_ratios=True, ratios_per_step=2)
-    turns = [shared.ratios_at(step) for step in range(20)]
+    turns = [shared.turns.at(step) for step in range(20)]
     for first, second in zip(turns[::2], turns[1::2], strict=True):
         assert sorted(first + second) == [2, 3, 4, 8]
-    batch, together = collate(ROWS[:4]), shared.ratios_at(0)
+    batch, together = collate(ROWS[:4]), shared.turns.at(0)
     loss = shared.compute_loss(model, batch)
     loss.backward()
     rest = set(shared.ratios) - set(together)

@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -19,17 +21,17 @@ WORDS = [f"w{i}" for i in range(60)]
 SENTINELS = [f"<extra_id_{i}>" for i in range(8)]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A word is a token; ``</s>`` ends a text."""
+def tokenizer(template: str = "$A </s>", pad: str | None = "<pad>") -> PreTrainedTokenizerFast:
+    """A word is a token; ``</s>`` ends a text, where ``template`` is not another."""
     vocabulary = ["<pad>", "</s>", "<unk>", "good", "bad", *WORDS, *SENTINELS]
     made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+        single=template, pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
-        pad_token="<pad>",
+        pad_token=pad,
         eos_token="</s>",
         unk_token="<unk>",
         additional_special_tokens=SENTINELS,
@@ -72,6 +74,25 @@ def bert(folder: Path, spread: float = 0.02) -> Path:
         num_attention_heads=2,
     )
     BertForSequenceClassification(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def llama(folder: Path, spread: float = 0.3, **settings: int) -> Path:
+    """A random LLaMA with two layers, and its tokenizer: ``</s>`` begins a text, nothing pads."""
+    torch.manual_seed(0)
+    words = tokenizer("</s> $A", pad=None)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+    config = LlamaConfig(
+        vocab_size=len(words),
+        initializer_range=spread,
+        bos_token_id=1,
+        eos_token_id=1,
+        tie_word_embeddings=True,
+        **sizes | settings,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 

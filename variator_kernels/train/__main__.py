@@ -76,6 +76,13 @@ def parser() -> argparse.ArgumentParser:
     add("--keep-first", type=int, help="so many first tokens stay whole; default: as --plugins")
     add("--keep-last", type=int, help="the same for last tokens; default: those of --plugins, or 0")
     add("--keep", nargs="*", help="ids of tokens that stay whole; default: those of --plugins")
+    add("--window", type=int, help="decoders: so many last keys stay plain; default: 64")
+    add(
+        "--continuation",
+        type=int,
+        help="decoders' pretrain: so many last tokens of a row count; default: all of them, a "
+        "quarter where ffn is trained",
+    )
     add("--backend", default="auto", help="auto (default), or one of the package's backends")
     add(
         "--text",
@@ -86,9 +93,15 @@ def parser() -> argparse.ArgumentParser:
     add("--label", default="label", help="the column of the label")
     add("--labels", default="", help="names of the labels, with commas, if the model has none")
     add("--template", help='one text of several columns: "sst2 sentence: {sentence}"')
-    add("--max-length", type=int, help="tokens of a piece (pretrain, 128), or to cut texts to")
+    add(
+        "--max-length",
+        type=int,
+        help="tokens of a piece (pretrain: 128, decoders 512), or to cut to",
+    )
     add("--splice", type=float, default=0.0, help="part of rows mixed with another; 0 to 1")
-    add("--noise", default="default", help="pretrain: default (masks, corrupted spans) or none")
+    add(
+        "--noise", default="default", help="pretrain: default (masks, spans; decoders none) or none"
+    )
     add("--vary-lengths", action="store_true", help="pretrain: pieces of 8 to --max-length tokens")
     add("--attention", help="of transformers: eager (on a CPU in bf16 the faster) or sdpa")
     return made

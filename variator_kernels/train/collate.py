@@ -7,17 +7,21 @@ from typing import Any
 import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
+from .decoders import is_decoder
 from .losses import IGNORED
 
 
 def collator(tokenizer: Any, config: Any) -> Any:
-    """Pads to the longest row; for an encoder-decoder also makes the decoder's inputs.
+    """Pads to the longest row, and tokens' labels; for an encoder-decoder also makes the decoder's
+    inputs.
 
     Args:
         config: the model's.
     """
     if config.is_encoder_decoder:
         return DataCollatorForSeq2Seq(tokenizer, model=_Decoder(config))
+    if is_decoder(config):
+        return DataCollatorForSeq2Seq(tokenizer)
     return DataCollatorWithPadding(tokenizer)
 
 

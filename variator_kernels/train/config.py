@@ -80,9 +80,14 @@ class DistillationConfig(TrainingArguments):
     )
     task_weight: float = _option(0.0, "weight of the model's own loss (paper: 0 is best)")
     layer_weight: float = _option(0.0, "weight of matching the output of every layer")
-    logits_weight: float = _option(0.0, "weight of matching the teacher's class distribution")
+    logits_weight: float = _option(
+        0.0, "weight of matching the teacher's class distribution, or a decoder's next-token one"
+    )
     embedding_weight: float = _option(
         0.0, "weight of matching a sentence-transformers model's own embeddings"
+    )
+    key_rate: float = _option(
+        1.0, "times the learning rate: that of the merges in front of attention's keys and values"
     )
     dropout: bool = _option(False, "leave the model's dropout on while its plugins train")
     packed_products: bool = _option(
@@ -95,11 +100,18 @@ class DistillationConfig(TrainingArguments):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        if not 0 < self.key_rate < float("inf"):
+            raise ValueError(f"key_rate must be a finite number > 0, got {self.key_rate!r}")
         if self.label_smoothing_factor:
             got = self.label_smoothing_factor
             raise ValueError(f"label_smoothing_factor must be 0, no loss here uses it, got {got!r}")
         if self.ratios_per_step < 1:
             raise ValueError(f"ratios_per_step must be >= 1, got {self.ratios_per_step!r}")
+        if not hasattr(self, "activation_checkpointing") and self.gradient_checkpointing:
+            # By default older versions of transformers lose the gradients behind a frozen input.
+            me: Any = self
+            asked = me.gradient_checkpointing_kwargs or {}
+            me.gradient_checkpointing_kwargs = {"use_reentrant": False} | asked
         # Pinning needs a device to copy to, and warns once a loader without one.
         self.dataloader_pin_memory &= torch.cuda.is_available()
         super().__post_init__()

@@ -1,67 +1,78 @@
-"""Distillation loss and accuracy over a data set: sums of rows, and the means of them."""
+"""Distances and answers over a data set: sums of rows, and the means of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import losses
+from .objective import Objective
 
 Correct = Callable[[Any, Mapping[str, Any]], Tensor]
 """``correct(outputs, batch)``: ``[B]``, whether each row was answered right."""
+DENSE = "dense"
 
 
 def rows(
+    objective: Objective,
     teacher: Any,
-    students: Iterable[Any],
+    students: Iterable[tuple[str, Any]],
     batch: Mapping[str, Any],
     correct: Correct | None,
-    embed: losses.Embed | None = None,
-) -> Tensor:
-    """What :func:`metrics` adds up, ``[B, ...]``: 1, tokens of both stacks, right (the teacher);
-    then of each student the errors in both stacks, right, and the cosine of its embedding to the
-    teacher's. Students may be made one by one."""
+) -> dict[str, Tensor]:
+    """What :func:`metrics` adds up, ``[B]`` each: of every row 1, its tokens in both stacks and its
+    labels; of the teacher, then of each student by its name, what it is measured by. Students may
+    be made one by one."""
     masks = losses.masks(batch)
-    none = torch.zeros(len(masks[0]), device=masks[0].device)
+    found = {"rows": torch.ones(len(masks[0]), device=masks[0].device)}
+    for i, mask in enumerate(masks):
+        found[f"tokens{i}"] = mask.sum(-1).float()
 
-    def right(outputs: Any) -> Tensor:
-        return none if correct is None else correct(outputs, batch).float()
+    def measure(name: str, outputs: Any) -> None:
+        if correct is not None:
+            found[f"{name} accuracy"] = correct(outputs, batch).float()
+        said = objective.likelihoods(outputs, teacher, batch)
+        if said is not None:
+            found["labels"] = (batch["labels"][:, 1:] != losses.IGNORED).sum(-1).float()
+            found[f"{name} divergence"], found[f"{name} perplexity"] = said
 
-    sizes = [mask.sum(-1).float() for mask in masks]
-    columns = [none + 1, *sizes, *([none] * (2 - len(sizes))), right(teacher)]
-    for student in students:
+    measure(DENSE, teacher)
+    for name, student in students:
         pairs = zip(losses.stacks(student), losses.stacks(teacher), masks, strict=True)
-        errors = [losses.squared_errors(a[-1], b[-1], mask) for a, b, mask in pairs]
-        columns += [*errors, *([none] * (2 - len(errors))), right(student)]
-        columns.append(none if embed is None else losses.cosines(embed, student, teacher, batch))
-    return torch.stack(columns, -1)
-
-
-def metrics(
-    sums: Sequence[float],
-    ratios: Sequence[int | str],
-    prefix: str,
-    accuracy: bool,
-    cosine: bool = False,
-) -> dict[str, float]:
-    """Means over tokens and rows: ``eval_k4_loss``, ``eval_k4_accuracy``, ``eval_k4_cosine``."""
-    count, encoder, decoder, dense = sums[:4]
-    found = {}
-    if accuracy:
-        found[f"{prefix}_dense_accuracy"] = dense / count
-    total = 0.0
-    for i, ratio in enumerate(ratios):
-        first, second, right, near = sums[4 + 4 * i : 8 + 4 * i]
-        loss = first / max(encoder, 1) + second / max(decoder, 1)
-        total += loss
-        name = f"{prefix}_k{ratio}" if isinstance(ratio, int) else f"{prefix}_{ratio}"
-        found[f"{name}_loss"] = loss
-        if accuracy:
-            found[f"{name}_accuracy"] = right / count
-        if cosine:
-            found[f"{name}_cosine"] = near / count
-    found[f"{prefix}_loss"] = total / len(ratios)
+        for i, (a, b, mask) in enumerate(pairs):
+            found[f"{name} loss{i}"] = losses.squared_errors(a[-1], b[-1], mask)
+        measure(name, student)
+        if objective.pooler is not None:
+            near = losses.cosines(objective.pooler, student, teacher, batch)
+            found[f"{name} cosine"] = near
     return found
+
+
+def metrics(sums: Mapping[str, float], names: Iterable[str], prefix: str) -> dict[str, float]:
+    """Means over tokens, rows and labels: ``eval_dense_accuracy``, ``eval_k4_loss``,
+    ``eval_k4_accuracy``, ``eval_k4_cosine``, ``eval_k4_divergence`` and so on; perplexities are e
+    to the mean of what was added up."""
+    found, losses_of = {}, []
+    for name in (DENSE, *names):
+        stacks = [i for i in range(2) if f"{name} loss{i}" in sums]
+        if stacks:
+            parts = (sums[f"{name} loss{i}"] / max(sums[f"tokens{i}"], 1) for i in stacks)
+            losses_of.append(sum(parts))
+            found[f"{prefix}_{name}_loss"] = losses_of[-1]
+        for what, size in (("accuracy", "rows"), ("cosine", "rows"), ("divergence", "labels")):
+            if (key := f"{name} {what}") in sums and not (name == DENSE and what == "divergence"):
+                found[f"{prefix}_{name}_{what}"] = sums[key] / max(sums[size], 1)
+        if (key := f"{name} perplexity") in sums and sums["labels"] > 0:
+            mean = sums[key] / sums["labels"]
+            found[f"{prefix}_{name}_perplexity"] = math.exp(min(mean, 700))
+    found[f"{prefix}_loss"] = sum(losses_of) / len(losses_of)
+    return found
+
+
+def name_of(ratio: int | str) -> str:
+    """Of a level, as it stands in the names of metrics."""
+    return f"k{ratio}" if isinstance(ratio, int) else ratio

@@ -31,7 +31,14 @@ class Job:
     :func:`noise.spliced`. ``noise``: what pre-training does to text, ``"default"`` (masked tokens,
     corrupted spans) or ``"none"``. ``vary_lengths``: pre-training cuts each paragraph into pieces
     of a length drawn for it. ``keep_first``, ``keep_last``, ``keep``: the tokens that stay whole,
-    as :func:`patch` takes them; None: as in ``plugins``, else patch's defaults.
+    as :func:`patch` takes them; None: as in ``plugins``, else patch's defaults. ``window``: the
+    same, for decoders' ``attention_kv``.
+
+    Decoders: plain text is one run of tokens, cut into rows of ``max_length`` (512 if None);
+    ``noise`` does nothing. ``continuation``: the last so many tokens of a row are an answer to the
+    others, its prompt: what ``logits_weight`` and ``task_weight`` look at. None: a quarter of a row
+    if ``ffn`` is trained, else all of it. In adaptation ``text`` or ``template`` makes the prompt,
+    ``label`` is the answer, and only with ``labels`` there is an accuracy.
     """
 
     step: str
@@ -59,6 +66,8 @@ class Job:
     keep_first: int | None = None
     keep_last: int | None = None
     keep: tuple[int, ...] | None = None
+    window: int | None = None
+    continuation: int | None = None
 
     def __post_init__(self) -> None:
         if self.step not in STEPS:
@@ -76,6 +85,13 @@ class Job:
             raise ValueError(f"calibrate must be 0 or at least {least} rows, got {self.calibrate}")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be a number of tokens >= 1, got {self.max_length}")
+        if self.continuation is not None and self.continuation < 1:
+            raise ValueError(f"continuation must be tokens >= 1, got {self.continuation}")
+        if self.continuation is not None and self.step == "adapt":
+            raise ValueError(
+                f"continuation may be set in pretrain alone, got {self.continuation}: an answer is "
+                "as long as it is"
+            )
         if self.noise not in NOISE:
             raise ValueError(f"noise must be one of {NOISE}, got {self.noise!r}")
         if self.step == "adapt" and (self.noise, self.vary_lengths) != ("default", False):

@@ -13,7 +13,7 @@ from .data import TEXT, Row
 
 Noise = Callable[[dict[str, Any], torch.Generator], dict[str, Any]]
 LEAST = 8
-_CHUNK = 2000
+CHUNK = 2000
 """Texts that are tokenised in one call."""
 
 
@@ -132,9 +132,9 @@ def _encode(
     texts: list[list[str]], tokenizer: Any, length: int | None, overflow: bool = False
 ) -> list[dict[str, Any]]:
     made = []
-    for start in range(0, len(texts[0]), _CHUNK):
+    for start in range(0, len(texts[0]), CHUNK):
         encoded = tokenizer(
-            *(column[start : start + _CHUNK] for column in texts),
+            *(column[start : start + CHUNK] for column in texts),
             truncation=length is not None,
             max_length=length,
             return_overflowing_tokens=overflow,

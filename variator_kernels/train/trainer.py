@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
@@ -15,17 +14,14 @@ from ..checkpoint import load_plugins
 from ..methods.variator.method import level_parameters
 from ..ops import prepack
 from ..ops.prepacked_linear import FrozenProducts
-from ..runtime.level import Level
-from ..runtime.levels import use_ratio
 from ..runtime.state import states
-from . import checkpoints, evaluation, losses
+from . import checkpoints, evaluation, losses, turns
 from .config import DistillationConfig
+from .decoders import DecoderObjective, has_decoder, weighs_tokens
 from .embeddings import Pooler
 from .evaluation import Correct
+from .objective import Objective
 from .resumable import ResumableTrainer
-
-MIXED = "mixed"
-"""The name, beside ratios, of a level that differs between sites."""
 
 
 class DistillationTrainer(ResumableTrainer):
@@ -66,41 +62,19 @@ class DistillationTrainer(ResumableTrainer):
         **rest: Any,
     ) -> None:
         (state,) = states(model)
-        if not args.sample_ratios and state.level.is_dense:
-            raise ValueError(
-                f"model's ratio must be one of {state.ratios} at some site, got 1 (dense): "
-                "set_ratio()"
-            )
+        self.turns = turns.Turns(state, args)
+        self.levels, self.ratios = self.turns.levels, self.turns.names
         if args.n_gpu > 1:
             raise ValueError(
                 f"one process must train on one device, got {args.n_gpu}: start one process a "
                 "device with torchrun or accelerate launch"
             )
-        if (args.gradient_checkpointing or _checkpoints(model)) and not args.dropout:
-            raise ValueError(
-                "gradient checkpointing works in training mode alone: set dropout=True (and the "
-                "configuration's dropout probabilities to 0 for the same loss)"
-            )
-        if args.sample_ratios:
-            self.levels: dict[int | str, Level] = {k: state.everywhere(k) for k in state.ratios}
-        else:
-            self.levels = {state.ratio or MIXED: state.level}
-        self.ratios = tuple(self.levels)
-        shared = args.ratios_per_step
-        if len(self.ratios) % shared:
-            raise ValueError(
-                f"ratios_per_step must divide the number of ratios, got {shared} for {self.ratios}"
-            )
-        if args.world_size > 1 and 1 < shared < len(self.ratios):
-            # DDP looks for unused parameters once a forward, and finds the other forward's.
-            raise ValueError(
-                "ratios_per_step must be 1 or the number of ratios in several processes, got "
-                f"{shared} for {self.ratios}"
-            )
         if args.embedding_weight and pooler is None:
             raise ValueError(f"embedding_weight needs a pooler, got {args.embedding_weight} alone")
         self.correct = correct
         self.pooler = None if pooler is None else pooler.to(args.device)
+        kind = DecoderObjective if has_decoder(model) else Objective
+        self.objective = kind(model, args, self.pooler)
         self.plugin_state = state
         state.warned = True  # that plugins are untrained is no news here
         model.requires_grad_(False)
@@ -108,7 +82,7 @@ class DistillationTrainer(ResumableTrainer):
         for parameter in self.trained:
             parameter.requires_grad_(True)
         if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = len(self.ratios) > shared
+            args.ddp_find_unused_parameters = self.turns.take_turns
         super().__init__(
             model,
             args,
@@ -124,16 +98,19 @@ class DistillationTrainer(ResumableTrainer):
                 f"{sharder.fsdp_version}"
             )
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        # A language model's head is the largest weight of all, and logits_weight alone needs it.
-        self.frozen = FrozenProducts(model, () if head is None else (head.weight,))
+        # A language model's head is the largest weight of all, and these alone need it.
+        unused = () if has_decoder(model) and weighs_tokens(args) else (head,)
+        self.frozen = FrozenProducts(model, [layer.weight for layer in unused if layer is not None])
         # Gradients of accumulated batches are sums of shares of one mean: nothing to divide.
         self.model_accepts_loss_kwargs = True
 
-    def ratios_at(self, step: int) -> list[int | str]:
-        """The ratios that step trains: in random order, all of them before any comes again."""
-        turn, position = divmod(step * self.args.ratios_per_step, len(self.ratios))
-        order = random.Random(f"{self.args.seed} {turn}").sample(self.ratios, len(self.ratios))
-        return order[position : position + self.args.ratios_per_step]
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        made = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not made and self.args.key_rate != 1:
+            keys = level_parameters(self.model, self.turns.of_placement("attention_kv"))
+            turns.scale_rate(optimizer, keys, self.args.key_rate)
+        return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -159,7 +136,7 @@ class DistillationTrainer(ResumableTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches of one step, and how many tokens they hold over all devices."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
-        size = torch.stack([losses.counts(batch) for batch in batches]).sum(0)
+        size = torch.stack([self.objective.counts(batch) for batch in batches]).sum(0)
         return batches, self.accelerator.reduce(size.to(self.args.device), "sum")
 
     def compute_loss(
@@ -169,33 +146,17 @@ class DistillationTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        total = losses.counts(inputs) if num_items_in_batch is None else num_items_in_batch
+        total = self.objective.counts(inputs) if num_items_in_batch is None else num_items_in_batch
         teacher = self._teacher(model, inputs)
         loss = torch.zeros((), device=total.device)
-        for ratio in self.ratios_at(self.state.global_step):
+        for ratio in self.turns.at(self.state.global_step):
             student = self._student(model, inputs, ratio)
-            share = self._distance(student, teacher, inputs, total)
+            share = self.objective.distance(student, teacher, inputs, total)
             self._check(share, ratio)
             loss = loss + share
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # whose gradients will be averaged
         return (loss, student) if return_outputs else loss
-
-    def _distance(
-        self, student: Any, teacher: Any, inputs: Mapping[str, Any], total: Tensor
-    ) -> Tensor:
-        """Everything that ``args`` asks for, weighted."""
-        args = self.args
-        loss = losses.distillation(student, teacher, inputs, total, args.layer_weight)
-        if args.task_weight:
-            loss = loss + args.task_weight * losses.task(student, inputs, total)
-        if args.logits_weight:
-            loss = loss + args.logits_weight * losses.logits(student, teacher, inputs, total)
-        if args.embedding_weight:
-            assert self.pooler is not None
-            apart = losses.embeddings(self.pooler, student, teacher, inputs, total)
-            loss = loss + args.embedding_weight * apart
-        return loss
 
     def _check(self, loss: Tensor, ratio: int | str) -> None:
         if not bool(torch.isfinite(loss)):
@@ -214,16 +175,12 @@ class DistillationTrainer(ResumableTrainer):
     def _teacher(self, model: Any, inputs: Mapping[str, Any]) -> Any:
         if self.is_fsdp_enabled:
             losses.record_hidden_states(self.model)
-        model.eval()
-        with torch.no_grad(), use_ratio(self.model, 1), self.compute_loss_context_manager():
-            return model(**losses.without_labels(inputs), output_hidden_states=True)
+        with self.compute_loss_context_manager():
+            return self.objective.teacher(model, inputs)
 
     def _student(self, model: Any, inputs: Mapping[str, Any], ratio: int | str) -> Any:
-        if self.args.dropout and torch.is_grad_enabled():
-            model.train()  # else it stays as the teacher left it
-        given = inputs if self.args.task_weight else losses.without_labels(inputs)
-        with use_ratio(self.model, self.levels[ratio]), self.compute_loss_context_manager():
-            return model(**given, output_hidden_states=True)
+        with self.compute_loss_context_manager():
+            return self.objective.student(model, inputs, self.levels[ratio])
 
     # Evaluation
 
@@ -238,7 +195,8 @@ class DistillationTrainer(ResumableTrainer):
 
         Returns:
             ``eval_k4_loss``, ``eval_k4_accuracy``, ``eval_k4_cosine`` and so on,
-            ``eval_dense_accuracy``, and ``eval_loss``, the mean over ratios.
+            ``eval_dense_accuracy``, and ``eval_loss``, the mean over ratios; of a decoder
+            ``eval_dense_perplexity``, ``eval_k4_perplexity`` and ``eval_k4_divergence`` as well.
         """
         loader = self.get_eval_dataloader(eval_dataset)
         self.callback_handler.eval_dataloader = loader
@@ -248,21 +206,25 @@ class DistillationTrainer(ResumableTrainer):
             self.control = self.callback_handler.on_prediction_step(
                 self.args, self.state, self.control
             )
-        sums = torch.cat(rows).double().sum(0).tolist()
-        beside = self.correct is not None, self.pooler is not None
-        metrics = evaluation.metrics(sums, self.ratios, metric_key_prefix, *beside)
+        sums = {name: sum(float(row[name].double().sum()) for row in rows) for name in rows[0]}
+        names = map(evaluation.name_of, self.ratios)
+        metrics = evaluation.metrics(sums, names, metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
 
-    def _evaluate_rows(self, inputs: dict[str, Any]) -> Tensor:
+    def _evaluate_rows(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         model = self.model_wrapped
         teacher = self._teacher(model, inputs)
-        students = (self._student(model, inputs, ratio) for ratio in self.ratios)
-        found = evaluation.rows(teacher, students, inputs, self.correct, self.pooler)
-        return self.accelerator.gather_for_metrics(found).cpu()
+        students = (
+            (evaluation.name_of(ratio), self._student(model, inputs, ratio))
+            for ratio in self.ratios
+        )
+        found = evaluation.rows(self.objective, teacher, students, inputs, self.correct)
+        found = self.accelerator.gather_for_metrics(found)
+        return {name: values.cpu() for name, values in found.items()}
 
     # Checkpoints
 
@@ -288,7 +250,3 @@ class DistillationTrainer(ResumableTrainer):
 
     def _load_best_model(self) -> None:
         load_plugins(self.model, str(self.state.best_model_checkpoint))
-
-
-def _checkpoints(model: Any) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
