@@ -21,6 +21,7 @@ from .methods.variator.stored import FIELDS, Settings, key
 from .ops import checks
 from .patching import apply, unpatch
 from .runtime.kept import Kept, adopted, token_ids
+from .runtime.level import Site
 from .runtime.state import STATE, State, states
 from .sites.family import ROW, Family, is_a
 from .sites.find import Found, find, find_all, is_patched
@@ -87,7 +88,7 @@ def gather(
         config.bottleneck,
         config.activation,
         {place: list(ratios) for place, ratios in config.placements.items()},
-        stored.level_of(state.level, state.sites),
+        stored.level_of(state.level, state.sites, len(found.layers)),
         written_by=__version__,
         keep_first=state.kept.first,
         keep_last=state.kept.last,
@@ -203,7 +204,10 @@ def _fill(
         apply(
             model,
             (found.family,),
-            settings.active,
+            {
+                place: {i: k for i, k in layers.items() if found.has(Site(place, i))}
+                for place, layers in settings.active.items()
+            },
             settings.placements,
             settings.bottleneck,
             settings.activation,
@@ -287,7 +291,7 @@ def _check(found: Found, settings: Settings, tensors: dict[str, Tensor], path: P
         check_attention(found)
     token_ids(settings.keep, found.vocabulary)
     kept = settings.kept if state is None else adopted(state.kept, settings.kept, path)
-    sites = tuple(settings.sites())
+    sites = tuple(filter(found.has, settings.sites()))
     own = [site for i, site in enumerate(sites) if owners_of(found, sites)[i] == i]
     shapes = stored.shapes(settings, own)
     if tensors.keys() != shapes.keys():

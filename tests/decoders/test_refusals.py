@@ -40,7 +40,7 @@ def test_attention_kv(family, settings, message):
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "qwen2", "qwen3"])
 @torch.no_grad()
-def test_sliding_layers_stay_dense(family):
+def test_sliding_layers_stay_dense(family, tmp_path):
     """There is no site at them; the others merge."""
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     extra = {"layer_types": kinds, "sliding_window": 7, "num_hidden_layers": 4}
@@ -56,6 +56,10 @@ def test_sliding_layers_stay_dense(family):
     got, _ = tiny.in_pieces(patched, tokens, [11, 12, 13, 29], cache)
     # Gemma 2's own attention has its softmax in fp32.
     torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-6)
+    vk.save_plugins(patched, tmp_path)
+    other = tiny.model(family, **extra)
+    vk.load_plugins(other, tmp_path)
+    assert torch.equal(other(tokens).logits, patched(tokens).logits)
     with vk.use_ratio(patched, {"attention_kv": {3: 3}}):
         patched(tokens)
     with pytest.raises(ValueError, match=r"must name layers among \[1, 3\], got 0"):

@@ -55,7 +55,7 @@ class Settings(NamedTuple):
         return sorted({k for ratios in self.placements.values() for k in ratios})
 
     def sites(self) -> list[Site]:
-        """Every site, in the order of a model's."""
+        """Every site that there may be, in the order of a model's."""
         return [Site(place, i) for place in self.placements for i in range(self.layers)]
 
     @property
@@ -77,11 +77,11 @@ _FIRST = (
 """The fields of format 1, all of them required."""
 
 
-def level_of(level: Level, sites: tuple[Site, ...]) -> dict[str, list[int]]:
-    """A level as :class:`Settings` has it."""
+def level_of(level: Level, sites: tuple[Site, ...], layers: int) -> dict[str, list[int]]:
+    """A level as :class:`Settings` has it: 1 for a layer without a site."""
     found: dict[str, list[int]] = {}
     for site, ratio in zip(sites, level.ratios, strict=True):
-        found.setdefault(site.placement, []).append(ratio)
+        found.setdefault(site.placement, [1] * layers)[site.layer] = ratio
     return found
 
 
