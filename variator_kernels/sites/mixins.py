@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..ops.arguments import Norm
 from ..ops.fast_norm import normalize_fast
 from ..ops.feed_forward import FeedForward
-from ..ops.transforms import tracing
+from ..ops.transforms import is_plain, tracing
 from ..runtime.context import Context, token_mask
 from ..runtime.level import Level, Site
 from ..runtime.state import State
@@ -139,9 +139,10 @@ class BlockNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         context = self.variator_state.local.context
+        if context is None or context.dense or not is_plain(hidden_states):
+            return super().forward(hidden_states)
         few = hidden_states.numel() <= FEW * hidden_states.shape[-1]
-        wide = hidden_states.dtype == torch.float64  # which the original rounds to fp32 inside
-        if few or wide or context is None or context.dense:
+        if few or hidden_states.dtype == torch.float64:  # which is rounded to fp32 inside
             return super().forward(hidden_states)
         return normalize_fast(hidden_states, Norm("rms", self.weight, None, self.variance_epsilon))
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import prepacked_linear
 from ..feed_forward import autocasts
+from ..transforms import is_plain
 from .description import SelfAttention
 
 FEW = 32
@@ -46,5 +47,7 @@ def output(out: Tensor, attention: SelfAttention) -> Tensor:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, attention: SelfAttention) -> Tensor:
     if not autocasts(x):
         x = x.to(weight.dtype)
-    pack = attention.pack and x.numel() > FEW * x.shape[-1]
+    # A program that is traced must not depend on how many there are.
+    few = is_plain(x) and x.numel() <= FEW * x.shape[-1]
+    pack = attention.pack and not few
     return (prepacked_linear.packed if pack else prepacked_linear.unpacked)(x, weight, bias)
