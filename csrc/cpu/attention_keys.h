@@ -154,7 +154,7 @@ template <class V>
 struct KeyLists {
     using S = typename V::Scalar;
     const AttentionParams& p;
-    int64_t padded, tile, step;  // step: a part of a tile
+    int64_t padded, tile, step;                            // step: a part of a tile
     S *bias = nullptr, *first = nullptr, *last = nullptr;  // first, last: null where nothing hides
     uint8_t* even = nullptr;                               // a byte a vector
     TileOfKeys* tiles = nullptr;
@@ -170,8 +170,8 @@ struct KeyLists {
         arrays.take(even, padded / V::width);
         arrays.take(tiles, (padded + tile - 1) / tile);
     }
-    // Of the keys begin .. end - 1 those from the first to the last step of which a query sees some:
-    // a window of few keys needs no whole tile.
+    // Of the keys begin .. end - 1 those from the first to the last step of which a query sees
+    // some: a window of few keys needs no whole tile.
     void narrow(int64_t query, int64_t behind, int64_t& begin, int64_t& end) const {
         while (begin < end && !steps[begin / step].any(query, behind)) begin += step;
         while (end > begin && !steps[(end - 1) / step].any(query, behind))
