@@ -15,12 +15,13 @@ from ..group_merge import reference as merge_reference
 from ..grouped_attention import grouped_attention, lacks
 from ..groups import Groups, real_tokens
 from ..transforms import tracing
+from .book import Book, Scheme
 from .causal import causal_attention
 from .description import Projections, SelfAttention
 from .keys import Keys, Rotation, Table, members, merged_queries, whole_queries
 from .merged_keys import MergedKeys
 from .products import keys_and_values, output, queries
-from .steps import Book, Scheme, Step
+from .steps import Step
 
 __all__ = [
     "Book",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .steps import Book, Scheme, Step
+from .book import Book, Scheme
+from .steps import Step
 
 GROWTH = 4
 """Merged keys that there is room for beyond those that there are."""
