@@ -93,7 +93,7 @@ def test_holds_what_the_specification_says(scheme):
             assert counts["hidden"] == [complete - groups]
             assert counts["unfinished"] == [max(0, s + 1) % ratio]
             held = window + ratio + kept + complete
-            assert layer.keys.shape[2] <= held + 5 and layer.recent.shape[1] == ratio
+            assert layer.merged_keys.shape[2] <= held + 5 and layer.recent.shape[1] == ratio
         assert cache.get_seq_length() == end
 
 
@@ -109,7 +109,11 @@ def test_memory():
         patched(tokens[:, n], past_key_values=merged)
         with vk.use_ratio(patched, 1):
             patched(tokens[:, n], past_key_values=plain)
-    own = sum(t.nbytes for layer in merged.layers for t in (layer.keys, layer.values, layer.recent))
+    own = sum(
+        t.nbytes
+        for layer in merged.layers
+        for t in (layer.merged_keys, layer.merged_values, layer.recent)
+    )
     theirs = sum(t.nbytes for layer in plain.layers for t in (layer.keys, layer.values))
     assert own <= 0.29 * theirs
 
@@ -262,3 +266,84 @@ def test_layers_that_differ(layers):
     )
     own = tokens[1, 9:][None]
     close(got[1, 9:], patched(own, use_cache=False).logits[0])
+
+
+@torch.no_grad()
+def test_refuses_a_mask_that_moved():
+    """As many tokens as before, but others; or none at all behind a padded prompt."""
+    patched = model()
+    tokens, mask, positions = tiny.padded([29, 29], "left")
+    mask[0, 3] = 0
+    _, cache = tiny.in_pieces(patched, tokens, [29], attention_mask=mask, position_ids=positions)
+    moved = torch.ones(2, 30, dtype=torch.long)
+    moved[0, 9] = 0
+    for given in ({"attention_mask": moved}, {}):
+        with pytest.raises(ValueError, match="attention_mask must show the tokens"):
+            patched(tokens[:, :1], past_key_values=cache, **given)
+    right = torch.cat((mask, mask[:, -1:]), 1)
+    patched(tokens[:, :1], past_key_values=cache, attention_mask=right)
+
+
+@pytest.mark.parametrize("ratio", [{"attention_kv": {1: 3}}, {"attention_kv": {0: 3}}], ids=str)
+@torch.no_grad()
+def test_what_is_refused_changes_nothing(ratio):
+    patched = tiny.patched(ratio=ratio, window=5, keep_first=2, num_hidden_layers=2)
+    tokens, cache = tiny.ids(2, 33), DynamicCache()
+    whole = patched(tokens, use_cache=False).logits
+    patched(tokens[:, :29], past_key_values=cache)
+    hidden = torch.ones(2, 31, dtype=torch.long)
+    hidden[:, 4] = 0
+    with vk.use_ratio(patched, 1), pytest.raises(ValueError, match="holds merged keys"):
+        patched(tokens[:, 29:31], past_key_values=cache)
+    with pytest.raises(ValueError, match="attention_mask must show"):
+        patched(tokens[:, 29:31], past_key_values=cache, attention_mask=hidden)
+    with pytest.raises(ValueError, match="of 1 rows"):
+        patched(tokens[:1, 29:31], past_key_values=cache)
+    assert [layer.get_seq_length() for layer in cache.layers] == [29, 29]
+    close(patched(tokens[:, 29:], past_key_values=cache).logits, whole[:, 29:])
+
+
+@torch.no_grad()
+def test_nobody_takes_merged_keys_for_those_of_tokens():
+    patched = model()
+    tokens, cache = tiny.ids(), DynamicCache()
+    patched(tokens, past_key_values=cache)
+    with vk.use_ratio(patched, 1), pytest.raises((TypeError, ValueError, AttributeError)):
+        patched(tokens[:, :1], past_key_values=DynamicCache([part[:2] for part in cache]))
+
+
+@torch.no_grad()
+def test_an_emptied_cache_serves_any_level():
+    patched = model()
+    tokens, cache = tiny.ids(), DynamicCache()
+    whole = patched(tokens, use_cache=False).logits
+    patched(tokens, past_key_values=cache)
+    remove(cache, 29)
+    close(patched(tokens, past_key_values=cache).logits, whole)
+    cache.reset()
+    with vk.use_ratio(patched, 1):
+        patched(tokens, past_key_values=cache)
+        patched(tokens[:, :1], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_wide_window_needs_no_room():
+    patched = model(window=200_000)
+    tokens, cache = tiny.ids(1, 150), DynamicCache()
+    whole = patched(tokens, use_cache=False).logits
+    got, _ = tiny.in_pieces(patched, tokens[:, :149], [29, *range(30, 150)], cache)
+    close(got, whole[:, :149])
+    assert cache.layers[0].merged_keys.shape[2] < 300
+
+
+def test_refuses_what_is_no_cache():
+    patched = model()
+    with pytest.raises(ValueError, match="past_key_values must be a Cache, got a tuple"):
+        patched(tiny.ids(), past_key_values=((torch.zeros(1), torch.zeros(1)),))
+
+    class Own(DynamicCache):
+        def update(self, *args, **kwargs):
+            return super().update(*args, **kwargs)
+
+    with pytest.raises(ValueError, match="must be a DynamicCache"):
+        patched(tiny.ids(), past_key_values=Own())

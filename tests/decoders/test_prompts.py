@@ -152,7 +152,7 @@ def test_pieces_of_a_prompt_are_refused():
     settings = {"do_sample": False, "attention_mask": torch.ones(1, 20, dtype=torch.long)}
     with pytest.raises(ValueError, match="a prompt must come whole"):
         patched.generate(tiny.ids(1, 20), max_new_tokens=4, prefill_chunk_size=7, **settings)
-    with pytest.raises(ValueError, match="a prompt must come whole"):
+    with pytest.raises(ValueError, match="no assisted decoding with ffn"):
         patched.generate(
             tiny.ids(1, 20), max_new_tokens=9, assistant_model=tiny.model(seed=1), **settings
         )
@@ -205,3 +205,43 @@ def test_gradient_checkpointing(reentrant):
         found.append([p.grad for p in vk.plugin_parameters(patched)])
     for got, wanted in zip(*found, strict=True):
         close(got, wanted)
+
+
+@torch.no_grad()
+def test_pieces_are_known_however_the_cache_came_about():
+    patched = model()
+    tokens = tiny.ids()
+    made = patched.model(tokens[:, :11], return_dict=False)
+    cache = next(part for part in made if isinstance(part, DynamicCache))
+    plain = DynamicCache()
+    tiny.model(num_hidden_layers=2)(tokens[:, :11], past_key_values=plain)
+    for given in (cache, plain):
+        with pytest.raises(ValueError, match="a prompt must come whole"):
+            patched(tokens[:, 11:], past_key_values=given)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 9])
+@torch.no_grad()
+def test_candidates_are_refused_from_the_first_on(steps):
+    """They may come with the prompt, in whose groups they would be seen."""
+    patched = model()
+    tokens = tiny.ids(1, 4).repeat(1, 6)
+    with pytest.raises(ValueError, match=r"ffn was compressed|must come whole"):
+        patched.generate(
+            tokens, max_new_tokens=steps, prompt_lookup_num_tokens=5, do_sample=False,
+            eos_token_id=tiny.VOCABULARY, attention_mask=torch.ones_like(tokens),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("ratio", [{"ffn": 4}, {"attention_kv": 3}], ids=str)
+@torch.no_grad()
+def test_refuses_what_only_dense_attention_looks_at(ratio):
+    patched = tiny.patched(ratio=ratio, num_hidden_layers=2)
+    tokens = tiny.ids()
+    packed = torch.cat((torch.arange(13), torch.arange(16)))[None]
+    with pytest.raises(ValueError, match="must not be packed"):
+        patched(tokens, position_ids=packed, use_cache=False)
+    with pytest.raises(ValueError, match=r"must have shape \[batch, 29\]"):
+        patched(tokens, attention_mask=torch.ones(2, 40, dtype=torch.long))
+    with pytest.raises(ValueError, match="is_causal"):
+        patched(tokens, is_causal=False)

@@ -124,20 +124,23 @@ def check_kept(mask: Tensor, x: Tensor) -> None:
         )
 
 
-def check_past(mask: Tensor | None, seen: Tensor, n: int) -> None:
-    """An encoder's ``mask`` over tokens of a cache and ``n`` new ones hides of the former what it
-    hid when they came.
+def check_past(mask: Tensor | None, shown: Tensor | None, columns: int) -> None:
+    """A decoder's ``mask`` hides of the ``columns`` tokens of a cache what it hid when they came:
+    bool ``shown [B, columns]``; None: nothing.
 
     Raises:
-        ValueError: it does not: ``seen [B]`` is how many it showed.
+        ValueError: it does not.
     """
-    if mask is None or mask.shape[1] == n:
+    if columns == 0 or (mask is None and shown is None):
         return
-    shown = mask[:, : mask.shape[1] - n].sum(1).to(seen.device)
-    if not torch.equal(shown, seen):
+    now = None if mask is None else mask[:, :columns]
+    first = next(t for t in (now, shown) if t is not None)
+    now, then = (torch.ones_like(first) if t is None else t.to(first.device) for t in (now, shown))
+    if not torch.equal(now, then):
         raise ValueError(
             "attention_mask must show the tokens of past_key_values that it showed when they came "
-            f"(merged keys stand for several), {seen.tolist()} in each row, got {shown.tolist()}"
+            f"(merged keys stand for several), {then.sum(1).tolist()} in each row, got others, "
+            f"{now.sum(1).tolist()}"
         )
 
 

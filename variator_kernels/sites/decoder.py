@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ..ops.self_attention import Rotation, Scheme, SelfAttention
+from ..ops.transforms import is_plain
 from ..runtime.context import Context
 from ..runtime.level import Level, Site
 from .attention import DescribedAttention, paths_of
 from .attention_refusals import check_no_mask, check_no_weights
 from .family import lookup
-from .merged_cache import MergedLayer, merged_layer
+from .merged_cache import MergedLayer, check_cache, merged_layer
 from .mixins import SITE, AtSite, Encoder
 
 PREFILLED = "variator_prefilled"
@@ -41,17 +42,20 @@ class Decoder(Encoder):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         state, level = self.variator_state, context.level
         cache = self._given("past_key_values", args, kwargs)
+        if cache is not None and (state.attends(level) or _holds_merged(cache)):
+            check_cache(cache, self._schemes(level), context.mask, self._rows(args, kwargs))
         if level.is_dense:
             return args, kwargs
         context.causal = True
         context.past = 0 if cache is None else int(cache.get_seq_length())
         context.position_ids = self._given("position_ids", args, kwargs)
-        place = self._given("cache_position", args, kwargs)
-        if context.position_ids is None and place is not None:
-            context.position_ids = place[None]
+        if context.position_ids is None and "cache_position" in self.variator_positions:
+            place = self._given("cache_position", args, kwargs)
+            context.position_ids = None if place is None else place[None]
+        self._check(context, cache, args, kwargs)
         if context.past:
             context.keep = context.keep._replace(first=0)  # they are at the cache's beginning
-            if getattr(cache, PREFILLED, False) and _compresses_ffn(level, state.sites):
+            if getattr(cache, PREFILLED, True) and _compresses_ffn(level, state.sites):
                 raise ValueError(
                     "a prompt must come whole where ffn is compressed, whose groups depend on how "
                     "it is cut: no prefill in chunks and no assisted decoding. Got a forward of "
@@ -73,6 +77,46 @@ class Decoder(Encoder):
             args, kwargs = self._with(mask, torch.zeros(1, 1, 1, 1), args, kwargs)
         return args, kwargs
 
+    def _check(
+        self, context: Context, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Nothing says what only dense attention would look at."""
+        n = self._length(args, kwargs)
+        mask, positions = context.mask, context.position_ids
+        if mask is not None and mask.shape[1] != context.past + n:
+            raise ValueError(
+                f"attention_mask must have shape [batch, {context.past + n}], the tokens of "
+                f"past_key_values and the new ones, got {list(mask.shape)}"
+            )
+        if kwargs.get("is_causal") is False:
+            raise ValueError("is_causal must not be False where something is compressed")
+        packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seqlens"))
+        if mask is None and cache is None and isinstance(positions, Tensor) and is_plain(positions):
+            # transformers takes such rows for several sequences side by side.
+            packed |= bool((positions.diff(dim=-1) != 1).any())
+        if packed:
+            raise ValueError(
+                "sequences must not be packed into one row where something is compressed: "
+                "position_ids must count on by one, or come with an attention_mask; pass each "
+                "sequence as a row"
+            )
+
+    def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        tokens = self._given("input_ids", args, kwargs)
+        if tokens is None:
+            tokens = self._given("inputs_embeds", args, kwargs)
+        return 0 if tokens is None else tokens.shape[0]
+
+    def _schemes(self, level: Level) -> dict[int, Scheme]:
+        """Of the layers whose keys are merged."""
+        state = self.variator_state
+        kept = state.kept
+        return {
+            site.layer: Scheme(k, kept.window, kept.first)
+            for site, k in zip(state.sites, level.ratios, strict=True)
+            if k > 1 and site.placement != "ffn"
+        }
+
     def _with(
         self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -83,10 +127,27 @@ class Decoder(Encoder):
 
     def _done(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = getattr(output, "past_key_values", None)
+        if cache is None and isinstance(output, tuple):
+            cache = next((part for part in output if hasattr(part, "get_seq_length")), None)
         if cache is None:
             cache = self._given("past_key_values", args, kwargs)
-        if hasattr(cache, "layers"):
-            setattr(cache, PREFILLED, self._length(args, kwargs) > 1)
+        if not hasattr(cache, "layers"):
+            return
+        n, state = self._length(args, kwargs), self.variator_state
+        setattr(cache, PREFILLED, n > 1)
+        if n > 1 and _compresses_ffn(state.current(), state.sites):
+            cache.crop = _refuse_crop  # the rest of a group has seen what would be taken back
+
+
+def _holds_merged(cache: Any) -> bool:
+    return any(isinstance(layer, MergedLayer) for layer in getattr(cache, "layers", ()))
+
+
+def _refuse_crop(*_: Any) -> None:
+    raise ValueError(
+        "past_key_values cannot be cropped once ffn was compressed in a prompt, whose groups have "
+        "seen what would be taken back: no assisted decoding with ffn"
+    )
 
 
 def without_ffn(level: Level, sites: tuple[Site, ...]) -> Level:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ..ops.self_attention import Book, MergedKeys, Scheme
+from ..runtime.context import check_past
 
 
 class MergedLayer(MergedKeys, CacheLayerMixin):
@@ -34,15 +36,28 @@ class MergedLayer(MergedKeys, CacheLayerMixin):
     def reset(self) -> None:
         """Empty again."""
         self.book = Book.empty(0, torch.device("cpu"))
-        self.keys = self.values = self.recent = None  # type: ignore[assignment]
+        self.merged_keys = self.merged_values = self.recent = None  # type: ignore[assignment]
 
     @property
     def is_initialized(self) -> bool:
-        return self.keys is not None
+        return self.merged_keys is not None
 
     @is_initialized.setter
     def is_initialized(self, _: bool) -> None:
         pass  # what the base class would remember
+
+    @property
+    def keys(self) -> Any:
+        """Refused: there are no keys of tokens to copy, as a cache of others would."""
+        raise ValueError(
+            "a cache of merged keys has no keys and values of tokens: copy it whole (copy.deepcopy)"
+        )
+
+    @keys.setter
+    def keys(self, _: Any) -> None:
+        pass  # what the base class begins with
+
+    values = keys
 
     def lazy_initialization(self, *_: Any) -> None:
         """Nothing: the first forward makes what there is."""
@@ -74,7 +89,9 @@ class MergedLayer(MergedKeys, CacheLayerMixin):
         """
         if self.is_initialized:
             columns = -tokens if tokens < 0 else self.book.columns - tokens if tokens > 0 else 0
-            if columns > 0:
+            if columns == self.book.columns:
+                self.reset()
+            elif columns > 0:
                 self.book = self.book.cropped(columns, self.scheme)
 
     def offload(self) -> None:
@@ -90,14 +107,35 @@ class MergedLayer(MergedKeys, CacheLayerMixin):
             return
         if indices.dtype == torch.bool:
             indices = indices.nonzero()[:, 0]
-        index = indices.to(self.keys.device)
-        self.keys, self.values = self.keys[index], self.values[index]
+        index = indices.to(self.merged_keys.device)
+        self.merged_keys, self.merged_values = self.merged_keys[index], self.merged_values[index]
         self.recent, self.book = self.recent[index], self.book.of_rows(index)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
-            rows = torch.arange(len(self.keys), device=self.keys.device)
+            rows = torch.arange(len(self.merged_keys), device=self.merged_keys.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
+
+
+def check_cache(cache: Any, schemes: Mapping[int, Scheme], mask: Tensor | None, rows: int) -> None:
+    """A model's cache can take a forward of ``rows`` in which these layers are compressed: asked
+    before anything of it changes.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not hasattr(cache, "get_seq_length"):
+        raise ValueError(f"past_key_values must be a Cache, got a {type(cache).__name__}")
+    for number, layer in enumerate(getattr(cache, "layers", ())):
+        if isinstance(layer, MergedLayer) and number not in schemes:
+            if layer.book.columns:
+                layer.update()  # which says why not
+            cache.layers[number] = DynamicLayer()
+    for number, scheme in schemes.items():
+        layer = merged_layer(cache, number, scheme)
+        assert layer is not None
+        book = layer.before(rows, torch.device("cpu"))
+        check_past(mask, book.shown, book.columns)
 
 
 def merged_layer(cache: Any, number: int, scheme: Scheme) -> MergedLayer | None:
@@ -109,7 +147,8 @@ def merged_layer(cache: Any, number: int, scheme: Scheme) -> MergedLayer | None:
     if cache is None:
         return None
     layers = getattr(cache, "layers", None)
-    if layers is None or getattr(cache, "offloading", False):
+    own = getattr(type(cache), "update", None) is not Cache.update
+    if layers is None or own or getattr(cache, "offloading", False):
         raise ValueError(
             "past_key_values must be a DynamicCache without offloading where attention is "
             f"compressed, got {type(cache).__name__}"

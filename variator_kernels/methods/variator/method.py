@@ -27,7 +27,7 @@ from ...ops.self_attention import (
     whole_queries,
 )
 from ...ops.transforms import fitting
-from ...runtime.context import Context, check_past
+from ...runtime.context import Context
 from ...runtime.level import Level
 from ...runtime.state import states
 from ...sites.attention import reach_of
@@ -172,7 +172,8 @@ def _step(scheme: Scheme, h: Tensor, context: Context, store: MergedKeys | None)
 
     def make() -> Step:
         real = context.mask_of(h)
-        check_past(context.mask, past.seen, h.shape[1])
+        if real is not None and bool(real.all()):
+            real = None  # padding is behind these columns: they are written where they belong
         wide = torch.promote_types(h.dtype, torch.float32)
         return Step(scheme, past, real, context.positions(h), wide)
 

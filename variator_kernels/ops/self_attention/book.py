@@ -57,6 +57,8 @@ class Book(NamedTuple):
     """float64 ``[B, recent]``: the model's positions of recent tokens."""
     plain: int
     recent: int
+    shown: Tensor | None
+    """bool ``[B, columns]``: which of the columns held a token; None: all."""
     full: int
     """So many last columns hold a token in every row."""
 
@@ -65,7 +67,7 @@ class Book(NamedTuple):
         """Of a cache that nothing went into."""
         zeros = torch.zeros(rows, dtype=torch.int64, device=device)
         nowhere = zeros.new_zeros((rows, 0), dtype=torch.float64)
-        return Book(0, zeros, 0, zeros, zeros, nowhere, 0, 0, 0)
+        return Book(0, zeros, 0, zeros, zeros, nowhere, 0, 0, None, 0)
 
     def of_rows(self, index: Tensor) -> Book:
         """Of rows that were picked, or repeated."""
@@ -75,6 +77,7 @@ class Book(NamedTuple):
             oldest=self.oldest[index],
             oldest_recent=self.oldest_recent[index],
             positions=self.positions[index],
+            shown=None if self.shown is None else self.shown[index],
         )
 
     def cropped(self, columns: int, scheme: Scheme) -> Book:
@@ -102,6 +105,11 @@ class Book(NamedTuple):
                 f"{ROLLBACK} tokens)"
             )
         every = None if self.every is None else self.every - columns
+        shown = None if self.shown is None else self.shown[:, : self.columns - columns]
         return self._replace(
-            columns=self.columns - columns, seen=seen, every=every, full=self.full - columns
+            columns=self.columns - columns,
+            seen=seen,
+            every=every,
+            shown=shown,
+            full=self.full - columns,
         )

@@ -52,7 +52,9 @@ def causal_attention(
             store.append_merged(step, rows, k_m.detach(), v_m.detach())
         store.append_single(step, k.detach(), v.detach())
         entries = step.visible
-        keys, values = (t[:, :, :entries].transpose(1, 2) for t in (store.keys, store.values))
+        keys, values = (
+            t[:, :, :entries].transpose(1, 2) for t in (store.merged_keys, store.merged_values)
+        )
         bias = step.bias_after
         first = last = None
     else:
@@ -64,8 +66,9 @@ def causal_attention(
         keys, values = (torch.cat(parts, 1) for parts in ((k, k_m), (v, v_m)))
         if old is not None:
             entries = step.past.plain + step.scheme.kept + step.held_groups
-            held = (t[:, :, :entries].transpose(1, 2) for t in (old.keys, old.values))
-            keys, values = (torch.cat(two, 1) for two in zip(held, (keys, values), strict=True))
+            before = (old.merged_keys, old.merged_values)
+            there = (t[:, :, :entries].transpose(1, 2) for t in before)
+            keys, values = (torch.cat(two, 1) for two in zip(there, (keys, values), strict=True))
         bias = step.bias
         first, last = step.first, step.last
         if store is not None:

@@ -13,7 +13,8 @@ GROWTH = 4
 
 
 class MergedKeys:
-    """Of one layer: ``keys`` and ``values [B, H_kv, entries, head_size]``.
+    """Of one layer: ``merged_keys`` and ``merged_values [B, H_kv, entries, head_size]``, which
+    nobody can take for those of tokens.
 
     Entries are a ring of plain keys (slot = rank modulo its size), the kept tokens, and the merged
     keys in order, with some room behind. ``recent [B, ., d]`` has the inputs of the group that is
@@ -22,8 +23,8 @@ class MergedKeys:
 
     scheme: Scheme
     book: Book
-    keys: Tensor
-    values: Tensor
+    merged_keys: Tensor
+    merged_values: Tensor
     recent: Tensor
 
     def before(self, rows: int, device: torch.device) -> Book:
@@ -43,7 +44,7 @@ class MergedKeys:
     @property
     def room(self) -> int:
         """For so many merged keys."""
-        return self.keys.shape[2] - self.book.plain - self.scheme.kept
+        return self.merged_keys.shape[2] - self.book.plain - self.scheme.kept
 
     def counts(self) -> dict[str, list[int]]:
         """Of each row, for the next query's predecessor s: its ``visible`` entries, and the merged
@@ -65,14 +66,14 @@ class MergedKeys:
         if before is not None:
             rank = before - kept
             slot = step.plain + before if rank < 0 else rank % step.plain
-            self.keys[:, :, slot] = k[:, 0]
-            self.values[:, :, slot] = v[:, 0]
+            self.merged_keys[:, :, slot] = k[:, 0]
+            self.merged_values[:, :, slot] = v[:, 0]
             return
         rows = torch.arange(step.rows, device=k.device)
         ranks = step.past.seen - kept
         slots = torch.where(ranks < 0, step.plain + step.past.seen, ranks % step.plain)
-        self.keys[rows, :, slots] = k[:, 0]
-        self.values[rows, :, slots] = v[:, 0]
+        self.merged_keys[rows, :, slots] = k[:, 0]
+        self.merged_values[rows, :, slots] = v[:, 0]
 
     def remember_single(self, step: Step, h: Tensor) -> None:
         """The input ``[B, 1, d]`` that a group is made of later."""
@@ -87,19 +88,19 @@ class MergedKeys:
         """The one group that ``rows`` (None: all, at the same place) completed."""
         behind = step.plain + self.scheme.kept
         if step.held_groups >= self.room:
-            self.keys, self.values = (
+            self.merged_keys, self.merged_values = (
                 torch.cat((t, t.new_zeros(*t.shape[:2], GROWTH, t.shape[3])), 2)
-                for t in (self.keys, self.values)
+                for t in (self.merged_keys, self.merged_values)
             )
         if rows is None:
             assert step.every is not None
             at = behind + (step.every - self.scheme.kept) // self.scheme.ratio - 1
-            self.keys[:, :, at] = k[:, 0]
-            self.values[:, :, at] = v[:, 0]
+            self.merged_keys[:, :, at] = k[:, 0]
+            self.merged_values[:, :, at] = v[:, 0]
         else:
             slots = behind + step.first_group[rows]
-            self.keys[rows, :, slots] = k[:, 0]
-            self.values[rows, :, slots] = v[:, 0]
+            self.merged_keys[rows, :, slots] = k[:, 0]
+            self.merged_values[rows, :, slots] = v[:, 0]
 
     def rebuild(
         self, step: Step, h: Tensor, k: Tensor, v: Tensor, k_m: Tensor, v_m: Tensor
@@ -114,7 +115,7 @@ class MergedKeys:
         fresh = number - step.first_group[:, None]
         merged = torch.where(fresh < 0, number, fresh + (self.room if old else 0))
         made = []
-        for name, plain, groups in (("keys", k, k_m), ("values", v, v_m)):
+        for name, plain, groups in (("merged_keys", k, k_m), ("merged_values", v, v_m)):
             kept = plain
             if old:
                 held = getattr(self, name).transpose(1, 2)
@@ -129,7 +130,7 @@ class MergedKeys:
                 _picked(groups, merged.clamp(0, groups.shape[1] - 1)),
             )
             made.append(torch.cat(parts, 1).transpose(1, 2).contiguous())
-        self.keys, self.values = made
+        self.merged_keys, self.merged_values = made
 
 
 def _picked(tokens: Tensor, index: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ from torch import Tensor
 from ..groups import Groups
 from .book import ROLLBACK, Book, Scheme
 
+_BLOCK = 64
+"""A ring of plain keys grows by so many slots."""
+
 
 class Step:
     """One forward of ``n`` tokens a row on a cache that ``past`` describes."""
@@ -44,10 +47,17 @@ class Step:
         """The most groups that a row completes now."""
         spare = min(self.n, ROLLBACK)
         self.plain, self.recent = scheme.window + ratio - 1 + spare, ratio - 1 + spare
+        if self.plain > _BLOCK:  # a wide window needs no more room than there are tokens
+            most = self.every if self.every is not None else self._most(self.seen)
+            self.plain = min(self.plain, (most // _BLOCK + 1) * _BLOCK)
 
     @staticmethod
     def _last(counts: Tensor) -> Tensor:
         return counts[:, -1] if counts.shape[1] else counts.new_zeros(len(counts))
+
+    @staticmethod
+    def _most(numbers: Tensor) -> int:
+        return int(numbers.max()) if len(numbers) else 0
 
     def _made(self) -> int:
         kept, ratio = self.scheme.kept, self.scheme.ratio
@@ -224,8 +234,18 @@ class Step:
             torch.cat((self.past.positions, self.positions), 1).gather(1, self.recent_from),
             self.plain,
             self.recent,
+            self._shown,
             full + (self.past.full if full == self.n else 0),
         )
+
+    @property
+    def _shown(self) -> Tensor | None:
+        past, real = self.past.shown, self.real
+        if past is None and real is None:
+            return None
+        whole = torch.ones(1, 1, dtype=torch.bool, device=self.seen.device)
+        parts = (past, self.past.columns), (real, self.n)
+        return torch.cat([whole.expand(self.rows, n) if t is None else t for t, n in parts], 1)
 
     @functools.cached_property
     def recent_from(self) -> Tensor:
