@@ -80,6 +80,7 @@ def test_settings_say_what_they_are_for(folder):
         "keep_first": 0,
         "keep_last": 0,
         "keep": [],
+        "window": 64,
     }
 
 

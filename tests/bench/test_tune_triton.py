@@ -61,7 +61,7 @@ def test_a_worker_leaves_what_it_compiled(tmp_path):
 
 def test_every_row_of_the_table_can_win():
     for row in launch.table():
-        assert set(row["case"]) <= {"arch", "d", "f", "k", "dtype", "activation"}
+        assert set(row["case"]) <= {"arch", "d", "f", "k", "dtype", "activation", "terms"}
         assert launch.settings(row["kernel"], **row["case"]) == row["settings"]
 
 

@@ -317,7 +317,7 @@ def test_all_three_functions_take_them_by_name_alone():
             keep_last=1,
             keep=iter([5, 3, 5]),
         )
-        assert state_of(model).kept == (2, 1, (3, 5), ("first", "last", "ids"))
+        assert state_of(model).kept == (2, 1, (3, 5), 64, ("first", "last", "ids"))
         with pytest.raises(TypeError, match="positional"):
             patch(tiny.model(family), 4, (2, 4), 6, "tanh", ("ffn",), "auto", 1)
 
@@ -325,7 +325,7 @@ def test_all_three_functions_take_them_by_name_alone():
 def test_the_familys_default_is_for_new_plugins():
     for family, act in tiny.VARIANTS:
         model = vk.patch(tiny.model(family, act))
-        assert state_of(model).kept == (find(model).family.keep_first, 0, (), ())
+        assert state_of(model).kept == (find(model).family.keep_first, 0, (), 64, ())
 
 
 def test_ids_need_input_ids():

@@ -330,7 +330,7 @@ def test_a_resumed_run_keeps_what_its_checkpoint_keeps(folder, tmp_path):
     save_plugins(model, tmp_path)
     later = AutoModel.from_pretrained(folder / "model")
     plugged(later, Job("pretrain", str(folder / "model"), "", "", plugins=str(tmp_path)))
-    assert states(later)[0].kept == (1, 0, (), ())
+    assert states(later)[0].kept == (1, 0, (), 64, ())
 
 
 def test_the_same_run_by_another_name_of_its_folder_goes_on(folder, tmp_path):

@@ -14,7 +14,6 @@ from ..runtime.level import Level, Site
 from .attention import DescribedAttention, paths_of
 from .attention_refusals import check_no_mask, check_no_weights
 from .family import lookup
-from .merged_cache import MergedLayer, check_cache, merged_layer
 from .mixins import SITE, AtSite, Encoder
 
 PREFILLED = "variator_prefilled"
@@ -43,7 +42,9 @@ class Decoder(Encoder):
         state, level = self.variator_state, context.level
         cache = self._given("past_key_values", args, kwargs)
         if cache is not None and (state.attends(level) or _holds_merged(cache)):
-            check_cache(cache, self._schemes(level), context.mask, self._rows(args, kwargs))
+            _merged_cache().check_cache(
+                cache, self._schemes(level), context.mask, self._rows(args, kwargs)
+            )
         if level.is_dense:
             return args, kwargs
         context.causal = True
@@ -139,8 +140,16 @@ class Decoder(Encoder):
             cache.crop = _refuse_crop  # the rest of a group has seen what would be taken back
 
 
+def _merged_cache() -> Any:
+    """Not imported before it is needed: it imports transformers."""
+    from . import merged_cache
+
+    return merged_cache
+
+
 def _holds_merged(cache: Any) -> bool:
-    return any(isinstance(layer, MergedLayer) for layer in getattr(cache, "layers", ()))
+    kind = _merged_cache().MergedLayer
+    return any(isinstance(layer, kind) for layer in getattr(cache, "layers", ()))
 
 
 def _refuse_crop(*_: Any) -> None:
@@ -189,9 +198,10 @@ class CausalAttentionLayer(AtSite):
         if turned is None:
             turned = args[0]  # where it is not given by name, it comes first
         scheme = Scheme(ratio, state.kept.window, state.kept.first)
-        store: MergedLayer | None = merged_layer(
-            kwargs.get("past_key_values"), self.layer_idx, scheme
-        )
+        given = kwargs.get("past_key_values")
+        store = None
+        if given is not None:
+            store = _merged_cache().merged_layer(given, self.layer_idx, scheme)
         turns = paths_of(self).turns
         rotation = None
         if not turns or lookup(self, turns):
