@@ -150,7 +150,8 @@ def test_few_queries_go_the_direct_way(dtype, monkeypatch):
         for way in ("automatic", *PATHS):
             monkeypatch.setattr(cpu, "PATH", way)
             found[way] = run(inputs, "cpu", {})
-        assert not torch.equal(found["packed"], found["direct"])
+        # Rounded to 16 bits, both ways may come out alike.
+        assert dtype.itemsize < 4 or not torch.equal(found["packed"], found["direct"])
         assert torch.equal(found["automatic"], found[expected]), n
 
 
