@@ -245,3 +245,17 @@ def test_refuses_what_only_dense_attention_looks_at(ratio):
         patched(tokens, attention_mask=torch.ones(2, 40, dtype=torch.long))
     with pytest.raises(ValueError, match="is_causal"):
         patched(tokens, is_causal=False)
+
+
+@torch.no_grad()
+def test_an_emptied_cache_can_be_cropped_again():
+    patched = model()
+    tokens, cache = tiny.ids(), DynamicCache()
+    patched(tokens, past_key_values=cache)
+    with pytest.raises(ValueError, match="cannot be cropped once ffn"):
+        cache.crop(-1)
+    cache.reset()
+    with vk.use_ratio(patched, 1):
+        patched(tokens, past_key_values=cache)
+        cache.crop(-4)
+    assert cache.get_seq_length() == 25

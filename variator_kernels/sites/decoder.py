@@ -31,19 +31,25 @@ class Decoder(Encoder):
         return level
 
     def _length(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        return self._size(args, kwargs)[1]
+
+    def _size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+        """Rows and tokens of each."""
         tokens = self._given("input_ids", args, kwargs)
         if tokens is None:
             tokens = self._given("inputs_embeds", args, kwargs)
-        return 0 if tokens is None else tokens.shape[1]
+        return (0, 0) if tokens is None else (tokens.shape[0], tokens.shape[1])
 
     def _arranged(
         self, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         state, level = self.variator_state, context.level
         cache = self._given("past_key_values", args, kwargs)
+        if "crop" in getattr(cache, "__dict__", ()) and not cache.get_seq_length():
+            del cache.crop  # it was emptied since: nothing of a prompt is left in it
         if cache is not None and (state.attends(level) or _holds_merged(cache)):
             _merged_cache().check_cache(
-                cache, self._schemes(level), context.mask, self._rows(args, kwargs)
+                cache, self._schemes(level), context.mask, self._size(args, kwargs)[0]
             )
         if level.is_dense:
             return args, kwargs
@@ -66,14 +72,9 @@ class Decoder(Encoder):
         if not state.attends(level):
             return args, kwargs
         check_no_weights(self, self._given("output_attentions", args, kwargs))
-        compressed = sum(
-            1
-            for site, k in zip(state.sites, level.ratios, strict=True)
-            if k > 1 and site.placement != "ffn"
-        )
         mask = self.variator_family.mask
         config: Any = self.config
-        if compressed == config.num_hidden_layers:
+        if len(self._schemes(level)) == config.num_hidden_layers:
             # Nobody reads the mask of n x n that would be made: this one is taken as it is.
             args, kwargs = self._with(mask, torch.zeros(1, 1, 1, 1), args, kwargs)
         return args, kwargs
@@ -101,12 +102,6 @@ class Decoder(Encoder):
                 "position_ids must count on by one, or come with an attention_mask; pass each "
                 "sequence as a row"
             )
-
-    def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        tokens = self._given("input_ids", args, kwargs)
-        if tokens is None:
-            tokens = self._given("inputs_embeds", args, kwargs)
-        return 0 if tokens is None else tokens.shape[0]
 
     def _schemes(self, level: Level) -> dict[int, Scheme]:
         """Of the layers whose keys are merged."""

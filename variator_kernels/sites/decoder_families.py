@@ -27,7 +27,7 @@ def _llama(name: str, prefix: str, **own: Any) -> Family:
         block_norms=("input_layernorm", "post_attention_layernorm"),
         block_norm_class=f"{prefix}RMSNorm",
         decoder=True,
-        # Measured on SmolLM2 (docs/decoders.md): all others attend to the first ones.
+        # All others attend to the first ones.
         keep_first=4,
         attention=attention.causal(prefix),
     )

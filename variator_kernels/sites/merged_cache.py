@@ -132,20 +132,16 @@ def check_cache(cache: Any, schemes: Mapping[int, Scheme], mask: Tensor | None, 
                 layer.update()  # which says why not
             cache.layers[number] = DynamicLayer()
     for number, scheme in schemes.items():
-        layer = merged_layer(cache, number, scheme)
-        assert layer is not None
-        book = layer.before(rows, torch.device("cpu"))
+        book = merged_layer(cache, number, scheme).before(rows, torch.device("cpu"))
         check_past(mask, book.shown, book.columns)
 
 
-def merged_layer(cache: Any, number: int, scheme: Scheme) -> MergedLayer | None:
-    """Layer ``number`` of a model's cache, empty or filled under ``scheme``; None without a cache.
+def merged_layer(cache: Any, number: int, scheme: Scheme) -> MergedLayer:
+    """Layer ``number`` of a model's cache, empty or filled under ``scheme``.
 
     Raises:
         ValueError: it is a cache of another kind, or was filled otherwise.
     """
-    if cache is None:
-        return None
     layers = getattr(cache, "layers", None)
     own = getattr(type(cache), "update", None) is not Cache.update
     if layers is None or own or getattr(cache, "offloading", False):

@@ -63,9 +63,7 @@ class Step:
         kept, ratio = self.scheme.kept, self.scheme.ratio
         if self.every is not None and self.past.every is not None:
             return max(0, self.every - kept) // ratio - max(0, self.past.every - kept) // ratio
-        if self.rows == 0:
-            return 0
-        return int((self.end_group - self.first_group).max())
+        return self._most(self.end_group - self.first_group)
 
     @property
     def single(self) -> bool:
@@ -181,7 +179,7 @@ class Step:
         """The most merged keys that a row of the cache has."""
         if self.past.every is not None:
             return max(0, self.past.every - self.scheme.kept) // self.scheme.ratio
-        return int(self.first_group.max()) if self.rows else 0
+        return self._most(self.first_group)
 
     @property
     def _past_groups(self) -> Tensor:
