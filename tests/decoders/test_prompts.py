@@ -255,6 +255,8 @@ def test_an_emptied_cache_can_be_cropped_again():
     with pytest.raises(ValueError, match="cannot be cropped once ffn"):
         cache.crop(-1)
     cache.reset()
+    if cache.get_seq_length():
+        pytest.skip("reset() of this transformers fills a cache with zeros, it does not empty it")
     with vk.use_ratio(patched, 1):
         patched(tokens, past_key_values=cache)
         cache.crop(-4)
