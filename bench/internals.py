@@ -236,6 +236,6 @@ def triton_attention(
     call = Attention(queries, keys, values, Visible(*visible), relative, 0.125)
 
     def backward(d_out: Tensor) -> None:
-        triton.grouped_attention_backward(d_out, d_out, call)
+        triton.grouped_attention_backward(d_out, call)
 
     return lambda: triton.grouped_attention(call), backward

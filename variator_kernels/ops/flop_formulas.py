@@ -101,9 +101,7 @@ def _grouped_attention(queries: Any, keys: Any, *_: Any, **__: Any) -> int:
     return 2 * rows * attention_macs(n, keys[1], heads * d)
 
 
-def _grouped_attention_backward(
-    d_out: Any, out: Any, queries: Any, keys: Any, *_: Any, **__: Any
-) -> int:
+def _grouped_attention_backward(d_out: Any, queries: Any, keys: Any, *_: Any, **__: Any) -> int:
     # Scores again, and four products: of dP, dQ, dK and dV.
     return _grouped_attention(queries, keys) * 5 // 2
 

@@ -18,13 +18,13 @@ BLOCK = 128
 """Queries."""
 
 
-def backward(d_out: Tensor, out: Tensor, call: Attention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(d_out: Tensor, call: Attention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of queries, keys, values, and of ``bias [B, G]``."""
     with torch.autocast("cpu", enabled=False):
-        return _backward(d_out, out, call)
+        return _backward(d_out, call)
 
 
-def _backward(d_out: Tensor, out: Tensor, call: Attention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(d_out: Tensor, call: Attention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     queries, keys, values = call[:3]
     rows, n, heads, d = queries.shape
     count, kv_heads = keys.shape[1:3]
@@ -40,11 +40,13 @@ def _backward(d_out: Tensor, out: Tensor, call: Attention) -> tuple[Tensor, Tens
             k, v = (torch.where(seen, t, 0) for t in (k, v))
         for begin in range(0, n, BLOCK):
             at = slice(begin, min(begin + BLOCK, n))
-            q, o, d_o = (_by_head(t[row, at], kv_heads, wide) for t in (queries, out, d_out))
+            q, d_o = (_by_head(t[row, at], kv_heads, wide) for t in (queries, d_out))
             weights = _softmax(_scores(q, k, call, row, at))
             d_values[row] += (weights.transpose(1, 2) @ d_o).transpose(0, 1)
-            d_scores = d_o @ v.transpose(1, 2) - (d_o * o).sum(-1, keepdim=True)
-            d_scores *= weights
+            d_weights = d_o @ v.transpose(1, 2)
+            # Not from the output: its rounding to 16 bits would not cancel.
+            d_weights -= (weights * d_weights).sum(-1, keepdim=True)
+            d_scores = d_weights.mul_(weights)
             d_bias[row] += d_scores.sum((0, 1))
             d_keys[row] += (d_scores.transpose(1, 2) @ q).transpose(0, 1) * call.scale
             d_q = (d_scores @ k * call.scale).view(heads, -1, d)

@@ -104,8 +104,8 @@ def grouped_attention(call: Attention) -> Tensor:
 
 
 def grouped_attention_backward(
-    d_out: Tensor, out: Tensor, call: Attention
+    d_out: Tensor, call: Attention
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(call)
-    require(d_out.shape == out.shape == call.queries.shape, f"d_out is {list(d_out.shape)}")
-    return backward(d_out, out, call)
+    require(d_out.shape == call.queries.shape, f"d_out is {list(d_out.shape)}")
+    return backward(d_out, call)

@@ -23,8 +23,7 @@ _RELATIVE = 6
 
 define(f"grouped_attention({_ARGUMENTS}) -> Tensor")
 define(
-    f"grouped_attention_backward(Tensor d_out, Tensor out, {_ARGUMENTS})"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    f"grouped_attention_backward(Tensor d_out, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -68,11 +67,11 @@ def _forward(*arguments):
 
 
 @torch.library.impl(LIBRARY, "grouped_attention_backward", "CompositeExplicitAutograd")
-def _backward(d_out, out, *arguments):
+def _backward(d_out, *arguments):
     refuse_transforms((d_out, *arguments))
     call, backend = _bundle(arguments)
     module = backend_module(__package__, backend)
-    return module.grouped_attention_backward(d_out, out, call)
+    return module.grouped_attention_backward(d_out, call)
 
 
 @torch.library.register_fake("variator::grouped_attention")
@@ -82,7 +81,7 @@ def _fake(*arguments):
 
 
 @torch.library.register_fake("variator::grouped_attention_backward")
-def _fake_backward(d_out, out, *arguments):
+def _fake_backward(d_out, *arguments):
     queries, keys, values = arguments[:3]
     wide = accumulator(queries.dtype)
     return (
@@ -99,16 +98,16 @@ def _setup(ctx, inputs, output):
             "the kernels have no gradient for the terms of distances (T5's table); freeze the "
             "table, or use backend='reference'"
         )
-    ctx.save_for_backward(*inputs[:_TENSORS], output)
+    ctx.save_for_backward(*inputs[:_TENSORS])
     ctx.rest = inputs[_TENSORS:]
 
 
 def _gradients(ctx, d_out):
     refuse_second_derivatives()
     refuse_transforms((d_out,))
-    *tensors, out = ctx.saved_tensors
+    tensors = ctx.saved_tensors
     backward = torch.ops.variator.grouped_attention_backward.default
-    found = backward(d_out, out, *tensors, *ctx.rest)
+    found = backward(d_out, *tensors, *ctx.rest)
     gradients = [None] * (_TENSORS + len(ctx.rest))
     for i in range(4):
         if tensors[i] is not None:
