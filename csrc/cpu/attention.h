@@ -119,23 +119,20 @@ struct AttentionPart {
 
     // Queries query .. query + count - 1, the at-th block, and the keys of the tile from t on.
     void meet(int64_t head, int64_t t, int64_t at, int64_t query, int64_t count) {
-        const TileOfKeys& keys = lists.tiles[t / tile];
-        if (lists.hides() && !keys.any(query, query + count)) return;
-        int64_t end = smaller(t + tile, products.padded);
-        if (lists.hides()) lists.narrow(query, query + count, t, end);
-        const int64_t columns = end - t;
-        const bool hiding = lists.hides() && !keys.all(query, query + count);
+        const KeysMet met = lists.met(t, query, query + count);
+        const int64_t columns = met.end - met.begin;
+        if (columns == 0) return;
         const V scale = V::set(static_cast<S>(p.scale));
         S* of_block = sums + at * block * products.width;
-        products.scores(at, count, t, columns, scores);
-        softmax[at].add(ScoreTerms<V>{lists, terms, t, columns, head, hiding, scale}, query, count,
-                        scores, weights, of_block, products.width, [&] {
-                            next_queries.template next<false>();
-                            outputs.template next<true>();
-                            next_keys.template next<false>();
-                            next_values.template next<false>();
-                        });
-        products.weighted(weights, count, t, columns, of_block);
+        products.scores(at, count, met.begin, columns, scores);
+        const ScoreTerms<V> added{lists, terms, met.begin, columns, head, met.hides, scale};
+        softmax[at].add(added, query, count, scores, weights, of_block, products.width, [&] {
+            next_queries.template next<false>();
+            outputs.template next<true>();
+            next_keys.template next<false>();
+            next_values.template next<false>();
+        });
+        products.weighted(weights, count, met.begin, columns, of_block);
     }
 
     void finish(int64_t head, int64_t query, S factor, const S* sums) const {

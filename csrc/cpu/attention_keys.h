@@ -149,6 +149,12 @@ struct TileOfKeys {
     }
 };
 
+// Keys begin .. end - 1, of one tile, that a block of queries meets.
+struct KeysMet {
+    int64_t begin, end;
+    bool hides;  // some query does not see some of them
+};
+
 // The keys of one row as the softmax sees them; pads are invisible.
 template <class V>
 struct KeyLists {
@@ -170,12 +176,19 @@ struct KeyLists {
         arrays.take(even, padded / V::width);
         arrays.take(tiles, (padded + tile - 1) / tile);
     }
-    // Of the keys begin .. end - 1 those from the first to the last step of which a query sees
-    // some: a window of few keys needs no whole tile.
-    void narrow(int64_t query, int64_t behind, int64_t& begin, int64_t& end) const {
-        while (begin < end && !steps[begin / step].any(query, behind)) begin += step;
-        while (end > begin && !steps[(end - 1) / step].any(query, behind))
-            end = (end - 1) / step * step;
+    // Whether one of the queries query .. behind - 1 sees some key of key j's step.
+    bool meets(int64_t j, int64_t query, int64_t behind) const {
+        return !hides() || steps[j / step].any(query, behind);
+    }
+    // Of the tile from t on, for queries query .. behind - 1: from the first to the last step of
+    // which one sees some key. A window of few keys needs no whole tile.
+    KeysMet met(int64_t t, int64_t query, int64_t behind) const {
+        int64_t begin = t, end = smaller(t + tile, padded);
+        if (!hides()) return {begin, end, false};
+        if (!tiles[t / tile].any(query, behind)) return {t, t, false};
+        while (begin < end && !meets(begin, query, behind)) begin += step;
+        while (end > begin && !meets(end - 1, query, behind)) end = (end - 1) / step * step;
+        return {begin, end, !tiles[t / tile].all(query, behind)};
     }
     void fill(const DistanceTerms<V>& terms) {
         for (int64_t t = 0; t < padded; t += tile) tiles[t / tile] = {};

@@ -58,7 +58,7 @@ struct PartProducts {
         return seen<V>(p, row, j) ? vector_of<V, dtype>(of, row, j, head) : nullptr;
     }
 
-    Row key(int64_t row, int64_t j, int64_t head) const {  // as WideProducts
+    Row key(int64_t row, int64_t j, int64_t head) const {  // pads as WideHead has them
         return visible(p.k, row, smaller(j, p.keys - 1), head);
     }
 

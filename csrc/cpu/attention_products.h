@@ -54,6 +54,31 @@ void pack_keys(int64_t j, int64_t padded, int64_t words, const typename V::Scala
                  columns);
 }
 
+// The vectors of one head in acc.
+template <class V, DType dtype>
+struct WideHead {
+    using S = typename V::Scalar;
+    using Row = const typename Storage<V, dtype>::Element*;
+    const AttentionParams& p;
+    const HeadRows& of;  // keys or values
+    int64_t row, head, width;
+
+    Row visible(int64_t j) const {
+        return seen<V>(p, row, j) ? vector_of<V, dtype>(of, row, j, head) : nullptr;
+    }
+    // Keys j .. j + V::width - 1 into panels of `padded` keys; `staged`: [V::width][width]. Pads
+    // repeat the last key: zeros times an infinite query would be NaN.
+    void columns(int64_t j, int64_t padded, S* staged, S* panels) const {
+        for (int64_t i = 0; i < V::width; ++i)
+            widen<V, dtype>(visible(smaller(j + i, p.keys - 1)), p.d, width, staged + i * width);
+        pack_keys<V>(j, padded, p.d, staged, panels);
+    }
+    // Key j as a row of its own; zeros where there is none.
+    void row_of(int64_t j, S* rows) const {
+        widen<V, dtype>(visible(j), p.d, width, rows + j * width);
+    }
+};
+
 // Products of acc elements.
 template <class V, DType dtype>
 struct WideProducts {
@@ -75,23 +100,11 @@ struct WideProducts {
         arrays.take(queries, blocks * block * p.d);
         arrays.take(staged, V::width * width);
     }
-    const typename Storage<V, dtype>::Element* visible(const HeadRows& of, int64_t row, int64_t j,
-                                                       int64_t head) const {
-        return seen<V>(p, row, j) ? vector_of<V, dtype>(of, row, j, head) : nullptr;
-    }
-    // Pads repeat the last key: zeros times an infinite query would be NaN.
-    const typename Storage<V, dtype>::Element* key(int64_t row, int64_t j, int64_t head) const {
-        return visible(p.k, row, smaller(j, p.keys - 1), head);
-    }
     // False where only wider products give right results.
     bool pack(int64_t row, int64_t head) {
-        for (int64_t j = 0; j < padded; j += V::width) {
-            for (int64_t i = 0; i < V::width; ++i)
-                widen<V, dtype>(key(row, j + i, head), p.d, width, staged + i * width);
-            pack_keys<V>(j, padded, p.d, staged, keys);
-        }
-        for (int64_t j = 0; j < padded; ++j)
-            widen<V, dtype>(visible(p.v, row, j, head), p.d, width, values + j * width);
+        const WideHead<V, dtype> k{p, p.k, row, head, width}, v{p, p.v, row, head, width};
+        for (int64_t j = 0; j < padded; j += V::width) k.columns(j, padded, staged, keys);
+        for (int64_t j = 0; j < padded; ++j) v.row_of(j, values);
         return true;
     }
     // Query `begin` and those that follow, as the at-th block.

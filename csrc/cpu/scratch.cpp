@@ -1,17 +1,10 @@
 #include "scratch.h"
 
 #include <cstdlib>
-#include <cstring>
 #include <new>
 
 namespace variator {
 namespace {
-
-void* allocate(size_t bytes) {
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 64, bytes == 0 ? 64 : bytes) != 0) throw std::bad_alloc();
-    return memory;
-}
 
 struct Buffer {
     void* memory = nullptr;
@@ -23,6 +16,14 @@ thread_local Buffer buffer;
 
 }  // namespace
 
+void* allocate(size_t bytes) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, bytes == 0 ? 64 : bytes) != 0) throw std::bad_alloc();
+    return memory;
+}
+
+void release(void* memory) { std::free(memory); }
+
 void* thread_scratch(size_t bytes) {
     if (bytes > buffer.bytes) {
         std::free(buffer.memory);
@@ -33,14 +34,6 @@ void* thread_scratch(size_t bytes) {
     return buffer.memory;
 }
 
-void* allocate_zeroed(size_t bytes) {
-    void* memory = allocate(bytes);
-    std::memset(memory, 0, bytes);
-    return memory;
-}
-
 void out_of_memory() { throw std::bad_alloc(); }
-
-void release_zeroed(void* memory) { std::free(memory); }
 
 }  // namespace variator

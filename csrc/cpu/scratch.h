@@ -8,9 +8,9 @@ namespace variator {
 // At least `bytes`, 64-byte aligned, contents undefined; valid until the thread's next call.
 void* thread_scratch(size_t bytes);
 
-// 64-byte aligned and zeroed; release_zeroed gives it back.
-void* allocate_zeroed(size_t bytes);
-void release_zeroed(void* memory);
+// 64-byte aligned, contents undefined; release gives it back.
+void* allocate(size_t bytes);
+void release(void* memory);
 
 // Throws std::bad_alloc; here, so that no exception code is compiled for one instruction set.
 [[noreturn]] void out_of_memory();

@@ -13,10 +13,11 @@ class ThreadSums {
   public:
     ThreadSums(int threads, int64_t rows, int64_t columns, int64_t padded)
         : threads_(threads), rows_(rows), columns_(columns), padded_(padded) {
-        data_ = static_cast<S*>(
-            allocate_zeroed(static_cast<size_t>(threads) * rows * padded * sizeof(S)));
+        const int64_t count = threads * rows * padded;
+        data_ = static_cast<S*>(allocate(static_cast<size_t>(count) * sizeof(S)));
+        __builtin_memset(data_, 0, static_cast<size_t>(count) * sizeof(S));
     }
-    ~ThreadSums() { release_zeroed(data_); }
+    ~ThreadSums() { release(data_); }
     ThreadSums(const ThreadSums&) = delete;
     ThreadSums& operator=(const ThreadSums&) = delete;
 
