@@ -38,6 +38,26 @@ HeadRows head_rows(const HeadRowsGiven& t) {
     return {pointer(static_cast<Address>(t[0])), t[1], t[2], t[3]};
 }
 
+using Sizes = std::array<int64_t, 6>;  // rows, queries, keys, heads, kv_heads, d
+using Terms = std::array<int64_t, 7>;  // values, heads, width, origin, positions, pattern
+AttentionParams attention_inputs(int dtype, int threads, const Sizes& sizes, const HeadRowsGiven& q,
+                                 const HeadRowsGiven& k, const HeadRowsGiven& v, double scale,
+                                 Address bias, Address first, Address last, const Terms& terms) {
+    AttentionParams p{};
+    p.dtype = static_cast<DType>(dtype), p.threads = threads;
+    p.rows = sizes[0], p.queries = sizes[1], p.keys = sizes[2];
+    p.heads = sizes[3], p.kv_heads = sizes[4], p.d = sizes[5];
+    p.q = head_rows(q), p.k = head_rows(k), p.v = head_rows(v);
+    p.scale = scale, p.bias = pointer(bias);
+    p.first = pointer<const int32_t>(first), p.last = pointer<const int32_t>(last);
+    p.terms = pointer(static_cast<Address>(terms[0]));
+    p.term_heads = terms[1], p.width = terms[2], p.origin = terms[3];
+    p.query_positions = pointer<const double>(static_cast<Address>(terms[4]));
+    p.key_positions = pointer<const double>(static_cast<Address>(terms[5]));
+    p.pattern = pointer<const int64_t>(static_cast<Address>(terms[6]));
+    return p;
+}
+
 // A params struct, and the kernels that its panels were made for.
 template <class P>
 struct Call {
@@ -291,34 +311,35 @@ PYBIND11_MODULE(_cpu, m) {
                 call.run(&Kernels::decompress_backward);
             },
             Quiet());
-    using Sizes = std::array<int64_t, 6>;  // rows, queries, keys, heads, kv_heads, d
-    using Terms = std::array<int64_t, 7>;  // values, heads, width, origin, positions, pattern
+    py::class_<AttentionParams>(m, "AttentionInputs")
+        .def(py::init(&attention_inputs), py::kw_only(), py::arg("dtype"), py::arg("threads"),
+             py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scale"),
+             py::arg("bias"), py::arg("first"), py::arg("last"), py::arg("terms"));
     py::class_<Call<AttentionParams>>(m, "Attention")
-        .def(py::init([](const std::string& isa, int dtype, int path, int threads,
-                         const Sizes& sizes, const HeadRowsGiven& q, const HeadRowsGiven& k,
-                         const HeadRowsGiven& v, double scale, Address bias, Address first,
-                         Address last, const Terms& terms, Address out) {
-                 AttentionParams p{};
-                 p.dtype = static_cast<DType>(dtype), p.threads = threads;
+        .def(py::init([](const std::string& isa, AttentionParams p, int path, Address out) {
                  p.path = static_cast<AttentionPath>(path);
-                 p.rows = sizes[0], p.queries = sizes[1], p.keys = sizes[2];
-                 p.heads = sizes[3], p.kv_heads = sizes[4], p.d = sizes[5];
-                 p.q = head_rows(q), p.k = head_rows(k), p.v = head_rows(v);
-                 p.scale = scale, p.bias = pointer(bias);
-                 p.first = pointer<const int32_t>(first), p.last = pointer<const int32_t>(last);
-                 p.terms = pointer(static_cast<Address>(terms[0]));
-                 p.term_heads = terms[1], p.width = terms[2], p.origin = terms[3];
-                 p.query_positions = pointer<const double>(static_cast<Address>(terms[4]));
-                 p.key_positions = pointer<const double>(static_cast<Address>(terms[5]));
-                 p.pattern = pointer<const int64_t>(static_cast<Address>(terms[6]));
                  p.out = pointer(out);
                  return Call(p, isa);
              }),
-             py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("path"), py::arg("threads"),
-             py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scale"),
-             py::arg("bias"), py::arg("first"), py::arg("last"), py::arg("terms"), py::arg("out"))
+             py::kw_only(), py::arg("isa"), py::arg("inputs"), py::arg("path"), py::arg("out"))
         .def(
             "run", [](const Call<AttentionParams>& call) { call.run(&Kernels::attention); },
+            Quiet());
+    py::class_<Call<AttentionBackwardParams>>(m, "AttentionBackward")
+        .def(py::init([](const std::string& isa, const AttentionParams& inputs,
+                         const HeadRowsGiven& d_out, Address d_q, Address d_k, Address d_v,
+                         Address d_bias) {
+                 const AttentionBackwardParams p{inputs,       head_rows(d_out), pointer(d_q),
+                                                 pointer(d_k), pointer(d_v),     pointer(d_bias)};
+                 return Call(p, isa);
+             }),
+             py::kw_only(), py::arg("isa"), py::arg("inputs"), py::arg("d_out"), py::arg("d_q"),
+             py::arg("d_k"), py::arg("d_v"), py::arg("d_bias"))
+        .def(
+            "run",
+            [](const Call<AttentionBackwardParams>& call) {
+                call.run(&Kernels::attention_backward);
+            },
             Quiet());
     py::class_<Memory>(m, "Memory")
         .def(py::init<Address, Address, bool, int>(), py::kw_only(), py::arg("begin"),

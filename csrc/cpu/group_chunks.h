@@ -67,6 +67,21 @@ void for_items(int64_t items, int threads, F work) {
     });
 }
 
+// Memory that several threads share, given back at the end.
+class Allocation {
+  public:
+    Allocation() = default;
+    ~Allocation() { release(data_); }
+    Allocation(const Allocation&) = delete;
+    Allocation& operator=(const Allocation&) = delete;
+    // Once.
+    void take(size_t bytes) { data_ = static_cast<char*>(allocate(bytes)); }
+    char* data() const { return data_; }
+
+  private:
+    char* data_ = nullptr;
+};
+
 // Offsets of arrays within one allocation, each on its own cache line.
 struct Carver {
     size_t bytes = 0;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "attention_backward.h"
 #include "by_dtype.h"
 #include "decompress_backward.h"
 #include "merge_backward.h"
@@ -14,6 +15,7 @@ VARIATOR_BY_DTYPE(merge_backward, MergeBackwardParams)
 VARIATOR_BY_DTYPE(decompress, DecompressParams)
 VARIATOR_BY_DTYPE(decompress_backward, DecompressBackwardParams)
 VARIATOR_BY_DTYPE(attention, AttentionParams)
+VARIATOR_BY_DTYPE(attention_backward, AttentionBackwardParams)
 
 inline int64_t packed_bytes(const PackParams& p) {
 #ifdef VARIATOR_BF16_PRODUCTS
@@ -53,6 +55,7 @@ inline Kernels table(const char* name) {
     kernels.decompress = decompress_any;
     kernels.decompress_backward = decompress_backward_any;
     kernels.attention = attention_any;
+    kernels.attention_backward = attention_backward_any;
     kernels.packed_bytes = packed_bytes;
     kernels.pack = pack;
 #ifdef VARIATOR_HAS_DOUBLE

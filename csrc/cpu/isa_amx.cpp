@@ -11,7 +11,7 @@ VARIATOR_BY_DTYPE(attention, AttentionParams)
 }  // namespace amx
 
 Kernels avx512_kernels();
-// Attention alone has products in tiles.
+// Attention's forward pass alone has products in tiles.
 Kernels amx_kernels() {
     Kernels kernels = avx512_kernels();
     kernels.name = "amx";

@@ -156,6 +156,14 @@ struct AttentionParams {
     void* out;                      // out [rows, queries, heads, d]; 0 where no key is visible
 };
 
+struct AttentionBackwardParams : AttentionParams {  // without path and out
+    HeadRows d_out;
+    void* d_q;     // out [rows, queries, heads, d]
+    void* d_k;     // out [rows, keys, kv_heads, d]
+    void* d_v;     // out, as d_k
+    void* d_bias;  // out acc [rows, keys], or null
+};
+
 // The entry points of one instruction set.
 struct Kernels {
     const char* name;
@@ -164,6 +172,7 @@ struct Kernels {
     void (*decompress)(const DecompressParams&);
     void (*decompress_backward)(const DecompressBackwardParams&);
     void (*attention)(const AttentionParams&);
+    void (*attention_backward)(const AttentionBackwardParams&);
     int64_t (*packed_bytes)(const PackParams&);
     void (*pack)(const PackParams&);
     bool has_double;

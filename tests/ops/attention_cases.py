@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.ops.cases import masked
+from tests.ops.cases import masked, moved
 from variator_kernels import functional as vf
 from variator_kernels.ops.groups import Keep, slots
 from variator_kernels.ops.make_groups import make_groups
@@ -81,3 +81,47 @@ def of_tokens(mask_kind: str, rows: int, n: int, ratio: int, keep: Keep) -> dict
     start = groups.start - torch.arange(rows)[:, None] * n
     real = torch.ones(rows, n, dtype=torch.bool) if mask is None else mask
     return {"start": start, "index": index, "members": exists, "mask": real}
+
+
+def gradients(
+    inputs: list[Tensor], backend: str, given: dict[str, Any], d_out: Tensor,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """Of queries, keys, values, and of a bias that is given; back on the CPU."""
+    leaves = [moved(t if dtype is None else t.to(dtype), backend) for t in inputs]
+    given = {name: moved(value, backend) for name, value in given.items()}
+    if "bias" in given:
+        bias = given["bias"].double() if dtype == torch.double else given["bias"]
+        leaves.append(bias)
+    leaves = [t.detach().clone().requires_grad_() for t in leaves]
+    if "bias" in given:
+        given["bias"] = leaves[3]
+    out = vf.grouped_attention(*leaves[:3], backend=backend, **given)
+    d_out = moved(d_out, backend).to(out.dtype)
+    return [g.cpu() for g in torch.autograd.grad(out, leaves, d_out)]
+
+
+def check_gradients(
+    inputs: list[Tensor], backend: str, given: dict[str, Any], d_out: Tensor, what: str
+) -> None:
+    """The project's rule for each of :func:`gradients`."""
+    d_out = d_out.to(inputs[0].dtype)  # what all are given
+    truths = gradients(inputs, "reference", given, d_out, torch.double)
+    plain = gradients(inputs, "reference", given, d_out)
+    found = gradients(inputs, backend, given, d_out)
+    for name, *each in zip("qkvb", found, plain, truths, strict=False):
+        given_dtype = given["bias"].dtype if name == "b" else inputs[0].dtype
+        assert each[0].dtype == given_dtype, f"d{name} of {what} is {each[0].dtype}"
+        assert_gradient(*each, f"d{name} of {what}")
+
+
+def assert_gradient(found: Tensor, plain: Tensor, truth: Tensor, what: str) -> None:
+    """The project's rule on the root mean square error, as in test_backward.py. Of one query all
+    gradients hang on the roundings of its scores: the largest error would compare luck with luck.
+    """
+    assert found.shape == truth.shape, f"{what}: shape {list(found.shape)}, not {list(truth.shape)}"
+    assert not torch.isnan(found).any(), f"{what}: NaN, an element was not written"
+    error, allowed = (
+        ((t.double() - truth).square().sum() / max(t.numel(), 1)).sqrt() for t in (found, plain)
+    )
+    assert error <= 2 * allowed + 1e-6, f"{what}: error {error:.3g}, plain {allowed:.3g}"

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.attention_cases import KINDS, options, qkv, t5_table
+from tests.ops.attention_cases import (
+    KINDS,
+    check_gradients,
+    gradients,
+    options,
+    qkv,
+    t5_table,
+)
 from tests.ops.cases import DTYPES, TRITON, assert_close, moved
 from variator_kernels import functional as vf
 from variator_kernels.ops.grouped_attention import LARGEST_HEAD
@@ -42,20 +49,6 @@ def run(inputs, backend, given, dtype=None):
         return vf.grouped_attention(*inputs, backend=backend, **arguments(given)).cpu()
 
 
-def gradients(inputs, backend, given, d_out, dtype=None):
-    """Of queries, keys, values, and of a bias that is given."""
-    leaves = [moved(t if dtype is None else t.to(dtype), "triton") for t in inputs]
-    given = arguments(given)
-    if "bias" in given:
-        given["bias"] = given["bias"].double() if dtype == torch.double else given["bias"]
-        leaves.append(given["bias"])
-    leaves = [t.detach().clone().requires_grad_() for t in leaves]
-    if "bias" in given:
-        given["bias"] = leaves[3]
-    out = vf.grouped_attention(*leaves[:3], backend=backend, **given)
-    return [g.cpu() for g in torch.autograd.grad(out, leaves, moved(d_out, "triton").to(out.dtype))]
-
-
 def check(inputs, given, what, *, backward=True):
     truth = run(inputs, "reference", given, torch.double)
     out = run(inputs, "triton", given)
@@ -64,18 +57,7 @@ def check(inputs, given, what, *, backward=True):
     if not backward or out.numel() == 0:
         return
     d_out = torch.randn_like(truth).to(out.dtype)
-    truths = gradients(inputs, "reference", given, d_out, torch.double)
-    plain = gradients(inputs, "reference", given, d_out)
-    found = gradients(inputs, "triton", given, d_out)
-    for name, *each in zip("qkvb", found, plain, truths, strict=False):
-        if out.dtype.itemsize > 2:
-            assert_close(*each, f"d{name} of {what}")
-            continue
-        # In 16 bits the largest of plain PyTorch's roundings is no measure (test_backward.py).
-        error, allowed = (
-            ((t.double() - each[2]).square().sum() / max(t.numel(), 1)).sqrt() for t in each[:2]
-        )
-        assert error <= 2 * allowed + 1e-6, f"d{name} of {what}: {error:.3g}, plain {allowed:.3g}"
+    check_gradients(inputs, "triton", given, d_out, what)
 
 
 @every_dtype

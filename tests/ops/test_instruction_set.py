@@ -17,6 +17,8 @@ from variator_kernels.ops import cpu_arguments, prepack
 from variator_kernels.ops.adapter_decompress import cpu as decompress
 from variator_kernels.ops.arguments import Norm
 from variator_kernels.ops.group_merge import cpu as merge
+from variator_kernels.ops.grouped_attention import cpu as attention
+from variator_kernels.ops.grouped_attention.op import Attention, Visible
 from variator_kernels.ops.make_groups import make_groups
 
 pytestmark = pytest.mark.skipif(
@@ -65,6 +67,8 @@ class Job:
         yield decompress.adapter_decompress_backward(self.dy, *inputs, groups)
         yield (functional.grouped_attention(*self.qkv, backend="cpu", **self.terms),)
         yield (functional.grouped_attention(*self.decoding, backend="cpu"),)
+        call = Attention(*self.qkv, Visible(), self.terms["relative"], 0.2)
+        yield attention.grouped_attention_backward(self.qkv[0], call)
 
     def check(self) -> None:
         for i, outputs in enumerate(self.calls()):

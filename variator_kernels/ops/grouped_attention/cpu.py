@@ -1,8 +1,8 @@
-"""grouped_attention on the CPU: the kernel (csrc/cpu/attention.h), and gradients by blocks."""
+"""grouped_attention on the CPU: the kernels of csrc/cpu/attention.h and attention_backward.h."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from .. import prepack
 from ..arguments import require
 from ..cpu_arguments import address, as_accumulator, dtype_code
 from ..library import accumulator
-from .backward import backward
 from .kernel_checks import check
 from .op import Attention
 from .relative import DistanceBias
@@ -20,13 +19,6 @@ from .relative import DistanceBias
 PATH = "automatic"
 """What the kernel does with keys: ``"packed"`` for many queries, ``"direct"``, where they lie, for
 few; it chooses by sizes."""
-
-
-class Launch(NamedTuple):
-    """The kernel with its arguments; the tensors keep their memory alive."""
-
-    kernel: Any
-    tensors: tuple[Tensor | None, ...]
 
 
 def _unit_inner(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -63,7 +55,8 @@ def _terms(relative: DistanceBias | None, dtype: torch.dtype) -> tuple[tuple[int
     return (values.data_ptr(), *given, *addresses), [values, *positions, pattern]
 
 
-def _launch(call: Attention, out: Tensor) -> Launch:
+def _inputs(call: Attention) -> tuple[Any, tuple[Tensor | None, ...]]:
+    """What both kernels read, and the tensors that keep its memory alive."""
     _check(call)
     queries, keys, values, visible, relative, scale = call
     q, query_rows = _unit_inner(queries)
@@ -77,10 +70,8 @@ def _launch(call: Attention, out: Tensor) -> Launch:
     terms, kept = _terms(relative, dtype)
     rows, n, heads, d = q.shape
     _, count, kv_heads, _ = k.shape
-    kernel = extension.load().Attention(
-        isa=prepack.instruction_set(),
+    inputs = extension.load().AttentionInputs(
         dtype=dtype_code(dtype),
-        path=extension.enum_value("cpu", "attention_paths", PATH),
         threads=torch.get_num_threads(),
         sizes=(rows, n, count, heads, kv_heads, d),
         q=query_rows,
@@ -91,21 +82,46 @@ def _launch(call: Attention, out: Tensor) -> Launch:
         first=address(first),
         last=address(last),
         terms=terms,
-        out=out.data_ptr(),
     )
-    return Launch(kernel, (q, k, v, bias, first, last, *kept, out))
+    return inputs, (q, k, v, bias, first, last, *kept)
 
 
 def grouped_attention(call: Attention) -> Tensor:
+    inputs, kept = _inputs(call)
     out = torch.empty_like(call.queries, memory_format=torch.contiguous_format)
-    launch = _launch(call, out)  # holds what the kernel reads
-    launch.kernel.run()
+    kernel = extension.load().Attention(
+        isa=prepack.instruction_set(),
+        inputs=inputs,
+        path=extension.enum_value("cpu", "attention_paths", PATH),
+        out=out.data_ptr(),
+    )
+    kernel.run()
+    del kept  # until here the kernel read them
     return out
 
 
 def grouped_attention_backward(
     d_out: Tensor, call: Attention
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(call)
+    """Gradients of queries, keys, values, and of ``bias [B, G]``: 0 where none is given."""
+    inputs, kept = _inputs(call)
     require(d_out.shape == call.queries.shape, f"d_out is {list(d_out.shape)}")
-    return backward(d_out, call)
+    require(d_out.is_cpu and d_out.dtype == call.queries.dtype, "d_out is as the queries are")
+    d_out, rows = _unit_inner(d_out)
+    d_q, d_k, d_v = (torch.empty(t.shape, dtype=t.dtype) for t in call[:3])
+    biased = call.visible.bias is not None
+    d_bias = (torch.empty if biased else torch.zeros)(
+        call.keys.shape[:2], dtype=accumulator(d_q.dtype)
+    )
+    kernel = extension.load().AttentionBackward(
+        isa=prepack.instruction_set(),
+        inputs=inputs,
+        d_out=rows,
+        d_q=d_q.data_ptr(),
+        d_k=d_k.data_ptr(),
+        d_v=d_v.data_ptr(),
+        d_bias=d_bias.data_ptr() if biased else 0,
+    )
+    kernel.run()
+    del kept
+    return d_q, d_k, d_v, d_bias
