@@ -90,6 +90,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.attr("dtypes") = Values{VARIATOR_DTYPES(VARIATOR_ENUM_ENTRY)};
     m.attr("norms") = Values{VARIATOR_NORMS(VARIATOR_ENUM_ENTRY)};
     m.attr("attention_paths") = Values{VARIATOR_ATTENTION_PATHS(VARIATOR_ENUM_ENTRY)};
+    m.attr("ffn_activations") = Values{VARIATOR_FFN_ACTIVATIONS(VARIATOR_ENUM_ENTRY)};
     m.attr("adapter_activations") = Values{VARIATOR_ADAPTER_ACTIVATIONS(VARIATOR_ENUM_ENTRY)};
 
     m.def(
@@ -199,6 +200,44 @@ PYBIND11_MODULE(_cpu, m) {
                 p.packed = pointer(packed);
                 call.kernels->pack(p);
             },
+            Quiet());
+
+    m.def(
+        "int8_pack",
+        [](const std::string& isa, int64_t inner, int64_t columns, Address source, Address packed) {
+            Int8PackParams p{inner, columns, pointer<const int8_t>(source),
+                             pointer<int8_t>(packed)};
+            const Kernels& kernels = find_kernels(isa, DType::float32);
+            if (packed != 0) kernels.int8_pack(p);
+            return kernels.int8_packed_bytes(p);
+        },
+        py::kw_only(), py::arg("isa"), py::arg("inner"), py::arg("columns"), py::arg("source") = 0,
+        py::arg("packed") = 0, Quiet());
+    m.def("int8_weight_levels", [](const std::string& isa) {
+        return find_kernels(isa, DType::float32).int8_weight_levels;
+    });
+    py::class_<Call<Int8LinearParams>>(m, "Int8Linear")
+        .def(
+            py::init([](const std::string& isa, int dtype, int threads, int64_t rows, int64_t inner,
+                        int64_t columns, Address x, int64_t x_stride, Address packed, Address sums,
+                        Address scales, Address bias, int activation, Address other, Address y) {
+                Int8LinearParams p{};
+                p.dtype = static_cast<DType>(dtype), p.threads = threads;
+                p.rows = rows, p.inner = inner, p.columns = columns;
+                p.x = pointer(x), p.x_stride = x_stride;
+                p.packed = pointer<const int8_t>(packed);
+                p.sums = pointer<const int32_t>(sums);
+                p.scales = pointer<const float>(scales), p.bias = pointer<const float>(bias);
+                p.activation = static_cast<Activation>(activation);
+                p.other = pointer(other), p.y = pointer(y);
+                return Call(p, isa);
+            }),
+            py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("threads"), py::arg("rows"),
+            py::arg("inner"), py::arg("columns"), py::arg("x"), py::arg("x_stride"),
+            py::arg("packed"), py::arg("sums"), py::arg("scales"), py::arg("bias"),
+            py::arg("activation"), py::arg("other"), py::arg("y"))
+        .def(
+            "run", [](const Call<Int8LinearParams>& call) { call.run(&Kernels::int8_linear); },
             Quiet());
 
     m.attr("direct_scores") = direct_scores;

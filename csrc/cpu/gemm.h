@@ -21,10 +21,12 @@ inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// What a product is made of: `Element` of A, `Packed` of B, `step` inner steps at a time.
 // Products of acc elements, one inner step at a time.
 template <class V>
 struct Plain {
     using Element = typename V::Scalar;
+    using Packed = Element;
     static constexpr int step = 1;
     static inline __attribute__((always_inline)) V multiply_add(V sum, const Element* a, V b) {
         return V::fma(V::set(*a), b, sum);
@@ -61,7 +63,7 @@ struct Operand {
 // holds the row's addresses in registers, which stores could otherwise seem to change.
 template <class P, class V, int rows, int vectors, class A, class Sink>
 inline __attribute__((always_inline)) void tile(const A& a, int64_t first_row, int64_t first_inner,
-                                                int64_t inner, const typename P::Element* b,
+                                                int64_t inner, const typename P::Packed* b,
                                                 int64_t ld, Sink& sink) {
     const typename P::Element* am[rows];
     V sum[rows][vectors];
@@ -96,8 +98,8 @@ struct Nothing {
 // and at most a tile's. meanwhile() runs before each tile and may use what a product leaves idle,
 // the path to memory.
 template <class P, class V, int vectors, class A, class Sink, class Meanwhile>
-void panel_rows(const A& a, int64_t rows, int64_t first, int64_t inner,
-                const typename P::Element* b, int64_t ld, Sink& sink, Meanwhile& meanwhile) {
+void panel_rows(const A& a, int64_t rows, int64_t first, int64_t inner, const typename P::Packed* b,
+                int64_t ld, Sink& sink, Meanwhile& meanwhile) {
     for (int64_t m = 0; m < rows; m += V::tile_rows) {
         meanwhile();
 #define VARIATOR_TILE(R)                                                                          \
@@ -118,7 +120,7 @@ void panel_rows(const A& a, int64_t rows, int64_t first, int64_t inner,
 
 template <class P, class V, class A, class Sink, class Meanwhile>
 void panel_product(const A& a, int64_t rows, int64_t first, int64_t inner,
-                   const typename P::Element* b, int64_t ld, int64_t columns, Sink sink,
+                   const typename P::Packed* b, int64_t ld, int64_t columns, Sink sink,
                    Meanwhile& meanwhile) {
 #define VARIATOR_VECTORS(N)                                                     \
     case N:                                                                     \
@@ -137,13 +139,13 @@ void panel_product(const A& a, int64_t rows, int64_t first, int64_t inner,
 // So much of a panel as stays in the first-level cache beside A and C.
 template <class P, class V>
 constexpr int64_t inner_block() {
-    return 24576 / (panel_columns<V>() * sizeof(typename P::Element)) / 2 * 2;
+    return 24576 / (panel_columns<V>() * sizeof(typename P::Packed)) / 2 * 2;
 }
 
 // C [rows, columns] [+]= factors · (A · B); columns a multiple of V::width, inner one of P::step;
 // `factors` one a row, or null.
 template <class P, class V, class A, class Meanwhile = Nothing>
-void product(const A& a, int64_t rows, Operand<typename P::Element> b, int64_t columns,
+void product(const A& a, int64_t rows, Operand<typename P::Packed> b, int64_t columns,
              typename V::Scalar* c, int64_t ldc, int64_t inner, bool add,
              const typename V::Scalar* factors = nullptr, Meanwhile meanwhile = {}) {
     using S = typename V::Scalar;
@@ -158,7 +160,7 @@ void product(const A& a, int64_t rows, Operand<typename P::Element> b, int64_t c
         for (int64_t n = 0; n < columns; n += panel_columns<V>()) {
             int64_t width = smaller(panel_columns<V>(), columns - n);
             int64_t ld = b.ld ? b.ld * P::step : width * P::step;
-            const typename P::Element* panel = b.ld ? b.data + n * P::step : b.data + n * inner;
+            const typename P::Packed* panel = b.ld ? b.data + n * P::step : b.data + n * inner;
             const bool sums = add || k > 0;
             panel_product<P, V>(
                 a, rows, k, depth, panel + k / P::step * ld, ld, width,
@@ -181,6 +183,7 @@ void product(const A& a, int64_t rows, Operand<typename P::Element> b, int64_t c
 // Products of bf16 pairs with fp32 sums.
 struct Pairs {
     using Element = uint16_t;
+    using Packed = Element;
     static constexpr int step = 2;
     struct Loaded {
         const uint16_t* b;

@@ -5,6 +5,7 @@
 #include "attention_backward.h"
 #include "by_dtype.h"
 #include "decompress_backward.h"
+#include "int8_linear.h"
 #include "merge_backward.h"
 
 namespace variator {
@@ -58,6 +59,10 @@ inline Kernels table(const char* name) {
     kernels.attention_backward = attention_backward_any;
     kernels.packed_bytes = packed_bytes;
     kernels.pack = pack;
+    kernels.int8_packed_bytes = int8_packed_bytes;
+    kernels.int8_pack = int8_pack;
+    kernels.int8_linear = int8_linear_any;
+    kernels.int8_weight_levels = IntVec::weight_levels;
 #ifdef VARIATOR_HAS_DOUBLE
     kernels.has_double = true;
 #endif

@@ -164,6 +164,30 @@ struct AttentionBackwardParams : AttentionParams {  // without path and out
     void* d_bias;  // out acc [rows, keys], or null
 };
 
+// A weight [columns, inner] of int8 into panels for int8_linear.
+struct Int8PackParams {
+    int64_t inner, columns;
+    const int8_t* source;  // -weight_levels .. weight_levels
+    int8_t* packed;        // int8_packed_bytes
+};
+
+// y = activation(x · weightᵀ + bias) [* other]: int8 weights, rows of x quantised on the way.
+struct Int8LinearParams {
+    DType dtype;  // of x, other and y; not float64
+    int threads;
+    int64_t rows, inner, columns;
+    const void* x;  // rows x_stride apart
+    int64_t x_stride;
+    const int8_t* packed;
+    // [columns, padded to 16]: the sum of a column's int8, and what 1 of them stands for
+    const int32_t* sums;
+    const float* scales;
+    const float* bias;  // the same, or null
+    Activation activation;
+    const void* other;  // [rows, columns] or null
+    void* y;            // out [rows, columns]
+};
+
 // The entry points of one instruction set.
 struct Kernels {
     const char* name;
@@ -175,6 +199,10 @@ struct Kernels {
     void (*attention_backward)(const AttentionBackwardParams&);
     int64_t (*packed_bytes)(const PackParams&);
     void (*pack)(const PackParams&);
+    int64_t (*int8_packed_bytes)(const Int8PackParams&);
+    void (*int8_pack)(const Int8PackParams&);
+    void (*int8_linear)(const Int8LinearParams&);
+    int int8_weight_levels;
     bool has_double;
 };
 

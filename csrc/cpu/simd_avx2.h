@@ -99,11 +99,41 @@ struct Vec {
         s = _mm_add_ps(s, _mm_movehl_ps(s, s));
         return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
     }
+    // Rounded to whole numbers, `zero` added, cut to 0 .. 255.
+    void store_uint8(uint8_t* p, int32_t zero) const {
+        const __m256i whole = _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(zero));
+        const __m128i halves =
+            _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
+    }
     float largest() const {
         __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         s = _mm_max_ps(s, _mm_movehl_ps(s, s));
         return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
     }
+};
+
+// 8 int32 lanes: sums of products of four uint8 with four int8.
+struct IntVec {
+    static constexpr int width = 8;
+    static constexpr int tile_rows = 5, tile_vectors = 2;  // 10 sums, 2 + 1 operands, the ones
+    // Two products of uint8 with these fit into int16, where the instruction would saturate.
+    static constexpr int weight_levels = 64;
+    __m256i v;
+
+    static IntVec zero() { return {_mm256_setzero_si256()}; }
+    static IntVec set(int32_t x) { return {_mm256_set1_epi32(x)}; }
+    static IntVec load(const void* p) {
+        return {_mm256_loadu_si256(static_cast<const __m256i*>(p))};
+    }
+    void store(int32_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+    static IntVec add_products(IntVec sum, IntVec a, IntVec b) {
+        const __m256i pairs = _mm256_maddubs_epi16(a.v, b.v);
+        return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+    }
+    friend IntVec operator-(IntVec a, IntVec b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+    friend IntVec operator*(IntVec a, IntVec b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
+    Vec to_float() const { return {_mm256_cvtepi32_ps(v)}; }
 };
 
 }  // namespace VARIATOR_ISA

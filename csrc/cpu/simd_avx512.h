@@ -102,6 +102,33 @@ struct Vec {
     }
     float sum() const { return _mm512_reduce_add_ps(v); }
     float largest() const { return _mm512_reduce_max_ps(v); }
+    // Rounded to whole numbers, `zero` added, cut to 0 .. 255.
+    void store_uint8(uint8_t* p, int32_t zero) const {
+        const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(zero));
+        const __m512i positive = _mm512_max_epi32(whole, _mm512_setzero_si512());
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(positive));
+    }
+};
+
+// 16 int32 lanes: sums of products of four uint8 with four int8.
+struct IntVec {
+    static constexpr int width = 16;
+    static constexpr int tile_rows = 6, tile_vectors = 4;
+    // Two products of uint8 with these fit into int16, where the instruction would saturate.
+    static constexpr int weight_levels = 64;
+    __m512i v;
+
+    static IntVec zero() { return {_mm512_setzero_si512()}; }
+    static IntVec set(int32_t x) { return {_mm512_set1_epi32(x)}; }
+    static IntVec load(const void* p) { return {_mm512_loadu_si512(p)}; }
+    void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
+    static IntVec add_products(IntVec sum, IntVec a, IntVec b) {
+        const __m512i pairs = _mm512_maddubs_epi16(a.v, b.v);
+        return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+    }
+    friend IntVec operator-(IntVec a, IntVec b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+    friend IntVec operator*(IntVec a, IntVec b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+    Vec to_float() const { return {_mm512_cvtepi32_ps(v)}; }
 };
 
 #ifdef __AVX512BF16__

@@ -107,6 +107,13 @@ struct Lanes {
         low = make(pick);
         high = make([&](int i) { return pick(i + width); });
     }
+    // Rounded to whole numbers, `zero` added, cut to 0 .. 255.
+    void store_uint8(uint8_t* p, int32_t zero) const {
+        for (int i = 0; i < width; ++i) {
+            const long whole = __builtin_lrint(v[i]) + zero;
+            p[i] = static_cast<uint8_t>(whole < 0 ? 0 : whole > 255 ? 255 : whole);
+        }
+    }
     T largest() const {
         T top = v[0];
         for (int i = 1; i < width; ++i) top = v[i] > top ? v[i] : top;
@@ -122,6 +129,48 @@ struct Lanes {
 using Vec = Lanes<float>;
 using VecDouble = Lanes<double>;
 #define VARIATOR_HAS_DOUBLE 1
+
+// int32 lanes: sums of products of four uint8 with four int8.
+struct IntVec {
+    static constexpr int width = 4;
+    static constexpr int tile_rows = 4, tile_vectors = 2;
+    static constexpr int weight_levels = 127;
+    int32_t v[width];
+
+    template <class F>
+    static IntVec make(F f) {
+        IntVec out;
+        for (int i = 0; i < width; ++i) out.v[i] = f(i);
+        return out;
+    }
+    static IntVec zero() { return set(0); }
+    static IntVec set(int32_t x) {
+        return make([&](int) { return x; });
+    }
+    static IntVec load(const void* p) {
+        IntVec out;
+        __builtin_memcpy(out.v, p, sizeof out.v);
+        return out;
+    }
+    void store(int32_t* p) const { __builtin_memcpy(p, v, sizeof v); }
+    static IntVec add_products(IntVec sum, IntVec a, IntVec b) {
+        uint8_t left[4 * width];
+        int8_t right[4 * width];
+        __builtin_memcpy(left, a.v, sizeof left);
+        __builtin_memcpy(right, b.v, sizeof right);
+        for (int i = 0; i < 4 * width; ++i) sum.v[i / 4] += int32_t{left[i]} * right[i];
+        return sum;
+    }
+    friend IntVec operator-(IntVec a, IntVec b) {
+        return make([&](int i) { return a.v[i] - b.v[i]; });
+    }
+    friend IntVec operator*(IntVec a, IntVec b) {
+        return make([&](int i) { return a.v[i] * b.v[i]; });
+    }
+    Vec to_float() const {
+        return Vec::make([&](int i) { return static_cast<float>(v[i]); });
+    }
+};
 
 }  // namespace VARIATOR_ISA
 }  // namespace variator
