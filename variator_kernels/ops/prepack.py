@@ -47,6 +47,20 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in EMULATED else dtype
 
 
+def result_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+    """The dtype of ``F.linear``'s result; None: PyTorch has the product to itself, or an error."""
+    if not (x.is_cpu and weight.is_cpu and x.is_floating_point() and x.numel() > 0):
+        return None
+    fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        return None
+    doubles = weight.dtype == torch.float64 or (bias is not None and bias.dtype == torch.float64)
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64 and not doubles:
+        return torch.get_autocast_dtype("cpu")
+    same = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
+    return x.dtype if same else None
+
+
 class PackedLinear(NamedTuple):
     """``x · weightᵀ + bias`` with the weight packed for oneDNN; no autograd.
 

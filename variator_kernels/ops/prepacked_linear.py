@@ -86,7 +86,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     packs = plain and _local.packed
     if not (packs or prepack.EMULATED):
         return F.linear(x, weight, bias)
-    stored = _result_dtype(x, weight, bias)
+    stored = prepack.result_dtype(x, weight, bias)
     if stored is None:
         return F.linear(x, weight, bias)
     dtype = prepack.product_dtype(stored)
@@ -111,7 +111,7 @@ def packed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     given = [t for t in (x, weight, bias) if t is not None]
     if not plain or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
         return linear(x, weight, bias)
-    stored = _result_dtype(x, weight, bias)
+    stored = prepack.result_dtype(x, weight, bias)
     if stored is None or weight.numel() < LEAST or extension.load() is None:
         return linear(x, weight, bias)
     rows, dtype = x.reshape(-1, weight.shape[1]), prepack.product_dtype(stored)
@@ -123,7 +123,7 @@ def packed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def unpacked(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """:func:`linear` that keeps nothing from call to call."""
-    stored = _result_dtype(x, weight, bias) if prepack.EMULATED else None
+    stored = prepack.result_dtype(x, weight, bias) if prepack.EMULATED else None
     if stored is None:
         return F.linear(x, weight, bias)
     return _converted(x, weight, bias, stored)
@@ -137,20 +137,6 @@ def _converted(x: Tensor, weight: Tensor, bias: Tensor | None, stored: torch.dty
     with torch.autocast("cpu", enabled=False):
         wide_bias = None if bias is None else bias.to(dtype)
         return F.linear(x.to(dtype), weight.to(dtype), wide_bias).to(stored)
-
-
-def _result_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
-    """The dtype of ``F.linear``'s result; None: PyTorch has the product to itself, or an error."""
-    if not (x.is_cpu and weight.is_cpu and x.is_floating_point() and x.numel() > 0):
-        return None
-    fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
-    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
-        return None
-    doubles = weight.dtype == torch.float64 or (bias is not None and bias.dtype == torch.float64)
-    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64 and not doubles:
-        return torch.get_autocast_dtype("cpu")
-    same = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
-    return x.dtype if same else None
 
 
 def _stays(weight: Tensor, bias: Tensor | None) -> bool:
