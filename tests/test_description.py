@@ -27,6 +27,7 @@ def test_says_what_holds():
             "plugins       2,820 parameters, 11,280 bytes",
             "kept whole    first 1, last 2, ids 3, 7",
             "packed        none yet",
+            "precision     float32, the model's own",
             "trained, k=2  yes",
             "trained, k=4  yes",
         ]

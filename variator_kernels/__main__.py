@@ -10,6 +10,7 @@ import torch
 
 from . import __version__, backends, extension
 from .freezing import how_writes_are_noticed
+from .ops import int8_linear
 
 UNBUILT = (
     "  nothing was recorded: this is a source folder that was not built (an installed package is\n"
@@ -55,6 +56,7 @@ def report() -> str:
         for s in backends.status()
     ]
     text += ["", f"packed weights    {how_writes_are_noticed()}"]
+    text += [f"int8 products     {int8_linear.describe()}"]
     return "\n".join(text)
 
 

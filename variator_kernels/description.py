@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from . import backends
 from .freezing import packed_weights
 from .methods.variator.method import plugin_parameters
+from .ops import int8_linear
 from .runtime.level import Level, Site
 from .runtime.state import STATE, State, kept_masks, states
 from .sites.find import Found, find, find_all
@@ -53,6 +54,7 @@ def lines(model: nn.Module) -> list[tuple[str, str]]:
         ("plugins", _size(plugin_parameters(model))),
         ("kept whole", _kept(state, found.family.decoder)),
         ("packed", packed_weights(model) if config.pack else "nothing: pack=False"),
+        ("precision", _precision(config.precision, found.like(0))),
         *(
             (f"trained, {_named(state, place, k)}", _trained(state, found, place, k))
             for place, ratios in state.method.placements.items()
@@ -87,6 +89,18 @@ def _backend(asked: str, like: Tensor) -> str:
     except ValueError as error:
         return f"none for {where}: {error}"
     return f"{runs} for {where}" + (" (auto)" if asked == "auto" else "")
+
+
+def _precision(precision: str | None, like: Tensor) -> str:
+    own = str(like.dtype).removeprefix("torch.")
+    if precision is None:
+        return f"{own}, the model's own"
+    if not like.is_cpu:
+        return f"{own}: nothing runs in {precision} on {like.device}"
+    if int8_linear.kernel() is None:
+        return f"{own}: {precision} products are {int8_linear.describe()}"
+    how = int8_linear.describe()
+    return f"{precision} in eval() with gradients disabled, else {own}; by {how}"
 
 
 def _size(parameters: list[nn.Parameter]) -> str:

@@ -40,6 +40,7 @@ def patch_t5(
     keep: Iterable[int] | None = None,
     window: int = kept.WINDOW,
     pack: bool = True,
+    precision: str | None = None,
 ) -> Model:
     """Put compression plugins around the encoder FFNs of a T5, mT5, umT5 or LongT5, in place.
 
@@ -67,6 +68,13 @@ def patch_t5(
             among them. Without effect elsewhere.
         pack: whether the CPU keeps packed copies of the FFNs' weights, as large as these in the
             dtype of the products; :func:`describe` tells their bytes. Without, inference is slower.
+        precision: ``"int8"`` runs the frozen products of patched sublayers (the FFN's; attention's
+            four where a placement is at attention) in int8 in inference on the CPU, dense levels
+            too: weights with a scale an output channel, vectors that are rounded on the way with a
+            scale each. Inference is ``eval()`` with gradients disabled (``torch.no_grad()``).
+            Training, calibration and other devices take the model's own dtype. It is a choice of
+            this run: plugin files do not hold it. ``python -m variator_kernels`` tells what
+            multiplies here; where nothing does, the model's own dtype stays.
 
     Returns:
         ``model``.
@@ -90,6 +98,7 @@ def patch_t5(
         keep,
         window,
         pack,
+        precision,
     )
 
 
@@ -107,6 +116,7 @@ def patch_bert(
     keep: Iterable[int] | None = None,
     window: int = kept.WINDOW,
     pack: bool = True,
+    precision: str | None = None,
 ) -> Model:
     """:func:`patch_t5` for BERT and relatives (see docs/families.md), with or without a head.
 
@@ -128,6 +138,7 @@ def patch_bert(
         keep,
         window,
         pack,
+        precision,
     )
 
 
@@ -145,6 +156,7 @@ def patch_llama(
     keep: Iterable[int] | None = None,
     window: int = kept.WINDOW,
     pack: bool = True,
+    precision: str | None = None,
 ) -> Model:
     """:func:`patch_t5` for LLaMA and relatives (see docs/families.md), with or without a head.
 
@@ -169,6 +181,7 @@ def patch_llama(
         keep,
         window,
         pack,
+        precision,
     )
 
 
@@ -186,6 +199,7 @@ def patch(
     keep: Iterable[int] | None = None,
     window: int = kept.WINDOW,
     pack: bool = True,
+    precision: str | None = None,
     family: Family | None = None,
 ) -> Model:
     """:func:`patch_t5` or its like, by the encoders that ``model`` holds at any depth.
@@ -215,6 +229,7 @@ def patch(
         keep,
         window,
         pack,
+        precision,
         family,
     )
 
@@ -245,6 +260,7 @@ def apply(
     keep: Iterable[int] | None = None,
     window: int = kept.WINDOW,
     pack: bool = True,
+    precision: str | None = None,
     family: Family | None = None,
 ) -> Model:
     """:func:`patch_t5` for a model of any of ``families``."""
@@ -258,7 +274,9 @@ def apply(
     several = [parts_of(*one) for one in find_all(model, families)]
     every = several if len(several) > 1 else [find(model, families)]
     check_unwrapped(model)
-    config, active = configure(ratio, ratios, bottleneck, activation, placements, backend, pack)
+    config, active = configure(
+        ratio, ratios, bottleneck, activation, placements, backend, pack, precision
+    )
     for found in every:
         check_present(found.encoder)
         check_decoder(found, config.placements)

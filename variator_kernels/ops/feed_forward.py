@@ -49,6 +49,8 @@ class FeedForward(NamedTuple):
     """Dropout probability on ``FFN(g)``; 0 outside training."""
     pack: bool = True
     """Whether the CPU may keep packed copies of the weights from call to call."""
+    precision: str | None = None
+    """In which the CPU multiplies where no gradient is asked for; None: in the weights' dtype."""
     module: Callable[[Tensor], Tensor] | None = None
     """Runs ``FFN`` in place of the products, where the weights alone do not tell what it does
     (replaced linear layers, hooks)."""

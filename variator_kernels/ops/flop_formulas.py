@@ -96,6 +96,10 @@ def _compressed_ffn_backward(dy: Any, *arguments: Any, **_: Any) -> int:
     return 3 * _compressed_ffn(*arguments)
 
 
+def _int8_linear(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x[:-1]) * math.prod(weight)
+
+
 def _grouped_attention(queries: Any, keys: Any, *_: Any, **__: Any) -> int:
     rows, n, heads, d = queries
     return 2 * rows * attention_macs(n, keys[1], heads * d)
@@ -113,6 +117,7 @@ _FORMULAS = {
     "adapter_decompress_backward": _adapter_decompress_backward,
     "compressed_ffn": _compressed_ffn,
     "compressed_ffn_backward": _compressed_ffn_backward,
+    "int8_linear": _int8_linear,
     "grouped_attention": _grouped_attention,
     "grouped_attention_backward": _grouped_attention_backward,
 }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import extension
 from . import prepack
+from .int8_linear.module import PLAIN
 from .transforms import tracing, transformed
 
 LEAST = 1 << 14
@@ -58,7 +59,9 @@ class FrozenProducts:
         self.layers = [
             (layer, Forward(layer))  # made once: compiled code would notice new ones
             for layer in model.modules()
-            if type(layer) is nn.Linear and id(layer.weight) not in left
+            if isinstance(layer, nn.Linear)
+            and type(layer) in PLAIN
+            and id(layer.weight) not in left
         ]
         self.entered: list[tuple[bool, list[tuple[nn.Linear, Forward]]]] = []
 

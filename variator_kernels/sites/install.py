@@ -7,15 +7,17 @@ from typing import Any
 
 from torch import nn
 
+from ..ops.int8_linear.module import Linear
 from ..runtime.level import Site
 from ..runtime.state import STATE, State, states
 from .attention import DescribedAttention, reach
 from .classes import patched_class, when_patched
-from .family import ORIGINAL, REACH, follow
+from .family import ORIGINAL, REACH, follow, lookup
 from .feed_forward import DescribedFeedForward
 from .find import Found, replaced
 from .loading import ATTACHED
 from .mixins import DESCRIBED, SITE, SitePosition
+from .plain import plain_linear
 from .unchanged import module_of
 
 
@@ -84,6 +86,8 @@ def _install(
         part.__class__ = patched_class(found.family, name)
         vars(part)[STATE] = state
     _swap_norms(found, state)
+    if state.method.config.precision is not None:
+        _swap_products(found, state)
     for call in when_patched:
         call()
 
@@ -98,6 +102,29 @@ def _swap_norms(found: Found, state: State) -> None:
             if plain and not replaced(norm):
                 norm.__class__ = patched_class(family, family.block_norm_class)
                 vars(norm)[STATE] = state
+
+
+def _swap_products(found: Found, state: State) -> None:
+    """The frozen products of dense sublayers, and of those that run as modules: what is no plain
+    linear layer (quantised, hooked, sharded) stays."""
+    for _, site in state.own_sites:
+        for product in products_of(found, site):
+            if type(product) is nn.Linear and plain_linear(product):
+                vars(product).pop("forward", None)  # its own, which would go before the new class's
+                product.__class__ = Linear
+
+
+def products_of(found: Found, site: Site) -> list[Any]:
+    """The modules of a site's frozen products."""
+    family = found.family
+    if site.placement == "ffn":
+        paths = (*family.w_in, family.w_gate, family.w_out)
+    else:
+        assert family.attention is not None
+        a = family.attention
+        paths = (a.q, a.k, a.v, a.qkv, a.o)
+    found_there = (lookup(found.at(site), path) for path in paths)
+    return [product for product in found_there if product is not None]
 
 
 def _reach(found: Found) -> None:
@@ -144,6 +171,8 @@ def _remove(model: nn.Module) -> None:
             name = own.pop(_LENT)
             own.pop(name, None)
             own[f"has_{name}"] = False
+        if isinstance(module, Linear):
+            module.__class__ = nn.Linear  # type: ignore[assignment]
         if STATE not in own and SITE not in own:
             continue
         if SITE in own:

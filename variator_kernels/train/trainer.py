@@ -13,6 +13,7 @@ from .. import backends, checkpoint, sharding
 from ..checkpoint import load_plugins
 from ..methods.variator.method import level_parameters
 from ..ops import prepack
+from ..ops.int8_linear import own_precision
 from ..ops.prepacked_linear import FrozenProducts
 from ..runtime.state import states
 from . import checkpoints, evaluation, losses, turns
@@ -119,7 +120,7 @@ class DistillationTrainer(ResumableTrainer):
             prepack.cache.forget(self.model.parameters())
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self._products():
+        with self._products(), own_precision():
             return super().training_step(*args, **kwargs)
 
     def _products(self) -> AbstractContextManager[Any]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ... import backends, checks
 from ...ops.feed_forward import ADAPTER_ACTIVATIONS
+from ...ops.int8_linear import PRECISIONS
 from ...runtime.level import mentioned
 
 PLACEMENTS = ("ffn", "attention", "attention_kv")
@@ -23,6 +24,7 @@ class VariatorConfig(NamedTuple):
     activation: str = "tanh"
     backend: str = "auto"
     pack: bool = True
+    precision: str | None = None
 
 
 def configure(
@@ -33,6 +35,7 @@ def configure(
     placements: Iterable[str],
     backend: str,
     pack: bool = True,
+    precision: str | None = None,
 ) -> tuple[VariatorConfig, Any]:
     """The configuration that these arguments of ``patch`` ask for, and the active ratio.
 
@@ -47,8 +50,26 @@ def configure(
         checks.choice(activation, ADAPTER_ACTIVATIONS, "activation"),
         checks.choice(backend, ("auto", *backends.BACKENDS), "backend"),
         checks.flag(pack, "pack"),
+        _precision(precision, pack, backend),
     )
     return config, active
+
+
+def _precision(precision: str | None, pack: bool, backend: str) -> str | None:
+    if precision is None:
+        return None
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be None or one of {PRECISIONS}, got {precision!r}")
+    if not pack:
+        raise ValueError(
+            f"pack must be True with precision={precision!r}, whose weights are packed copies"
+        )
+    if backend not in ("auto", "cpu"):
+        raise ValueError(
+            f"backend must be 'auto' or 'cpu' with precision={precision!r}, which only CPU kernels "
+            f"have, got {backend!r}"
+        )
+    return precision
 
 
 def _ratios(ratio: Any, ratios: Any, places: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:

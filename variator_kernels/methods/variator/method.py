@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ... import backends
 from ...ops import checks
 from ...ops.compressed_ffn import run
+from ...ops.int8_linear import here
 from ...ops.self_attention import (
     Book,
     Keys,
@@ -54,6 +55,13 @@ class Variator:
     def placements(self) -> dict[str, tuple[int, ...]]:
         return self.config.placements
 
+    def _config_here(self, layer: Any) -> VariatorConfig:
+        """With the precision that holds in this forward."""
+        config = self.config
+        if config.precision is None:
+            return config
+        return config._replace(precision=here(config.precision, layer.training))
+
     def parameters(
         self, placement: str, hidden_size: int, like: Tensor, training: bool
     ) -> nn.ModuleDict:
@@ -77,7 +85,7 @@ class Variator:
         # Not layer.plugins[...]: looking modules up by attribute takes microseconds.
         plugin: Any = layer._modules[ATTACHED]._modules[str(ratio)]
         ffn = layer.feed_forward()
-        asked = plugin.prepared.of(plugin, ffn, x, self.config.backend, self.config.pack)
+        asked = plugin.prepared.of(plugin, ffn, x, self._config_here(layer))
         weights, ffn, backend = asked
         backend = fitting(self.config.backend, backend)
         return run(x, weights, ffn, context.groups(x, ratio, backend), backend)
@@ -93,8 +101,8 @@ class Variator:
         """The sublayer with merged keys and values (``attention_kv``), or compressed as a whole
         (``attention``): ``x [B, n, d]``."""
         plugin: Any = layer._modules[ATTACHED]._modules[str(ratio)]
-        config, site = self.config, layer.variator_site.site
-        attention = layer.self_attention()._replace(pack=config.pack)
+        config, site = self._config_here(layer), layer.variator_site.site
+        attention = layer.self_attention()._replace(pack=config.pack, precision=config.precision)
         backend = fitting(config.backend, backends.resolve(config.backend, x))
         attention.check(x)
         keys, merged_rotation = _merged_keys(layer, x, ratio, context, attention, backend)
@@ -126,8 +134,8 @@ class Variator:
     ) -> Tensor:
         """A decoder's sublayer over merged keys, without norm and residual: ``h [B, n, d]``."""
         plugin: Any = layer._modules[ATTACHED]._modules[str(scheme.ratio)]
-        config = self.config
-        attention = layer.self_attention()._replace(pack=config.pack)
+        config = self._config_here(layer)
+        attention = layer.self_attention()._replace(pack=config.pack, precision=config.precision)
         backend = fitting(config.backend, backends.resolve(config.backend, h))
         attention.check(h)
         check_present(plugin)

@@ -14,6 +14,7 @@ from ...ops.feed_forward import FeedForward, PluginWeights
 from ...ops.transforms import tracing
 from ...sites.watch import Watch, same_tensors
 from ...sites.wrappers import check_present
+from .config import VariatorConfig
 
 
 class _Kept(NamedTuple):
@@ -55,19 +56,21 @@ class Prepared:
         return type(self), ()
 
     def of(
-        self, plugin: Any, ffn: FeedForward, x: Tensor, backend: str, pack: bool
+        self, plugin: Any, ffn: FeedForward, x: Tensor, config: VariatorConfig
     ) -> tuple[PluginWeights, FeedForward, str]:
-        """The weights of ``plugin``, ``ffn`` with ``pack``, and the backend that runs them on
-        ``x [B, n, d]``.
+        """The weights of ``plugin``, ``ffn`` with ``config``'s settings, and the backend that runs
+        them on ``x [B, n, d]``.
 
         Raises:
             ValueError: a shape, dtype, device or the backend does not fit; the message names it.
         """
+        backend, pack, precision = config.backend, config.pack, config.precision
         if torch.compiler.is_compiling() or tracing():
             check_present(plugin)
             weights = plugin.weights()
-            return weights, ffn._replace(pack=pack), _checked(weights, ffn, x, backend)
-        asked = (x.shape[2:], x.dtype, x.device, backend, pack)
+            ffn = ffn._replace(pack=pack, precision=precision)
+            return weights, ffn, _checked(weights, ffn, x, backend)
+        asked = (x.shape[2:], x.dtype, x.device, backend, pack, precision)
         kept = self._kept
         if kept is None or not kept.holds(plugin, ffn, asked):
             check_present(plugin)
@@ -75,8 +78,8 @@ class Prepared:
             chosen = _checked(weights, ffn, x, backend)
             tensors = [t for t in (*weights, *ffn) if isinstance(t, Tensor)]
             watch, whose = _watched(plugin), weakref.ref(plugin)
-            packing, forms = ffn._replace(pack=pack), _forms(tensors)
-            kept = _Kept(weights, packing, chosen, ffn, asked, watch, whose, tensors, forms)
+            settled, forms = ffn._replace(pack=pack, precision=precision), _forms(tensors)
+            kept = _Kept(weights, settled, chosen, ffn, asked, watch, whose, tensors, forms)
             self._kept = kept if same_tensors(weights, plugin.weights()) else None
         return kept[:3]
 

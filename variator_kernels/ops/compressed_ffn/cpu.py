@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from ..cpu_arguments import (
 from ..feed_forward import FeedForward, PluginWeights, products
 from ..group_merge import cpu as merge
 from ..groups import Groups
+from ..int8_linear.packed import packed as int8_packed
 from ..library import accumulator
 from ..row_blocks import blocks
 from .layered import normalize_real
@@ -32,9 +33,10 @@ def prepacked_products(g: Tensor, ffn: FeedForward) -> Tensor:
     """``FFN(g)`` for a block ``g [rows, d]`` with prepacked weights, in g's dtype."""
     if not ffn.pack:
         return products(g, ffn, prepacked_linear.unpacked).to(g.dtype)
-    linear = functools.partial(prepack.linear, rows=g.shape[0])
-    w_in, w_out = linear(ffn.w_in, ffn.b_in), linear(ffn.w_out, ffn.b_out)
-    w_gate = None if ffn.w_gate is None else linear(ffn.w_gate, ffn.b_gate)
+    pack: Any = functools.partial(prepack.linear, rows=g.shape[0])
+    pack = int8_packed if ffn.precision == "int8" else pack
+    w_in, w_out = pack(ffn.w_in, ffn.b_in), pack(ffn.w_out, ffn.b_out)
+    w_gate = None if ffn.w_gate is None else pack(ffn.w_gate, ffn.b_gate)
     if w_in is None or w_out is None or (w_gate is None) != (ffn.w_gate is None):
         return products(g, ffn).to(g.dtype)
     dtype = g.dtype

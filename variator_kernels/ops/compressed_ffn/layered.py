@@ -7,6 +7,8 @@ for the merged vectors. h, t and everything else of n rows is computed again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from ..fast_norm import normalize_fast
 from ..feed_forward import FeedForward, PluginWeights, products
 from ..group_merge import op as merge
 from ..groups import Groups, real_tokens
+from ..int8_linear import op as int8_linear
 from ..transforms import tracing
 
 
@@ -24,14 +27,19 @@ def compressed_ffn(
     x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups, backend: str
 ) -> Tensor:
     merged, projected, _ = merge.group_merge(x, plugin.merge, groups, ffn.pre_norm, backend)
-    linear = prepacked_linear.linear if ffn.pack else prepacked_linear.unpacked
-    u = products(merged, ffn, linear)
+    u = products(merged, ffn, _linear(ffn))
     dtype = torch.promote_types(x.dtype, u.dtype)
     residual = x.to(dtype) if ffn.residual else None
     y = decompress.adapter_decompress(
         u.to(dtype), projected, plugin.adapter, residual, groups, backend
     )
     return normalize_real(y, ffn.any_norm, groups) if ffn.post_norm else y
+
+
+def _linear(ffn: FeedForward) -> Callable[..., Tensor]:
+    if ffn.precision == "int8":
+        return int8_linear.linear
+    return prepacked_linear.linear if ffn.pack else prepacked_linear.unpacked
 
 
 def normalize_real(y: Tensor, norm: Norm, groups: Groups) -> Tensor:

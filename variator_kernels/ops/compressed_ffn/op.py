@@ -22,7 +22,7 @@ _ARGUMENTS = (
     " Tensor w_in, Tensor w_out, Tensor? w_gate, Tensor? b_in, Tensor? b_out, Tensor? b_gate,"
     f" Tensor? norm_weight, Tensor? norm_bias, {SCHEMA}, str activation, str norm, float eps,"
     " bool post_norm, bool residual, str adapter_activation, str backend,"
-    " bool pack=True"
+    " bool pack=True, str? precision=None"
 )
 _WEIGHTS = 15  # the leading arguments that have gradients; the groups' tensors follow
 _TENSORS = _WEIGHTS + 5
@@ -44,7 +44,7 @@ class _Call(NamedTuple):
 def _bundle(arguments: tuple) -> _Call:
     w_in, w_out, w_gate, b_in, b_out, b_gate, norm_weight, norm_bias = arguments[7:_WEIGHTS]
     rest = arguments[_WEIGHTS + FIELDS :]
-    activation, norm, eps, post_norm, residual, phi, backend, *pack = rest
+    activation, norm, eps, post_norm, residual, phi, backend, *options = rest
     ffn = FeedForward(
         w_in,
         w_out,
@@ -59,7 +59,8 @@ def _bundle(arguments: tuple) -> _Call:
         eps,
         post_norm,
         residual,
-        pack=all(pack),  # programs of older versions do not say
+        # Programs of older versions do not say.
+        **dict(zip(("pack", "precision"), options, strict=False)),
     )
     merge_weight, merge_bias, w1, b1, w2, b2 = arguments[1:7]
     plugin = PluginWeights(merge_weight, merge_bias, w1, b1, w2, b2, phi)
@@ -74,7 +75,7 @@ def compressed_ffn(
     return torch.ops.variator.compressed_ffn.default(
         x, *plugin[:6], *ffn[:6], ffn.norm_weight, ffn.norm_bias, *groups, ffn.activation,
         ffn.norm, ffn.eps, ffn.post_norm, ffn.residual, plugin.activation, backend,
-        ffn.pack,
+        ffn.pack, ffn.precision,
     )  # fmt: skip
 
 
@@ -92,7 +93,10 @@ def _backward(dy, *arguments):
         if leaves[i] is not None:
             leaves[i] = leaves[i].detach().requires_grad_()
     with torch.enable_grad():
-        y = layered.compressed_ffn(*_bundle(tuple(leaves)))
+        call = _bundle(tuple(leaves))
+        # Gradients are those of the products that are not rounded.
+        ffn = call.ffn._replace(precision=None)
+        y = layered.compressed_ffn(*call._replace(ffn=ffn))
         wanted = [leaf for leaf in leaves[:_WEIGHTS] if leaf is not None]
         # A norm that is "none" uses no weight.
         return list(torch.autograd.grad(y, wanted, dy, allow_unused=True, materialize_grads=True))

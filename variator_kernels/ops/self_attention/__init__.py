@@ -141,5 +141,6 @@ def around(
         residual=attention.residual,
         dropout_outer=attention.dropout_outer,
         pack=attention.pack,
+        precision=attention.precision,
         module=attends,
     )

@@ -56,6 +56,8 @@ class SelfAttention(NamedTuple):
     """Dropout probability on ``o``; 0 outside training."""
     pack: bool = True
     """Whether the CPU may keep packed copies of the weights from call to call."""
+    precision: str | None = None
+    """In which the CPU multiplies where no gradient is asked for; None: in the weights' dtype."""
     modules: Projections | None = None
     q_norm: Project | None = None
     """Of queries ``[B, n, H, head_size]``, before rotations; ``k_norm`` of keys."""

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import prepacked_linear
 from ..feed_forward import autocasts
+from ..int8_linear import op as int8_linear
 from ..transforms import is_plain
 from .description import SelfAttention
 
@@ -47,6 +48,8 @@ def output(out: Tensor, attention: SelfAttention) -> Tensor:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, attention: SelfAttention) -> Tensor:
     if not autocasts(x):
         x = x.to(weight.dtype)
+    if attention.precision == "int8":
+        return int8_linear.linear(x, weight, bias)
     # A program that is traced must not depend on how many there are.
     few = is_plain(x) and x.numel() <= FEW * x.shape[-1]
     pack = attention.pack and not few

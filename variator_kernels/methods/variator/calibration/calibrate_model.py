@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from .... import backends, checks
 from ....ops import prepack
+from ....ops.int8_linear import own_precision
 from ....ops.prepacked_linear import FrozenProducts
 from ....runtime.state import STATE, State, states
 from ....sites.find import find
@@ -85,7 +86,8 @@ def calibrate(
     given = chunks(batches, inspect.signature(found.encoder.forward).parameters, found.pads_to)
     with _restored(model, state, wanted):
         blocks = Blocks(model, found, state)
-        with FrozenProducts(found.encoder) if on_cpu else nullcontext(), blocks.installed():
+        products = FrozenProducts(found.encoder) if on_cpu else nullcontext()
+        with products, own_precision(), blocks.installed():
             backend = "cpu" if on_cpu else "reference"
             output = output_of(model, found.encoder)
             with Run(found, state, blocks, given, wanted, backend, output) as run:

@@ -1,0 +1,63 @@
+"""int8_linear in plain PyTorch: the definition of a product in int8."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..feed_forward import activate
+
+LEAST = 1e-30
+"""A row of no larger number counts as zeros: fp32 would divide by too little."""
+
+
+class Levels(NamedTuple):
+    """Whole numbers reach from ``-rows`` to ``rows`` in rows of x, from ``-weight`` to ``weight``
+    in rows of the weight."""
+
+    rows: int = 127
+    weight: int = 127
+
+
+class Quantised(NamedTuple):
+    """``numbers [rows, n]`` are whole; what 1 of them stands for is ``scales [rows]``, in fp32."""
+
+    numbers: Tensor
+    scales: Tensor
+
+
+def quantise(rows: Tensor, levels: int) -> Quantised:
+    """``rows [rows, n]`` rounded to whole multiples of the largest magnitude in each, over
+    ``levels``; in fp32, so that kernels can find the same numbers.
+
+    A row that holds NaN or infinity has the scale NaN, which makes everything of it NaN.
+    """
+    wide = rows.float()
+    largest = wide.abs().amax(1)
+    finite = largest.isfinite()
+    counts = finite & (largest > LEAST)
+    factor = torch.where(counts, levels / largest, 0)
+    numbers = torch.where(counts[:, None], wide * factor[:, None], 0).round()
+    scales = torch.where(counts, largest / levels, 0)
+    return Quantised(numbers, torch.where(finite, scales, torch.nan))
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    levels: Levels,
+    activation: str = "none",
+    other: Tensor | None = None,
+) -> Tensor:
+    """``activation(x · weightᵀ + bias) [* other]`` in float64, of whole numbers: ``x [rows, in]``
+    with a scale a row, ``weight [out, in]`` with a scale a row of its own, an output channel."""
+    left, right = quantise(x, levels.rows), quantise(weight, levels.weight)
+    y = left.numbers.double() @ right.numbers.double().t()
+    y = y * left.scales[:, None].double() * right.scales.double()
+    y = y if bias is None else y + bias.double()
+    y = y if activation == "none" else activate(y, activation)
+    return y if other is None else y * other.double()
