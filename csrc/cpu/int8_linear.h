@@ -73,7 +73,7 @@ struct Int8Product {
             return {poison, 0};
         }
         const float factor = 255 / range;
-        const int32_t zero = static_cast<int32_t>(least * factor + 0.5f);
+        const int32_t zero = static_cast<int32_t>(__builtin_lrintf(least * factor));
         for_parts<Vec>(p.inner, [&](Part<Vec> part) {
             const Vec v = part.template load<T>(x) * Vec::set(factor);
             v.store_uint8(quantised + part.at, zero);

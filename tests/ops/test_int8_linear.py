@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from tests.ops.cases import needs_cpu
 from variator_kernels import extension
 from variator_kernels.ops import int8_linear, prepack
-from variator_kernels.ops.feed_forward import FFN_ACTIVATIONS
+from variator_kernels.ops.feed_forward import FFN_ACTIVATIONS, activate
 from variator_kernels.ops.int8_linear import kernels, op, own_precision, reference
-from variator_kernels.ops.int8_linear.onednn import OneDnnProduct
 from variator_kernels.ops.int8_linear.packed import packed
 
 pytestmark = [
@@ -36,12 +35,12 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ACTIVATIONS = ["none", *FFN_ACTIVATIONS]
 
 
-def levels(inner):
-    return int8_linear.kernel().levels(inner)
+def levels():
+    return int8_linear.kernel().levels
 
 
 def truth(x, weight, bias=None, **options):
-    return reference.int8_linear(x, weight, bias, levels=levels(x.shape[1]), **options)
+    return reference.int8_linear(x, weight, bias, levels=levels(), **options)
 
 
 def check(found, expected, dtype):
@@ -89,9 +88,9 @@ def test_without_vnni_weights_of_8_bits_saturate():
     """Why they have 7 there; and the look at the largest numbers sees what is wrong."""
     if torch.cpu._is_vnni_supported():
         pytest.skip("this processor has VNNI")
-    wide = kernels._onednn()._replace(levels=lambda _: reference.Levels(127, 127))
-    assert not kernels.is_exact(wide)
-    assert kernels.is_exact(kernels._onednn())
+    for kernel in (kernels.own("avx2"), kernels.onednn()):
+        assert not kernels.is_exact(kernel._replace(levels=reference.Levels(255, 127)))
+        assert kernels.is_exact(kernel._replace(levels=reference.Levels(255, 64)))
 
 
 @pytest.mark.parametrize("outlier", [1e3, 1e30])
@@ -230,37 +229,73 @@ def test_where_it_runs():
 
 @pytest.fixture
 def fresh_choice():
-    kernels.choice.cache_clear()
+    kernels._choice.cache_clear()
     yield
-    kernels.choice.cache_clear()
+    kernels._choice.cache_clear()
 
 
 def test_the_kernel_follows_the_processor(monkeypatch, fresh_choice):
     monkeypatch.setattr(kernels, "is_exact", lambda _: True)
-    for vnni, weight in ((True, 127), (False, 64)):
-        kernels.choice.cache_clear()
+    monkeypatch.setattr(prepack, "instruction_set", lambda: "avx2")
+    for vnni, limit, name in (
+        (True, "", "oneDNN"),
+        (False, "", "own avx2"),
+        (True, "avx2", "own avx2"),
+    ):
+        kernels._choice.cache_clear()
         monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda vnni=vnni: vnni)
-        monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-        assert kernels._onednn().levels(768).weight == weight
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx2")
-    assert kernels._onednn().levels(768).weight == 64
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        assert int8_linear.kernel().name == name
+    monkeypatch.setattr(prepack, "instruction_set", lambda: "portable")
+    assert int8_linear.kernel() is None and "fp32 are faster" in int8_linear.describe()
 
 
 def test_says_why_nothing_runs(monkeypatch, fresh_choice):
     monkeypatch.setattr(kernels, "is_exact", lambda _: False)
-    assert int8_linear.describe().startswith("none: oneDNN") and int8_linear.kernel() is None
+    assert "is not exact here" in int8_linear.describe() and int8_linear.kernel() is None
     with torch.no_grad():
         assert int8_linear.here("int8", training=False) is None
-    kernels.choice.cache_clear()
     monkeypatch.setattr(extension, "load", lambda *_: None)
     assert "the CPU kernels are missing" in int8_linear.describe()
 
 
-def test_oneDNN_by_itself():
-    """Whatever this machine chooses."""
-    x, weight, bias = case(70, 50, 40)
-    its = kernels._onednn().levels(50)
-    found = OneDnnProduct.pack(weight, bias, its).multiply(x, "relu")
-    expected = reference.int8_linear(x, weight, bias, levels=its, activation="relu")
-    check(found, expected, torch.float32)
+ISAS = extension.load().available_isas() if extension.load() else []
+
+
+@pytest.mark.parametrize("name", ["oneDNN", *ISAS])
+@pytest.mark.parametrize("shape", [*SHAPES, (97, 260, 100), (24, 3072, 33)], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_kernel_by_itself(name, shape, threads):
+    """Whatever this machine chooses: few rows share the columns among threads, many the rows."""
+    kernel = kernels.onednn() if name == "oneDNN" else kernels.own(name)
+    if name == "oneDNN" and not torch.cpu._is_vnni_supported():
+        kernel = kernel._replace(levels=reference.Levels(255, 64))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for dtype, activation in zip((*DTYPES[:3], *DTYPES[:2]), ACTIVATIONS, strict=True):
+            x, weight, bias = case(*shape, dtype)
+            other = torch.randn(shape[0], shape[2]).to(dtype)
+            options = {"activation": activation, "other": other}
+            expected = reference.int8_linear(x, weight, bias, levels=kernel.levels, **options)
+            product = kernel.pack(weight, bias, kernel.levels)
+            check(product.multiply(x, **options), expected, dtype)
+            wide = torch.randn(shape[0], 2 * shape[1]).to(dtype)[:, : shape[1]]
+            expected = reference.int8_linear(wide, weight, bias, levels=kernel.levels)
+            check(product.multiply(wide, "none"), expected, dtype)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_activations_of_the_kernel(isa, activation):
+    """Alone, far out and at 0."""
+    x = torch.cat([torch.linspace(-30, 30, 20001), torch.tensor([0.0, -0.0, 1e-20, -90, 1e4])])
+    weight, kernel = torch.ones(1, 1), kernels.own(isa)
+    # Rows of one number are exact but for the scale's rounding.
+    found = kernel.pack(weight, None, kernel.levels).multiply(x[:, None], activation)[:, 0]
+    given = reference.int8_linear(x[:, None], weight, levels=kernel.levels)[:, 0]
+    exact = activate(given, activation)
+    plain = (activate(given.float(), activation).double() - exact).abs().max()
+    assert (found.double() - exact).abs().max() <= 2 * plain + 1e-6

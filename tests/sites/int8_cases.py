@@ -43,7 +43,7 @@ class Defined(nn.Module):
 
     def forward(self, x):
         rows = x.reshape(-1, x.shape[-1])
-        levels = int8_linear.kernel().levels(rows.shape[1])
+        levels = int8_linear.kernel().levels
         if not len(rows):
             return x.new_empty(*x.shape[:-1], self.out_features)
         y = reference.int8_linear(rows, self.weight, self.bias, levels=levels)

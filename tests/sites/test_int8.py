@@ -333,12 +333,12 @@ def test_every_patch_function_takes_it():
 def test_where_nothing_multiplies_in_int8(monkeypatch):
     """The model's own dtype stays, and describe says so."""
     with monkeypatch.context() as patched:
-        kernels.choice.cache_clear()
+        kernels._choice.cache_clear()
         patched.setattr(kernels, "is_exact", lambda _: False)
         model, exact, batch = ready("bert")
         assert torch.equal(forward(model, *batch), forward(exact, *batch))
         assert "float32: int8 products are none" in vk.describe(model)
-    kernels.choice.cache_clear()
+    kernels._choice.cache_clear()
     assert "int8 in eval() with gradients disabled" in vk.describe(model)
 
 

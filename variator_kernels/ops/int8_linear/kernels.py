@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ... import extension
+from .. import prepack
+from .cpu import CpuProduct
 from .onednn import OneDnnProduct
 from .reference import Levels, int8_linear
 
@@ -19,12 +21,11 @@ _LIMITS_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE")
 
 class Kernel(NamedTuple):
     """``pack(weight, bias, levels)`` makes a product with a method ``multiply(x, activation,
-    other=None)``; ``levels(in)`` says how x and weight are rounded where they meet in sums of
-    ``in`` terms."""
+    other=None)``; ``levels`` says how x and weight are rounded."""
 
     name: str
     pack: Callable[[Tensor, Tensor | None, Levels], Any]
-    levels: Callable[[int], Levels]
+    levels: Levels
     description: str
 
 
@@ -41,36 +42,42 @@ def _has_vnni() -> bool:
     return torch.cpu._is_vnni_supported() and limit.strip().upper() not in _LIMITS_WITHOUT_VNNI
 
 
-def _onednn() -> Kernel:
-    if _has_vnni():
-        levels, how = Levels(127, 127), "oneDNN with VNNI"
-    else:
-        # Sums of two products saturate at 16 bits there: 2 · 255 · 64 fits.
-        levels = Levels(127, 64)
-        how = "oneDNN without VNNI, whose sums bear weights of 7 bits"
-    return Kernel(f"oneDNN {levels}", OneDnnProduct.pack, lambda _: levels, how)
+def onednn() -> Kernel:
+    """oneDNN's, for processors that sum four products in 32 bits (VNNI, AMX)."""
+    return Kernel("oneDNN", OneDnnProduct.pack, Levels(255, 127), "oneDNN with VNNI")
+
+
+def own(isa: str) -> Kernel:
+    """That of this package for an instruction set, whose weights have 7 bits where sums of two
+    products saturate at 16 bits (2 · 255 · 64 fits)."""
+    levels = Levels(255, extension.load().int8_weight_levels(isa))
+    pack = functools.partial(CpuProduct.pack, isa=isa)
+    return Kernel(f"own {isa}", pack, levels, f"kernel for {isa}, weights of -{levels.weight} to "
+                  f"{levels.weight}")  # fmt: skip
 
 
 def is_exact(kernel: Kernel) -> bool:
     """Whether the largest numbers that there are come out right."""
     inner, sign = 64, torch.tensor([1.0, -1.0])
-    levels = kernel.levels(inner)
     x = sign[:, None].expand(2, inner).contiguous()
     weight = x.repeat(16, 1)
-    found = kernel.pack(weight, None, levels).multiply(x, "none").double()
-    truth = int8_linear(x, weight, levels=levels)
+    found = kernel.pack(weight, None, kernel.levels).multiply(x, "none").double()
+    truth = int8_linear(x, weight, levels=kernel.levels)
     return bool((found - truth).abs().max() <= 1e-4 * inner)
 
 
-@functools.cache
 def choice() -> Choice:
-    """What runs here."""
+    """What runs here; another instruction set may be chosen at any time."""
     if extension.load() is None:
-        return Choice(None, "the CPU kernels are missing, which notice that a weight has changed")
-    x86 = torch.cpu._is_avx2_supported()
-    if not (x86 and torch.backends.mkldnn.is_available()):
-        return Choice(None, "PyTorch has no int8 product for this processor")
-    kernel = _onednn()
+        return Choice(None, "the CPU kernels are missing")
+    return _choice(prepack.instruction_set())
+
+
+@functools.cache
+def _choice(isa: str) -> Choice:
+    if isa == "portable":
+        return Choice(None, "products of fp32 are faster on the portable kernels")
+    kernel = onednn() if _has_vnni() and torch.backends.mkldnn.is_available() else own(isa)
     with torch.inference_mode():
         exact = is_exact(kernel)
     return Choice(kernel) if exact else Choice(None, f"{kernel.description}, is not exact here")

@@ -1,7 +1,7 @@
 """Products in int8 by oneDNN, through PyTorch's quantised linear op.
 
-The op knows one scale for all of x, so rows get theirs afterwards, in fp32, with bias and
-activation.
+The op knows one scale and one zero point for all of x, so rows get theirs afterwards, in fp32, with
+bias and activation.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ..feed_forward import activate
 from ..row_blocks import KEPT_SIZES, blocks
-from .reference import LEAST, Levels, quantise
+from .reference import Levels, quantise, quantise_rows
 
 ZERO = 128
-"""What stands for 0 in rows of uint8. oneDNN takes int8 too, but makes it uint8 on the way."""
+"""The zero point that the op is told: a row's own differs little where its values have both signs.
+"""
 
 
 class OneDnnProduct(NamedTuple):
@@ -25,6 +26,8 @@ class OneDnnProduct(NamedTuple):
 
     weight: Tensor
     scales: Tensor
+    sums: Tensor
+    """Of a channel's weights: what a row's zero point adds."""
     zero_points: Tensor
     bias: Tensor | None
     levels: int
@@ -36,7 +39,9 @@ class OneDnnProduct(NamedTuple):
         numbers, scales = quantise(weight, levels.weight)
         packed = torch.ops.onednn.qlinear_prepack(numbers.to(torch.int8).contiguous(), None)
         zero_points = torch.zeros(len(scales), dtype=torch.int32)
-        return cls(packed, scales, zero_points, None if bias is None else bias.float(), levels.rows)
+        sums = numbers.sum(1) * scales
+        shift = None if bias is None else bias.float()
+        return cls(packed, scales, sums, zero_points, shift, levels.rows)
 
     def multiply(self, x: Tensor, activation: str, other: Tensor | None = None) -> Tensor:
         """``activation(x · weightᵀ + bias) [* other]`` for ``x [rows, in]``; in x's dtype."""
@@ -53,14 +58,14 @@ class OneDnnProduct(NamedTuple):
 
     def _block(self, x: Tensor, size: int, activation: str, other: Tensor | None) -> Tensor:
         """The same in fp32, of a product of ``size`` rows."""
-        numbers, scales = _quantised(x.float(), self.levels)
-        padded = F.pad(numbers, (0, 0, 0, size - len(x)))
+        numbers, scales, zeros = quantise_rows(x, self.levels)
+        padded = F.pad(numbers.to(torch.uint8), (0, 0, 0, size - len(x)))
         multiply = torch.ops.onednn.qlinear_pointwise
         y = multiply(
             padded, 1.0, ZERO, self.weight, self.scales, self.zero_points,
             None, 1.0, 0, torch.float32, "none", [], "",
         )[: len(x)]  # fmt: skip
-        y.mul_(scales[:, None])
+        y.addr_(ZERO - zeros[:, 0], self.sums).mul_(scales)
         if self.bias is not None:
             y.add_(self.bias)
         if activation == "relu":
@@ -68,14 +73,3 @@ class OneDnnProduct(NamedTuple):
         elif activation != "none":
             y = activate(y, activation)
         return y if other is None else y.mul_(other)
-
-
-def _quantised(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """:func:`reference.quantise` of ``x [rows, in]``, in fewer passes: the numbers plus
-    :data:`ZERO`. Those of rows that are not finite are any; their scales are NaN."""
-    largest = x.abs().amax(1)
-    counts = largest > LEAST
-    factor = torch.where(counts, levels / largest, 0)
-    scales = torch.where(counts, largest / levels, 0)
-    scales = torch.where(largest.isfinite(), scales, torch.nan)
-    return (x * factor[:, None]).round_().add_(ZERO).to(torch.uint8), scales

@@ -41,12 +41,11 @@ def packed(weight: Tensor, bias: Tensor | None) -> Int8Linear | None:
     chosen = kernel()
     if chosen is None or weight.numel() == 0:
         return None
-    levels = chosen.levels(weight.shape[1])
 
     def pack(weight: Tensor, bias: Tensor | None = None) -> Int8Linear | None:
         if not weight.isfinite().all():
             return None
-        return Int8Linear(chosen.pack(weight, bias, levels))
+        return Int8Linear(chosen.pack(weight, bias, chosen.levels))
 
     sources = (weight,) if bias is None else (weight, bias)
     return prepack.cache.get(sources, ("int8", chosen.name), pack)
