@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from . import extension
+from .ops.int8_linear.module import Linear
 from .ops.packed import cache
 from .runtime.state import states
 from .sites.install import patched_sublayers
@@ -84,7 +85,11 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
     """What products and norms of the patched sublayers read on the CPU."""
     states(model)
     for layer in patched_sublayers(model):
-        for tensor in vars(layer)[DESCRIBED].describe(layer):
+        read = list(vars(layer)[DESCRIBED].describe(layer))
+        # A dense level multiplies with whole matrices, of which a description may hold views.
+        for module in layer.modules():
+            read += (module.weight, module.bias) if isinstance(module, Linear) else ()
+        for tensor in {id(tensor): tensor for tensor in read}.values():
             if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
                 yield tensor
 

@@ -11,6 +11,7 @@ from . import backends
 from .methods.variator.config import configure
 from .methods.variator.method import Variator
 from .ops import prepack
+from .ops.int8_linear import own_precision
 from .runtime import kept
 from .runtime.state import State
 from .sites.attends import check_attends
@@ -310,7 +311,8 @@ def apply(
         foreign = FAMILIES.get(found.family.name) is not found.family
         if foreign and set(config.placements) - {"ffn"}:
             try:
-                check_attends(found, state)
+                with own_precision():
+                    check_attends(found, state)
             except BaseException:
                 remove(model)
                 raise

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ... import extension
 from .. import prepack
@@ -78,7 +79,7 @@ def _choice(isa: str) -> Choice:
     if isa == "portable":
         return Choice(None, "products of fp32 are faster on the portable kernels")
     kernel = onednn() if _has_vnni() and torch.backends.mkldnn.is_available() else own(isa)
-    with torch.inference_mode():
+    with _disable_current_modes(), torch.inference_mode():  # it may be asked while a trace is made
         exact = is_exact(kernel)
     return Choice(kernel) if exact else Choice(None, f"{kernel.description}, is not exact here")
 

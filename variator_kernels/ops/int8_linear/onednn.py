@@ -59,10 +59,12 @@ class OneDnnProduct(NamedTuple):
     def _block(self, x: Tensor, size: int, activation: str, other: Tensor | None) -> Tensor:
         """The same in fp32, of a product of ``size`` rows."""
         numbers, scales, zeros = quantise_rows(x, self.levels)
-        padded = F.pad(numbers.to(torch.uint8), (0, 0, 0, size - len(x)))
+        numbers = numbers.to(torch.uint8)
+        if len(x) < size:
+            numbers = F.pad(numbers, (0, 0, 0, size - len(x)))
         multiply = torch.ops.onednn.qlinear_pointwise
         y = multiply(
-            padded, 1.0, ZERO, self.weight, self.scales, self.zero_points,
+            numbers, 1.0, ZERO, self.weight, self.scales, self.zero_points,
             None, 1.0, 0, torch.float32, "none", [], "",
         )[: len(x)]  # fmt: skip
         y.addr_(ZERO - zeros[:, 0], self.sums).mul_(scales)

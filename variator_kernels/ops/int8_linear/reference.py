@@ -82,7 +82,7 @@ def int8_linear(
     other: Tensor | None = None,
 ) -> Tensor:
     """``activation(x · weightᵀ + bias) [* other]`` in float64, of whole numbers: ``x [rows, in]``
-    with a scale and a zero point a row, ``weight [out, in]`` with a scale a row of its own, an output channel."""
+    with a scale and a zero point a row, ``weight [out, in]`` with a scale an output channel."""
     left, right = quantise_rows(x, levels.rows), quantise(weight, levels.weight)
     y = (left.numbers - left.zeros).double() @ right.numbers.double().t()
     y = y * left.scales.double() * right.scales.double()
