@@ -38,6 +38,12 @@ def _text(facts: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<{width}}{value}" for name, value in facts)
 
 
+OPTIMIZED = {
+    "sublayers": "linear layers of patched sublayers run packed at dense levels too",
+    "encoder": "all linear layers of the encoder's blocks run packed",
+}
+
+
 def lines(model: nn.Module) -> list[tuple[str, str]]:
     """The same as names and values."""
     states(model)
@@ -55,6 +61,7 @@ def lines(model: nn.Module) -> list[tuple[str, str]]:
         ("kept whole", _kept(state, found.family.decoder)),
         ("packed", packed_weights(model) if config.pack else "nothing: pack=False"),
         ("precision", _precision(config.precision, found.like(0))),
+        *([("optimized", OPTIMIZED[config.optimize])] if config.optimize else ()),
         *(
             (f"trained, {_named(state, place, k)}", _trained(state, found, place, k))
             for place, ratios in state.method.placements.items()

@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from . import extension
-from .ops.int8_linear.module import Linear
+from .ops.frozen_linear import FrozenLinear
 from .ops.packed import cache
 from .runtime.state import states
 from .sites.install import patched_sublayers
@@ -82,16 +82,20 @@ def how_writes_are_noticed() -> str:
 
 
 def _weights(model: nn.Module) -> Iterator[Tensor]:
-    """What products and norms of the patched sublayers read on the CPU."""
+    """What products and norms of the patched sublayers, and other packed products, read on the
+    CPU."""
     states(model)
-    for layer in patched_sublayers(model):
-        read = list(vars(layer)[DESCRIBED].describe(layer))
-        # A dense level multiplies with whole matrices, of which a description may hold views.
-        for module in layer.modules():
-            read += (module.weight, module.bias) if isinstance(module, Linear) else ()
-        for tensor in {id(tensor): tensor for tensor in read}.values():
-            if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
-                yield tensor
+    read = [
+        tensor
+        for layer in patched_sublayers(model)
+        for tensor in vars(layer)[DESCRIBED].describe(layer)
+    ]
+    # Whole matrices, of which a description may hold views.
+    for module in model.modules():
+        read += (module.weight, module.bias) if isinstance(module, FrozenLinear) else ()
+    for tensor in {id(tensor): tensor for tensor in read}.values():
+        if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
+            yield tensor
 
 
 def _mib(nbytes: int) -> str:

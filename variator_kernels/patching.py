@@ -42,6 +42,7 @@ def patch_t5(
     window: int = kept.WINDOW,
     pack: bool = True,
     precision: str | None = None,
+    optimize: str | None = None,
 ) -> Model:
     """Put compression plugins around the encoder FFNs of a T5, mT5, umT5 or LongT5, in place.
 
@@ -76,6 +77,11 @@ def patch_t5(
             Training, calibration and other devices take the model's own dtype. It is a choice of
             this run: plugin files do not hold it. ``python -m variator_kernels`` tells what
             multiplies here; where nothing does, the model's own dtype stays.
+        optimize: ``"sublayers"``: linear layers of patched sublayers run as packed products in
+            inference on the CPU at dense levels too; ``"encoder"``: so do all others of the
+            encoder's blocks, in ``precision`` if it is given. Values are then the model's own but
+            for the rounding of sums (or int8's). None: a dense level is the original, bit for bit;
+            with ``precision`` as ``"sublayers"``.
 
     Returns:
         ``model``.
@@ -100,6 +106,7 @@ def patch_t5(
         window,
         pack,
         precision,
+        optimize,
     )
 
 
@@ -118,6 +125,7 @@ def patch_bert(
     window: int = kept.WINDOW,
     pack: bool = True,
     precision: str | None = None,
+    optimize: str | None = None,
 ) -> Model:
     """:func:`patch_t5` for BERT and relatives (see docs/families.md), with or without a head.
 
@@ -140,6 +148,7 @@ def patch_bert(
         window,
         pack,
         precision,
+        optimize,
     )
 
 
@@ -158,6 +167,7 @@ def patch_llama(
     window: int = kept.WINDOW,
     pack: bool = True,
     precision: str | None = None,
+    optimize: str | None = None,
 ) -> Model:
     """:func:`patch_t5` for LLaMA and relatives (see docs/families.md), with or without a head.
 
@@ -183,6 +193,7 @@ def patch_llama(
         window,
         pack,
         precision,
+        optimize,
     )
 
 
@@ -201,6 +212,7 @@ def patch(
     window: int = kept.WINDOW,
     pack: bool = True,
     precision: str | None = None,
+    optimize: str | None = None,
     family: Family | None = None,
 ) -> Model:
     """:func:`patch_t5` or its like, by the encoders that ``model`` holds at any depth.
@@ -231,6 +243,7 @@ def patch(
         window,
         pack,
         precision,
+        optimize,
         family,
     )
 
@@ -262,6 +275,7 @@ def apply(
     window: int = kept.WINDOW,
     pack: bool = True,
     precision: str | None = None,
+    optimize: str | None = None,
     family: Family | None = None,
 ) -> Model:
     """:func:`patch_t5` for a model of any of ``families``."""
@@ -276,7 +290,7 @@ def apply(
     every = several if len(several) > 1 else [find(model, families)]
     check_unwrapped(model)
     config, active = configure(
-        ratio, ratios, bottleneck, activation, placements, backend, pack, precision
+        ratio, ratios, bottleneck, activation, placements, backend, pack, precision, optimize
     )
     for found in every:
         check_present(found.encoder)

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import extension
 from . import prepack
-from .int8_linear.module import PLAIN
+from .frozen_linear import FrozenLinear, is_plain
 from .transforms import tracing, transformed
 
 LEAST = 1 << 14
@@ -60,7 +61,7 @@ class FrozenProducts:
             (layer, Forward(layer))  # made once: compiled code would notice new ones
             for layer in model.modules()
             if isinstance(layer, nn.Linear)
-            and type(layer) in PLAIN
+            and is_plain(type(layer))
             and id(layer.weight) not in left
         ]
         self.entered: list[tuple[bool, list[tuple[nn.Linear, Forward]]]] = []
@@ -122,6 +123,21 @@ def packed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if multiply is None:
         return linear(x, weight, bias)
     return multiply(rows.to(dtype)).to(stored).view(*x.shape[:-1], weight.shape[0])
+
+
+FEW = 32
+"""So few vectors go faster through weights as they are than through packed ones."""
+
+
+class Linear(FrozenLinear):
+    """Its weight is packed in inference: the same numbers but for their rounding."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        few = not tracing() and input.numel() <= FEW * self.in_features
+        # Somebody may have quantised or sharded the weight since.
+        if few or self.training or is_traceable_wrapper_subclass(self.weight):
+            return super().forward(input)
+        return packed(input, self.weight, self.bias)
 
 
 def unpacked(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

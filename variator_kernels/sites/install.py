@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from ..ops.int8_linear.module import Linear
+from ..ops import prepacked_linear
+from ..ops.frozen_linear import FrozenLinear
+from ..ops.int8_linear.module import Linear as Int8Linear
 from ..runtime.level import Site
 from ..runtime.state import STATE, State, states
 from .attention import DescribedAttention, reach
@@ -86,8 +88,7 @@ def _install(
         part.__class__ = patched_class(found.family, name)
         vars(part)[STATE] = state
     _swap_norms(found, state)
-    if state.method.config.precision is not None:
-        _swap_products(found, state)
+    _swap_products(found, state)
     for call in when_patched:
         call()
 
@@ -105,13 +106,20 @@ def _swap_norms(found: Found, state: State) -> None:
 
 
 def _swap_products(found: Found, state: State) -> None:
-    """The frozen products of dense sublayers, and of those that run as modules: what is no plain
-    linear layer (quantised, hooked, sharded) stays."""
-    for _, site in state.own_sites:
-        for product in products_of(found, site):
-            if type(product) is nn.Linear and plain_linear(product):
-                vars(product).pop("forward", None)  # its own, which would go before the new class's
-                product.__class__ = Linear
+    """The frozen products that run as modules, of dense sublayers above all: of patched sublayers,
+    or of all blocks. What is no plain linear layer (quantised, hooked, sharded) stays."""
+    config = state.method.config
+    if config.optimize is None and config.precision is None:
+        return
+    new = Int8Linear if config.precision == "int8" else prepacked_linear.Linear
+    if config.optimize == "encoder":
+        products = [module for block in found.blocks for module in block.modules()]
+    else:
+        products = [one for _, site in state.own_sites for one in products_of(found, site)]
+    for product in products:
+        if type(product) is nn.Linear and plain_linear(product):
+            vars(product).pop("forward", None)  # its own, which would go before the new class's
+            product.__class__ = new
 
 
 def products_of(found: Found, site: Site) -> list[Any]:
@@ -171,7 +179,7 @@ def _remove(model: nn.Module) -> None:
             name = own.pop(_LENT)
             own.pop(name, None)
             own[f"has_{name}"] = False
-        if isinstance(module, Linear):
+        if isinstance(module, FrozenLinear):
             module.__class__ = nn.Linear  # type: ignore[assignment]
         if STATE not in own and SITE not in own:
             continue

@@ -10,6 +10,8 @@ from ...ops.feed_forward import ADAPTER_ACTIVATIONS
 from ...ops.int8_linear import PRECISIONS
 from ...runtime.level import mentioned
 
+OPTIMIZE = ("sublayers", "encoder")
+"""Whose frozen products run packed at dense levels too."""
 PLACEMENTS = ("ffn", "attention", "attention_kv")
 DEFAULT_RATIO = 4
 """The active one, where it has plugins."""
@@ -25,6 +27,7 @@ class VariatorConfig(NamedTuple):
     backend: str = "auto"
     pack: bool = True
     precision: str | None = None
+    optimize: str | None = None
 
 
 def configure(
@@ -36,6 +39,7 @@ def configure(
     backend: str,
     pack: bool = True,
     precision: str | None = None,
+    optimize: str | None = None,
 ) -> tuple[VariatorConfig, Any]:
     """The configuration that these arguments of ``patch`` ask for, and the active ratio.
 
@@ -51,6 +55,7 @@ def configure(
         checks.choice(backend, ("auto", *backends.BACKENDS), "backend"),
         checks.flag(pack, "pack"),
         _precision(precision, pack, backend),
+        _optimize(optimize, pack),
     )
     return config, active
 
@@ -70,6 +75,17 @@ def _precision(precision: str | None, pack: bool, backend: str) -> str | None:
             f"have, got {backend!r}"
         )
     return precision
+
+
+def _optimize(optimize: str | None, pack: bool) -> str | None:
+    if optimize is None:
+        return None
+    checks.choice(optimize, OPTIMIZE, "optimize")
+    if not pack:
+        raise ValueError(
+            f"pack must be True with optimize={optimize!r}, which multiplies with packed copies"
+        )
+    return optimize
 
 
 def _ratios(ratio: Any, ratios: Any, places: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:

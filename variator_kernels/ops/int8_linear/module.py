@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..frozen_linear import FrozenLinear
 from . import here, op
 
 
-class Linear(nn.Linear):
+class Linear(FrozenLinear):
     """Its products run in int8 where :func:`here` says so, else as they did."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -17,7 +18,3 @@ class Linear(nn.Linear):
         if not runs or is_traceable_wrapper_subclass(self.weight):
             return super().forward(input)
         return op.linear(input, self.weight, self.bias)
-
-
-PLAIN = (nn.Linear, Linear)
-"""The classes of layers that are no more than a weight and a bias."""

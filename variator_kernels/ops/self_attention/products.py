@@ -10,9 +10,6 @@ from ..int8_linear import op as int8_linear
 from ..transforms import is_plain
 from .description import SelfAttention
 
-FEW = 32
-"""So few vectors go faster through weights as they are than through packed ones."""
-
 
 def queries(h: Tensor, attention: SelfAttention) -> Tensor:
     """``[B, n, H, head_size]`` of ``h [B, n, d]``, before rotations."""
@@ -51,6 +48,6 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, attention: SelfAtten
     if attention.precision == "int8":
         return int8_linear.linear(x, weight, bias)
     # A program that is traced must not depend on how many there are.
-    few = is_plain(x) and x.numel() <= FEW * x.shape[-1]
+    few = is_plain(x) and x.numel() <= prepacked_linear.FEW * x.shape[-1]
     pack = attention.pack and not few
     return (prepacked_linear.packed if pack else prepacked_linear.unpacked)(x, weight, bias)

@@ -1,0 +1,194 @@
+"""``optimize=``: packed products at dense levels, in patched sublayers or in all of the encoder."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import variator_kernels as vk
+from tests.ops.cases import needs_cpu
+from variator_kernels.ops import int8_linear, prepack
+from variator_kernels.ops.frozen_linear import FrozenLinear
+from variator_kernels.sites.find import find
+
+pytestmark = needs_cpu
+BOTH = {"ffn": 2, "attention_kv": 2}
+
+
+def plain(name: str, dtype=torch.float32) -> nn.Module:
+    """A model whose weights are large enough to be packed."""
+    from transformers import (
+        BertConfig,
+        BertModel,
+        LlamaConfig,
+        LlamaModel,
+        ModernBertConfig,
+        ModernBertModel,
+        T5Config,
+        T5EncoderModel,
+    )
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 100, "hidden_size": 128, "intermediate_size": 256}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    made = {
+        "bert": lambda: BertModel(BertConfig(**sizes)),
+        "modernbert": lambda: ModernBertModel(ModernBertConfig(**sizes, pad_token_id=0)),
+        "llama": lambda: LlamaModel(LlamaConfig(**sizes)),
+        "t5": lambda: T5EncoderModel(
+            T5Config(vocab_size=100, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4)
+        ),
+    }[name]()
+    return made.eval().requires_grad_(False).to(dtype)
+
+
+def batch():
+    source = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 100, (3, 50), generator=source)
+    mask = torch.ones_like(ids)
+    mask[1, 31:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+def forward(model):
+    return model(**batch()).last_hidden_state[batch()["attention_mask"].bool()]
+
+
+def swapped(model):
+    return [m for m in model.modules() if isinstance(m, FrozenLinear)]
+
+
+NAMES = ["bert", "modernbert", "t5", "llama"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_dense_level_is_as_near_to_float64_as_the_original(name, dtype):
+    model = plain(name, dtype)
+    exact, own = forward(plain(name, dtype).double()), forward(model)
+    vk.patch(model, 1, (2,), 8, optimize="encoder")
+    found = forward(model)
+    blocks = find(model).blocks
+    linear = [m for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]
+    assert linear and swapped(model) == linear
+    assert "all linear layers of the encoder's blocks run packed" in vk.describe(model)
+    assert all(prepack.cache.nbytes([layer.weight]) > 0 for layer in linear)
+    allowed = 2 * (own.double() - exact).abs().max() + 1e-6
+    assert (found.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_compressed_levels_and_undoing(name, precision):
+    if precision and int8_linear.kernel() is None:
+        pytest.skip(f"int8 products: {int8_linear.describe()}")
+    model = plain(name)
+    before, classes = forward(model), [type(m) for m in model.modules()]
+    reference = vk.patch(copy.deepcopy(model), BOTH, (2,), 8, backend="reference")
+    vk.patch(model, BOTH, (2,), 8, optimize="encoder", precision=precision)
+    expected, found = forward(reference), forward(model)
+    off = (found - expected).norm() / expected.norm()
+    assert (1e-4 if precision else 0) < off < (3e-2 if precision else 1e-5)
+    vk.unpatch(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert torch.equal(forward(model), before)
+
+
+def test_sublayers_alone():
+    model = vk.patch(plain("bert"), 1, (2,), 8, optimize="sublayers")
+    layer = find(model).blocks[0]
+    assert swapped(layer) == [layer.intermediate.dense, layer.output.dense]
+    vk.unpatch(model)
+    vk.patch(model, 1, {"ffn": (2,), "attention_kv": (2,)}, 8, optimize="sublayers")
+    assert len(swapped(find(model).blocks[0])) == 6
+
+
+def test_without_it_a_dense_level_is_the_original():
+    model = plain("bert")
+    before = forward(model)
+    assert not swapped(vk.patch(model, 1, (2,), 8))
+    assert torch.equal(forward(model), before)
+
+
+def test_gradients_are_the_originals():
+    def gradient(optimize):
+        model = vk.patch(plain("bert"), 2, (2,), 8, optimize=optimize).train()
+        given = batch()
+        embedded = model.embeddings(given.pop("input_ids")).detach().requires_grad_()
+        torch.manual_seed(3)
+        model(inputs_embeds=embedded, **given).last_hidden_state.square().sum().backward()
+        return embedded.grad
+
+    assert torch.equal(gradient("encoder"), gradient(None))
+
+
+def test_a_changed_weight_is_noticed():
+    model = vk.patch(plain("bert"), 1, (2,), 8, optimize="encoder")
+    forward(model)
+    dense = find(model).blocks[0].attention.self.query
+    dense.weight.data.mul_(3)
+    twin = plain("bert")
+    twin.load_state_dict({k: v for k, v in model.state_dict().items() if "plugins" not in k})
+    torch.testing.assert_close(forward(model), forward(twin), rtol=1e-5, atol=1e-5)
+
+
+def test_hooked_and_foreign_layers_stay():
+    model = plain("bert")
+    first = model.encoder.layer[0]
+    first.attention.self.query.register_forward_hook(lambda *_: None)
+    first.attention.self.key = type("Own", (nn.Linear,), {})(128, 128).requires_grad_(False)
+    vk.patch(model, 1, (2,), 8, optimize="encoder")
+    own = {id(first.attention.self.query), id(first.attention.self.key)}
+    assert own.isdisjoint(map(id, swapped(model))) and len(swapped(model)) == 10
+
+
+def test_copies_pickles_and_frozen_weights():
+    model = vk.patch(plain("bert"), 2, (2,), 8, optimize="encoder")
+    expected = forward(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
+        assert torch.equal(forward(made), expected)
+    vk.freeze(model)
+    weight = find(model).blocks[0].attention.self.query.weight
+    weight.data.mul_(3)  # against the promise: nobody looks
+    assert torch.equal(forward(model), expected)
+    vk.thaw(model)
+    assert not torch.equal(forward(model), expected)
+
+
+def test_compiled():
+    torch._dynamo.reset()
+    model = vk.patch(plain("bert"), 2, (2,), 8, optimize="encoder")
+    given = batch()
+
+    def run(ids, mask):
+        return model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    with torch.no_grad():
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        found = compiled(given["input_ids"], given["attention_mask"])
+        torch.testing.assert_close(found, run(*given.values()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimize": "all"}, r"optimize must be one of .*'sublayers', 'encoder'.*got 'all'"),
+        ({"optimize": True}, "optimize must be one of"),
+        ({"optimize": "encoder", "pack": False}, "pack must be True with optimize='encoder'"),
+    ],
+)
+def test_refusals(settings, message):
+    model = plain("bert")
+    with pytest.raises(ValueError, match=message):
+        vk.patch(model, 2, **settings)
+    assert not swapped(model)
