@@ -75,7 +75,8 @@ def looking(args: argparse.Namespace, batch: int, length: int) -> list[Row]:
 
 
 def _last_hidden(model: nn.Module, case: Encoder) -> Outputs:
-    return (model(input_ids=case.ids, attention_mask=case.mask).last_hidden_state,)
+    ((ids, mask),) = case.inputs
+    return (model(input_ids=ids, attention_mask=mask).last_hidden_state,)
 
 
 def _sees_a_write(model: nn.Module, call: Callable[[], Any]) -> bool:

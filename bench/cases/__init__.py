@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from ..harness.checks import Outputs, Truth
 
 Call = Callable[[], Outputs]
+SETTLED_TOKENS = 512
+"""Up to so many an encoder's timed call follows an untimed one, as a sublayer's does."""
 
 
 class Key(NamedTuple):
@@ -21,15 +23,21 @@ class Key(NamedTuple):
     padding: str = "none"
     placements: tuple[str, ...] = ("ffn",)
     """Of an arm with plugins."""
+    dtype: str = ""
+    """Where the arms of a case differ in it; otherwise the case has it."""
 
     def __str__(self) -> str:
-        return self.arm if self.k is None else f"{self.beside()} k={self.k}"
+        return self.name if self.k is None else f"{self.beside()} k={self.k}"
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.arm, self.dtype)))
 
     def beside(self, placements: tuple[str, ...] = ("ffn",)) -> str:
         """The arm's name among those of the same round, to an arm with these placements."""
         if self.k is None or self.placements == placements:
-            return self.arm
-        return f"{self.arm}, {' + '.join(self.placements)}"
+            return self.name
+        return f"{self.name}, {' + '.join(self.placements)}"
 
 
 class Work(NamedTuple):
@@ -76,12 +84,19 @@ class Case:
     @property
     def title(self) -> str:
         kind = self.scope if self.name == self.scope else f"{self.scope}, {self.name}"
-        return f"{kind}, {self.dtype}, {self.batch} x {self.length}"
+        return ", ".join(filter(None, (kind, self.dtype, f"{self.batch} x {self.length}")))
+
+    @property
+    def settles(self) -> bool:
+        """Whether an untimed call of the same arm goes before each timed one: not where the work is
+        far larger than any cache, and lasts far longer than an idle pool of threads spins."""
+        return self.scope != "encoder" or self.batch * self.length <= SETTLED_TOKENS
 
     def row(self, arm: Arm) -> dict[str, Any]:
         """The arm's row in a result, without what is measured."""
         names = ("scope", "direction", "model", "dtype", "batch", "length")
         found = {"case": self.name, **{name: getattr(self, name) for name in names}}
+        found["dtype"] = arm.key.dtype or self.dtype
         found |= {"padding": arm.key.padding, "tokens": arm.tokens}
         found |= {"arm": arm.key.arm, "k": arm.key.k, "bound": arm.bound}
         found["placements"] = list(arm.key.placements) if arm.key.k else []

@@ -1,9 +1,9 @@
-"""Cases of the whole encoder: Hugging Face's, other runtimes, and the patched one."""
+"""Cases of the whole encoder: Hugging Face's and the patched one."""
 
-import os
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,8 +17,12 @@ from . import Arm, Call, Case, Key, models
 from .models import Architecture
 from .sublayer import usable
 
-DENSE_ARMS = ("hf", "hf-sdpa", "hf-compiled", "openvino")
+DENSE_ARMS = ("hf", "hf-sdpa", "hf-compiled")
 PLUGIN_ARMS = ("ours", "ours-compiled")
+Batch = tuple[Tensor, Tensor]
+"""Token ids and mask, ``[rows, n]``."""
+Level = tuple[int, tuple[str, ...]]
+"""A ratio and placements."""
 
 
 class LastHidden(nn.Module):
@@ -41,17 +45,18 @@ class Encoder:
     batch: int
     length: int
     ratios: tuple[int, ...]
+    """1 is the patched model's dense forward."""
     bottleneck: int = 64
     placements: tuple[tuple[str, ...], ...] = (("ffn",),)
     """Sets of them: each has plugin arms of its own."""
+    inputs: tuple[Batch, ...] = ()
+    """What a call runs on; if there is none, a full batch of random tokens."""
     sdpa: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
         self.sdpa = models.encoder(self.model, models.DTYPES[self.dtype])
-        self.ids = models.tokens(self.batch, self.length, self.model.config.vocab_size)
-        self.mask = torch.ones_like(self.ids)
-        self.checked = sorted({0, self.batch - 1})
-        self._truths: dict[Any, Truth] = {}
+        ids = models.tokens(self.batch, self.length, self.model.config.vocab_size)
+        self.inputs = self.inputs or ((ids, torch.ones_like(ids)),)
 
     def case(self, arms: Iterable[str]) -> Case:
         """Every dense arm once, every plugin arm at each ratio with each set of placements."""
@@ -59,48 +64,76 @@ class Encoder:
         case = Case("encoder", "encoder", "forward", self.model.name, self.dtype, *size,
                     self.measure, compared=self.rows)  # fmt: skip
         keys = [Key(arm) for arm in DENSE_ARMS if arm in arms]
-        keys += [Key(arm, *rest) for rest in self.levels for arm in PLUGIN_ARMS if arm in arms]
+        plugged = [arm for arm in PLUGIN_ARMS if arm in arms]
+        keys += [Key(arm, k, placements=places) for k, places in self.levels for arm in plugged]
         for key in keys:
-            bound = self.bound(key) if key.k else None
-            case.arms.append(Arm(key, partial(self.build, key), self.ids.numel(), bound))
+            case.arms.append(Arm(key, partial(self.build, key), self.tokens, self.bound(key)))
         return case
 
     @property
-    def levels(self) -> list[tuple[Any, ...]]:
-        """What tells the plugin arms of one name apart: the fields of a key behind the name."""
-        return [(k, "none", places) for k in self.ratios for places in self.placements]
+    def tokens(self) -> int:
+        """Real ones."""
+        return sum(int(mask.sum()) for _, mask in self.inputs)
 
-    def bound(self, key: Key) -> float:
+    @property
+    def levels(self) -> list[Level]:
+        """What tells the plugin arms of one name apart. Ratio 1 is the same at all placements."""
+        sets = self.placements
+        return [(k, places) for k in self.ratios for places in (sets if k > 1 else sets[:1])]
+
+    def bound(self, key: Key) -> float | None:
         """Dense over compressed multiply-adds."""
+        if not key.k:
+            return None
         level = dict.fromkeys(key.placements, key.k)
-        size = (self.batch, self.length)
-        return 1 / vk.flops.count(self.sdpa, *size, level, self.bottleneck).fraction_left
+        used = dense = 0
+        for _, mask in self.inputs:
+            count = vk.flops.count(
+                self.sdpa, length=mask.sum(-1).tolist(), ratio=level, bottleneck=self.bottleneck
+            )
+            used += count.multiply_adds.total
+            dense += count.dense_multiply_adds.total
+        return dense / used
 
     def rows(self, outputs: Outputs) -> Outputs:
-        """The rows compared with float64: a row's output depends on that row alone."""
-        finite = all(bool(out.isfinite().all()) for out in outputs)
-        return tuple(out[self.checked] for out in outputs) if finite else ()
+        """The real tokens of the rows compared with float64, ``[tokens, d]``: a row's output
+        depends on that row alone."""
+        masks = [mask for _, mask in self.inputs]
+        if [out.shape[:2] for out in outputs] != [mask.shape for mask in masks]:
+            return ()
+        real = [out[mask.bool()] for out, mask in zip(outputs, masks, strict=True)]
+        if not all(bool(tokens.isfinite().all()) for tokens in real):
+            return ()
+        return (self._compared(outputs),)
+
+    def _compared(self, outputs: Iterable[Tensor], taken: bool = False) -> Tensor:
+        """``taken``: the outputs hold the compared rows alone."""
+        found = []
+        for out, (_, mask) in zip(outputs, self.inputs, strict=True):
+            some = _ends(mask)
+            found.append((out if taken else out[some])[mask[some].bool()])
+        return torch.cat(found)
 
     def build(self, key: Key) -> Call:
-        if key.arm == "openvino":
-            return self.openvino()
         if key.k:
             twin = models.sharing(self.sdpa, "sdpa")
-            model = self.patched(twin, usable("cpu"), key.placements)
+            model = self.patched(twin, usable("cpu"), key.placements, **precision(key))
             vk.set_ratio(model, key.k)
         else:
             attention = "eager" if key.arm == "hf" else "sdpa"
             model = models.sharing(self.sdpa, attention)
         module: Any = LastHidden(model)
-        call = compiled(module, whole=bool(key.k)) if key.arm.endswith("-compiled") else module
-        return lambda: (call(self.ids, self.mask),)
+        if key.arm.endswith("-compiled"):
+            module = compiled(module, whole=bool(key.k), dynamic=len(self.inputs) > 1)
+        return lambda: tuple(module(ids, mask) for ids, mask in self.inputs)
 
     def patched(
-        self, model: nn.Module, backend: str, placements: tuple[str, ...] = ("ffn",)
+        self, model: nn.Module, backend: str, placements: tuple[str, ...] = ("ffn",), **more: Any
     ) -> nn.Module:
         """With plugins away from zero, the same ones whatever the backend and the dtype."""
-        vk.patch(model, self.ratios[0], self.ratios, self.bottleneck, placements=placements,
-                 backend=backend)  # fmt: skip
+        ratios = [k for k in self.ratios if k > 1] or [2]
+        vk.patch(model, ratios[0], ratios, self.bottleneck, placements=placements, backend=backend,
+                 **more)  # fmt: skip
         source, kind = models.generator(5), models.DTYPES[self.dtype]
         with torch.no_grad():
             for parameter in vk.plugin_parameters(model):
@@ -110,45 +143,46 @@ class Encoder:
 
     def measure(self, key: Key) -> Truth:
         """float64 and plain PyTorch in the dtype, on the compared rows; for all arms at once."""
-        if not self._truths:
-            exact = self._outputs(models.encoder(self.model, models.DTYPES[self.dtype]).double())
-            plain = self._outputs(models.sharing(self.sdpa, "eager"))
-            self._truths = {level: truth((exact[level],), (plain[level],)) for level in exact}
-        return self._truths[key[1:] if key.k else None]
+        level = (key.k, key.placements) if key.k else None
+        return truth((self.exact[level],), (self.plain[level],))
 
-    def _outputs(self, model: Any) -> dict[Any, Tensor]:
-        """Of the dense model, under None, and of every level."""
-        module = LastHidden(model)
-        ids, mask = self.ids[self.checked], self.mask[self.checked]
-        found: dict[Any, Tensor] = {None: module(ids, mask)}
+    @cached_property
+    def exact(self) -> dict[Level | None, Tensor]:
+        """In float64 on the compared rows: of the dense model, under None, and of every level."""
+        return self._outputs(models.encoder(self.model, models.DTYPES[self.dtype]).double())
+
+    @cached_property
+    def plain(self) -> dict[Level | None, Tensor]:
+        """The same by plain PyTorch in the dtype."""
+        return self._outputs(models.sharing(self.sdpa, "eager"))
+
+    def _outputs(self, model: Any) -> dict[Level | None, Tensor]:
+        def run(twin: nn.Module) -> Tensor:
+            module, pairs = LastHidden(twin), self.inputs
+            outputs = (module(ids[_ends(ids)], mask[_ends(ids)]) for ids, mask in pairs)
+            return self._compared(outputs, taken=True)
+
+        found: dict[Level | None, Tensor] = {None: run(model)}
         for placements in self.placements if self.ratios else ():
             # A twin each: unpatching would drop what other arms have packed of the same weights.
             twin = models.sharing(model, model.config._attn_implementation)
-            module = LastHidden(self.patched(twin, "reference", placements))
+            self.patched(twin, "reference", placements)
             for level in self.levels:
-                if level[-1] == placements:
+                if level[1] == placements:
                     vk.set_ratio(twin, level[0])
-                    found[level] = module(ids, mask)
+                    found[level] = run(twin)
         return found
 
-    def openvino(self) -> Call:
-        """OpenVINO's CPU plugin on the same weights."""
-        try:
-            import openvino as ov
-        except ImportError as error:
-            raise Unavailable("openvino is not installed") from error
-        if self.dtype == "fp16":
-            raise Unavailable("openvino: fp32 and bf16 only")
-        wide = models.sharing(models.encoder(self.model, torch.float32), "sdpa")
-        with torch.no_grad():
-            if self.dtype == "bf16":
-                for parameter in wide.parameters():
-                    parameter.copy_(parameter.bfloat16())
-            graph = ov.convert_model(LastHidden(wide), example_input=(self.ids, self.mask))
-        options = {
-            "INFERENCE_PRECISION_HINT": "bf16" if self.dtype == "bf16" else "f32",
-            "INFERENCE_NUM_THREADS": str(min(torch.get_num_threads(), os.cpu_count() or 1)),
-        }
-        network = ov.Core().compile_model(graph, "CPU", options)
-        inputs = [self.ids.numpy(), self.mask.numpy()]
-        return lambda: (torch.from_numpy(network(inputs)[0]),)
+
+def precision(key: Key) -> dict[str, str]:
+    """What ``vk.patch`` is told of an arm's dtype."""
+    if key.dtype != "int8":
+        return {}
+    if "precision" not in inspect.signature(vk.patch).parameters:
+        raise Unavailable("vk.patch has no precision")
+    return {"precision": "int8"}
+
+
+def _ends(batch: Tensor) -> list[int]:
+    """The first row and the last."""
+    return sorted({0, len(batch) - 1})

@@ -26,12 +26,14 @@ class _Entry(nn.Module):
 
 
 def compiled(
-    module: nn.Module, *, freeze: bool = True, whole: bool = False, mode: str | None = None
-) -> Any:
+    module: nn.Module, *, freeze: bool = True, whole: bool = False, mode: str | None = None,
+    dynamic: bool = False,
+) -> Any:  # fmt: skip
     """The compiled module. Compilation happens in the first call.
 
     ``freeze``: weights become constants (on the CPU, without a backward pass).
     ``whole``: a graph that breaks is an error, not a slower measurement.
+    ``dynamic``: one graph for inputs of many sizes.
 
     Dynamo keeps its graphs by code object; an entry of its own keeps arms of one class from
     recompiling, or going dynamic, because of each other.
@@ -41,16 +43,18 @@ def compiled(
     code = _Entry.forward.__code__.replace(co_name=f"forward_{next(_serial)}")
     forward = types.FunctionType(code, _Entry.forward.__globals__)
     entry = type("Entry", (_Entry,), {"forward": forward})(module)
-    graph = torch.compile(entry, dynamic=False, fullgraph=whole, mode=mode)
+    graph = torch.compile(entry, dynamic=dynamic, fullgraph=whole, mode=mode)
     if not freeze:
         return graph
 
-    pending = [torch._inductor.config.patch(freezing=True)]
+    compiles = True
 
     def call(*inputs: Any) -> Any:
-        if not pending:
+        nonlocal compiles
+        if not compiles:
             return graph(*inputs)
-        with pending.pop():
+        compiles = dynamic  # then a later size may bring another graph
+        with torch._inductor.config.patch(freezing=True):
             return graph(*inputs)
 
     return call

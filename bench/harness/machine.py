@@ -18,7 +18,9 @@ RESULTS = ROOT / "bench" / "results"
 DATA = ROOT.parent / "shared" / "data"
 """Where the measurements' data lie, beside the repository."""
 ISA_FLAG = re.compile(r"avx|amx|fma|f16c|sse4|asimd|sve|bf16")
-PACKAGES = ("variator-kernels", "torch", "triton", "transformers", "numpy", "openvino")
+PEERS = ("openvino", "nncf", "onnx", "onnxruntime", "ctranslate2", "torchao")
+"""What ``bench.peers`` compares with."""
+PACKAGES = ("variator-kernels", "torch", "triton", "transformers", "numpy", *PEERS)
 
 
 def _cpuinfo() -> dict[str, str]:
@@ -39,6 +41,11 @@ def isa_flags() -> list[str]:
 def has_bf16() -> bool:
     """Whether the processor multiplies bf16 by instructions of its own."""
     return any("bf16" in flag for flag in isa_flags())
+
+
+def has_vnni() -> bool:
+    """Whether it multiplies int8 by instructions that cannot saturate."""
+    return any("vnni" in flag or "amx_int8" in flag for flag in isa_flags())
 
 
 def machine() -> dict[str, Any]:

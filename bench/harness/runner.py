@@ -74,9 +74,8 @@ def run(
             timed = {key: _prepared(clock, call, rows[key]) for key, call in calls.items()}
             first = clock is clocks[0]
             advance = (lambda: progress.step("timing")) if first else (lambda: None)
-            settle = case.scope != "encoder"  # an encoder is far larger than any cache
             turns = max(1, rounds // clock.share)
-            samples, outputs = clock.interleave(timed, turns, advance, settle, until)
+            samples, outputs = clock.interleave(timed, turns, advance, case.settles, until)
             if first:
                 for key, out in outputs.items():
                     _judge(case, rows[key], out, truths[key[1:]])
@@ -112,6 +111,7 @@ def _judge(case: Case, row: Row, out: Outputs, measure: Truth) -> None:
     verdict = judge(case.compared(out), measure, factor_of(row["arm"]))
     row["error"] = verdict.error if verdict.error != float("inf") else None
     row["allowed"] = verdict.allowed
+    row["relative"] = verdict.relative if verdict.relative != float("inf") else None
     if not verdict.ok:
         row.update(status="failed", reason=verdict.reason)
 

@@ -50,7 +50,7 @@ def _measure(
         return run
 
     dense = next(iter(models.values()))
-    inputs = batches(dense, lines)
+    inputs = batches(dense.tokenizer, lines, dense.max_seq_length)
     keys = [(kept, k) for kept in models for k in ratios]
     verdicts = {}
     for kept, k in keys:
@@ -78,11 +78,11 @@ def _measure(
     return made
 
 
-def batches(model: Any, lines: list[str]) -> list[dict[str, Any]]:
-    """What ``encode`` feeds to the encoder."""
+def batches(tokenizer: Any, lines: list[str], longest: int) -> list[dict[str, Any]]:
+    """What ``encode`` feeds to the encoder: rows of similar length share a batch."""
     ordered = sorted(lines, key=len)
     options = {"padding": True, "truncation": True, "return_tensors": "pt"}
     return [
-        dict(model.tokenizer(ordered[i : i + ROWS], max_length=model.max_seq_length, **options))
+        dict(tokenizer(ordered[i : i + ROWS], max_length=longest, **options))
         for i in range(0, len(ordered), ROWS)
     ]
