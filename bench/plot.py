@@ -9,7 +9,20 @@ from matplotlib.axes import Axes
 
 from .harness import results
 from .harness.results import Row
-from .harness.style import AMBER, BLUE, BROWN, GREY, INK, NAVY, commit, over_k, sheet
+from .harness.style import (
+    AMBER,
+    BLUE,
+    BROWN,
+    DENSE,
+    ENCODER_NAMES,
+    GREY,
+    NAVY,
+    bars,
+    commit,
+    over_k,
+    sheet,
+)  # fmt: skip
+from .peers.figure import peers
 from .quality import figure
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -23,10 +36,6 @@ PLACES = {
     "attention": "#c05621",
 }  # fmt: skip
 """Colours; at FFNs alone it is the arm's."""
-ENCODER_NAMES = {
-    "hf": "HF eager", "hf-sdpa": "HF SDPA", "hf-compiled": "HF compiled", "openvino": "OpenVINO",
-    "ours": "variator", "ours-compiled": "variator\ncompiled",
-}  # fmt: skip
 ACTIVE = {
     "union": {"color": GREY, "marker": "v", "label": "any token of the group (union)"},
     "merged": {"color": BLUE, "marker": "o", "label": "the merged vector"},
@@ -109,26 +118,16 @@ def _curves(axes: Axes, rows: list[Row], dtype: str) -> None:
 
 def _bars(axes: Axes, rows: list[Row], dtype: str) -> None:
     """Time of the whole encoder by arm, with quartiles, and the speed-up over SDPA."""
-    cells = [row for row in rows if row["status"] == "ok"]
-    base, names = _base(rows, "hf-sdpa", "hf"), []
-    for place, row in enumerate(cells):
-        k, median, place_of = row["k"], row["median"], results.placements(row)
-        names.append(str(ENCODER_NAMES.get(row["arm"], row["arm"])) + (f", k={k}" if k else ""))
-        if k and any(results.placements(other) in PLACES for other in cells):
-            names[-1] = names[-1].replace("\n", " ") + f"\n{place_of}"
-        own = PLACES.get(place_of) or STYLES.get(row["arm"], {}).get("color")
-        colour = own if k is not None else "#9fb3c8"
-        axes.barh(place, median, color=colour, height=0.66)
-        spread = [[median - row["q1"]], [row["q3"] - median]]
-        axes.errorbar(median, place, xerr=spread, color=INK, lw=1, capsize=2)
-        factor = results.speedup(row, base)
-        text = f"{median:.3g} s" + (f"   {factor:.2f}x" if factor else "")
-        style: Any = {"textcoords": "offset points", "va": "center", "fontsize": 8.5}
-        axes.annotate(text, (row["q3"], place), (6, 0), **style)
-    axes.set_yticks(range(len(cells)), names)
-    axes.invert_yaxis()
-    axes.set_xlim(0, max((row["q3"] for row in cells), default=1) * 1.4)
-    axes.grid(axis="x")
+    measured = [row for row in rows if row["status"] == "ok"]
+    base, cells = _base(rows, "hf-sdpa", "hf"), []
+    for row in measured:
+        k, places = row["k"], results.placements(row)
+        name = str(ENCODER_NAMES.get(row["arm"], row["arm"])) + (f", k={k}" if k else "")
+        if k and any(results.placements(other) in PLACES for other in measured):
+            name = name.replace("\n", " ") + f"\n{places}"
+        own = PLACES.get(places) or STYLES.get(row["arm"], {}).get("color") or BLUE
+        cells.append((name, own if k is not None else DENSE, row))
+    bars(axes, cells, base)
     axes.set_title(f"Whole encoder, {dtype}")
     axes.set_xlabel("seconds a forward" + (f" (factor over {ENCODER_NAMES[base]})" if base else ""))
 
@@ -209,6 +208,7 @@ def gpu(content: Row, target: Path) -> None:
 FIGURES: dict[str, Callable[[Row, Path], None]] = {
     "speed_vs_k": speed,
     "neurons": neurons,
+    "peers": peers,
     "quality_vs_k": figure.quality,
     "quality_embeddings": figure.embeddings,
     "decoder": figure.decoder,

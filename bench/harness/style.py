@@ -11,10 +11,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from .results import Row
+from .results import Row, speedup
 
 INK, GRID, GREY = "#1f2933", "#e4e7eb", "#7b8794"
 AMBER, BROWN, BLUE, NAVY = "#e8a33d", "#c05621", "#2b6cb0", "#1a365d"
+DENSE = "#9fb3c8"
+ENCODER_NAMES = {
+    "hf": "HF eager", "hf-sdpa": "HF SDPA", "hf-compiled": "HF compiled", "openvino": "OpenVINO",
+    "onnxruntime": "ONNX Runtime", "ctranslate2": "CTranslate2", "torchao-pt2e": "torchao PT2E",
+    "ours": "variator", "ours-compiled": "variator\ncompiled",
+}  # fmt: skip
 RC: Any = {
     "font.size": 10, "axes.edgecolor": GREY, "axes.labelcolor": INK, "axes.titleweight": "bold",
     "axes.titlesize": 11, "axes.titlecolor": INK, "axes.titlelocation": "left",
@@ -46,6 +52,23 @@ def over_k(axes: Axes, ticks: list[int]) -> None:
     axes.minorticks_off()
     axes.set_xlabel("compression ratio k")
     axes.grid()
+
+
+def bars(axes: Axes, cells: list[tuple[str, str, Row]], base: str) -> None:
+    """Times of a name, a colour and a row each, with quartiles, and the speed-up over ``base``."""
+    for place, (_, colour, row) in enumerate(cells):
+        median = row["median"]
+        axes.barh(place, median, color=colour, height=0.66)
+        spread = [[median - row["q1"]], [row["q3"] - median]]
+        axes.errorbar(median, place, xerr=spread, color=INK, lw=1, capsize=2)
+        factor = speedup(row, base)
+        text = f"{median:.3g} s" + (f"   {factor:.2f}x" if factor else "")
+        style: Any = {"textcoords": "offset points", "va": "center", "fontsize": 8.5}
+        axes.annotate(text, (row["q3"], place), (6, 0), **style)
+    axes.set_yticks(range(len(cells)), [name for name, _, _ in cells])
+    axes.invert_yaxis()
+    axes.set_xlim(0, max((row["q3"] for _, _, row in cells), default=1) * 1.4)
+    axes.grid(axis="x")
 
 
 def commit(content: Row) -> str:

@@ -10,6 +10,7 @@ from bench.decoder import table as decoder
 from bench.harness import tables
 from bench.harness.results import Row, pick, placements, speedup
 from bench.harness.tables import Column, key, number
+from bench.peers import table as peers
 
 
 class Machine(NamedTuple):
@@ -153,7 +154,7 @@ def of_packing(found: Machine, folder: Path) -> str:
 def of_decoder(found: Machine, folder: Path) -> str:
     """A row a level of every run of ``bench.decoder``."""
     parts = []
-    for content in _decoders(found).values():
+    for content in _named(found, "decoder").values():
         measured = pick(content["rows"], status="ok")
         parts.append(tables.markdown(decoder.columns(content), measured))
     return "\n\n".join(parts)
@@ -162,11 +163,26 @@ def of_decoder(found: Machine, folder: Path) -> str:
 def decoder_figure(found: Machine, folder: Path) -> str:
     """Perplexity against the cache and the time to first token."""
     text = "Perplexity against cache memory and time to first token"
-    return "\n".join(found.picture(name, text, folder) for name in _decoders(found))
+    return "\n".join(found.picture(name, text, folder) for name in _named(found, "decoder"))
 
 
-def _decoders(found: Machine) -> dict[str, Row]:
-    return {name: found.files[name] for name in sorted(found.files) if name.startswith("decoder")}
+def _named(found: Machine, start: str) -> dict[str, Row]:
+    return {name: found.files[name] for name in sorted(found.files) if name.startswith(start)}
+
+
+def of_peers(found: Machine, folder: Path) -> str:
+    """Every run of ``bench.peers``: where, a table of arms and inputs, what was not measured."""
+    parts = []
+    for name, content in _named(found, "peers").items():
+        here, model, settings = content["machine"], content["model"], content["settings"]
+        versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+        parts += [
+            f"**{model['name']}**, weights {model['weights']}; {here['cpu']}, "
+            f"{settings['threads']} threads; {versions}.",
+            found.picture(name, f"{model['name']}: whole encoders", folder),
+            peers.markdown(content),
+        ]
+    return "\n\n".join(parts)
 
 
 def of_targets(found: Machine, folder: Path) -> str:
@@ -182,5 +198,5 @@ TABLES: dict[str, Callable[[Machine, Path], str]] = {
     "small": _of_cells("small", SMALL), "encoder": encoder, "placements": with_placements,
     "backward": _of_cells("backward", BACKWARD), "ragged": _of_cells("ragged", RAGGED),
     "memory": of_memory, "packing": of_packing, "targets": of_targets, "decoder": of_decoder,
-    "decoder-figure": decoder_figure,
+    "decoder-figure": decoder_figure, "peers": of_peers,
 }  # fmt: skip
