@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import transformers
 
 from .. import internals, plot
 from ..cases import models
@@ -107,7 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
         model, found = settle(args)
     except (ValueError, OSError) as error:
         made.error(str(error))
-    logging.disable(logging.WARNING)  # runtimes log much while they convert
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
     hidden = ("output", "publish", "name", "data", "work", "model")
     settings = {name: value for name, value in vars(args).items() if name not in hidden}
     content, console = options.begin("peers", settings | {"allocator": memory}, model)

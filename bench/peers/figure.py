@@ -23,7 +23,7 @@ def peers(content: Row, target: Path) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     caption = (
         f"{here['cpu']}, {content['settings']['threads']} threads; weights "
-        f"{content['model']['weights']}; commit {commit(content)}; {versions}\nMedians of "
+        f"{content['model']['weights']}; commit {commit(content)}\n{versions}\nMedians of "
         "interleaved rounds, whiskers are quartiles; factors are over Hugging Face SDPA in fp32."
     )
     height, title = -(-len(inputs) // 2), f"{content['model']['name']}: whole encoders"
@@ -37,7 +37,7 @@ def peers(content: Row, target: Path) -> None:
             found = sorted(results.pick(rows, input=name, status="ok"), key=lambda r: r["median"])
             cells = [(_named(row), COLOURS[bool(row["k"]), row["dtype"]], row) for row in found]
             bars(axes, cells, SDPA)
-            axes.set_title(f"{name} tokens, seconds a forward")
+            axes.set_title(f"{name}: seconds a call")
 
 
 def _named(row: Row) -> str:

@@ -1,6 +1,5 @@
 """ONNX Runtime's CPU provider: fp32, and int8 with dynamic activations, weights a channel."""
 
-import warnings
 from pathlib import Path
 
 import torch
@@ -32,11 +31,10 @@ def _export(source: Source, path: Path) -> None:
     """Traced: the runtime's fusions know the patterns of that exporter."""
     need("onnx")
     free = {name: {0: "rows", 1: "length"} for name in (*NAMES, "hidden")}
-    with warnings.catch_warnings(action="ignore"):
-        torch.onnx.export(
-            source.module, source.example, str(path), dynamo=False, opset_version=17,
-            input_names=NAMES, output_names=["hidden"], dynamic_axes=free,
-        )  # fmt: skip
+    torch.onnx.export(
+        source.module, source.example, str(path), dynamo=False, opset_version=17,
+        input_names=NAMES, output_names=["hidden"], dynamic_axes=free,
+    )  # fmt: skip
 
 
 def _quantise(plain: Path, path: Path) -> None:

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,7 +67,9 @@ class Source:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             try:
-                make(part)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # tracing warns of every branch
+                    make(part)
             except BaseException:
                 shutil.rmtree(part)
                 raise

@@ -35,8 +35,10 @@ def over(row: Row, peer: str) -> float | None:
 
 
 def level(row: Row) -> str:
-    """Where plugins are, and their ratio."""
-    return f"k={row['k']}, {placements(row)}" if row["k"] and row["k"] > 1 else ""
+    """Our ratio, and where plugins are."""
+    if row["k"] == 1:
+        return "k=1"
+    return f"k={row['k']}, {placements(row)}" if row["k"] else ""
 
 
 ARM = [key("arm", "arm"), key("dtype", "dtype"), Column("plugins", level, True)]
