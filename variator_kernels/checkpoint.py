@@ -21,7 +21,7 @@ from .methods.variator.stored import FIELDS, Settings, key
 from .ops import checks
 from .patching import apply, unpatch
 from .runtime.kept import Kept, adopted, token_ids
-from .runtime.level import Site
+from .runtime.site import Site
 from .runtime.state import STATE, State, states
 from .sites.family import ROW, Family, is_a
 from .sites.find import Found, find, find_all, is_patched

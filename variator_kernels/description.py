@@ -10,7 +10,8 @@ from . import backends
 from .freezing import packed_weights
 from .methods.variator.method import plugin_parameters
 from .ops import int8_linear
-from .runtime.level import Level, Site
+from .runtime.level import Level
+from .runtime.site import Site
 from .runtime.state import STATE, State, kept_masks, states
 from .sites.find import Found, find, find_all
 

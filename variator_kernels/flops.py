@@ -13,7 +13,8 @@ from .flops_lora import LowRank, low_rank, low_rank_parts
 from .flops_rows import Prompts, Rows, whole
 from .ops.flop_formulas import decompress_macs, ffn_macs, merge_macs
 from .runtime.kept import WINDOW
-from .runtime.level import Site, mentioned, resolve
+from .runtime.level import mentioned, resolve
+from .runtime.site import Site
 from .runtime.state import STATE
 from .sites.family import lookup
 from .sites.find import Found, find

@@ -6,7 +6,8 @@ import torch
 
 import variator_kernels as vk
 from tests.sites import tiny
-from variator_kernels.runtime.level import Level, Site, resolve
+from variator_kernels.runtime.level import Level, resolve
+from variator_kernels.runtime.site import Site
 from variator_kernels.runtime.state import observe, states
 
 SITES = tuple(Site("ffn", layer) for layer in range(4))

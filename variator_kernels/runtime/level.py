@@ -6,16 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .. import checks
-
-
-class Site(NamedTuple):
-    """One place of a model at which a method can work."""
-
-    placement: str
-    """``"ffn"``: around a feed-forward sublayer. ``"attention"``: around self-attention.
-    ``"attention_kv"``: in front of its keys and values."""
-    layer: int
-    """Of the encoder, from 0."""
+from .site import Site
 
 
 class Level(NamedTuple):

@@ -18,7 +18,8 @@ from ..ops.transforms import exporting, tracing
 from . import level as levels
 from .context import Context, check_kept
 from .kept import Kept, are_among
-from .level import Level, Site
+from .level import Level
+from .site import Site
 
 STATE = "variator_state"
 """The attribute under which every patched module refers to its model's :class:`State`."""

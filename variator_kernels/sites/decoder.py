@@ -10,7 +10,8 @@ from torch import Tensor
 from ..ops.self_attention import Rotation, Scheme, SelfAttention
 from ..ops.transforms import is_plain
 from ..runtime.context import Context
-from ..runtime.level import Level, Site
+from ..runtime.level import Level
+from ..runtime.site import Site
 from .attention import DescribedAttention, paths_of
 from .attention_refusals import check_no_mask, check_no_weights
 from .family import lookup

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..runtime.level import Site
+from ..runtime.site import Site
 from .find import Found
 
 _GROWING = ("dynamic", "longrope")

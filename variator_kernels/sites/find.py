@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..runtime.level import Site
+from ..runtime.site import Site
 from ..runtime.state import STATE
 from .families import FAMILIES, REFUSED
 from .family import ROW, Family, blocks_of, follow, is_a, lookup

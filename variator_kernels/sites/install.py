@@ -10,7 +10,7 @@ from torch import nn
 from ..ops import prepacked_linear
 from ..ops.frozen_linear import FrozenLinear
 from ..ops.int8_linear.module import Linear as Int8Linear
-from ..runtime.level import Site
+from ..runtime.site import Site
 from ..runtime.state import STATE, State, states
 from .attention import DescribedAttention, reach
 from .classes import patched_class, when_patched

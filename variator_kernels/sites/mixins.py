@@ -14,7 +14,8 @@ from ..ops.fast_norm import normalize_fast
 from ..ops.feed_forward import FeedForward
 from ..ops.transforms import is_plain, tracing
 from ..runtime.context import Context, token_mask
-from ..runtime.level import Level, Site
+from ..runtime.level import Level
+from ..runtime.site import Site
 from ..runtime.state import State
 from .attention_refusals import UNREAD, check_absent, check_no_weights
 from .described import Described

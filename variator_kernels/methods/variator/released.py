@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...runtime.level import Site
+from ...runtime.site import Site
 from .stored import Settings, key
 
 _NAME = re.compile(

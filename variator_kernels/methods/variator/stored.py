@@ -10,7 +10,8 @@ from torch import Tensor
 from ... import checks
 from ...ops.feed_forward import ADAPTER_ACTIVATIONS
 from ...runtime.kept import MOST, Kept
-from ...runtime.level import Level, Site
+from ...runtime.level import Level
+from ...runtime.site import Site
 from .config import PLACEMENTS
 
 FORMAT = 2

@@ -31,8 +31,8 @@ from tqdm.auto import tqdm
 from ....ops.feed_forward import products
 from ....ops.groups import Groups
 from ....ops.prepacked_linear import linear
-from ....runtime.level import Site
 from ....runtime.levels import use_ratio
+from ....runtime.site import Site
 from ....runtime.state import State
 from ....sites.attention import reach_of
 from ....sites.feed_forward import describe

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ....runtime.level import Level, Site
+from ....runtime.level import Level
+from ....runtime.site import Site
 from ....runtime.state import State
 from .inputs import Chunk
 from .streams import Blocks, Store
