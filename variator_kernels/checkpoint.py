@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import sharding
+from . import files, sharding
 from .hub import located
 from .methods.variator import released, stored
 from .methods.variator.stored import FIELDS, Settings, key
@@ -121,8 +120,8 @@ def write(settings: Settings, tensors: dict[str, Tensor], folder: str | os.PathL
         raise ValueError(f"folder must be a folder, got the file {path}")
     path.mkdir(parents=True, exist_ok=True)
     # The settings travel in both files, so that halves of two saves are told apart.
-    _replace(path / TENSORS, lambda to: save_file(tensors, to, {"settings": text}))
-    _replace(path / SETTINGS, lambda to: Path(to).write_text(text, encoding="utf-8"))
+    files.replace(path / TENSORS, lambda to: save_file(tensors, to, {"settings": text}))
+    files.replace(path / SETTINGS, lambda to: Path(to).write_text(text, encoding="utf-8"))
 
 
 def load_plugins(
@@ -225,27 +224,15 @@ def _fill(
     state.warned = False
 
 
-def _replace(path: Path, writer: Callable[[Path], Any]) -> None:
-    """Write to a temporary file beside ``path``, then rename."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        writer(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _read(path: Path) -> tuple[Settings, dict[str, Tensor]]:
     beside = path.with_name(SETTINGS)
     if not beside.is_file():
         raise FileNotFoundError(f"source must hold {SETTINGS} beside {path.name}, there is none")
     try:
         with safe_open(path, framework="pt") as file:
-            inside = _parsed((file.metadata() or {})["settings"])
+            inside = files.parsed((file.metadata() or {})["settings"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        given = _parsed(beside.read_text(encoding="utf-8"))
+        given = files.parsed(beside.read_text(encoding="utf-8"))
     except (SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise ValueError(f"source {path.parent} is damaged: {error}") from error
     if given != inside:
@@ -255,17 +242,6 @@ def _read(path: Path) -> tuple[Settings, dict[str, Tensor]]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"source {path.parent} cannot be read: {error}") from error
     return settings, stored.renamed(settings, tensors) if given["format"] == 1 else tensors
-
-
-def _parsed(text: str) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"it has {max(names, key=names.count)!r} twice")
-        return fields
-
-    return json.loads(text, object_pairs_hook=once)
 
 
 def _check(found: Found, settings: Settings, tensors: dict[str, Tensor], path: Path) -> Kept:
