@@ -15,7 +15,7 @@ from ....ops import prepack
 from ....ops.int8_linear import own_precision
 from ....ops.prepacked_linear import FrozenProducts
 from ....runtime.state import STATE, State, states
-from ....sites.find import find
+from ....sites.find import Found, find
 from ....sites.wrappers import check_values
 from ..method import plugin_parameters
 from .inputs import chunks
@@ -67,16 +67,8 @@ def calibrate(
             are not finite. OSError: no room for the temporary files. All plugins have their old
             values then.
     """
-    states(model)
+    found, state = patched_encoder(model, "calibrate")
     passes = checks.integer(passes, "passes")
-    found = find(model)
-    if found.family.mask != "attention_mask":
-        raise ValueError(
-            "calibrate needs an encoder that takes attention_mask, the family of this one says "
-            f"mask={found.family.mask!r}: give its forward such an argument"
-        )
-    check_values(found.encoder)
-    state: State = vars(found.encoder)[STATE]
     wanted = list(state.ratios if ratios is None else ratios)
     for k in wanted:
         if checks.ratio(k, "ratios") not in (1, *state.ratios):
@@ -97,21 +89,47 @@ def calibrate(
     return table
 
 
+def patched_encoder(model: nn.Module, what: str) -> tuple[Found, State]:
+    """The one encoder of ``model``, whose blocks ``what`` can run one at a time.
+
+    Raises:
+        ValueError: it is not patched, takes no ``attention_mask``, or has no values.
+    """
+    states(model)
+    found = find(model)
+    if found.family.mask != "attention_mask":
+        raise ValueError(
+            f"{what} needs an encoder that takes attention_mask, the family of this one says "
+            f"mask={found.family.mask!r}: give its forward such an argument"
+        )
+    check_values(found.encoder)
+    return found, vars(found.encoder)[STATE]
+
+
+@contextmanager
+def evaluating(model: nn.Module, state: State) -> Iterator[None]:
+    """In evaluation mode, without a warning of untrained plugins; afterwards as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    warned, state.warned = state.warned, True
+    try:
+        model.eval()
+        yield
+    finally:
+        state.warned = warned
+        for module, training in modes:
+            module.training = training
+
+
 @contextmanager
 def _restored(model: nn.Module, state: State, ratios: list[int]) -> Iterator[None]:
     """Modes and caches afterwards as before; after an error the plugins too."""
     before = [(parameter, parameter.clone()) for parameter in plugin_parameters(model, ratios)]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    warned, state.warned = state.warned, True
     try:
-        yield
+        with evaluating(model, state):
+            yield
     except BaseException:
         for parameter, value in before:
             parameter.copy_(value)
         raise
     finally:
-        state.warned = warned
         prepack.cache.forget(model.parameters())
-        for module, training in modes:
-            module.training = training

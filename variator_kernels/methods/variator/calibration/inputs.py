@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -44,24 +44,13 @@ def chunks(
         TypeError: a batch is not a mapping. ValueError: it has no ``attention_mask``, other
         arguments than the first, or not a row a sequence; or there are too few sequences.
     """
-    names, rows, keys = set(names), [], None
-    for batch in batches:
-        mask = _mask(batch)
-        found = sorted(key for key in batch if key in names and batch[key] is not None)
-        keys = found if keys is None else keys
-        if found != keys:
-            raise ValueError(f"batches must hold the same arguments, got {keys} and {found}")
-        for key in keys:
-            if not isinstance(batch[key], Tensor) or batch[key].shape[:2] != mask.shape:
-                got = list(getattr(batch[key], "shape", [])) or type(batch[key]).__name__
-                raise ValueError(
-                    f"batches must hold tensors of shape {list(mask.shape)} (a row a sequence), "
-                    f"got {key} of {got}"
-                )
+    rows = []
+    for batch in checked(batches, names):
+        mask = batch["attention_mask"] != 0
         for i in mask.any(1).nonzero()[:, 0].tolist():
             end = int(mask[i].nonzero()[-1]) + 1
             # Copies: a view would keep the batch and its padding.
-            rows.append({key: batch[key][i, :end].clone() for key in keys})
+            rows.append({key: given[i, :end].clone() for key, given in batch.items()})
     if len(rows) < LEAST:
         raise ValueError(f"batches must hold at least {LEAST} sequences, got {len(rows)}")
     tokens = sum(int((row["attention_mask"] != 0).sum()) for row in rows)
@@ -79,6 +68,54 @@ def chunks(
                 made.append(_chunk(part[begin:i], held_out, multiple))
                 begin = i
     return made
+
+
+def whole(
+    batches: Iterable[Mapping[str, Tensor]], names: Iterable[str], multiple: int = 1
+) -> list[Chunk]:
+    """Each batch with a token as a chunk, as it is; none is held out.
+
+    Raises:
+        TypeError, ValueError: as :func:`chunks`; or there is no token at all.
+    """
+    made = []
+    for batch in checked(batches, names):
+        more = -batch["attention_mask"].shape[1] % multiple
+        inputs = {
+            key: F.pad(given, (0, 0) * (given.dim() - 2) + (0, more))
+            for key, given in batch.items()
+        }
+        mask = inputs["attention_mask"] != 0
+        if mask.any():
+            made.append(Chunk(inputs, mask, False))
+    if not made:
+        raise ValueError("batches must hold at least one token, got none")
+    return made
+
+
+def checked(
+    batches: Iterable[Mapping[str, Tensor]], names: Iterable[str]
+) -> Iterator[dict[str, Tensor]]:
+    """The arguments of the encoder that each batch has, ``attention_mask`` among them.
+
+    Raises:
+        TypeError, ValueError: as :func:`chunks`.
+    """
+    names, keys = set(names), None
+    for batch in batches:
+        mask = _mask(batch)
+        found = sorted(key for key in batch if key in names and batch[key] is not None)
+        keys = found if keys is None else keys
+        if found != keys:
+            raise ValueError(f"batches must hold the same arguments, got {keys} and {found}")
+        for key in keys:
+            if not isinstance(batch[key], Tensor) or batch[key].shape[:2] != mask.shape:
+                got = list(getattr(batch[key], "shape", [])) or type(batch[key]).__name__
+                raise ValueError(
+                    f"batches must hold tensors of shape {list(mask.shape)} (a row a sequence), "
+                    f"got {key} of {got}"
+                )
+        yield {key: batch[key] for key in keys}
 
 
 def _mask(batch: Mapping[str, Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -32,13 +32,13 @@ class Errors:
     def upto(self, ratio: int, site: Site, stream: Store | None) -> float:
         """The sites up to this one compressed, on what ``stream`` has in front of its block."""
         before = [other for other in self.state.sites if _place(other) <= _place(site)]
-        return self.of(self._level(ratio, before), site.layer, stream)
+        return self.of(self.level(ratio, before), site.layer, stream)
 
     def alone(self, ratio: int, site: Site, dense: Store | None) -> float:
         """Only this site compressed."""
-        return self.of(self._level(ratio, [site]), site.layer, dense)
+        return self.of(self.level(ratio, [site]), site.layer, dense)
 
-    def _level(self, ratio: int, sites: Iterable[Site]) -> Level:
+    def level(self, ratio: int, sites: Iterable[Site]) -> Level:
         """These sites and those that share their modules compressed, the others dense."""
         state = self.state
         owners = {state.owners[state.sites.index(site)] for site in sites}
@@ -48,12 +48,21 @@ class Errors:
 
     def of(self, level: Any, begin: int = 0, stream: Store | None = None) -> float:
         """At this level, the blocks from ``begin`` on what ``stream`` holds of the ones before."""
-        squared = 0.0
-        for (i, chunk), real, dense in zip(self.chunks.items(), self.real, self.dense, strict=True):
-            x = self._last(chunk, level, begin, stream[i] if stream is not None else None)
-            squared += float((x[real].float() - dense).double().square().sum())
+        found = self.differences(level, begin, stream)
+        return self.relative(sum(float(x.double().square().sum()) for x in found))
+
+    def relative(self, squared: float) -> float:
+        """An error from the sum of the squares of :meth:`differences`."""
         error = squared / self.total if self.total else 0.0
         return error if math.isfinite(error) else math.inf
+
+    def differences(
+        self, level: Any, begin: int = 0, stream: Store | None = None
+    ) -> Iterator[Tensor]:
+        """Of each chunk's tokens, from the dense model's: ``[tokens, d]``."""
+        for (i, chunk), real, dense in zip(self.chunks.items(), self.real, self.dense, strict=True):
+            x = self._last(chunk, level, begin, stream[i] if stream is not None else None)
+            yield x[real].float() - dense
 
     def _last(self, chunk: Chunk, level: Any, begin: int, hidden: Tensor | None) -> Tensor:
         return self.blocks.run(chunk.inputs, level, begin, hidden=hidden)
