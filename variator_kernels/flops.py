@@ -13,7 +13,7 @@ from .flops_lora import LowRank, low_rank, low_rank_parts
 from .flops_rows import Prompts, Rows, whole
 from .ops.flop_formulas import decompress_macs, ffn_macs, merge_macs
 from .runtime.kept import WINDOW
-from .runtime.level import mentioned, resolve
+from .runtime.level import by_placement, mentioned, resolve
 from .runtime.site import Site
 from .runtime.state import STATE
 from .sites.family import lookup
@@ -76,8 +76,8 @@ def count(
         batch, length: rows and tokens a row; or ``length`` gives every row its own number, and
             ``batch`` is not looked at. FFN, merge and decompress then follow the real tokens,
             attention the padded ones.
-        ratio: k, or a mapping, as :func:`set_ratio` takes it; 1 is dense. Of a model that is not
-            patched it may be any, and a mapping says at which placements.
+        ratio: k, a mapping or a :class:`Plan`, as :func:`set_ratio` takes it; 1 is dense. Of a
+            model that is not patched it may be any, and mapping or plan say at which placements.
         bottleneck: r; by default the patched model's, else 64.
         keep_first, keep_last: tokens at the ends of a row that stay whole; by default the patched
             model's, else what :func:`patch` would take. They cost what they cost in the dense FFN,
@@ -96,7 +96,8 @@ def count(
         )
     state = vars(found.encoder).get(STATE)
     if state is None:
-        places = tuple(ratio) if isinstance(ratio, Mapping) else ("ffn",)
+        named = by_placement(ratio)
+        places = ("ffn",) if named is None else tuple(named)
         sites = sites_of(found, places)
     else:
         sites = state.sites

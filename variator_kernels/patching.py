@@ -54,7 +54,7 @@ def patch_t5(
         model: holds one encoder of these families, at any depth, or is it.
         ratio: the active one, as :func:`set_ratio` takes it; 1 is dense. It is added to ``ratios``
             if it is not there. By default 4, or the first of ``ratios`` if 4 is not among them.
-            A mapping implies its placements.
+            A mapping and a :class:`Plan` imply their placements.
         ratios: every k that gets plugins, each at least 2; or a mapping of placements to them.
         bottleneck, activation: r and φ of the plugins.
         placements: where plugins go: ``"ffn"``, around feed-forward sublayers;

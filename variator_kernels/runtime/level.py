@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .. import checks
+from .plan import Plan
 from .site import Site
 
 
@@ -35,13 +36,15 @@ def resolve(
     Args:
         value: an integer for every site; a mapping of placements to ratios, ``{"ffn": 4}``, or to
             ratios of layers, ``{"ffn": {-2: 4, -1: 4}}``: layers and placements that are not named
-            are dense, negative layers count from the end. Or a :class:`Level`.
+            are dense, negative layers count from the end. Or a :class:`Plan` of these very sites,
+            or a :class:`Level`.
         sites: those of the model.
         available: the ratios that have plugins, by placement.
         owners: for each site the first that is the same module; by default all differ.
 
     Raises:
-        ValueError: an entry is none of these, or sites that are one module would differ.
+        ValueError: an entry is none of these, a plan is for other sites, or sites that are one
+            module would differ.
     """
     level = _resolve(value, sites, available)
     for site, owner in enumerate(owners):
@@ -57,6 +60,9 @@ def resolve(
 def _resolve(
     value: Any, sites: tuple[Site, ...], available: Mapping[str, tuple[int, ...]]
 ) -> Level:
+    if isinstance(value, Plan):
+        value.check_sites(sites)
+        value = Level(value.ratios)
     if isinstance(value, Level):
         if len(value.ratios) != len(sites):
             raise ValueError(
@@ -85,11 +91,18 @@ def _resolve(
 
 def mentioned(value: Any) -> list[Any]:
     """Every ratio that a request for a level names, as it is given."""
-    if isinstance(value, Level):
+    if isinstance(value, Level | Plan):
         return list(value.ratios)
     if isinstance(value, Mapping):
         return [ratio for entry in value.values() for ratio in mentioned(entry)]
     return [value]
+
+
+def by_placement(value: Any) -> Mapping[str, Any] | None:
+    """What a request for a level says of each placement that it names; None: it names none."""
+    if isinstance(value, Plan):
+        return value.by_placement
+    return value if isinstance(value, Mapping) else None
 
 
 def _ratio(

@@ -18,10 +18,11 @@ def set_ratio(model: nn.Module, ratio: Any) -> None:
         model: patched, or a module that holds patched models.
         ratio: an integer for all sites; or a mapping of placements to ratios, ``{"ffn": 4}``, or to
             ratios of layers, ``{"ffn": {-2: 4, -1: 4}}``. Layers that are not named are dense,
-            negative ones count from the end.
+            negative ones count from the end. Or a :class:`Plan`.
 
     Raises:
-        ValueError: the model is not patched, or has no plugins for ``ratio``.
+        ValueError: the model is not patched, has no plugins for ``ratio``, or other sites than a
+            plan.
     """
     chosen = [(state, state.check(ratio)) for state in states(model)]
     for state, level in chosen:

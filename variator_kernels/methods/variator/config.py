@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ... import backends, checks
 from ...ops.feed_forward import ADAPTER_ACTIVATIONS
 from ...ops.int8_linear import PRECISIONS
-from ...runtime.level import mentioned
+from ...runtime.level import by_placement, mentioned
 
 OPTIMIZE = ("sublayers", "encoder")
 """Whose frozen products run packed at dense levels too."""
@@ -92,8 +92,9 @@ def _ratios(ratio: Any, ratios: Any, places: tuple[str, ...]) -> tuple[Any, dict
     """The active level, and every ratio of each placement."""
     given = {place: _given(ratios, place) for place in places}
     every = {place: set(numbers) for place, numbers in given.items()}
+    active = by_placement(ratio)
     for place in places:
-        named = ratio.get(place, ()) if isinstance(ratio, Mapping) else ratio
+        named = ratio if active is None else active.get(place, ())
         if ratio is not None and named != ():
             every[place].update(k for k in map(checks.ratio, mentioned(named)) if k > 1)
         if not every[place]:
@@ -118,7 +119,7 @@ def _given(ratios: Any, place: str) -> list[int]:
 def _placements(placements: Iterable[str], ratio: Any, ratios: Any) -> tuple[str, ...]:
     """Those of the argument, or those that mappings of ratios imply."""
     given = (placements,) if isinstance(placements, str) else tuple(placements)
-    named = [place for value in (ratio, ratios) if isinstance(value, Mapping) for place in value]
+    named = [place for value in (ratio, ratios) for place in by_placement(value) or ()]
     for place in (*given, *named):
         if place not in PLACEMENTS:
             raise ValueError(f"placements must be among {PLACEMENTS}, got {place!r}")
