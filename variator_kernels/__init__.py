@@ -13,8 +13,10 @@ from .methods.variator.method import plugin_parameters
 from .ops import flop_formulas
 from .ops.feed_forward import FeedForward, PluginWeights
 from .patching import patch, patch_bert, patch_llama, patch_t5, unpatch
+from .planning import plan
 from .runtime.keep import keep
 from .runtime.levels import set_ratio, use_ratio
+from .runtime.plan import Plan
 from .sites.attention_paths import AttentionPaths
 from .sites.family import Family
 from .version import __version__
@@ -26,6 +28,7 @@ __all__ = [
     "Family",
     "FeedForward",
     "GroupMerge",
+    "Plan",
     "Plugin",
     "PluginWeights",
     "__version__",
@@ -41,6 +44,7 @@ __all__ = [
     "patch_bert",
     "patch_llama",
     "patch_t5",
+    "plan",
     "plugin_parameters",
     "save_plugins",
     "set_ratio",
