@@ -66,6 +66,13 @@ def parser() -> argparse.ArgumentParser:
         help="JSON instead of --ratios and --placements, this one level is trained: "
         '\'{"ffn": 4, "attention_kv": 2}\', or {"ffn": {"-1": 4}} for layers',
     )
+    add(
+        "--plan",
+        nargs="+",
+        dest="plans",
+        metavar="FILE",
+        help="instead of these three: files that Plan.save wrote, whose levels are all trained",
+    )
     add("--eval-data", help="like --data: evaluated during the run and at its end")
     add("--plugins", help="folder of plugins to start from")
     add(
@@ -123,6 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     values["labels"] = tuple(name for name in given.labels.split(",") if name)
     words = [word for text in given.placements for word in text.split(",") if word]
     values["placements"] = tuple(words)
+    values["plans"] = None if given.plans is None else tuple(given.plans)
     values["ratios"] = _integers(given.ratios, "ratios", 2)
     if given.keep is not None:
         values["keep"] = _integers(given.keep, "keep", 0)

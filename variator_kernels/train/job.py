@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..methods.variator import calibration
 from . import data
 from .config import STEPS
+from .evaluation import DENSE
 
 NOISE = ("default", "none")
 
@@ -20,8 +22,9 @@ class Job:
     ``step`` is ``"pretrain"`` or ``"adapt"``. ``ratios`` and ``placements`` empty, ``bottleneck``
     and ``activation`` None: those of ``plugins``, else 4, ``ffn``, 64 and tanh. ``level``: a
     mapping as :func:`patch` takes it for its ratio, instead of ``ratios`` and ``placements``: this
-    one level is trained. ``calibrate``: rows to calibrate on before the first step, 0 or at least
-    10. ``text``: the column of plain text, by default ``text``; or those that hold a task's text,
+    one level is trained. ``plans``: files of :class:`Plan`, instead of these three: all their
+    levels are trained. ``calibrate``: rows to calibrate on before the first step, 0 or at least 10.
+    ``text``: the column of plain text, by default ``text``; or those that hold a task's text,
     one or two, by default ``sentence``. ``template``, such as ``"sst2 sentence: {sentence}"``,
     makes one text of a row's columns instead. ``labels``: the names a label may have, for a model
     that does not know them. ``max_length``: tokens of a piece in pre-training (128 if None); in
@@ -68,6 +71,7 @@ class Job:
     keep: tuple[int, ...] | None = None
     window: int | None = None
     continuation: int | None = None
+    plans: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.step not in STEPS:
@@ -80,6 +84,20 @@ class Job:
                 f"level must not be given beside ratios and placements, got {self.level} and "
                 f"{self.ratios}, {self.placements}"
             )
+        if self.plans is not None:
+            if not self.plans:
+                raise ValueError("plans must name at least one file, got none")
+            if self.level is not None or self.ratios or self.placements:
+                raise ValueError(
+                    "plans must not be given beside level, ratios and placements, got "
+                    f"{self.plans} and {self.level}, {self.ratios}, {self.placements}"
+                )
+            names = [Path(plan).stem for plan in self.plans]
+            if len(set(names)) < len(names) or DENSE in names:
+                raise ValueError(
+                    "plans must be files of different names, which metrics will have, other than "
+                    f"{DENSE!r}, got {names}"
+                )
         least = calibration.LEAST
         if self.calibrate and self.calibrate < least:
             raise ValueError(f"calibrate must be 0 or at least {least} rows, got {self.calibrate}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForSequenceClassification as Classifier
 from ..checkpoint import load_plugins
 from ..patching import patch, unpatch
 from ..runtime.level import mentioned
+from ..runtime.plan import Plan
 from ..runtime.state import states
 from . import data, noise, prompts, rows, task
 from .config import DistillationConfig
@@ -22,10 +24,16 @@ from .evaluation import Correct
 from .job import Job
 
 
+def plans_of(job: Job) -> dict[str, Plan]:
+    """The plans of a job, by the names of their files."""
+    return {Path(path).stem: Plan.load(path) for path in job.plans or ()}
+
+
 def plugged(model: Any, job: Job) -> None:
     """Patch ``model`` and fill the plugins that training starts from."""
     ratios: Any = job.ratios or (4,)
     placements = job.placements or ("ffn",)
+    active: Any = None
     bottleneck, activation = job.bottleneck, job.activation
     if job.plugins:
         load_plugins(model, job.plugins)  # patches it as they need
@@ -37,16 +45,19 @@ def plugged(model: Any, job: Job) -> None:
             ratios = {place: config.placements.get(place, saved.ratios) for place in placements}
         bottleneck, activation = bottleneck or config.bottleneck, activation or config.activation
     if job.level is not None:
-        level = {place: _by_layer(ratio) for place, ratio in job.level.items()}
-        ratios = {place: mentioned(ratio) for place, ratio in level.items()}
+        active = {place: _by_layer(ratio) for place, ratio in job.level.items()}
+        placements, ratios = ("ffn",), {p: mentioned(ratio) for p, ratio in active.items()}
+    elif plans := list(plans_of(job).values()):
+        active, placements = plans[0], ("ffn",)
+        ratios = _ratios_of(plans, ratios if job.plugins else {})
     more: Any = {} if job.window is None else {"window": job.window}
     patch(
         model,
-        None if job.level is None else level,
+        active,
         ratios,
         bottleneck or 64,
         activation or "tanh",
-        placements=placements if job.level is None else ("ffn",),
+        placements=placements,
         backend=job.backend,
         keep_first=job.keep_first,
         keep_last=job.keep_last or 0,
@@ -55,6 +66,15 @@ def plugged(model: Any, job: Job) -> None:
     )
     if job.plugins:
         load_plugins(model, job.plugins)
+
+
+def _ratios_of(plans: list[Plan], more: dict[str, Iterable[int]]) -> dict[str, list[int]]:
+    """Those that plans for the same sites need, and ``more``; 4 where all of them are dense."""
+    found = {}
+    for place in plans[0].by_placement:
+        every = {k for plan in plans for k in plan.by_placement.get(place, {}).values()}
+        found[place] = sorted(every.union(more.get(place, ())) - {1}) or [4]
+    return found
 
 
 def _by_layer(ratio: Any) -> Any:
@@ -176,6 +196,8 @@ def _continuation(job: Job, model: Any, length: int) -> int | None:
     """How many last tokens of a row count; None: all do, there is no compressed FFN."""
     (state,) = states(model)
     levels = [state.level] if job.level is not None else map(state.everywhere, state.ratios)
+    if job.plans:
+        levels = map(state.check, plans_of(job).values())
     if not feed_forward_ratios(state, levels):
         return job.continuation
     return length // 4 if job.continuation is None else job.continuation

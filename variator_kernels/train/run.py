@@ -58,7 +58,9 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
             f"checkpoint by itself, got {config.resume_from_checkpoint!r}"
         )
     output = Path(job.output)
-    digests = {name: _digest(getattr(job, name)) for name in ("data", "eval_data")}
+    digests: dict[str, Any] = {name: _digest(getattr(job, name)) for name in ("data", "eval_data")}
+    if job.plans:
+        digests["plans"] = [_digest(path) for path in job.plans]
     settings = {**asdict(job), **fingerprint(config), "sha256": digests}
     settings = json.loads(json.dumps(settings))
     _check_same(output, settings)
@@ -81,7 +83,9 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
         LOG.info("%s holds this run: it goes on from %s", output, found.name)
     elif job.calibrate:
         calibrate(model, batches(train.spread(job.calibrate), pad))
-    config.sample_ratios = job.level is None and len(states(model)[0].ratios) > 1
+    plans = prepare.plans_of(job)
+    one_level = job.level is not None or bool(plans)
+    config.sample_ratios = not one_level and len(states(model)[0].ratios) > 1
     config.output_dir = str(output)
     config.eval_strategy = config.eval_strategy if held_out else "no"
     trainer = DistillationTrainer(
@@ -91,6 +95,7 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
         eval_dataset=held_out,
         correct=correct,
         pooler=pooler,
+        levels=plans or None,
         data_collator=pad,
     )
     if config.should_save:

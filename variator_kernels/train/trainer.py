@@ -30,10 +30,10 @@ class DistillationTrainer(ResumableTrainer):
 
     The teacher is the same model at ratio 1, without gradients and dropout: no second copy. Only
     plugins get gradients: those of every ratio in turn with ``args.sample_ratios``, at every
-    placement that has it, else those of the model's active level. Checkpoints hold the plugins
-    alone (:func:`load_plugins` reads them), appear whole or not at all, and
-    ``train(resume_from_checkpoint=True)`` goes on exactly where the newest one was written, or
-    starts if there is none.
+    placement that has it, or of ``levels`` in turn, else those of the model's active level.
+    Checkpoints hold the plugins alone (:func:`load_plugins` reads them), appear whole or not at
+    all, and ``train(resume_from_checkpoint=True)`` goes on exactly where the newest one was
+    written, or starts if there is none.
 
     Args:
         model: patched, of any head; its base parameters are frozen here.
@@ -41,6 +41,8 @@ class DistillationTrainer(ResumableTrainer):
         train_dataset, eval_dataset: map-style, rows of dicts with ``input_ids``.
         correct: for an accuracy beside the loss, see :data:`~.evaluation.Correct`.
         pooler: for ``embedding_weight``, and cosines beside the loss, see :class:`~.Pooler`.
+        levels: what is trained in turn instead of ratios: by the names that metrics will have, as
+            :func:`set_ratio` takes them, plans for instance.
         rest: as for ``transformers.Trainer``.
 
     Raises:
@@ -60,10 +62,11 @@ class DistillationTrainer(ResumableTrainer):
         eval_dataset: Any = None,
         correct: Correct | None = None,
         pooler: Pooler | None = None,
+        levels: Mapping[str, Any] | None = None,
         **rest: Any,
     ) -> None:
         (state,) = states(model)
-        self.turns = turns.Turns(state, args)
+        self.turns = turns.Turns(state, args, levels)
         self.levels, self.ratios = self.turns.levels, self.turns.names
         if args.n_gpu > 1:
             raise ValueError(

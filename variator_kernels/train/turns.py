@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -17,21 +17,33 @@ MIXED = "mixed"
 
 
 class Turns:
-    """The trained levels by name: every ratio at all placements that have it with
-    ``sample_ratios``, else the model's active level.
+    """The trained levels by name: ``levels`` if there are any, as ``set_ratio`` takes them; else
+    every ratio at all placements that have it with ``sample_ratios``, else the model's active
+    level.
 
     Raises:
-        ValueError: that level is dense, or the levels cannot share steps as ``args`` asks for.
+        ValueError: a level is dense, or not the model's, or the levels cannot share steps as
+        ``args`` asks for.
     """
 
-    def __init__(self, state: State, args: DistillationConfig) -> None:
-        if not args.sample_ratios and state.level.is_dense:
+    def __init__(
+        self, state: State, args: DistillationConfig, levels: Mapping[str, Any] | None = None
+    ) -> None:
+        if levels is None and not args.sample_ratios and state.level.is_dense:
             raise ValueError(
                 f"model's ratio must be one of {state.ratios} at some site, got 1 (dense): "
                 "set_ratio()"
             )
-        if args.sample_ratios:
-            self.levels: dict[int | str, Level] = {k: state.everywhere(k) for k in state.ratios}
+        self.levels: dict[int | str, Level]
+        if levels is not None:
+            self.levels = {name: state.check(level) for name, level in levels.items()}
+            for name, level in self.levels.items():
+                if level.is_dense:
+                    raise ValueError(
+                        f"level {name} must have a ratio above 1 at some site, all are dense"
+                    )
+        elif args.sample_ratios:
+            self.levels = {k: state.everywhere(k) for k in state.ratios}
         else:
             self.levels = {state.ratio or MIXED: state.level}
         self.names = tuple(self.levels)
