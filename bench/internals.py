@@ -53,6 +53,11 @@ def ratios(model: nn.Module) -> tuple[int, ...]:
     return states(model)[0].ratios
 
 
+def everywhere(model: nn.Module, ratio: int) -> Any:
+    """The level of one ratio at every placement that has it."""
+    return states(model)[0].everywhere(ratio)
+
+
 def placements(words: Iterable[str]) -> tuple[str, ...]:
     """The placements of these names, in their order; ``ValueError`` for what ``patch`` refuses."""
     return tuple(configure(None, (2,), 1, "tanh", words, "auto")[0].placements)

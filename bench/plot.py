@@ -209,6 +209,7 @@ FIGURES: dict[str, Callable[[Row, Path], None]] = {
     "speed_vs_k": speed,
     "neurons": neurons,
     "peers": peers,
+    "plans": figure.plans,
     "quality_vs_k": figure.quality,
     "quality_embeddings": figure.embeddings,
     "decoder": figure.decoder,

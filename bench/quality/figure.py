@@ -1,4 +1,4 @@
-"""The pictures of ``bench.quality_vs_k``: of tasks, and of ``--task embeddings``."""
+"""The pictures of quality: of tasks, of embeddings, of decoders, of plans."""
 
 from itertools import cycle
 from pathlib import Path
@@ -18,6 +18,10 @@ SINGLE = {
     "k=4 alone": "o", "without pre-training": "<", "from initial values": "v", "copy": "D",
     "without adaptation": "^", "mean pooling": "s", "last layer alone": "X", "r=40": "P",
 }  # fmt: skip
+PLANS = {
+    "k=": {"color": AMBER, "marker": "s", "label": "uniform ratios"},
+    "plan": {"color": BLUE, "marker": "o", "label": "plans"},
+}
 SHOWN = ("cosine", "spearman", "neighbours")
 
 
@@ -121,6 +125,32 @@ def decoder(content: Row, target: Path) -> None:
             axes.grid()
         if any(row["where"] for row in rows):
             line[0].legend(fontsize=7)
+
+
+def plans(content: Row, target: Path) -> None:
+    """Loss over cost, of plans and of uniform ratios, on the text of the plans and on other."""
+    settings = content["settings"]
+    rows = results.pick(content["rows"], status="ok")
+    where, title = " + ".join(settings["placements"]), "Plans against uniform ratios"
+    caption = (
+        f"{content['model']['name']}, {where}, plugins: {settings['plugins']}; {settings['rows']} "
+        f"paragraphs each, at most {settings['length']} tokens. Commit {commit(content)}."
+    )
+    panels = {"loss": "text that plans were chosen on", "unseen": "other text"}
+    with sheet(target, 1, 2, (10.8, 4.6), title, caption) as (line,):
+        for axes, (name, on) in zip(line, panels.items(), strict=True):
+            for kind, style in PLANS.items():
+                mine = [row for row in rows if row["what"].startswith(kind)]
+                mine.sort(key=lambda row: row["cost"])
+                points = [row["cost"] for row in mine], [row[name] for row in mine]
+                axes.plot(*points, **style)
+                for row in mine if kind == "k=" else ():
+                    place = row["cost"], row[name]
+                    axes.annotate(row["what"], place, (4, 4), textcoords="offset points")
+            axes.set(yscale="log", xlabel="multiply-adds, of the dense encoder's", title=on)
+            axes.set_ylabel("relative squared error of the last hidden state")
+            axes.grid()
+            axes.legend()
 
 
 def _panel(axes: Any, rows: list[Row], metric: str) -> None:
