@@ -1,6 +1,5 @@
 """Cases of the whole encoder: Hugging Face's and the patched one."""
 
-import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 import variator_kernels as vk
 
 from ..harness.checks import Outputs, Truth, truth
-from ..harness.compiling import Unavailable, compiled
+from ..harness.compiling import compiled
 from . import Arm, Call, Case, Key, models
 from .models import Architecture
 from .sublayer import usable
@@ -51,6 +50,8 @@ class Encoder:
     """Sets of them: each has plugin arms of its own."""
     inputs: tuple[Batch, ...] = ()
     """What a call runs on; if there is none, a full batch of random tokens."""
+    optimize: str | None = None
+    """What ``vk.patch`` is told for the arms that are timed."""
     sdpa: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,7 +118,9 @@ class Encoder:
     def build(self, key: Key) -> Call:
         if key.k:
             twin = models.sharing(self.sdpa, "sdpa")
-            model = self.patched(twin, usable("cpu"), key.placements, **precision(key))
+            precision = "int8" if key.dtype == "int8" else None
+            settings = {"precision": precision, "optimize": self.optimize}
+            model = self.patched(twin, usable("cpu"), key.placements, **settings)
             vk.set_ratio(model, key.k)
         else:
             attention = "eager" if key.arm == "hf" else "sdpa"
@@ -172,15 +175,6 @@ class Encoder:
                     vk.set_ratio(twin, level[0])
                     found[level] = run(twin)
         return found
-
-
-def precision(key: Key) -> dict[str, str]:
-    """What ``vk.patch`` is told of an arm's dtype."""
-    if key.dtype != "int8":
-        return {}
-    if "precision" not in inspect.signature(vk.patch).parameters:
-        raise Unavailable("vk.patch has no precision")
-    return {"precision": "int8"}
 
 
 def _ends(batch: Tensor) -> list[int]:

@@ -40,7 +40,7 @@ class Peers:
         calibration: Callable[[], list[Batch]], work: Path,
     ) -> None:  # fmt: skip
         self.given, self.dtypes = given, [name for name in DTYPES if name in dtypes]
-        size = (given.batch, given.length, ratios, bottleneck, placements, given.batches)
+        size = (given.batch, given.length, ratios, bottleneck, placements, given.batches, "encoder")
         floats = {"fp32", *self.dtypes} - {"int8"}  # fp32 is what all are checked against
         self.encoders = {dtype: Encoder(model, dtype, *size) for dtype in floats}
         self.wide = self.encoders["fp32"]
