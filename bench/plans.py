@@ -105,8 +105,9 @@ def measure(model: nn.Module, seen: Batches, unseen: Batches, console: Console) 
     made = uniform[1:]
     for before, after in pairwise(uniform):
         for limit, base in (((before["cost"] + after["cost"]) / 2, None), (after["cost"], after)):
+            limit = min(limit, 1.0)  # plugins of a small model may cost more than they save
             plan = vk.plan(model, seen, cost=limit, measure="flops")
-            console.print(plan, highlight=False)
+            console.print(str(plan), highlight=False)
             found = row(model, seen, unseen, f"plan at {limit:.3f}", plan)
             if not agrees(plan, found):
                 reason = f"the plan says loss {plan.loss:.6g} and cost {plan.cost:.6g}, measured "

@@ -71,7 +71,8 @@ class Goal(NamedTuple):
     loss: float = math.inf
 
     def fits(self, cost: float, loss: float) -> bool:
-        return cost <= self.cost * (1 + 1e-9) and loss <= self.loss
+        """``loss`` must be finite, whatever its bound."""
+        return cost <= self.cost * (1 + 1e-9) and loss <= self.loss and loss < math.inf
 
     def key(self, cost: Any, loss: Any) -> tuple[Any, Any]:
         """What is smaller is better."""
@@ -154,14 +155,14 @@ class Predictions:
         # Two options of one module exclude each other; each with itself is a move of one.
         apart = self.module[:, None] != self.module
         possible = np.triu(apart | np.eye(len(apart), dtype=bool))
-        possible &= self.usable[:, None] & self.usable
+        other = self.usable.copy()
+        other[list(choice)] = False
+        possible &= other[:, None] & other
         possible &= (cost <= goal.cost * (1 + 1e-9)) & (loss <= goal.loss)
         rows, columns = possible.nonzero()
         first, second = goal.key(cost[rows, columns], loss[rows, columns])
         for i in np.lexsort((second, first)):
-            made = self._with(self._with(choice, int(rows[i])), int(columns[i]))
-            if made != choice:
-                yield made
+            yield self._with(self._with(choice, int(rows[i])), int(columns[i]))
 
     def _changes(self, choice: Choice) -> tuple[np.ndarray, np.ndarray]:
         """What a pair of other options changes of cost and loss, ``[options, options]``; on the

@@ -175,8 +175,9 @@ def _best(
     options = predictions.options
     uniform = [options.uniform(k) for k in (1, *state.ratios)]
     known = costs.of([*uniform, predictions.cheapest])
-    if goal.cost < min(known.values()) * (1 - 1e-9):
-        _unreachable(min(known.values()), goal, measure)
+    least = min(cost for choice, cost in known.items() if predictions.loss(choice) < math.inf)
+    if goal.cost < least * (1 - 1e-9):
+        _unreachable(least, goal, measure)
     within = goal
     for _ in range(CORRECTIONS):
         found = search(predictions, losses, within, uniform)

@@ -78,8 +78,11 @@ def _proposed(
             low, high = (middle, high) if losses.of(path[middle]) <= goal.loss else (low, middle)
         scale = _scale(predictions, losses, path[low])
         return [path[low], predictions.descend(path[low], goal, scale)]
-    begun = [choice for choice in (*path, *uniform) if goal.fits(predictions.cost(choice), 0)]
-    return [predictions.descend(choice, goal) for choice in begun]
+    return [
+        predictions.descend(choice, goal)
+        for choice in (*path, *uniform)
+        if goal.fits(predictions.cost(choice), predictions.loss(choice))
+    ]
 
 
 def _scale(predictions: Predictions, losses: Losses, choice: Choice) -> float:
