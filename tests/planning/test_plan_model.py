@@ -77,7 +77,7 @@ def test_close_to_the_best_there_is(family, act, placements, layers):
         assert plan.loss <= 1.03 * best + 1e-9
         for k in (1, 2, 4):
             if cost(made, k) <= limit:
-                assert plan.loss <= loss(made, k) + 1e-9
+                assert plan.loss <= loss(made, k) * (1 + 1e-4)
     for limit in sorted(loss for _, loss in every)[:: len(every) // 3]:
         plan = vk.plan(made, batches(), loss=limit * 1.001, measure="flops")
         assert plan.loss <= limit * 1.001
@@ -122,7 +122,7 @@ def test_given_times(mixed, monkeypatch):
         assert plan.cost <= plan.limit + 1e-9
         taken = sum(1 / k for k in plan.ratios) + mixed * len(set(plan.ratios))
         assert plan.cost == pytest.approx(taken / (4 + mixed))
-        assert plan.loss <= loss(made, 2) + 1e-9  # which costs 0.5 and 0.6
+        assert plan.loss <= loss(made, 2) * (1 + 1e-4)  # which costs 0.5 and 0.6
     least = (1 + mixed) / (4 + mixed)
     with pytest.raises(ValueError, match=f"cost must be at least {least:.4f} .* by time, got 0.01"):
         vk.plan(made, batches(), cost=0.01)
