@@ -10,9 +10,11 @@ with the reason. What runtimes export is kept in a folder (--work): a second run
 
 import argparse
 import logging
+import os
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
@@ -110,12 +112,14 @@ def main(arguments: list[str] | None = None) -> int:
         made.error(str(error))
     logging.getLogger("nncf").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     hidden = ("output", "publish", "name", "data", "work", "model")
     settings = {name: value for name, value in vars(args).items() if name not in hidden}
     content, console = options.begin("peers", settings | {"allocator": memory}, model)
     path = results.folder(args.output, args.publish) / f"{args.name or f'peers_{model.name}'}.json"
     for given in found:
-        rows = measured(model, given, args, console)
+        with mock.patch.dict(os.environ, CI="true"):  # keeps OpenVINO from starting telemetry
+            rows = measured(model, given, args, console)
         content["rows"] += rows
         results.write(path, content)
         console.print(tables.screen(f"{model.name}, {given.name}", table.SCREEN, rows), "")
