@@ -13,6 +13,7 @@ from variator_kernels import extension
 from variator_kernels.ops import int8_linear, prepack
 from variator_kernels.ops.feed_forward import FFN_ACTIVATIONS, activate
 from variator_kernels.ops.int8_linear import kernels, op, own_precision, reference
+from variator_kernels.ops.int8_linear.module import Linear
 from variator_kernels.ops.int8_linear.packed import packed
 
 pytestmark = [
@@ -248,6 +249,23 @@ def test_the_kernel_follows_the_processor(monkeypatch, fresh_choice):
         assert int8_linear.kernel().name == name
     monkeypatch.setattr(prepack, "instruction_set", lambda: "portable")
     assert int8_linear.kernel() is None and "fp32 are faster" in int8_linear.describe()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_the_kernel_may_be_asked_for_inside_a_trace(fresh_choice):
+    layer, x = Linear(64, 32).eval(), torch.randn(5, 64)
+    expected = layer(x)
+    ways = [
+        lambda: torch.export.export(layer, (x,), strict=False).module(),
+        lambda: torch.jit.trace(layer, x),
+        lambda: torch.compile(layer, fullgraph=True, backend="eager"),
+    ]
+    for make in ways:
+        kernels._choice.cache_clear()
+        assert torch.equal(make()(x), expected)
+    with torch.enable_grad():
+        assert not torch.equal(layer(x), expected)
 
 
 def test_says_why_nothing_runs(monkeypatch, fresh_choice):

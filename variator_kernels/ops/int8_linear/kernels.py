@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ... import extension
 from .. import prepack
@@ -79,8 +79,9 @@ def _choice(isa: str) -> Choice:
     if isa == "portable":
         return Choice(None, "products of fp32 are faster on the portable kernels")
     kernel = onednn() if _has_vnni() and torch.backends.mkldnn.is_available() else own(isa)
-    with _disable_current_modes(), torch.inference_mode():  # it may be asked while a trace is made
-        exact = is_exact(kernel)
+    # It may be asked while a trace is made, or under autocast: these are of the asking thread.
+    with ThreadPoolExecutor(1) as thread:
+        exact = thread.submit(is_exact, kernel).result()
     return Choice(kernel) if exact else Choice(None, f"{kernel.description}, is not exact here")
 
 
