@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class FrozenLinear(nn.Linear):
     """A base: weights, keys and everything but the product are ``nn.Linear``'s."""
+
+    def has_plain_weight(self) -> bool:
+        """Whether nobody has quantised or sharded the weight since."""
+        return not is_traceable_wrapper_subclass(self.weight)
 
 
 def is_plain(kind: type) -> bool:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import extension
 from . import prepack
@@ -134,8 +133,7 @@ class Linear(FrozenLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         few = not tracing() and input.numel() <= FEW * self.in_features
-        # Somebody may have quantised or sharded the weight since.
-        if few or self.training or is_traceable_wrapper_subclass(self.weight):
+        if few or self.training or not self.has_plain_weight():
             return super().forward(input)
         return packed(input, self.weight, self.bias)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..frozen_linear import FrozenLinear
 from . import here, op
@@ -14,7 +13,6 @@ class Linear(FrozenLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         runs = here("int8", self.training) is not None and input.is_cpu
-        # Somebody may have quantised or sharded the weight since.
-        if not runs or is_traceable_wrapper_subclass(self.weight):
+        if not runs or not self.has_plain_weight():
             return super().forward(input)
         return op.linear(input, self.weight, self.bias)
