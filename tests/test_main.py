@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 import variator_kernels as vk
 from variator_kernels import __main__ as main
 from variator_kernels import backends, extension, version
@@ -34,6 +36,12 @@ def test_says_why_a_backend_is_missing(monkeypatch):
     missing = backends.Status("cpu", False, "no compiler")
     monkeypatch.setattr(backends, "status", lambda: [missing])
     assert "cpu             not usable: no compiler" in main.report()
+
+
+def test_tells_what_multiplies_in_int8():
+    (line,) = [line for line in main.report().splitlines() if line.startswith("int8 products")]
+    expected = extension.load() is not None and torch.cpu._is_avx2_supported()
+    assert ("none" not in line) is expected, line
 
 
 def test_tells_what_was_built(monkeypatch):
