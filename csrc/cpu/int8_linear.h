@@ -136,11 +136,10 @@ struct Int8Product {
         constexpr int64_t tile = IntVec::tile_rows;
         const int64_t most = larger(tile, smaller(96, 262144 / padded) / tile * tile);
         const int64_t threads = larger(1, p.threads);
-        // Where each thread would have but a tile or two, they share the columns instead.
-        const bool by_columns = p.rows < threads * 2 * tile;
+        // A chunk or less: threads share the columns, so that each reads a part of the weights.
+        const bool by_columns = p.rows <= most;
         const int64_t parts = by_columns ? threads : 1;
-        const int64_t chunks =
-            by_columns ? (p.rows + most - 1) / most : round_up((p.rows + most - 1) / most, threads);
+        const int64_t chunks = by_columns ? 1 : round_up((p.rows + most - 1) / most, threads);
         const int64_t size = round_up((p.rows + chunks - 1) / chunks, tile);
         const int64_t panels = (p.columns + panel_columns<IntVec>() - 1) / panel_columns<IntVec>();
         Carver carver;
