@@ -92,10 +92,14 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
     ]
     # Whole matrices, of which a description may hold views.
     for module in model.modules():
-        read += (module.weight, module.bias) if isinstance(module, FrozenLinear) else ()
+        read += (module.weight, module.bias) if _is_packed(module) else ()
     for tensor in {id(tensor): tensor for tensor in read}.values():
         if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
             yield tensor
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return isinstance(module, FrozenLinear) and module.has_plain_weight()
 
 
 def _mib(nbytes: int) -> str:

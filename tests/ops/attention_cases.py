@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.ops.cases import assert_close, masked, moved
+from tests.ops.cases import masked, moved
 from variator_kernels import functional as vf
 from variator_kernels.ops.groups import Keep, slots
 from variator_kernels.ops.make_groups import make_groups
@@ -102,11 +102,9 @@ def gradients(
 
 
 def check_gradients(
-    inputs: list[Tensor], backend: str, given: dict[str, Any], d_out: Tensor, what: str,
-    *, largest: bool = False,
-) -> None:  # fmt: skip
-    """The project's rule for each of :func:`gradients`; ``largest``: on the largest error, but not
-    in 16 bits."""
+    inputs: list[Tensor], backend: str, given: dict[str, Any], d_out: Tensor, what: str
+) -> None:
+    """The project's rule for each of :func:`gradients`."""
     d_out = d_out.to(inputs[0].dtype)  # what all are given
     truths = gradients(inputs, "reference", given, d_out, torch.double)
     plain = gradients(inputs, "reference", given, d_out)
@@ -114,18 +112,18 @@ def check_gradients(
     for name, *each in zip("qkvb", found, plain, truths, strict=False):
         given_dtype = given["bias"].dtype if name == "b" else inputs[0].dtype
         assert each[0].dtype == given_dtype, f"d{name} of {what} is {each[0].dtype}"
-        wide = inputs[0].dtype.itemsize > 2
-        rule = assert_close if largest and wide else assert_gradient
-        rule(*each, f"d{name} of {what}")
+        assert_gradient(*each, f"d{name} of {what}")
 
 
 def assert_gradient(found: Tensor, plain: Tensor, truth: Tensor, what: str) -> None:
     """The project's rule on the root mean square error, as in test_backward.py. Of one query all
     gradients hang on the roundings of its scores: the largest error would compare luck with luck.
+    The 2e-6: what is exactly 0 in plain PyTorch (of one key's bias) is the difference of two sums
+    of the size of dO · V, made in two orders.
     """
     assert found.shape == truth.shape, f"{what}: shape {list(found.shape)}, not {list(truth.shape)}"
     assert not torch.isnan(found).any(), f"{what}: NaN, an element was not written"
     error, allowed = (
         ((t.double() - truth).square().sum() / max(t.numel(), 1)).sqrt() for t in (found, plain)
     )
-    assert error <= 2 * allowed + 1e-6, f"{what}: error {error:.3g}, plain {allowed:.3g}"
+    assert error <= 2 * allowed + 2e-6, f"{what}: error {error:.3g}, plain {allowed:.3g}"

@@ -12,7 +12,7 @@ from tests.ops.cases import needs_cpu
 from variator_kernels import extension
 from variator_kernels.ops import int8_linear, prepack
 from variator_kernels.ops.feed_forward import FFN_ACTIVATIONS, activate
-from variator_kernels.ops.int8_linear import kernels, op, own_precision, reference
+from variator_kernels.ops.int8_linear import kernels, module, op, own_precision, reference
 from variator_kernels.ops.int8_linear.module import Linear
 from variator_kernels.ops.int8_linear.packed import packed
 
@@ -200,6 +200,37 @@ def test_gradients_are_those_of_the_product_that_is_not_rounded():
         torch.testing.assert_close(leaf.grad, twin.grad)
 
 
+def test_the_op_by_itself_looks_at_shapes():
+    x, weight, bias = case(12, 40, 20)
+    run = torch.ops.variator.int8_linear.default
+    for wrong in ((x, weight, bias[:1]), (x[:, 1:], weight, None), (x, weight[0], None)):
+        with pytest.raises((RuntimeError, ValueError)):
+            run(*wrong)
+
+
+def test_sums_that_would_not_fit_are_not_made():
+    inner = 2**31 // (levels().rows * levels().weight) + 1
+    x, weight = torch.ones(1, inner), torch.ones(2, inner)
+    assert packed(weight, None) is None
+    torch.testing.assert_close(op.linear(x, weight, None), torch.full((1, 2), float(inner)))
+
+
+def test_modes_see_every_product():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from variator_kernels.ops import prepacked_linear
+
+    for kind in (Linear, prepacked_linear.Linear):
+        layer = kind(256, 256).eval().requires_grad_(False)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            layer(torch.randn(64, 256))
+        assert counter.get_total_flops() == 2 * 64 * 256 * 256
+        with torch.no_grad(), FakeTensorMode():
+            fake = kind(256, 256).eval().requires_grad_(False)
+            assert fake(torch.randn(64, 256)).shape == (64, 256)
+
+
 def test_threads_at_once():
     x, weight, bias = case(40, 100, 60)
     expected, found = packed(weight, bias)(x), []
@@ -253,7 +284,8 @@ def test_the_kernel_follows_the_processor(monkeypatch, fresh_choice):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @torch.no_grad()
-def test_the_kernel_may_be_asked_for_inside_a_trace(fresh_choice):
+def test_the_kernel_may_be_asked_for_inside_a_trace(fresh_choice, monkeypatch):
+    monkeypatch.setattr(module, "LEAST", 1)
     layer, x = Linear(64, 32).eval(), torch.randn(5, 64)
     expected = layer(x)
     ways = [

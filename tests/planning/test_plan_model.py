@@ -1,6 +1,7 @@
 """vk.plan: close to the best plan there is, never behind uniform ratios, nothing left behind."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -124,7 +125,9 @@ def test_given_times(mixed, monkeypatch):
         assert plan.cost == pytest.approx(taken / (4 + mixed))
         assert plan.loss <= loss(made, 2) * (1 + 1e-4)  # which costs 0.5 and 0.6
     least = (1 + mixed) / (4 + mixed)
-    with pytest.raises(ValueError, match=f"cost must be at least {least:.4f} .* by time, got 0.01"):
+    least = math.ceil(least * 1e4 - 1e-6) / 1e4
+    message = rf"cost=0.01 cannot be reached: cost must be at least {least:.4f} .* by time"
+    with pytest.raises(ValueError, match=message):
         vk.plan(made, batches(), cost=0.01)
 
 
@@ -137,10 +140,11 @@ def test_real_times():
 def test_names_the_least_cost():
     made = model()
     least = cost(made, 4)
-    with pytest.raises(
-        ValueError, match=f"at least {least:.4f} .*at most {1 / least:.3f}.*by flops"
-    ):
-        vk.plan(made, batches(), cost=0.9 * least, measure="flops")
+    said, most = math.ceil(least * 1e4) / 1e4, math.floor(1000 / least) / 1000
+    message = rf"speedup=.* cannot be .* at least {said:.4f} .*at most {most:.3f}.*by flops"
+    with pytest.raises(ValueError, match=message):
+        vk.plan(made, batches(), speedup=1 / (0.9 * least), measure="flops")
+    assert vk.plan(made, batches(), cost=said, measure="flops").ratios == (4,) * 4
 
 
 def test_shared_modules_have_one_ratio():
@@ -259,3 +263,34 @@ def test_plugins_that_are_not_finite_are_never_chosen():
 def test_shows_a_bar(capsys):
     vk.plan(model(placements=("ffn",)), batches(), cost=0.9, measure="flops", progress=True)
     assert "level" in capsys.readouterr().err
+
+
+def test_where_nothing_fits_when_it_is_measured_nothing_is_chosen():
+    made = model("t5", "relu", ("ffn",), num_layers=2)
+    limit = cost(made, 4)
+    for name, parameter in made.named_parameters():
+        if name.endswith("adapter.b2"):
+            parameter.data.fill_(2e38)  # each alone is finite, together they are not
+    with pytest.raises(ValueError, match=r"cost=.* cannot be reached: cost must be at"):
+        vk.plan(made, batches(), cost=limit, measure="flops")
+
+
+def test_a_second_measurement_takes_nothing_back(monkeypatch):
+    calls = []
+
+    class Drifting(costs.MultiplyAdds):
+        def of(self, choices):
+            calls.append(1)
+            return {c: v * (1.004 if len(calls) > 1 else 1) for c, v in super().of(choices).items()}
+
+    made = model("t5", "relu", ("ffn",), num_layers=2)
+    monkeypatch.setattr("variator_kernels.planning.plan_model.MultiplyAdds", Drifting)
+    plan = vk.plan(made, batches(), cost=cost(made, 4) * 1.002, measure="flops")
+    assert plan.ratios == (4, 4)
+
+
+def test_the_smallest_and_the_largest_batches_are_timed():
+    for number in (1, 2, 7, 8, 9, 10, 33):
+        picked = costs.spread(number)
+        assert len(picked) == len(set(picked)) == min(costs.BATCHES, number)
+        assert {0, number - 1} <= set(picked)

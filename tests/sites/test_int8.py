@@ -15,12 +15,20 @@ from tests.decoders import tiny as decoders
 from tests.sites import int8_cases, tiny
 from tests.sites.int8_cases import OFF, defined, distance, forward, pair, plain, swapped
 from tests.sites.test_exporters import Hidden, needs_onnx
-from variator_kernels.ops.int8_linear import kernels
+from variator_kernels.ops.int8_linear import kernels, module
 from variator_kernels.ops.packed import cache
 from variator_kernels.sites.find import find
 from variator_kernels.sites.install import patched_sublayers
 
 pytestmark = int8_cases.marks
+
+
+@pytest.fixture(autouse=True)
+def small_layers(monkeypatch):
+    """The models here are smaller than what is worth it."""
+    monkeypatch.setattr(module, "LEAST", 1)
+
+
 FFN_ALONE = ["albert", "longformer", "deberta-v2", "longt5"]
 FAMILIES = ["t5", "mt5", "bert", "bart", "mpnet", "modernbert", "eurobert", *FFN_ALONE]
 DECODERS = ["llama", "qwen3", "phi3", "gemma"]
@@ -387,3 +395,36 @@ def test_shared_layers():
     model, _, batch = ready("albert")
     assert len(patched_sublayers(model)) < len(find(model).layers)
     assert torch.equal(forward(model, *batch), forward(copy.deepcopy(model), *batch))
+
+
+def test_evaluation_of_a_training_run_is_in_the_models_own_dtype(tmp_path):
+    from variator_kernels.train import DistillationConfig, DistillationTrainer
+
+    def loss(precision):
+        model = tiny.train_plugins(vk.patch(plain("bert"), 2, (2,), 6, precision=precision))
+        ids, mask = tiny.batch(19, 7, 12)
+        rows = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids, mask, strict=True)]
+        args = DistillationConfig(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
+        return DistillationTrainer(model, args, rows, rows).evaluate()["eval_loss"]
+
+    assert loss("int8") == pytest.approx(loss(None), rel=1e-6)
+
+
+@torch.no_grad()
+def test_fused_matrices_are_given_back():
+    model, _ = pair("modernbert", {"ffn": 2})
+    batch = tiny.batch(19, 7, 12)
+    weights = list(plain_parameters(model))
+    forward(model, *batch)
+    vk.freeze(model)
+    forward(model, *batch)
+    vk.unpatch(model)
+    assert cache.nbytes(weights) == 0 and not cache.rules(weights).get("frozen")
+    vk.patch(model, 2, (2,), 6, precision="int8")
+    before = forward(model, *batch)
+    model.layers[0].mlp.Wi.weight.data.mul_(3)
+    assert not torch.equal(forward(model, *batch), before)
+
+
+def plain_parameters(model):
+    return (p for name, p in model.named_parameters() if "plugins" not in name)

@@ -165,6 +165,43 @@ def test_copies_pickles_and_frozen_weights():
     assert not torch.equal(forward(model), expected)
 
 
+def test_weights_that_somebody_changed_since_multiply_as_they_are():
+    """Quantised, pruned, parametrised after patching: their own products run, freeze looks away."""
+
+    class Tenfold(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            out = super().__torch_function__(func, types, args, kwargs or {})
+            return out * 10 if func is torch.nn.functional.linear else out
+
+    for precision in (None, "int8"):
+        model = vk.patch(plain("bert"), 1, (2,), 8, optimize="encoder", precision=precision)
+        first = find(model).blocks[0]
+        dense = first.attention.self.query
+        x = torch.randn(50, 128)
+        with torch.no_grad():
+            expected = nn.functional.linear(x, dense.weight, dense.bias)
+            dense.weight = nn.Parameter(dense.weight.data.as_subclass(Tenfold), requires_grad=False)
+            found = dense(x).as_subclass(torch.Tensor)
+        torch.testing.assert_close(found, 10 * expected, rtol=1e-4, atol=1e-4)
+        vk.freeze(model)
+        vk.thaw(model)
+
+
+def test_undoing_refuses_what_would_be_lost():
+    model = vk.patch(plain("bert"), 1, (2,), 8, optimize="encoder")
+    query, key = (getattr(find(model).blocks[0].attention.self, n) for n in ("query", "key"))
+    old = query.forward
+    query.forward = lambda t: old(t)
+    with pytest.raises(ValueError, match="forward of Linear was replaced after patching"):
+        vk.unpatch(model)
+    del query.forward
+    nn.utils.parametrize.register_parametrization(key, "weight", nn.Identity())
+    with pytest.raises(ValueError, match=r"after patching \(parametrised"):
+        vk.unpatch(model)
+    forward(model)
+
+
 def test_compiled():
     torch._dynamo.reset()
     model = vk.patch(plain("bert"), 2, (2,), 8, optimize="encoder")

@@ -78,8 +78,9 @@ class PackCache:
 
     def thaw(self, sources: Iterable[Tensor]) -> None:
         """Undo :meth:`freeze`; what was written meanwhile counts."""
-        for source in sources:
-            _end(self._frozen, _memory(source))
+        wanted = {_memory(source) for source in sources}
+        for place in [place for place in list(self._frozen) if _within(place, wanted)]:
+            _end(self._frozen, place)
 
     def forget(self, sources: Iterable[Tensor]) -> None:
         """Free what is made of any of ``sources``; it is made again when it is asked for."""
@@ -143,7 +144,7 @@ class PackCache:
     def _made_of(self, sources: Iterable[Tensor]) -> Iterator[tuple[Hashable, Entry]]:
         wanted = {_memory(source) for source in sources if _is_cpu(source)}
         for key, entry in self._entries:
-            if not wanted.isdisjoint(entry.memories):
+            if any(_within(place, wanted) for place in entry.memories):
                 yield key, entry
 
     def _check_frozen(self, sources: tuple[Tensor, ...]) -> None:
@@ -162,6 +163,13 @@ def _end(table: dict[Place, _Frozen], where: Place, _: Any = None) -> None:
     frozen = table.pop(where, None)
     if frozen is not None:
         frozen.memory.freeze(False, torch.get_num_threads())
+
+
+def _within(place: Place, wanted: set[Place]) -> bool:
+    """Whether it is one of them or a part: a fused matrix is packed, and frozen, by its parts."""
+    if place in wanted:
+        return True
+    return any(whole.begin <= place.begin and place.end <= whole.end for whole in wanted)
 
 
 def _layout(t: Tensor) -> tuple[Any, ...]:

@@ -18,11 +18,8 @@ from torch import Tensor, nn
 
 from .. import extension
 from . import prepack
-from .frozen_linear import FrozenLinear, is_plain
-from .transforms import tracing, transformed
-
-LEAST = 1 << 14
-"""Smaller weights (a classifier's) are left to PyTorch: the call costs more than it saves."""
+from .frozen_linear import LEAST, FrozenLinear, is_plain_class
+from .transforms import is_plain, tracing, transformed
 
 
 class _Local(threading.local):
@@ -60,7 +57,7 @@ class FrozenProducts:
             (layer, Forward(layer))  # made once: compiled code would notice new ones
             for layer in model.modules()
             if isinstance(layer, nn.Linear)
-            and is_plain(type(layer))
+            and is_plain_class(type(layer))
             and id(layer.weight) not in left
         ]
         self.entered: list[tuple[bool, list[tuple[nn.Linear, Forward]]]] = []
@@ -110,8 +107,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def packed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """:func:`linear` with a packed weight wherever nothing gets a gradient: for inference, where
     the caller knows that the weight serves many calls."""
-    plain = not (torch.compiler.is_compiling() or transformed() or tracing())
     given = [t for t in (x, weight, bias) if t is not None]
+    plain = not transformed() and all(map(is_plain, given))
     if not plain or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
         return linear(x, weight, bias)
     stored = prepack.result_dtype(x, weight, bias)
@@ -125,9 +122,9 @@ def packed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 FEW = 32 if torch.cpu._is_avx512_supported() else 4
-"""So few vectors go faster through weights as they are than through packed ones. On a processor with
-AVX2 alone (Zen 3, T5-base's shapes) ``F.linear`` made 17, 35 and 51 GFLOP/s of 8, 16 and 32 vectors
-where packed weights made 30, 51 and 69."""
+"""So few vectors go faster through weights as they are than through packed ones. With AVX2 alone
+``F.linear`` made 17, 35 and 51 GFLOP/s of 8, 16 and 32 vectors where packed weights made 30, 51 and
+69 (Zen 3, T5-base's shapes)."""
 
 
 class Linear(FrozenLinear):

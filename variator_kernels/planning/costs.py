@@ -23,7 +23,7 @@ from .options import Choice, Options
 
 ROUNDS = 7
 BATCHES = 8
-"""That are timed, of all sizes."""
+"""That are timed, the smallest and the largest among them."""
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -60,8 +60,10 @@ class MultiplyAdds:
         return {choice: self._total(choice) / self.dense for choice in choices}
 
     def options(self) -> np.ndarray:
-        alone = map(self.choices.alone, range(len(self.choices.every)))
-        return np.array([self._total(choice) / self.dense - 1 for choice in alone])
+        return np.array([
+            self._total(self.choices.alone(option)) / self.dense - 1 if k > 1 else 0.0
+            for option, (_, k) in enumerate(self.choices.every)
+        ])  # fmt: skip
 
     def _total(self, choice: Choice) -> int:
         level = self.choices.level(choice)
@@ -90,8 +92,7 @@ class Seconds:
     def __init__(self, blocks: Blocks, chunks: list[Chunk], options: Options) -> None:
         self.blocks, self.choices = blocks, options
         by_size = sorted(range(len(chunks)), key=lambda i: chunks[i].mask.numel())
-        step = -(-len(chunks) // BATCHES)
-        self.chunks = {i: chunks[i] for i in by_size[::step]}
+        self.chunks = {by_size[i]: chunks[by_size[i]] for i in spread(len(chunks))}
         self.added = np.zeros(len(options.every))
         self.dense = _medians({(): lambda: self._run(1)}, self._settle)[()]
 
@@ -146,6 +147,12 @@ class Seconds:
         """What runs on a device is done."""
         if next(iter(self.chunks.values())).mask.is_cuda:
             torch.cuda.synchronize()
+
+
+def spread(number: int) -> list[int]:
+    """Up to :data:`BATCHES` of ``range(number)``, the first and the last among them."""
+    count = min(BATCHES, number)
+    return [i * (number - 1) // max(count - 1, 1) for i in range(count)]
 
 
 def _medians(

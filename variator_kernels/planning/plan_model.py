@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def plan(
     predict together is measured, and corrected by a local search. The plan's measured loss is never
     above that of a uniform ratio (at all placements that have it) that fits the cost. No other
     thread may use the model meanwhile. Temporary files (``TMPDIR``) hold two hidden states of every
-    token, memory its last one, and up to 256 MiB of errors.
+    token, memory its last one, and some hundred MiB of errors.
 
     Args:
         model: patched, of one encoder; its plugins trained or calibrated. Its level, mode and
@@ -58,7 +59,8 @@ def plan(
             multiply-adds with ``measure="flops"``).
         cost: it takes at most this share of it.
         loss: the cheapest plan whose loss is at most this. Exactly one of the three is given.
-        measure: ``"time"``: of this machine; of up to 8 of the batches, all their sizes among them.
+        measure: ``"time"``: of this machine; of up to 8 of the batches, from the smallest to the
+            largest.
             ``"flops"``: by :func:`flops.count`; then the same call gives the same plan.
         progress: show a bar.
 
@@ -95,7 +97,7 @@ def plan(
         losses = Losses(errors, options, bar.update)
         predictions = _measured(blocks, given, losses, costs, bar)
         bar.total = None
-        choice, paid = _best(predictions, losses, costs, goal, state, measure)
+        choice, paid = _best(predictions, losses, costs, goal, state, (asked, limit), measure)
     return Plan(
         state.sites,
         options.level(choice).ratios,
@@ -114,9 +116,12 @@ def _goal(speedup: float | None, cost: float | None, loss: float | None) -> tupl
     if len(given) != 1:
         raise ValueError(f"plan needs exactly one of speedup, cost and loss, got {given or 'none'}")
     ((name, value),) = given.items()
-    if isinstance(value, bool | Tensor) or not hasattr(value, "__float__"):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    number = float(value)
+    try:
+        if isinstance(value, bool | Tensor):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name} must be a number, got {value!r}") from None
     if name == "speedup":
         if not 1 <= number < math.inf:
             raise ValueError(f"speedup must be a finite number >= 1, got {value!r}")
@@ -166,6 +171,7 @@ def _best(
     costs: Costs,
     goal: Goal,
     state: State,
+    asked: tuple[str, float],
     measure: str,
 ) -> tuple[Choice, float]:
     """The best choice whose measured cost fits, and this cost.
@@ -175,26 +181,31 @@ def _best(
     options = predictions.options
     uniform = [options.uniform(k) for k in (1, *state.ratios)]
     known = costs.of([*uniform, predictions.cheapest])
-    least = min(cost for choice, cost in known.items() if predictions.loss(choice) < math.inf)
-    if goal.cost < least * (1 - 1e-9):
-        _unreachable(least, goal, measure)
+    if goal.cost < min(known.values()) * (1 - 1e-9):
+        _unreachable(min(known.values()), asked, measure)
     within = goal
     for _ in range(CORRECTIONS):
         found = search(predictions, losses, within, uniform)
         if found is None:
             break
-        known |= costs.of([found])
+        known = costs.of([found]) | known  # one that was measured before keeps its cost
         if known[found] <= goal.cost * (1 + 1e-9):
             break
         within = within._replace(cost=within.cost * goal.cost / known[found])
 
-    best = min(known, key=lambda choice: goal.order(known[choice], lambda: losses.of(choice)))
+    fitting = [c for c, paid in known.items() if goal.fits(paid, 0) and goal.fits(0, losses.of(c))]
+    if not fitting:
+        finite = [paid for c, paid in known.items() if losses.of(c) < math.inf]
+        _unreachable(min(finite), asked, measure)
+    best = min(fitting, key=lambda choice: goal.key(known[choice], losses.of(choice)))
     return best, known[best]
 
 
-def _unreachable(least: float, goal: Goal, measure: str) -> None:
+def _unreachable(least: float, asked: tuple[str, float], measure: str) -> NoReturn:
+    name, limit = asked
+    most = math.floor(1000 / least) / 1000
     raise ValueError(
-        f"cost must be at least {least:.4f} of the dense encoder's (speedup at most "
-        f"{1 / least:.3f}), the least that the model's ratios reach by {measure}, got "
-        f"{goal.cost:.4f}"
+        f"{name}={limit:g} cannot be reached: cost must be at least "
+        f"{math.ceil(least * 1e4) / 1e4:.4f} of the dense encoder's (speedup at most {most:.3f}), "
+        f"the least that the model's ratios reach by {measure}"
     )

@@ -45,6 +45,8 @@ class Plan:
     """The relative squared error of the last hidden state."""
 
     def __post_init__(self) -> None:
+        if type(self.sites) is not tuple or type(self.ratios) is not tuple:
+            raise ValueError("sites and ratios must be tuples")
         if not self.sites or not all(isinstance(site, Site) for site in self.sites):
             raise ValueError(f"sites must be those of a model, got {self.sites!r}")
         if len(set(self.sites)) < len(self.sites):

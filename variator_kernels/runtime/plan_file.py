@@ -59,17 +59,19 @@ def fields_of(text: str) -> dict[str, Any]:
 
 
 def _sites(level: Any) -> dict[str, Any]:
-    sites, ratios = [], []
+    found: list[tuple[Site, int]] = []
     if not isinstance(level, dict) or not set(level) <= set(PLACEMENTS):
         raise ValueError(f"level must be of placements among {PLACEMENTS}, got {level!r}")
     for place, layers in level.items():
         if not isinstance(layers, dict) or not layers:
             raise ValueError(f"level must have ratios of layers, got {layers!r}")
         for layer, ratio in layers.items():
-            if not (layer.isascii() and layer.isdigit() and len(layer) < 10):
+            if not (layer.isascii() and layer.isdigit() and layer == str(int(layer))):
                 raise ValueError(f"level must name layers by numbers, got {layer!r}")
             if type(ratio) is not int:
                 raise ValueError(f"level must hold integers >= 1, got {ratio!r}")
-            sites.append(Site(place, int(layer)))
-            ratios.append(ratio)
-    return {"sites": tuple(sites), "ratios": tuple(ratios)}
+            found.append((Site(place, int(layer)), ratio))
+    # A model's order, whatever that of the mappings: they may have been sorted by names.
+    found.sort(key=lambda pair: (PLACEMENTS.index(pair[0].placement), pair[0].layer))
+    sites, ratios = zip(*found, strict=True) if found else ((), ())
+    return {"sites": sites, "ratios": ratios}

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..ops import prepacked_linear
-from ..ops.frozen_linear import FrozenLinear
+from ..ops.frozen_linear import FrozenLinear, is_plain_class
 from ..ops.int8_linear.module import Linear as Int8Linear
 from ..runtime.site import Site
 from ..runtime.state import STATE, State, states
@@ -160,8 +160,15 @@ def remove(model: nn.Module) -> None:
         ValueError: nothing is patched, or somebody replaced a patched ``forward`` since.
     """
     states(model)
-    patched = [module for module in model.modules() if STATE in vars(module)]
-    for module in patched:
+    for module in model.modules():
+        swapped = isinstance(module, FrozenLinear)
+        if swapped and not is_plain_class(type(module)):
+            raise ValueError(
+                f"a linear layer became a {type(module).__name__} after patching (parametrised?); "
+                "undo that before unpatch()"
+            )
+        if not swapped and STATE not in vars(module):
+            continue
         # What accelerate leaves behind after training in mixed precision goes too.
         if replaced(module) and "_original_forward" not in vars(module):
             raise ValueError(

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental import proxy_tensor
 
-from ..ops.frozen_linear import is_plain
+from ..ops.frozen_linear import is_plain_class
 from ..ops.prepacked_linear import Forward
 from .find import replaced
 
@@ -50,7 +50,7 @@ def _kind(module: nn.Module) -> type:
 
 def plain_linear(linear: nn.Module) -> bool:
     """Its weight is all it is: no subclass of either (quantised, sharded), no hook."""
-    return is_plain(_kind(linear)) and type(linear.weight) in _PLAIN and untouched(linear)
+    return is_plain_class(_kind(linear)) and type(linear.weight) in _PLAIN and untouched(linear)
 
 
 def plain_embedding(table: nn.Module) -> bool:

@@ -202,6 +202,10 @@ class DistillationTrainer(ResumableTrainer):
             ``eval_dense_accuracy``, and ``eval_loss``, the mean over ratios; of a decoder
             ``eval_dense_perplexity``, ``eval_k4_perplexity`` and ``eval_k4_divergence`` as well.
         """
+        with own_precision():
+            return self._evaluate(eval_dataset, metric_key_prefix)
+
+    def _evaluate(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
         loader = self.get_eval_dataloader(eval_dataset)
         self.callback_handler.eval_dataloader = loader
         rows = []

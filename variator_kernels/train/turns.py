@@ -11,6 +11,7 @@ from torch import Tensor
 from ..runtime.level import Level
 from ..runtime.state import State
 from .config import DistillationConfig
+from .evaluation import DENSE, name_of
 
 MIXED = "mixed"
 """The name, beside ratios, of a level that differs between sites."""
@@ -36,6 +37,11 @@ class Turns:
             )
         self.levels: dict[int | str, Level]
         if levels is not None:
+            names = [name_of(name) for name in levels]
+            if not names or DENSE in names or len(set(names)) < len(names):
+                raise ValueError(
+                    f"levels must have different names other than {DENSE!r}, got {list(levels)}"
+                )
             self.levels = {name: state.check(level) for name, level in levels.items()}
             for name, level in self.levels.items():
                 if level.is_dense:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import backends
-from ...ops import checks
+from ...ops import checks, int8_linear
 from ...ops.compressed_ffn import run
-from ...ops.int8_linear import here
 from ...ops.self_attention import (
     Book,
     Keys,
@@ -60,7 +59,7 @@ class Variator:
         config = self.config
         if config.precision is None:
             return config
-        return config._replace(precision=here(config.precision, layer.training))
+        return config._replace(precision=int8_linear.here(config.precision, layer.training))
 
     def parameters(
         self, placement: str, hidden_size: int, like: Tensor, training: bool

@@ -71,7 +71,8 @@ def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: G
         # oneDNN's activations turn NaN into 0; what the merge saw is carried past them.
         poison = torch.empty(count, dtype=wide)
         merge.run(rows, block, packed.merge, merge.Outputs(merged, projected, None, poison))
-        u = prepacked_products(merged, ffn)
+        # Only oneDNN's products have few sizes.
+        u = prepacked_products(merged[:count] if ffn.precision == "int8" else merged, ffn)
         inputs = decompress.Inputs(u, projected, residual, poison)
         decompress.run(inputs, block, packed.adapter, y_rows)
     return normalize_real(y, ffn.any_norm, groups) if ffn.post_norm else y

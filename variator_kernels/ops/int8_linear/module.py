@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..frozen_linear import FrozenLinear
+from ..frozen_linear import LEAST, FrozenLinear
 from . import here, op
 
 
@@ -12,7 +12,9 @@ class Linear(FrozenLinear):
     """Its products run in int8 where :func:`here` says so, else as they did."""
 
     def forward(self, input: Tensor) -> Tensor:
-        runs = here("int8", self.training) is not None and input.is_cpu
+        # Small ones may be somebody's adapters, and gain nothing.
+        runs = input.is_cpu and self.in_features * self.out_features >= LEAST
+        runs = runs and here("int8", self.training) is not None
         if not runs or not self.has_plain_weight():
             return super().forward(input)
         return op.linear(input, self.weight, self.bias)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import prepack
+from ..arguments import require
 from ..library import LIBRARY, define, refuse_second_derivatives
 from ..transforms import nothing_between, refuse_transforms
 from .packed import packed
@@ -29,6 +30,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @torch.library.impl(LIBRARY, "int8_linear", "CPU")
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # Exported programs come here without the public function.
+    fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
+    require(fits and (bias is None or bias.shape == weight.shape[:1]), "shapes as F.linear's")
     rows, product = x.reshape(-1, weight.shape[1]), packed(weight, bias)
     if product is None:  # NaN or infinity came into the weight
         y = F.linear(rows.to(weight.dtype), weight, bias).to(x.dtype)

@@ -37,9 +37,12 @@ class Int8Linear(NamedTuple):
 
 def packed(weight: Tensor, bias: Tensor | None) -> Int8Linear | None:
     """The packed form of ``weight [out, in]`` and ``bias [out]`` on the CPU; None where the weight
-    is not finite, or nothing multiplies in int8 here."""
+    is not finite, or so long that sums could overflow, or nothing multiplies in int8 here."""
     chosen = kernel()
     if chosen is None or weight.numel() == 0:
+        return None
+    # Beyond, sums would not fit into int32.
+    if weight.shape[1] * chosen.levels.rows * chosen.levels.weight >= 2**31:
         return None
 
     def pack(weight: Tensor, bias: Tensor | None = None) -> Int8Linear | None:
