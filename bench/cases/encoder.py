@@ -122,6 +122,8 @@ class Encoder:
             settings = {"precision": precision, "optimize": self.optimize}
             model = self.patched(twin, usable("cpu"), key.placements, **settings)
             vk.set_ratio(model, key.k)
+            if self.optimize:
+                vk.freeze(model)  # what other runtimes promise by copying weights
         else:
             attention = "eager" if key.arm == "hf" else "sdpa"
             model = models.sharing(self.sdpa, attention)

@@ -221,8 +221,6 @@ PYBIND11_MODULE(_cpu, m) {
             py::init([](const std::string& isa, int dtype, int threads, int64_t rows, int64_t inner,
                         int64_t columns, Address x, int64_t x_stride, Address packed, Address sums,
                         Address scales, Address bias, int activation, Address other, Address y) {
-                if (static_cast<DType>(dtype) == DType::float64)
-                    throw std::invalid_argument("int8 products have no float64");
                 Int8LinearParams p{};
                 p.dtype = static_cast<DType>(dtype), p.threads = threads;
                 p.rows = rows, p.inner = inner, p.columns = columns;

@@ -158,7 +158,7 @@ struct Int8Product {
     }
 };
 
-template <DType dtype>
+template <class V, DType dtype>
 void int8_linear(const Int8LinearParams& p) {
     if (p.rows > 0) Int8Product<dtype>{p}.all();
 }
@@ -166,13 +166,13 @@ void int8_linear(const Int8LinearParams& p) {
 inline void int8_linear_any(const Int8LinearParams& p) {
     switch (p.dtype) {
         case DType::float32:
-            return int8_linear<DType::float32>(p);
+            return int8_linear<Vec, DType::float32>(p);
         case DType::bfloat16:
-            return int8_linear<DType::bfloat16>(p);
+            return int8_linear<Vec, DType::bfloat16>(p);
         case DType::float16:
-            return int8_linear<DType::float16>(p);
+            return int8_linear<Vec, DType::float16>(p);
         case DType::float64:
-            return;  // the bindings refuse it
+            return;
     }
 }
 
