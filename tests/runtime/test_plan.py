@@ -52,7 +52,7 @@ BAD = [
     ({"ratios": (1, 4, 2, True)}, "integers >= 1, got True"),
     ({"ratios": (1, 4, 2, np.int64(2))}, "integers >= 1"),
     ({"sites": ()}, "sites must be those of a model"),
-    ({"sites": (SITES[0],) * 4}, "name layers by numbers"),
+    ({"sites": (SITES[0],) * 4}, "each site once"),
     ({"asked": "time"}, "asked must be one of"),
     ({"measure": "cost"}, "measure must be one of"),
     ({"loss": float("nan")}, "loss must be a finite float >= 0, got nan"),
