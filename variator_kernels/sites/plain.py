@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+from torch import nn
 from torch.fx.experimental import proxy_tensor
 
-from ..ops.frozen_linear import is_plain_class
+from ..ops.frozen_linear import is_plain_class, is_plain_weight
 from ..ops.prepacked_linear import Forward
 from .find import replaced
 
@@ -24,8 +22,6 @@ _ACTIVATIONS = {
 }
 _CAPTURES = "transformers.utils.output_capturing"
 _PROXY: Any = getattr(proxy_tensor, "_AttrProxy", None)
-# The last two stand for plain weights while a program is exported, and under a fake mode.
-_PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
 def untouched(module: nn.Module) -> bool:
@@ -50,12 +46,12 @@ def _kind(module: nn.Module) -> type:
 
 def plain_linear(linear: nn.Module) -> bool:
     """Its weight is all it is: no subclass of either (quantised, sharded), no hook."""
-    return is_plain_class(_kind(linear)) and type(linear.weight) in _PLAIN and untouched(linear)
+    return is_plain_class(_kind(linear)) and is_plain_weight(linear.weight) and untouched(linear)
 
 
 def plain_embedding(table: nn.Module) -> bool:
     """The same of an embedding."""
-    return _kind(table) is nn.Embedding and type(table.weight) in _PLAIN and untouched(table)
+    return _kind(table) is nn.Embedding and is_plain_weight(table.weight) and untouched(table)
 
 
 def activation_name(act: Any) -> str | None:
