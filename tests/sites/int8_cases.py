@@ -52,6 +52,8 @@ class Defined(nn.Module):
 
 def plain(name: str, dtype=torch.float32):
     """A family's model that is not patched."""
+    if name not in decoders.FAMILIES and not zoo.installed(name):
+        pytest.skip(f"this version of transformers has no {name}")
     if name in decoders.FAMILIES:
         return decoders.model(name, dtype=dtype).requires_grad_(False)
     return zoo.plain(name).requires_grad_(False).to(dtype)
@@ -64,7 +66,12 @@ def pair(name: str, ratio=None, dtype=torch.float32, **settings):
     ratio = BOTH if ratio is None else ratio
     settings = {"keep_first": 1} | settings
     ratios = {p: (k,) for p, k in ratio.items()} if isinstance(ratio, dict) else (ratio,)
-    vk.patch(model, ratio, ratios, 6, precision="int8", **settings)
+    try:
+        vk.patch(model, ratio, ratios, 6, precision="int8", **settings)
+    except ValueError as error:
+        if "another version of transformers" in str(error):
+            pytest.skip(str(error))
+        raise
     vk.patch(exact, ratio, ratios, 6, **settings)
     for made in (model, exact):
         tiny.train_plugins(made)

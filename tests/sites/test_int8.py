@@ -401,7 +401,8 @@ def test_evaluation_of_a_training_run_is_in_the_models_own_dtype(tmp_path):
     from variator_kernels.train import DistillationConfig, DistillationTrainer
 
     def loss(precision):
-        model = tiny.train_plugins(vk.patch(plain("bert"), 2, (2,), 6, precision=precision))
+        model = vk.patch(plain("bert"), 2, (2,), 6, precision=precision)
+        tiny.train_plugins(model)
         ids, mask = tiny.batch(19, 7, 12)
         rows = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids, mask, strict=True)]
         args = DistillationConfig(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)

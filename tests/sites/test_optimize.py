@@ -90,7 +90,12 @@ def test_compressed_levels_and_undoing(name, precision):
         pytest.skip(f"int8 products: {int8_linear.describe()}")
     model = plain(name)
     before, classes = forward(model), [type(m) for m in model.modules()]
-    reference = vk.patch(copy.deepcopy(model), BOTH, (2,), 8, backend="reference")
+    try:
+        reference = vk.patch(copy.deepcopy(model), BOTH, (2,), 8, backend="reference")
+    except ValueError as error:
+        if "another version of transformers" in str(error):
+            pytest.skip(str(error))
+        raise
     vk.patch(model, BOTH, (2,), 8, optimize="encoder", precision=precision)
     expected, found = forward(reference), forward(model)
     off = (found - expected).norm() / expected.norm()
