@@ -59,6 +59,16 @@ def plain(name: str, dtype=torch.float32):
     return zoo.plain(name).requires_grad_(False).to(dtype)
 
 
+def patch(model, *arguments, **settings):
+    """``vk.patch``; skips where this version of transformers has other modules."""
+    try:
+        return vk.patch(model, *arguments, **settings)
+    except ValueError as error:
+        if "another version of transformers" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
 def pair(name: str, ratio=None, dtype=torch.float32, **settings):
     """A family's patched model with ``precision="int8"``, and the one without."""
     model = plain(name, dtype)
@@ -66,12 +76,7 @@ def pair(name: str, ratio=None, dtype=torch.float32, **settings):
     ratio = BOTH if ratio is None else ratio
     settings = {"keep_first": 1} | settings
     ratios = {p: (k,) for p, k in ratio.items()} if isinstance(ratio, dict) else (ratio,)
-    try:
-        vk.patch(model, ratio, ratios, 6, precision="int8", **settings)
-    except ValueError as error:
-        if "another version of transformers" in str(error):
-            pytest.skip(str(error))
-        raise
+    patch(model, ratio, ratios, 6, precision="int8", **settings)
     vk.patch(exact, ratio, ratios, 6, **settings)
     for made in (model, exact):
         tiny.train_plugins(made)

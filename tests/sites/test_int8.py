@@ -162,7 +162,7 @@ def test_unpatch_brings_everything_back(name):
     original = plain(name)
     model = copy.deepcopy(original)
     places = ("ffn",) if name in FFN_ALONE else ("ffn", "attention_kv")
-    vk.patch(model, 2, (2,), placements=places, precision="int8")
+    int8_cases.patch(model, 2, (2,), placements=places, precision="int8")
     assert swapped(model)
     batch = tiny.batch(19, 7, 12)
     forward(model, *batch)
