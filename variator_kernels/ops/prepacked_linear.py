@@ -82,7 +82,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Frozen weights are packed inside :class:`FrozenProducts`, and wherever the product runs in
     another dtype than ``F.linear``'s. Weights that get gradients are converted in each call.
     """
-    plain = not (torch.compiler.is_compiling() or transformed() or tracing())
+    plain = not transformed() and all(is_plain(t) for t in (x, weight, bias) if t is not None)
     packs = plain and _local.packed
     if not (packs or prepack.EMULATED):
         return F.linear(x, weight, bias)

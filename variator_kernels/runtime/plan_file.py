@@ -8,10 +8,9 @@ from typing import Any
 
 from .. import files
 from ..version import __version__
-from .site import Site
+from .site import PLACEMENTS, Site
 
 FORMAT = 1
-PLACEMENTS = ("ffn", "attention", "attention_kv")
 NUMBERS = ("limit", "predicted_cost", "cost", "loss")
 FIELDS = ("format", "written_by", "asked", "measure", *NUMBERS, "level")
 

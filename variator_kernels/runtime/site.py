@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+PLACEMENTS = ("ffn", "attention", "attention_kv")
+"""In a model's order."""
+
 
 class Site(NamedTuple):
     """One place of a model at which a method can work."""

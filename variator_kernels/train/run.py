@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
 
+from .. import files
 from ..methods.variator.calibration import calibrate
 from ..runtime.state import states
 from . import checkpoints, noise, prepare
@@ -139,7 +139,5 @@ def _check_same(output: Path, settings: dict[str, Any]) -> None:
 
 
 def _write(path: Path, content: Any) -> None:
-    """At once or not at all."""
-    part = path.with_name(f".{path.name}")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    text = json.dumps(content, indent=1) + "\n"
+    files.replace(path, lambda to: to.write_text(text, encoding="utf-8"))

@@ -9,10 +9,10 @@ from ... import backends, checks
 from ...ops.feed_forward import ADAPTER_ACTIVATIONS
 from ...ops.int8_linear import PRECISIONS
 from ...runtime.level import by_placement, mentioned
+from ...runtime.site import PLACEMENTS
 
 OPTIMIZE = ("sublayers", "encoder")
 """Whose frozen products run packed at dense levels too."""
-PLACEMENTS = ("ffn", "attention", "attention_kv")
 DEFAULT_RATIO = 4
 """The active one, where it has plugins."""
 

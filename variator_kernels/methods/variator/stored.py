@@ -11,8 +11,7 @@ from ... import checks
 from ...ops.feed_forward import ADAPTER_ACTIVATIONS
 from ...runtime.kept import MOST, Kept
 from ...runtime.level import Level
-from ...runtime.site import Site
-from .config import PLACEMENTS
+from ...runtime.site import PLACEMENTS, Site
 
 FORMAT = 2
 MOST_LAYERS = 10_000
