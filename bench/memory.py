@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     content, console = options.begin("memory", settings, model)
     plugged = [Key(arm, k) for k in args.ratios for arm in PLUGGED]
     plan = [
-        {"case": "memory", "direction": way, "dtype": dtype, **key._asdict(), **settings}
+        {"case": "memory", "direction": way, **key._asdict(), "dtype": dtype, **settings}
         for way in DIRECTIONS
         for dtype in args.dtype
         for key in [*map(Key, DENSE if way == "forward" else DENSE[:1]), *plugged]

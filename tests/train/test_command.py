@@ -294,8 +294,9 @@ def test_takes_from_plugins_what_is_not_asked_for(folder, tmp_path):
     model = AutoModel.from_pretrained(folder / "model")
     plugged(model, job)
     (state,) = states(model)
-    found = tuple(state.method.config)
-    assert found == ({"ffn": (3, 5)}, 4, "identity", "reference", True)
+    found = state.method.config
+    assert (found.placements, found.bottleneck) == ({"ffn": (3, 5)}, 4)
+    assert (found.activation, found.backend) == ("identity", "reference")
     for a, b in zip(plugin_parameters(saved), plugin_parameters(model), strict=True):
         assert torch.equal(a, b)
     for wrong in ({"bottleneck": 5}, {"activation": "tanh"}, {"ratios": (3,)}):

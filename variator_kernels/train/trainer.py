@@ -203,14 +203,14 @@ class DistillationTrainer(ResumableTrainer):
             ``eval_dense_perplexity``, ``eval_k4_perplexity`` and ``eval_k4_divergence`` as well.
         """
         with own_precision():
-            return self._evaluate(eval_dataset, metric_key_prefix)
+            return self._metrics_over(eval_dataset, metric_key_prefix)
 
-    def _evaluate(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
+    def _metrics_over(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
         loader = self.get_eval_dataloader(eval_dataset)
         self.callback_handler.eval_dataloader = loader
         rows = []
         for inputs in loader:
-            rows.append(self._evaluate_rows(self._prepare_inputs(inputs)))
+            rows.append(self._rows_of(self._prepare_inputs(inputs)))
             self.control = self.callback_handler.on_prediction_step(
                 self.args, self.state, self.control
             )
@@ -223,7 +223,7 @@ class DistillationTrainer(ResumableTrainer):
         )
         return metrics
 
-    def _evaluate_rows(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def _rows_of(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         model = self.model_wrapped
         teacher = self._teacher(model, inputs)
         students = (
