@@ -66,7 +66,9 @@ def test_round_trip_of_a_bert(family, tmp_path):
 
 
 def test_settings_say_what_they_are_for(folder):
-    assert json.loads((folder / "plugins.json").read_text()) == {
+    settings = json.loads((folder / "plugins.json").read_text())
+    assert settings.pop("base")
+    assert settings == {
         "format": 2,
         "method": "variator",
         "written_by": vk.__version__,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .patching import apply, unpatch
 from .runtime.kept import Kept, adopted, token_ids
 from .runtime.site import Site
 from .runtime.state import STATE, State, states
+from .sites import base_weights
 from .sites.family import ROW, Family, is_a
 from .sites.find import Found, find, find_all, is_patched
 from .sites.install import owners_of
@@ -95,6 +97,7 @@ def gather(
         window=state.kept.window,
     )
     sharding.reshard(model)
+    settings = settings._replace(base=base_weights.sample(found, value))
     tensors = {}
     for _, site in state.own_sites:
         for k in config.placements[site.placement]:
@@ -146,6 +149,9 @@ def load_plugins(
         FileNotFoundError: there is no such file. ValueError: the file is damaged or of a newer
         version, its plugins are not this model's, or they keep other tokens whole than the model
         was patched to keep; nothing has changed then.
+
+    Warns:
+        UserWarning: the model has other weights than the one whose plugins were saved.
     """
     families = None if family is None else (family,)
     source = located(source, FILES)
@@ -193,6 +199,7 @@ def _checked(found: Found, source: str | os.PathLike[str]) -> _Checked:
     settings, tensors = read(path)
     kept = _check(found, settings, tensors, path)
     check_values(found.encoder)
+    _compare_weights(found, settings, path)
     return found, settings, tensors, kept
 
 
@@ -283,6 +290,20 @@ def _check(found: Found, settings: Settings, tensors: dict[str, Tensor], path: P
         if not tensors[name].isfinite().all():
             raise ValueError(f"{name} must be finite, got NaN or infinity")
     return kept
+
+
+def _compare_weights(found: Found, settings: Settings, path: Path) -> None:
+    if not settings.base:
+        return
+    ours = base_weights.sample(found, sharding.whole)
+    apart = base_weights.difference(ours, settings.base)
+    if apart > base_weights.SAME:
+        warnings.warn(
+            f"source {path} has plugins of a model with other weights (sampled ones differ by "
+            f"{apart:.1%}): plugins reproduce the weights that they were trained on. Measure what "
+            "is lost, or calibrate or train them on this model",
+            stacklevel=4,
+        )
 
 
 def _check_ratios(present: Mapping[str, tuple[int, ...]], settings: Settings, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def plugged(model: Any, job: Job) -> None:
     active: Any = None
     bottleneck, activation = job.bottleneck, job.activation
     if job.plugins:
-        load_plugins(model, job.plugins)  # patches it as they need
+        _load(model, job.plugins)  # patches it as they need
         (saved,) = states(model)
         unpatch(model)
         config = saved.method.config
@@ -65,7 +66,14 @@ def plugged(model: Any, job: Job) -> None:
         **more,
     )
     if job.plugins:
-        load_plugins(model, job.plugins)
+        _load(model, job.plugins)
+
+
+def _load(model: Any, folder: str) -> None:
+    """Plugins to go on from: that they come from another checkpoint is what training is for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*a model with other weights")
+        load_plugins(model, folder)
 
 
 def _ratios_of(plans: list[Plan], more: dict[str, Iterable[int]]) -> dict[str, list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -43,6 +44,8 @@ class Settings(NamedTuple):
     keep_last: int = 0
     keep: tuple[int, ...] = ()
     window: int = 64
+    base: dict[str, list[float]] = {}  # noqa: RUF012 (nobody writes into it)
+    """Sampled values of the frozen weights by layer (sites/base_weights.py)."""
 
     @property
     def kept(self) -> Kept:
@@ -114,10 +117,20 @@ def read_settings(given: Any) -> Settings:
         checks.integer(_integer(getattr(settings, name), name), name, most=MOST)
     if not isinstance(settings.keep, list | tuple):
         raise ValueError(f"keep must be a list of token ids, got {settings.keep!r}")
+    _check_base(settings.base)
     ids = [_integer(token, "keep") for token in settings.keep]
     if len(set(ids)) < len(ids):
         raise ValueError(f"keep must name each token id once, got {ids}")
     return _checked(settings._replace(keep=tuple(sorted(ids))))
+
+
+def _check_base(base: Any) -> None:
+    rows = base.values() if isinstance(base, dict) else [None]
+    for row in rows:
+        if not isinstance(row, list) or not all(
+            type(x) in (int, float) and math.isfinite(x) for x in row
+        ):
+            raise ValueError(f"base must hold lists of finite numbers, got {row!r}")
 
 
 def _first(given: Mapping[str, Any]) -> Settings:
