@@ -85,8 +85,7 @@ def base(name: str) -> str:
 
 def chosen(args: argparse.Namespace) -> list[tuple[Variant, int]]:
     """Variants with their seeds."""
-    some = recipe.calibrates(args.placements)
-    known = [name for name in VARIANTS if some or name != "calibrated only"]
+    known = list(VARIANTS)
     if args.placements == ("attention_kv",):
         known = [n for n in known if n not in recipe.OF_ADAPTERS]
     wanted = args.variants or known
@@ -108,7 +107,6 @@ def run(args: argparse.Namespace, setup: stages.Setup, task: tasks.Task, console
     ratios = args.ratios or list(recipe.RATIOS)
     settings = {"threads": args.threads, "rounds": args.rounds, "ratios": ratios}
     settings |= {"placements": list(setup.placements), "keep_first": setup.keep_first}
-    settings["calibrated"] = recipe.calibrates(setup.placements)
     model = {"name": args.model if args.model == "minilm" else Path(args.model).name}
     content = results.result("quality_vs_k", settings | stages.settings(setup), model)
     name = "_".join(filter(None, ("quality_vs_k", model["name"], task.name, setup.label)))
@@ -170,8 +168,6 @@ def main(arguments: list[str] | None = None) -> int:
         if classified:
             chosen(args)
             stages.claim(work, stages.settings(setup))
-            if setup.label:
-                stages.claim(setup.plugins, {"calibrated": recipe.calibrates(args.placements)})
         if embeddings.NAME in args.tasks:
             embeddings.check(args, setup.base)
             stages.claim(work / embeddings.NAME, embedders.settings(of_embeddings))

@@ -13,7 +13,7 @@ from variator_kernels.train.embeddings import is_embedder
 
 from .. import internals
 from . import text
-from .recipe import calibrates, label
+from .recipe import label
 
 RATIOS = (2, 4)
 VARIANTS = ("untrained", "calibrated", "calibrated on more text", "trained")
@@ -143,7 +143,7 @@ def _train(
     text.write(source, text.training(data))
     job = Job(
         "pretrain", base, str(source), str(made.folder), ratios, placements,
-        calibrate=recipe.many if calibrates(placements) else 0,
+        calibrate=recipe.many,
         noise="none", vary_lengths=True, splice=recipe.splice, max_length=recipe.length,
         attention=recipe.attention, keep_first=keep_first,
     )  # fmt: skip

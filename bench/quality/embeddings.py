@@ -15,7 +15,7 @@ from ..harness import options, results, tables
 from ..harness.results import Row
 from . import embedders, encoding, tasks, text
 from .embedders import TARGETS, VARIANTS, Made, Recipe
-from .recipe import calibrates, label
+from .recipe import label
 from .similarity import NEIGHBOURS, compare
 
 NAME = "embeddings"
@@ -29,13 +29,10 @@ METRICS = {
 
 def chosen(args: argparse.Namespace) -> list[str]:
     """The variants to make; ``ValueError`` for what there is not."""
-    some = calibrates(args.placements)
-    known = [name for name in VARIANTS if some or not name.startswith("calibrated")]
-    names = known if args.variants is None else args.variants
-    unknown = [name for name in names if name not in known]
+    names = list(VARIANTS) if args.variants is None else args.variants
+    unknown = [name for name in names if name not in VARIANTS]
     if unknown:
-        where = f"{NAME} at {', '.join(args.placements)}"
-        raise ValueError(f"variants must be of {tuple(known)} for {where}, got {unknown[0]!r}")
+        raise ValueError(f"variants must be of {VARIANTS} for {NAME}, got {unknown[0]!r}")
     both = {made.variant for made in embedders.given(args.plugins)} & set(names)
     if both:
         raise ValueError(f"plugins must have labels of their own, {both.pop()!r} is a variant too")

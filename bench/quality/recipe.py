@@ -12,12 +12,6 @@ TARGETS = {
 """Points that plugins for MiniLM may lose on SST-2, at most, by placements."""
 
 
-def calibrates(placements: tuple[str, ...]) -> bool:
-    """Whether ``vk.calibrate`` knows plugins there; without it training starts at initial values,
-    and there is no variant that is calibrated only."""
-    return "attention" not in placements
-
-
 def label(placements: tuple[str, ...], keep_first: int | None = None) -> str:
     """Of files and folders; empty for what ``vk.patch`` does by default."""
     parts = [] if placements == ("ffn",) else ["_".join(placements)]

@@ -18,7 +18,7 @@ from variator_kernels.train.collate import batches, collator
 from ..harness import results
 from ..harness.results import Row
 from . import originals, tasks
-from .recipe import Recipe, Variant, calibrates, label
+from .recipe import Recipe, Variant, label
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def calibration(setup: Setup, task: tasks.Task, ratios: tuple[int, ...]) -> Row:
 def _plugins(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> Path | None:
     """The folder of the plugins to use on ``task``; None: initial values."""
     start = _pretrained(setup, task, variant, seed) if variant.pretrain else None
-    calibrate = variant.calibrate and not variant.pretrain and calibrates(setup.placements)
+    calibrate = variant.calibrate and not variant.pretrain
     if not (variant.adapt or calibrate):
         return start
     folder = _folder(setup, variant, seed, task.name)
@@ -160,7 +160,7 @@ def _pretrained(setup: Setup, task: tasks.Task, variant: Variant, seed: int) -> 
         corrupt = noise.corrupted_spans if encoder_decoder else noise.masked_tokens
         train = rows.Rows(pieces, corrupt(tokenizer), seed)
         _patched(setup, model, variant, seed)
-        if variant.calibrate and calibrates(setup.placements):
+        if variant.calibrate:
             _calibrate(setup, variant, model, tokenizer, train)
         _train(setup, variant, seed, "pretrain", model, tokenizer, train, folder)
         vk.save_plugins(model, folder)

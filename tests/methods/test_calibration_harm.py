@@ -147,7 +147,7 @@ class Peak(torch.utils._python_dispatch.TorchDispatchMode):
 
 def peak(monkeypatch, number):
     monkeypatch.setattr(inputs, "CHUNK", 256)
-    monkeypatch.setattr("variator_kernels.methods.variator.calibration.run.SAMPLE", 512)
+    monkeypatch.setattr("variator_kernels.methods.variator.calibration.hidden_states.SAMPLE", 512)
     monkeypatch.setattr(inputs, "HELD_OUT", 256)
     made = model(backend="reference", d_model=64, d_kv=16, d_ff=64)
     given = batches(number)

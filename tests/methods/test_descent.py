@@ -18,13 +18,15 @@ def test_lowers_what_the_closed_form_leaves(family, act, monkeypatch):
     """At every site, on what it was fitted to."""
     errors, real = [], run.descend
 
-    def measured(plugin, ffn, spread, root, chunks, backend, *free):
+    def measured(plugin, sublayer, spread, root, chunks, backend, *free):
         def error():
-            now = plugin.weights()
-            return sum(float(descent._loss(chunk(), now, ffn, root, backend)) for chunk in chunks)
+            now, rows = plugin.weights(), [chunk() for chunk in chunks]
+            ffns = [sublayer(row.x, row.groups, row.positions) for row in rows]
+            pairs = zip(rows, ffns, strict=True)
+            return sum(float(descent._loss(row, now, ffn, root, backend)) for row, ffn in pairs)
 
         before = error()
-        real(plugin, ffn, spread, root, chunks, backend, *free)
+        real(plugin, sublayer, spread, root, chunks, backend, *free)
         errors.append(error() / before)
 
     monkeypatch.setattr(run, "descend", measured)

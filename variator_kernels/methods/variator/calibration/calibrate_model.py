@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ def calibrate(
         with products, own_precision(), blocks.installed():
             backend = "cpu" if on_cpu else "reference"
             output = output_of(model, found.encoder)
-            with Run(found, state, blocks, given, wanted, backend, output) as run:
+            with closing(Run(found, state, blocks, given, wanted, backend, output)) as run:
                 table = run.all(merge, adapter, passes, progress)
     if progress:
         tqdm.write(str(table))

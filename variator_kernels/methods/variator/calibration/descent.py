@@ -59,6 +59,12 @@ class Behind(NamedTuple):
     """``[B, n]``: what a token's error weighs; nothing for padding and for kept tokens, which
     bypass the plugin."""
     groups: Groups
+    positions: Tensor | None = None
+    """Position ids ``[B, n]``, where attention asks for them."""
+
+
+Sublayer = Callable[[Tensor, Groups, Tensor | None], FeedForward]
+"""What a plugin goes around, of ``x [B, n, d]``, its groups and position ids."""
 
 
 def behind(
@@ -68,6 +74,7 @@ def behind(
     ffn: FeedForward,
     floor: float,
     weights: Tensor | None,
+    positions: Tensor | None = None,
 ) -> Behind:
     """Of ``x [B, n, d]`` and what the dense model has behind the site, in front of a norm.
 
@@ -82,12 +89,12 @@ def behind(
         weight = weight / wanted.square().mean(-1).clamp_min(floor)
     if ffn.post_norm:
         wanted = normalize(wanted, *ffn.any_norm).float()
-    return Behind(x, wanted, weight, groups)
+    return Behind(x, wanted, weight, groups, positions)
 
 
 def descend(
     plugin: Any,
-    ffn: FeedForward,
+    sublayer: Sublayer,
     spread: Spread,
     root: Tensor | None,
     chunks: Sequence[Callable[[], Behind]],
@@ -114,6 +121,7 @@ def descend(
         for i, value in zip(moving, found, strict=True):
             values[i] = value
         now = weights._replace(**dict(zip(weights._fields, values, strict=False)))
+        ffn = sublayer(rows.x, rows.groups, rows.positions)
         return _loss(rows, now, ffn, root, backend)
 
     moved = [parameters[i] for i in moving]
@@ -162,13 +170,15 @@ def minimise(
         parameter.copy_(value.detach())
 
 
-def differentiable(ffn: FeedForward, width: int) -> bool:
-    """Whether gradients pass the FFN: those of some quantised modules cannot."""
+def differentiable(ffn: FeedForward, groups: Groups, width: int) -> bool:
+    """Whether gradients pass the sublayer: those of some quantised modules cannot."""
     if ffn.module is None:
         return True
     with torch.enable_grad():
         try:
-            return products(ffn.w_out.new_zeros(1, width).requires_grad_(), ffn).requires_grad
+            assert groups.start is not None
+            merged = ffn.w_out.new_zeros(*groups.start.shape, width)
+            return products(merged.requires_grad_(), ffn).requires_grad
         except (RuntimeError, NotImplementedError):
             return False
 
@@ -200,7 +210,8 @@ def _rows(site: Behind, begin: int, end: int) -> Behind:
     start = (start - begin * site.x.shape[1]).clamp_min(0)  # an empty group may start anywhere
     groups = site.groups._replace(start=start, span=span, kept=kept, mask=mask, owned=None)
     x, wanted, weight = (part[begin:end] for part in site[:3])
-    return Behind(x, wanted, weight, groups)
+    positions = None if site.positions is None else site.positions[begin:end]
+    return Behind(x, wanted, weight, groups, positions)
 
 
 T = TypeVar("T")

@@ -28,7 +28,9 @@ class Part(NamedTuple):
     """What a chunk tells about a site: T merged tokens of ``[B, n]``."""
 
     h: Tensor
-    """What the FFN sees, ``[B, n, d]``."""
+    """What the sublayer's products see, ``[B, n, d]``."""
+    ffn: FeedForward
+    """The sublayer: an FFN, or attention among this chunk's merged vectors."""
     groups: Groups
     place: Tensor
     """``[T]``: the place of these tokens in the flat list."""
@@ -47,7 +49,7 @@ class Part(NamedTuple):
 
 
 def hidden(x: Tensor, ffn: FeedForward) -> Tensor:
-    """What the FFN sees."""
+    """What the sublayer's products see."""
     if ffn.post_norm:
         return x
     return normalize(x, ffn.norm, ffn.norm_weight, ffn.norm_bias, ffn.eps)
@@ -62,16 +64,15 @@ def part(x: Tensor, dense: Tensor, groups: Groups, ffn: FeedForward, held_out: b
     centred = y - y.mean(-1, keepdim=True) if ffn.norm == "layer" else y
     variance = centred.square().mean(-1, keepdim=True)
     wanted = y - x.flatten(0, 1)[place].float()
-    return Part(hidden(x, ffn), groups, place, group[place], wanted, variance, held_out)
+    return Part(hidden(x, ffn), ffn, groups, place, group[place], wanted, variance, held_out)
 
 
 class SiteFit:
     """The closed form at one site. ``parts`` makes all of them anew; ``sample`` is some."""
 
-    def __init__(
-        self, ffn: FeedForward, sample: Sequence[Part], parts: Callable[[], Iterable[Part]]
-    ) -> None:
-        self.ffn, self.sample, self.parts = ffn, sample, parts
+    def __init__(self, sample: Sequence[Part], parts: Callable[[], Iterable[Part]]) -> None:
+        self.sample, self.parts = sample, parts
+        self.ffn = ffn = sample[0].ffn  # every chunk's has the same norm
         variance = torch.cat([part.variance for part in sample])
         self.floor = 1e-3 * float(variance.mean()) + 1e-30
         self.scale = sample[0].wanted.new_ones(sample[0].wanted.shape[-1])
@@ -79,16 +80,19 @@ class SiteFit:
             scale = ffn.norm_weight.float().abs()
             self.scale = scale.clamp_min(0.05 * float(scale.max()))
 
-    def fit(self, plugin: Any, merge: bool, adapter: bool) -> None:
-        """Gives ``plugin`` its values."""
+    def fit(
+        self, plugin: Any, merge: bool, adapter: bool, other_scores: Sequence[Tensor] = ()
+    ) -> None:
+        """Gives ``plugin`` its values. ``other_scores [d]`` of merges are tried too."""
         if merge:
-            scores = self._scores()
+            fitted = self._scores()
+            tried = [fitted * sharpness for sharpness in SHARPNESS] + list(other_scores)
             errors = []
-            for sharpness in SHARPNESS:
-                set_merge(plugin.merge, sharpness * scores)
+            for i, scores in enumerate(tried):
+                set_merge(plugin.merge, scores)
                 pairs = (self.pair(plugin.merge, part) for part in self.sample)
-                errors.append((regression(*self.moments(pairs), MILD).error, sharpness))
-            set_merge(plugin.merge, min(errors)[1] * scores)
+                errors.append((regression(*self.moments(pairs), MILD).error, i))
+            set_merge(plugin.merge, tried[min(errors)[1]])
         if adapter:
             pairs = (self.pair(plugin.merge, part) for part in self.parts())
             found = reduced_rank(*self.moments(pairs), plugin.adapter.bottleneck)
@@ -96,7 +100,7 @@ class SiteFit:
 
     def pair(self, merge: Any, part: Part) -> tuple[Tensor, Tensor, Part]:
         """``concat(u, h)`` of each token, and what the adapter is to add to u."""
-        u = merged(merge, self.ffn, part)
+        u = merged(merge, part)
         return torch.cat([u, part.tokens], -1), (part.wanted - u) * self.scale, part
 
     def spread(self, merge: Any) -> Spread:
@@ -163,8 +167,7 @@ def set_merge(merge: Any, scores: Tensor) -> None:
     merge.bias.zero_()
 
 
-def merged(merge: Any, ffn: FeedForward, part: Part) -> Tensor:
+def merged(merge: Any, part: Part) -> Tensor:
     """u of each token's group, ``[T, d]``."""
-    g = group_merge(part.h, merge.weight, merge.bias, part.groups).flatten(0, -2)
-    used, place = part.group.unique(return_inverse=True)
-    return products(g[used], ffn, linear)[place].float()
+    g = group_merge(part.h, merge.weight, merge.bias, part.groups)
+    return products(g, part.ffn, linear).flatten(0, -2)[part.group].float()

@@ -29,6 +29,7 @@ from ....ops.self_attention import (
     whole_queries,
 )
 from ....sites.attention import Reach
+from .around_attention import frozen_table
 from .descent import Behind, minimise, weighted
 from .fit import MILD, SHARPNESS, set_merge
 from .inputs import merged_tokens
@@ -47,10 +48,7 @@ class KeyValues:
     def run(self, x: Tensor, merge: MergeWeights, groups: Groups, positions: Tensor) -> Tensor:
         """The sublayer with merged keys and values: ``x [B, n, d]``."""
         tokens = members(groups, x)
-        table = self.reach.distances(x)
-        if table is not None:  # no gradient goes there, and the kernels know none
-            table = table._replace(weight=table.weight.detach())
-        keys = whole_queries(tokens, x, table, self.attention.window)
+        keys = whole_queries(tokens, x, frozen_table(self.reach, x), self.attention.window)
         turned = None
         if self.reach.rotary is not None:
             merged = self.reach.rotation(x, tokens.mean(positions))
@@ -58,7 +56,13 @@ class KeyValues:
         return attention_kv(x, merge, self.attention, groups, keys, turned, self.backend)
 
     def behind(
-        self, x: Tensor, dense: Tensor, mask: Tensor, groups: Groups, weights: Tensor | None
+        self,
+        x: Tensor,
+        dense: Tensor,
+        mask: Tensor,
+        groups: Groups,
+        weights: Tensor | None,
+        positions: Tensor,
     ) -> Behind:
         """What there is to fit; ``weights [B, n]`` of each token, None: one over its variance."""
         weight = mask.float()
@@ -67,7 +71,7 @@ class KeyValues:
         elif not self.attention.post_norm:
             square = dense.float().square().mean(-1)
             weight = weight / square.clamp_min(1e-3 * float(square[mask].mean()) + 1e-30)
-        return Behind(x, dense.float(), weight, groups)
+        return Behind(x, dense.float(), weight, groups, positions.expand(mask.shape))
 
     def hidden(self, x: Tensor) -> Tensor:
         """What the products see of ``x [B, n, d]``."""
@@ -130,34 +134,27 @@ def fit(
     plugin: Any,
     site: KeyValues,
     sample: Sequence[tuple[Tensor, Tensor, Groups, Tensor, bool]],
-    chunks: Sequence[Callable[[], tuple[Behind, Tensor]]],
+    chunks: Sequence[Callable[[], Behind]],
     root: Tensor | None,
     passes: int,
 ) -> None:
     """Gives ``plugin`` its values.
 
-    ``chunks`` make what is fitted to, with position ids; ``root [d, d]``: errors count as
+    ``chunks`` make what is fitted to; ``root [d, d]``: errors count as
     ``e @ root``.
     """
     scores = site.scores(sample).to(plugin.merge.weight.device)
 
     def loss(rows: Behind, found: Sequence[Tensor]) -> Tensor:
-        positions = rows.wanted[..., -1].double()
-        y = site.run(rows.x, MergeWeights(*found), rows.groups, positions).float()
-        return weighted(y, rows._replace(wanted=rows.wanted[..., :-1]), root)
+        assert rows.positions is not None
+        y = site.run(rows.x, MergeWeights(*found), rows.groups, rows.positions).float()
+        return weighted(y, rows, root)
 
-    def made(chunk: Callable[[], tuple[Behind, Tensor]]) -> Behind:
-        # Positions travel with the rows, as one more column of what is wanted.
-        behind, positions = chunk()
-        wide = positions.expand(behind.x.shape[:2])[..., None].to(behind.wanted.dtype)
-        return behind._replace(wanted=torch.cat((behind.wanted, wide), -1))
-
-    ready = [lambda chunk=chunk: made(chunk) for chunk in chunks]
     errors = []
     for sharpness in SHARPNESS:
         set_merge(plugin.merge, sharpness * scores)
         weights = plugin.merge.weight, plugin.merge.bias
-        errors.append((sum(float(loss(chunk(), weights)) for chunk in ready[:4]), sharpness))
+        errors.append((sum(float(loss(chunk(), weights)) for chunk in chunks[:4]), sharpness))
     set_merge(plugin.merge, min(errors)[1] * scores)
     if passes:
         spread = torch.cat([site.hidden(x)[mask].float() for x, mask, *_ in sample])
@@ -165,4 +162,4 @@ def fit(
         spread = spread.clamp_min(1e-3 * float(spread.mean()) + 1e-30)
         one = spread.new_ones(())
         scales = [1 / spread.repeat(plugin.merge.ratio), one]
-        minimise([plugin.merge.weight, plugin.merge.bias], scales, loss, ready, passes)
+        minimise([plugin.merge.weight, plugin.merge.bias], scales, loss, chunks, passes)

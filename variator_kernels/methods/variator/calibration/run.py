@@ -24,35 +24,31 @@ from __future__ import annotations
 import warnings
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ....ops.feed_forward import products
 from ....ops.groups import Groups
-from ....ops.prepacked_linear import linear
 from ....runtime.levels import use_ratio
 from ....runtime.site import Site
 from ....runtime.state import State
 from ....sites.attention import reach_of
 from ....sites.feed_forward import describe
 from ....sites.find import Found
-from .descent import Behind, behind, descend, differentiable
-from .fit import Part, SiteFit, hidden, part
+from .around_attention import AroundAttention
+from .descent import Behind, Sublayer, behind, descend, differentiable
+from .fit import Part, SiteFit, part
+from .hidden_states import HiddenStates
 from .inputs import Chunk, merged_tokens
 from .key_values import KeyValues
 from .key_values import fit as fit_key_values
-from .search import Errors, put, search, values
+from .search import put, search, values
 from .sensitivity import Output, Sensitivity, sensitivities
-from .streams import Blocks, Store, watched
+from .streams import Blocks, Store
 from .table import Calibration, Row
 
-SAMPLE = 8192
-"""Tokens, with padding, that decide about the merge and W_2."""
 
-
-class Run:
-    """One calibration. ``dense`` and ``streams`` hold the input of the block that is next."""
+class Run(HiddenStates):
+    """One calibration."""
 
     def __init__(
         self,
@@ -64,28 +60,9 @@ class Run:
         backend: str,
         output: Output,
     ) -> None:
+        super().__init__(found, state, blocks, given, ratios)
         self.backend, self.output = backend, output
-        self.found, self.state, self.layers = found, state, found.layers
-        self.blocks, self.chunks, self.ratios = blocks, given, ratios
-        self.levels = {k: state.everywhere(k) for k in ratios}
-        held_out = {i: chunk for i, chunk in enumerate(given) if chunk.held_out}
-        fitted = [i for i, chunk in enumerate(given) if not chunk.held_out]
-        size = sum(given[i].mask.numel() for i in fitted)
-        self.sample = [*fitted[:: max(1, size // SAMPLE)], *held_out]
-        self.groups: dict[tuple[int, int], Groups] = {}
-        self.dense, self.after, self.wanted, self.x = Store(), Store(), Store(), Store()
-        self.attended = Store()
-        self.streams = {k: Store() for k in ratios}
-        self.errors = Errors(blocks, state, held_out)
         self.sensitivities: dict[Site, Sensitivity] | None = None
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        stores = self.dense, self.after, self.wanted, self.attended, self.x
-        for store in (*stores, *self.streams.values()):
-            store.close()
 
     def all(self, merge: bool, adapter: bool, passes: int, progress: bool) -> Calibration:
         own = [
@@ -112,10 +89,10 @@ class Run:
                 for k in self.ratios:
                     for place in (place for place in todo if place[0] == k and place[1].layer == i):
                         site = place[1]
-                        if site.placement == "attention_kv" and not self.found.family.decoder:
-                            rows[place] = self._key_values(site, k, passes)
-                        elif site.placement == "ffn":
+                        if site.placement != "attention_kv":
                             rows[place] = self._site(site, k, merge, adapter, passes)
+                        elif not self.found.family.decoder:
+                            rows[place] = self._key_values(site, k, passes)
                         bar.update()
                     if i + 1 < len(self.layers):
                         self._advance(i, k)
@@ -156,44 +133,6 @@ class Run:
                 stacklevel=3,
             )
 
-    def _dense(self, i: int) -> None:
-        """Block ``i`` of the dense model: what is behind its sublayers, and behind the block."""
-        placements = self.state.method.placements
-        ffn = describe(self.layers[i]) if "ffn" in placements else None
-        for j, chunk in enumerate(self.chunks):
-            got: list[Tensor] = []
-            attended: list[Tensor] = []
-            before = self._input(self.dense, i, j)
-            keys = "attention_kv" in placements and not self.found.family.decoder
-            with watched(self.found, i if keys else None, attended):
-                self.after[j] = self.blocks.run(
-                    chunk.inputs, 1, i, i + 1, before, partial(_collect, got)
-                )
-            if attended:
-                self.attended[j] = self._finite(attended[-1], chunk, f"attention {i}")
-            if ffn is not None:
-                y = got[0] + products(hidden(got[0], ffn), ffn, linear)
-                self.wanted[j] = self._finite(y, chunk, f"FFN {i}")
-
-    @staticmethod
-    def _finite(y: Tensor, chunk: Chunk, where: str) -> Tensor:
-        if not y[chunk.mask].isfinite().all():
-            raise FloatingPointError(
-                f"the dense model's hidden states behind {where} are not finite: "
-                "look for non-finite weights and inputs, or use a wider dtype"
-            )
-        return y
-
-    def _inputs(self, site: Site, k: int) -> None:
-        """What the compressed model has in front of a site goes to ``self.x``."""
-        for j, chunk in enumerate(self.chunks):
-            before = self._input(self.streams[k], site.layer, j)
-            self.x[j], context = self.blocks.at(
-                chunk.inputs, self.levels[k], site.layer, before, site.placement
-            )
-            if (k, j) not in self.groups:  # the same in every layer
-                self.groups[k, j] = context.groups(self.x[j], k, "reference")
-
     def _key_values(self, site: Site, k: int, passes: int) -> Row:
         layer = self.found.at(site)
         plugin, known = layer.plugins[str(k)], self.sensitivities
@@ -202,25 +141,23 @@ class Run:
         fitted = KeyValues(layer.self_attention(), reach_of(layer), self.backend)
         root, weights = (None, None) if known is None else known[site]
 
-        def positions(j: int) -> Tensor:
-            given = self.chunks[j].inputs.get("position_ids")
-            return torch.arange(self.x[j].shape[1])[None] if given is None else given
-
-        def chunk(j: int) -> tuple[Behind, Tensor]:
+        def chunk(j: int) -> Behind:
             weight = None if weights is None else weights[j]
-            x, mask = self.x[j], self.chunks[j].mask
-            groups = self.groups[k, j]
-            found = fitted.behind(x, self.attended[j], mask, groups, weight)
-            return found, positions(j).to(x.device)
+            rows = self.x[j], self.attended[j], self.chunks[j].mask, self.groups[k, j]
+            return fitted.behind(*rows, weight, self._positions(j))
 
-        sample = [
-            (self.x[j], self.chunks[j].mask, self.groups[k, j], positions(j), c.held_out)
-            for j in self.sample
-            for c in (self.chunks[j],)
-        ]
+        sample = self._sample(k)
         chunks = [partial(chunk, j) for j, c in enumerate(self.chunks) if not c.held_out]
         fit_key_values(plugin, fitted, sample, chunks, root, passes)
         return Row(k, site.layer, *self._search(site, k, plugin, before), site.placement)
+
+    def _sample(self, k: int) -> list[tuple[Tensor, Tensor, Groups, Tensor, bool]]:
+        """As :meth:`KeyValues.scores` takes it."""
+        chunks = ((j, self.chunks[j]) for j in self.sample)
+        return [
+            (self.x[j], c.mask, self.groups[k, j], self._positions(j), c.held_out)
+            for j, c in chunks
+        ]
 
     def _search(
         self, site: Site, k: int, plugin: nn.Module, before: list[Tensor]
@@ -236,51 +173,54 @@ class Run:
         )
 
     def _site(self, site: Site, k: int, merge: bool, adapter: bool, passes: int) -> Row:
-        i = site.layer
-        ffn, plugin = describe(self.layers[i]), self.layers[i].plugins[str(k)]
+        layer = self.found.at(site)
+        plugin = layer.plugins[str(k)]
+        wanted = self.wanted if site.placement == "ffn" else self.attended
+        sublayer, received = self._sublayer(site)
         self._inputs(site, k)
 
         def make(j: int) -> Part:
-            held_out = self.chunks[j].held_out
-            return part(self.x[j], self.wanted[j], self.groups[k, j], ffn, held_out)
+            x, groups, held_out = self.x[j], self.groups[k, j], self.chunks[j].held_out
+            return part(x, wanted[j], groups, sublayer(x, groups, self._positions(j)), held_out)
 
         before = values(plugin)
         sample = [made for j in self.sample if len((made := make(j)).place)]
         if any(not part.held_out for part in sample):
-            fit = SiteFit(ffn, sample, lambda: map(make, range(len(self.chunks))))
-            fit.fit(plugin, merge, adapter)
-            if passes and differentiable(ffn, self.x[0].shape[-1]):
-                self._descend(i, k, fit, passes, merge, adapter)
-        return Row(k, i, *self._search(site, k, plugin, before))
+            fit = SiteFit(sample, lambda: map(make, range(len(self.chunks))))
+            other = [] if received is None or not merge else [received.scores(self._sample(k))]
+            fit.fit(plugin, merge, adapter, other)
+            if passes and differentiable(fit.ffn, sample[0].groups, self.x[0].shape[-1]):
+                self._descend(site, k, sublayer, fit, wanted, passes, merge, adapter)
+        return Row(k, site.layer, *self._search(site, k, plugin, before), site.placement)
+
+    def _sublayer(self, site: Site) -> tuple[Sublayer, KeyValues | None]:
+        """What the plugins of a site go around, and who is asked which tokens attention reads."""
+        layer = self.found.at(site)
+        if site.placement == "ffn":
+            ffn = describe(layer)
+            return lambda *_: ffn, None
+        given = layer.self_attention(), reach_of(layer), self.backend
+        return AroundAttention(*given), KeyValues(*given)
 
     def _descend(
-        self, i: int, k: int, fit: SiteFit, passes: int, merge: bool, adapter: bool
+        self,
+        site: Site,
+        k: int,
+        sublayer: Sublayer,
+        fit: SiteFit,
+        wanted: Store,
+        passes: int,
+        merge: bool,
+        adapter: bool,
     ) -> None:
-        plugin, known = self.layers[i].plugins[str(k)], self.sensitivities
-        root, weights = (None, None) if known is None else known[Site("ffn", i)]
+        plugin, known = self.found.at(site).plugins[str(k)], self.sensitivities
+        root, weights = (None, None) if known is None else known[site]
 
         def make(j: int) -> Behind:
             weight = None if weights is None else weights[j]
-            given = self.x[j], self.wanted[j], self.groups[k, j]
-            return behind(*given, fit.ffn, fit.floor, weight)
+            given = self.x[j], wanted[j], self.groups[k, j]
+            return behind(*given, fit.ffn, fit.floor, weight, self._positions(j))
 
         fitted = [partial(make, j) for j, chunk in enumerate(self.chunks) if not chunk.held_out]
         spread = fit.spread(plugin.merge)
-        descend(plugin, fit.ffn, spread, root, fitted, self.backend, passes, merge, adapter)
-
-    def _advance(self, i: int, k: int) -> None:
-        """Block ``i`` as it is compressed now."""
-        stream = self.streams[k]
-        for j, chunk in enumerate(self.chunks):
-            stream[j] = self.blocks.run(
-                chunk.inputs, self.levels[k], i, i + 1, self._input(stream, i, j)
-            )
-
-    @staticmethod
-    def _input(stream: Store, i: int, j: int) -> Tensor | None:
-        """Of block ``i``; the first has the encoder's own."""
-        return stream[j] if i else None
-
-
-def _collect(into: list[Tensor], layer: nn.Module, x: Tensor) -> None:
-    into.append(x)
+        descend(plugin, sublayer, spread, root, fitted, self.backend, passes, merge, adapter)

@@ -176,16 +176,16 @@ def _first(output: Any) -> Tensor:
 
 
 @contextmanager
-def watched(found: Found, layer: int | None, into: list[Tensor]) -> Iterator[None]:
-    """What the self-attention of a layer gives, also where a block runs it again."""
-    if layer is None:
+def watched(module: nn.Module | None, into: list[Tensor]) -> Iterator[None]:
+    """What a module gives, also where a block runs it again."""
+    if module is None:
         yield
         return
 
     def see(module: nn.Module, args: Any, given: Any) -> None:
         into.append(given[0] if isinstance(given, tuple) else given)
 
-    hook = found.attentions[layer].register_forward_hook(see)
+    hook = module.register_forward_hook(see)
     try:
         yield
     finally:
