@@ -11,13 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import extension
+from ... import environment, extension
 from .. import prepack
 from .cpu import CpuProduct
-from .onednn import OneDnnProduct
-from .reference import Levels, int8_linear
-
-_LIMITS_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE")
+from .onednn import LEVELS, OneDnnProduct
+from .reference import Levels, Quantised, int8_linear, quantise
 
 
 class Kernel(NamedTuple):
@@ -39,8 +37,7 @@ class Choice(NamedTuple):
 
 def _has_vnni() -> bool:
     """Whether oneDNN sums four products of 8 bits in 32; PyTorch asks the processor alone."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")
-    return torch.cpu._is_vnni_supported() and limit.strip().upper() not in _LIMITS_WITHOUT_VNNI
+    return torch.cpu._is_vnni_supported() and environment.onednn_allows("vnni")
 
 
 def onednn() -> Kernel:
