@@ -328,7 +328,7 @@ def test_every_kernel_by_itself(name, shape, threads):
             other = torch.randn(shape[0], shape[2]).to(dtype)
             options = {"activation": activation, "other": other}
             expected = reference.int8_linear(x, weight, bias, levels=kernel.levels, **options)
-            product = kernel.pack(weight, bias, kernel.levels)
+            product = kernel.round_and_pack(weight, bias)
             check(product.multiply(x, **options), expected, dtype)
             wide = torch.randn(shape[0], 2 * shape[1]).to(dtype)[:, : shape[1]]
             expected = reference.int8_linear(wide, weight, bias, levels=kernel.levels)
@@ -344,7 +344,7 @@ def test_activations_of_the_kernel(isa, activation):
     x = torch.cat([torch.linspace(-30, 30, 20001), torch.tensor([0.0, -0.0, 1e-20, -90, 1e4])])
     weight, kernel = torch.ones(1, 1), kernels.own(isa)
     # Rows of one number are exact but for the scale's rounding.
-    found = kernel.pack(weight, None, kernel.levels).multiply(x[:, None], activation)[:, 0]
+    found = kernel.round_and_pack(weight, None).multiply(x[:, None], activation)[:, 0]
     given = reference.int8_linear(x[:, None], weight, levels=kernel.levels)[:, 0]
     exact = activate(given, activation)
     plain = (activate(given.float(), activation).double() - exact).abs().max()

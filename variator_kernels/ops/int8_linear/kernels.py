@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -19,13 +18,17 @@ from .reference import Levels, Quantised, int8_linear, quantise
 
 
 class Kernel(NamedTuple):
-    """``pack(weight, bias, levels)`` makes a product with a method ``multiply(x, activation,
+    """``pack(weight, bias)`` makes a product with a method ``multiply(x, activation,
     other=None)``; ``levels`` says how x and weight are rounded."""
 
     name: str
-    pack: Callable[[Tensor, Tensor | None, Levels], Any]
+    pack: Callable[[Quantised, Tensor | None], Any]
     levels: Levels
     description: str
+
+    def round_and_pack(self, weight: Tensor, bias: Tensor | None) -> Any:
+        """Of ``weight [out, in]``, finite, and ``bias [out]``."""
+        return self.pack(quantise(weight, self.levels.weight), bias)
 
 
 class Choice(NamedTuple):
@@ -42,7 +45,7 @@ def _has_vnni() -> bool:
 
 def onednn() -> Kernel:
     """oneDNN's, for processors that sum four products in 32 bits (VNNI, AMX)."""
-    return Kernel("oneDNN", OneDnnProduct.pack, Levels(255, 127), "oneDNN with VNNI")
+    return Kernel("oneDNN", OneDnnProduct.pack, LEVELS, "oneDNN with VNNI")
 
 
 def own(isa: str) -> Kernel:
@@ -59,7 +62,7 @@ def is_exact(kernel: Kernel) -> bool:
     and beside them."""
     inner, sign = 67, torch.tensor([1.0, -1.0, 0.5])
     weight = sign[:, None].expand(3, inner).repeat(29, 1)[:85]
-    product = kernel.pack(weight, None, kernel.levels)
+    product = kernel.round_and_pack(weight, None)
     for rows in range(1, 14):
         x = sign[:, None].expand(3, inner).repeat(5, 1)[:rows]
         truth = int8_linear(x, weight, levels=kernel.levels)
