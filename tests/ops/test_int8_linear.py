@@ -231,6 +231,12 @@ def test_modes_see_every_product():
             assert fake(torch.randn(64, 256)).shape == (64, 256)
 
 
+def test_the_kernel_refuses_fp64():
+    product = kernels.own(ISAS[0]).round_and_pack(torch.randn(4, 8), None)
+    with pytest.raises(ValueError, match=r"dtype must be float32, bfloat16 or float16.*float64"):
+        product.multiply(torch.randn(3, 8, dtype=torch.float64), "none")
+
+
 def test_threads_at_once():
     x, weight, bias = case(40, 100, 60)
     expected, found = packed(weight, bias)(x), []
