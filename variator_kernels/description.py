@@ -40,8 +40,8 @@ def _text(facts: list[tuple[str, str]]) -> str:
 
 
 OPTIMIZED = {
-    "sublayers": "linear layers of patched sublayers run packed at dense levels too",
-    "encoder": "all linear layers of the encoder's blocks run packed",
+    "sublayers": "linear layers of patched sublayers run {} at dense levels too",
+    "encoder": "all linear layers of the encoder's blocks run {}",
 }
 
 
@@ -62,7 +62,7 @@ def lines(model: nn.Module) -> list[tuple[str, str]]:
         ("kept whole", _kept(state, found.family.decoder)),
         ("packed", packed_weights(model) if config.pack else "nothing: pack=False"),
         ("precision", _precision(config.precision, found.like(0))),
-        *([("optimized", OPTIMIZED[config.optimize])] if config.optimize else ()),
+        *_optimized(config.optimize, config.precision, found.like(0)),
         *(
             (f"trained, {_named(state, place, k)}", _trained(state, found, place, k))
             for place, ratios in state.method.placements.items()
@@ -109,6 +109,16 @@ def _precision(precision: str | None, like: Tensor) -> str:
         return f"{own}: {precision} products are {int8_linear.describe()}"
     how = int8_linear.describe()
     return f"{precision} in eval() with gradients disabled, else {own}; by {how}"
+
+
+def _optimized(optimize: str | None, precision: str | None, like: Tensor) -> list[tuple[str, str]]:
+    if optimize is None and precision is None:
+        return []
+    how = "packed" if precision is None else f"in {precision}"
+    if not like.is_cpu or (precision is not None and int8_linear.kernel() is None):
+        return [("optimized", "nothing: linear layers run as they did")]
+    # A precision reaches as far by itself.
+    return [("optimized", OPTIMIZED[optimize or "sublayers"].format(how))]
 
 
 def _size(parameters: list[nn.Parameter]) -> str:
