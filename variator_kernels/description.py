@@ -10,10 +10,14 @@ from . import backends
 from .freezing import packed_weights
 from .methods.variator.method import plugin_parameters
 from .ops import int8_linear
+from .ops.int8_linear import StoredWeight
 from .runtime.level import Level
 from .runtime.site import Site
 from .runtime.state import STATE, State, kept_masks, states
 from .sites.find import Found, find, find_all
+from .sites.install import products_of
+from .sites.plain import plain_linear
+from .sites.quantised import stored_products
 
 
 def describe(model: nn.Module) -> str:
@@ -63,6 +67,7 @@ def lines(model: nn.Module) -> list[tuple[str, str]]:
         ("packed", packed_weights(model) if config.pack else "nothing: pack=False"),
         ("precision", _precision(config.precision, found.like(0))),
         *_optimized(config.optimize, config.precision, found.like(0)),
+        *_quantised(state, found),
         *(
             (f"trained, {_named(state, place, k)}", _trained(state, found, place, k))
             for place, ratios in state.method.placements.items()
@@ -119,6 +124,38 @@ def _optimized(optimize: str | None, precision: str | None, like: Tensor) -> lis
         return [("optimized", "nothing: linear layers run as they did")]
     # A precision reaches as far by itself.
     return [("optimized", OPTIMIZED[optimize or "sublayers"].format(how))]
+
+
+def _quantised(state: State, found: Found) -> list[tuple[str, str]]:
+    """What runs of layers that are no plain ones, where there are any."""
+    precision = state.method.config.precision
+    numbers: dict[tuple[str, str], int] = {}
+    for _, site in state.own_sites:
+        linears = products_of(found, site)
+        if all(map(plain_linear, linears)):
+            continue
+        for layers in [linears] if site.placement == "ffn" else [[linear] for linear in linears]:
+            read = stored_products(layers)
+            for product in [read] * len(layers) if isinstance(read, str) else read:
+                if isinstance(product, str):
+                    fact = "as modules", product
+                else:
+                    fact = "int8 weights", _stored(product.weight, precision, found.like_at(site))
+                numbers[fact] = numbers.get(fact, 0) + 1
+    return [(row, f"{n} linear layers: {text}") for (row, text), n in numbers.items()]
+
+
+def _stored(weight: StoredWeight, precision: str | None, like: Tensor) -> str:
+    if not weight.numbers.is_cpu:
+        return f"run as modules on {weight.numbers.device}"
+    own = str(like.dtype).removeprefix("torch.")
+    if not (weight.dynamic or precision == "int8"):
+        how = f"activations not, packed in {own}"
+    elif int8_linear.bears(weight.numbers):
+        how = f"activations too, by {int8_linear.describe()}"
+    else:
+        how = f"packed in {own}: the int8 product here has 7 bits, or there is none"
+    return f"{how}; in eval() with gradients disabled, else as modules"
 
 
 def _size(parameters: list[nn.Parameter]) -> str:

@@ -98,6 +98,16 @@ def kernel() -> Kernel | None:
     return choice().kernel
 
 
+def describe_stored() -> str:
+    """What runs of weights that came in int8, in words."""
+    chosen = kernel()
+    bits = "" if chosen is None or chosen.levels.weight == 127 else " of 7 bits"
+    runs = "packed in the model's own dtype"
+    if chosen is not None:
+        runs = f"weights{bits} as they are with activations in int8, others {runs}"
+    return f"torchao's and torch.ao's int8, no groups, no zero points: {runs}"
+
+
 def describe() -> str:
     """What runs, or why nothing does, in words."""
     found, why = choice()
