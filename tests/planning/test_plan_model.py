@@ -1,14 +1,18 @@
 """vk.plan: close to the best plan there is, never behind uniform ratios, nothing left behind."""
 
+import inspect
 import itertools
 import math
+import random
 
 import pytest
 import torch
 
 import variator_kernels as vk
 from tests.sites import tiny
+from variator_kernels.methods.variator.calibration.inputs import whole
 from variator_kernels.planning import costs
+from variator_kernels.planning.options import Options
 from variator_kernels.runtime.level import Level
 from variator_kernels.runtime.state import states
 
@@ -294,3 +298,20 @@ def test_the_smallest_and_the_largest_batches_are_timed():
         picked = costs.spread(number)
         assert len(picked) == len(set(picked)) == min(costs.BATCHES, number)
         assert {0, number - 1} <= set(picked)
+
+
+def test_multiply_adds_are_counted_once_an_option(monkeypatch):
+    calls, count = [], vk.flops.count
+    monkeypatch.setattr(
+        costs.flops, "count", lambda *given, **named: calls.append(1) or count(*given, **named)
+    )
+    made = model()
+    (state,) = states(made)
+    options = Options(state)
+    given = whole(batches(2), inspect.signature(made.forward).parameters, 1)
+    counted = costs.MultiplyAdds(made, state, given, options)
+    assert len(calls) == 2 * (1 + 2 * len(state.sites))  # batches, dense and two ratios a site
+    rng, total = random.Random(0), len(options.every)
+    for _ in range(10):
+        choice = tuple(rng.choice((i, i + 1, i + 2)) for i in range(0, total, 3))
+        assert counted.of([choice])[choice] == counted._total(choice) / counted.dense
