@@ -140,22 +140,22 @@ def _quantised(state: State, found: Found) -> list[tuple[str, str]]:
                 if isinstance(product, str):
                     fact = "as modules", product
                 else:
-                    fact = "int8 weights", _stored(product.weight, precision, found.like_at(site))
+                    fact = _stored(product.weight, precision, found.like_at(site))
                 numbers[fact] = numbers.get(fact, 0) + 1
     return [(row, f"{n} linear layers: {text}") for (row, text), n in numbers.items()]
 
 
-def _stored(weight: StoredWeight, precision: str | None, like: Tensor) -> str:
+def _stored(weight: StoredWeight, precision: str | None, like: Tensor) -> tuple[str, str]:
+    """The row of a weight that came in int8, and its text."""
     if not weight.numbers.is_cpu:
-        return f"run as modules on {weight.numbers.device}"
-    own = str(like.dtype).removeprefix("torch.")
-    if not (weight.dynamic or precision == "int8"):
-        how = f"activations not, packed in {own}"
-    elif int8_linear.bears(weight.numbers):
+        return "as modules", f"on {weight.numbers.device}"
+    if int8_linear.bears(weight.numbers) and (weight.dynamic or precision == "int8"):
         how = f"activations too, by {int8_linear.describe()}"
+    elif weight.dynamic:
+        return "as modules", f"weights of 8 bits, int8 products are {int8_linear.describe()}"
     else:
-        how = f"packed in {own}: the int8 product here has 7 bits, or there is none"
-    return f"{how}; in eval() with gradients disabled, else as modules"
+        how = f"activations not, packed in {str(like.dtype).removeprefix('torch.')}"
+    return "int8 weights", f"{how}; in eval() with gradients disabled, else as modules"
 
 
 def _size(parameters: list[nn.Parameter]) -> str:

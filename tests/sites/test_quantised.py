@@ -13,11 +13,12 @@ from torch import nn
 
 import variator_kernels as vk
 from tests.ops.cases import needs_cpu
+from tests.ops.test_int8_linear import ISAS
 from tests.sites import tiny
 from tests.sites.int8_cases import distance, forward, patch, plain
 from variator_kernels.ops import int8_linear
 from variator_kernels.ops.compressed_ffn import stored_here
-from variator_kernels.ops.int8_linear import module, torchao
+from variator_kernels.ops.int8_linear import kernels, module, torchao
 from variator_kernels.ops.packed import cache
 from variator_kernels.sites.find import find
 from variator_kernels.sites.install import patched_sublayers, products_of
@@ -32,10 +33,8 @@ DYNAMIC = ["torch.ao", "torch.ao, a scale a channel", pytest.param("torchao", ma
 WEIGHTS = pytest.param("torchao, weights", marks=needs_torchao)
 HOWS = [*DYNAMIC, WEIGHTS]
 BATCH = tiny.batch(19, 7, 12)
-in_int8 = pytest.mark.skipif(
-    int8_linear.kernel() is None or int8_linear.kernel().levels.weight < 127,
-    reason=f"numbers of 8 bits: {int8_linear.describe()}",
-)
+SEVEN = int8_linear.kernel() is None or int8_linear.kernel().levels.weight < 127
+in_int8 = pytest.mark.skipif(SEVEN, reason=f"numbers of 8 bits: {int8_linear.describe()}")
 
 
 def quantise(model, how, **settings):
@@ -96,7 +95,8 @@ def test_dynamic_int8(name, how, monkeypatch):
     truth = forward(dequantised(name, before, model), *BATCH)
     found, theirs = forward(model, *BATCH), as_modules(model, monkeypatch)
     assert distance(found, truth) <= distance(theirs, truth) + 1e-6
-    assert 1e-4 < distance(found, theirs.double()) < (1 / 30 if how == "torchao" else 1 / 20)
+    assert distance(found, theirs.double()) < (1 / 30 if how == "torchao" else 1 / 20)
+    assert torch.equal(found, theirs) == SEVEN
 
 
 @needs_torchao
@@ -143,7 +143,9 @@ def test_the_description_is_kept_and_weights_are_packed_once(name, how):
         found = layer.feed_forward()
         assert found is layer.feed_forward()
         numbers = [t for t in found.stored[:3] if t is not None]
-        assert all(t.dtype == torch.int8 and cache.nbytes([t]) >= t.numel() for t in numbers)
+        runs = "weights" in how or not SEVEN
+        assert all(t.dtype == torch.int8 for t in numbers)
+        assert all((cache.nbytes([t]) >= t.numel()) == runs for t in numbers)
         before = cache.nbytes(numbers)
         forward(model, *BATCH)
         assert cache.nbytes(numbers) == before
@@ -201,7 +203,7 @@ def test_training_runs_the_modules(how, monkeypatch):
     model, _ = ready("t5", how, {"ffn": 2})
     with torch.no_grad():
         expected = as_modules(model, monkeypatch)
-        assert not torch.equal(forward(model, *BATCH), expected)
+        assert torch.equal(forward(model, *BATCH), expected) == (SEVEN and "weights" not in how)
         with int8_linear.own_precision():
             assert torch.equal(forward(model, *BATCH), expected)
     assert torch.equal(forward(model, *BATCH), expected)
@@ -320,12 +322,35 @@ def test_other_layouts_run_as_modules_and_describe_says_so(how):
 def test_describe_says_what_runs(how):
     model, _ = ready("bert", how)
     (row,) = rows(model)
-    assert row.startswith("12 linear layers: ")
-    seven = int8_linear.kernel() is None or int8_linear.kernel().levels.weight < 127
-    runs = (
-        "packed in float32: the int8 product here has 7 bits"
-        if seven
-        else (f"too, by {int8_linear.describe()}")
+    runs = f"activations too, by {int8_linear.describe()}"
+    if "weights" in how:
+        runs = "activations not, packed in float32"
+    elif SEVEN:
+        runs = f"weights of 8 bits, int8 products are {int8_linear.describe()}"
+    assert row.startswith(f"12 linear layers: {runs}")
+
+
+@pytest.mark.skipif("avx2" not in ISAS, reason="the kernel of 7 bits is for AVX2")
+@pytest.mark.parametrize("how", HOWS)
+@torch.no_grad()
+def test_without_vnni(how, monkeypatch):
+    """Numbers of 8 bits with activations in int8 stay modules; those of 7 bits need not."""
+    seven = kernels.Choice(kernels.own("avx2"))
+    monkeypatch.setattr(kernels, "choice", lambda: seven)
+    model, _ = ready("bert", how)
+    theirs = as_modules(model, monkeypatch)
+    assert torch.equal(forward(model, *BATCH), theirs) == ("weights" not in how)
+    assert "weights of 8 bits, int8 products are kernel for avx2" in vk.describe(model) or (
+        "weights" in how
     )
-    runs = "not, packed in float32" if "weights" in how else runs
-    assert runs in row and row.endswith("; in eval() with gradients disabled, else as modules")
+    if how != "torchao":
+        return
+    model = quantise(plain("bert"), how, reduce_range=True)
+    before = copy.deepcopy(model)
+    vk.patch(model, BOTH, {place: (k,) for place, k in BOTH.items()}, 6, keep_first=1)
+    tiny.train_plugins(model)
+    truth = forward(dequantised("bert", before, model), *BATCH)
+    found, theirs = forward(model, *BATCH), as_modules(model, monkeypatch)
+    assert not torch.equal(found, theirs)
+    assert distance(found, truth) <= distance(theirs, truth) + 1e-6
+    assert "activations too, by kernel for avx2" in vk.describe(model)

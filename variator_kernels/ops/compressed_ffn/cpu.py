@@ -68,7 +68,6 @@ def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: G
     total = lists.kernel.count
     if total == 0:
         return y
-    ffn = stored.as_it_runs(ffn)
     packed, wide = _prepacked_plugin(x, plugin, ffn, groups), accumulator(dtype)
     projected = torch.empty(rows.shape[0], packed.merge.bottleneck, dtype=wide)
     for first, count, size in blocks(total, groups.kept is not None):

@@ -16,12 +16,15 @@ def holds(ffn: FeedForward) -> bool:
     return ffn.w_in.dtype == torch.int8
 
 
-def as_it_runs(ffn: FeedForward) -> FeedForward:
-    """Not in int8 where the kernel here does not bear the numbers."""
-    if not holds(ffn) or ffn.precision != "int8":
+def as_it_runs(ffn: FeedForward, precision: str | None) -> FeedForward | None:
+    """In int8 where the weights are for that, or ``precision`` asks for it, and the kernel here
+    bears their numbers. Where it does not: weights alone that came in int8 run packed; None for the
+    others, whose own modules multiply in int8."""
+    if ffn.precision is None and precision is None:
         return ffn
-    fits = all(w is None or stored.in_int8(w, scales, b) for w, b, scales in _products_of(ffn))
-    return ffn if fits else ffn._replace(precision=None)
+    if all(w is None or stored.in_int8(w, scales, b) for w, b, scales in _products_of(ffn)):
+        return ffn._replace(precision="int8")
+    return ffn if ffn.precision is None else None
 
 
 def packed(ffn: FeedForward, dtype: torch.dtype) -> list[Any]:

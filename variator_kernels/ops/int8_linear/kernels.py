@@ -101,11 +101,16 @@ def kernel() -> Kernel | None:
 def describe_stored() -> str:
     """What runs of weights that came in int8, in words."""
     chosen = kernel()
-    bits = "" if chosen is None or chosen.levels.weight == 127 else " of 7 bits"
-    runs = "packed in the model's own dtype"
-    if chosen is not None:
-        runs = f"weights{bits} as they are with activations in int8, others {runs}"
-    return f"torchao's and torch.ao's int8, no groups, no zero points: {runs}"
+    runs = "those with activations in int8 "
+    if chosen is None:
+        runs += "as modules"
+    else:
+        runs += "as they are"
+        runs += "" if chosen.levels.weight == 127 else " if they have 7 bits, else as modules"
+    return (
+        f"torchao's and torch.ao's int8 weights without groups and zero points: {runs}; weights "
+        "alone packed in the model's own dtype"
+    )
 
 
 def describe() -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..frozen_linear import LEAST, FrozenLinear
 from . import here, op, stored_here, torchao
-from .stored import StoredWeight
+from .stored import StoredWeight, in_int8
 
 
 class Linear(FrozenLinear):
@@ -48,7 +48,17 @@ def _stored(layer: FrozenLinear, x: Tensor, precision: str | None) -> Tensor | N
     weight = torchao.read(layer.weight)
     if isinstance(weight, str) or not weight.numbers.is_cpu:
         return None
-    return op.stored_linear(x, weight, layer.bias, weight.dynamic or precision == "int8")
+    return _multiplied(x, weight, layer.bias, precision)
+
+
+def _multiplied(
+    x: Tensor, weight: StoredWeight, bias: Tensor | None, precision: str | None
+) -> Tensor | None:
+    """None where the layer's own module multiplies in int8, and the kernel here does not bear its
+    numbers."""
+    if weight.dynamic and in_int8(weight.numbers, weight.scales, bias) is None:
+        return None
+    return op.stored_linear(x, weight, bias, weight.dynamic or precision == "int8")
 
 
 class StoredProduct(NamedTuple):
@@ -63,8 +73,8 @@ class StoredProduct(NamedTuple):
         """``precision="int8"``: vectors are rounded too, whatever the weight says."""
         if not stored_here(x, self.weight.numbers):
             return self.module(x)
-        dynamic = self.weight.dynamic or precision == "int8"
-        return op.stored_linear(x, self.weight, self.bias, dynamic)
+        found = _multiplied(x, self.weight, self.bias, precision)
+        return self.module(x) if found is None else found
 
     def part(self, first: int, last: int) -> StoredProduct:
         """Of the output channels from ``first`` to ``last``."""
