@@ -265,3 +265,20 @@ def test_reasons_of_other_kinds(without_kernels):
         assert "was not built, so it has no CPU kernels" in python(without_kernels, code).stdout
     finally:
         (package / record).write_text(json.dumps(RECORD))
+
+
+@pytest.mark.parametrize(
+    ("limits", "vnni", "bf16"),
+    [
+        ({}, True, True),
+        ({"ONEDNN_MAX_CPU_ISA": " avx2 "}, False, False),
+        ({"DNNL_MAX_CPU_ISA": "AVX512_CORE"}, False, False),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI", "DNNL_MAX_CPU_ISA": "AVX2"}, True, False),
+        ({"ONEDNN_MAX_CPU_ISA": "DEFAULT"}, True, True),
+    ],
+)
+def test_what_onednn_is_allowed(monkeypatch, limits, vnni, bf16):
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.setenv(name, limits.get(name, ""))
+    allows = environment.onednn_allows
+    assert (allows("vnni"), allows("bf16")) == (vnni, bf16)

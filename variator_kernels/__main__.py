@@ -57,6 +57,7 @@ def report() -> str:
     ]
     text += ["", f"packed weights    {how_writes_are_noticed()}"]
     text += [f"int8 products     {int8_linear.describe()}"]
+    text += [f"quantised models  {int8_linear.describe_stored()}"]
     return "\n".join(text)
 
 

@@ -10,10 +10,14 @@ from . import backends
 from .freezing import packed_weights
 from .methods.variator.method import plugin_parameters
 from .ops import int8_linear
+from .ops.int8_linear import StoredWeight
 from .runtime.level import Level
 from .runtime.site import Site
 from .runtime.state import STATE, State, kept_masks, states
 from .sites.find import Found, find, find_all
+from .sites.install import products_of
+from .sites.plain import plain_linear
+from .sites.quantised import stored_products
 
 
 def describe(model: nn.Module) -> str:
@@ -40,8 +44,8 @@ def _text(facts: list[tuple[str, str]]) -> str:
 
 
 OPTIMIZED = {
-    "sublayers": "linear layers of patched sublayers run packed at dense levels too",
-    "encoder": "all linear layers of the encoder's blocks run packed",
+    "sublayers": "linear layers of patched sublayers run {} at dense levels too",
+    "encoder": "all linear layers of the encoder's blocks run {}",
 }
 
 
@@ -62,7 +66,8 @@ def lines(model: nn.Module) -> list[tuple[str, str]]:
         ("kept whole", _kept(state, found.family.decoder)),
         ("packed", packed_weights(model) if config.pack else "nothing: pack=False"),
         ("precision", _precision(config.precision, found.like(0))),
-        *([("optimized", OPTIMIZED[config.optimize])] if config.optimize else ()),
+        *_optimized(config.optimize, config.precision, found.like(0)),
+        *_quantised(state, found),
         *(
             (f"trained, {_named(state, place, k)}", _trained(state, found, place, k))
             for place, ratios in state.method.placements.items()
@@ -109,6 +114,48 @@ def _precision(precision: str | None, like: Tensor) -> str:
         return f"{own}: {precision} products are {int8_linear.describe()}"
     how = int8_linear.describe()
     return f"{precision} in eval() with gradients disabled, else {own}; by {how}"
+
+
+def _optimized(optimize: str | None, precision: str | None, like: Tensor) -> list[tuple[str, str]]:
+    if optimize is None and precision is None:
+        return []
+    how = "packed" if precision is None else f"in {precision}"
+    if not like.is_cpu or (precision is not None and int8_linear.kernel() is None):
+        return [("optimized", "nothing: linear layers run as they did")]
+    # A precision reaches as far by itself.
+    return [("optimized", OPTIMIZED[optimize or "sublayers"].format(how))]
+
+
+def _quantised(state: State, found: Found) -> list[tuple[str, str]]:
+    """What runs of layers that are no plain ones, where there are any."""
+    precision = state.method.config.precision
+    numbers: dict[tuple[str, str], int] = {}
+    for _, site in state.own_sites:
+        linears = products_of(found, site)
+        if all(map(plain_linear, linears)):
+            continue
+        for layers in [linears] if site.placement == "ffn" else [[linear] for linear in linears]:
+            read = stored_products(layers)
+            for product in [read] * len(layers) if isinstance(read, str) else read:
+                if isinstance(product, str):
+                    fact = "as modules", product
+                else:
+                    fact = _stored(product.weight, precision, found.like_at(site))
+                numbers[fact] = numbers.get(fact, 0) + 1
+    return [(row, f"{n} linear layers: {text}") for (row, text), n in numbers.items()]
+
+
+def _stored(weight: StoredWeight, precision: str | None, like: Tensor) -> tuple[str, str]:
+    """The row of a weight that came in int8, and its text."""
+    if not weight.numbers.is_cpu:
+        return "as modules", f"on {weight.numbers.device}"
+    if int8_linear.bears(weight.numbers) and (weight.dynamic or precision == "int8"):
+        how = f"activations too, by {int8_linear.describe()}"
+    elif weight.dynamic:
+        return "as modules", f"weights of 8 bits, int8 products are {int8_linear.describe()}"
+    else:
+        how = f"activations not, packed in {str(like.dtype).removeprefix('torch.')}"
+    return "int8 weights", f"{how}; in eval() with gradients disabled, else as modules"
 
 
 def _size(parameters: list[nn.Parameter]) -> str:

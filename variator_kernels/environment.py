@@ -31,6 +31,8 @@ NAMES = (
 )
 PARTS = ("cpu", "cuda")
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+_BELOW_VNNI = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE")
+_ONEDNN_WITHOUT = {"vnni": _BELOW_VNNI, "bf16": (*_BELOW_VNNI, "AVX512_CORE_VNNI")}
 _ON, _OFF = ("1", "on", "yes", "true"), ("0", "off", "no", "false")
 
 
@@ -103,6 +105,13 @@ def positive(name: str) -> int | None:
     if value and not (value.isascii() and value.isdigit() and int(value) >= 1):
         raise wrong(name, "an integer >= 1")
     return int(value) if value else None
+
+
+def onednn_allows(instructions: str) -> bool:
+    """Whether oneDNN's own limit, ONEDNN_MAX_CPU_ISA or the older DNNL_MAX_CPU_ISA, leaves it these
+    instructions of AVX-512, ``"vnni"`` or ``"bf16"``. What it does not know it ignores."""
+    limit = get("ONEDNN_MAX_CPU_ISA") or get("DNNL_MAX_CPU_ISA")
+    return limit.upper() not in _ONEDNN_WITHOUT[instructions]
 
 
 def unknown_names() -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from . import extension
-from .ops.frozen_linear import FrozenLinear
+from .ops.frozen_linear import FrozenLinear, is_plain_weight
+from .ops.int8_linear import torchao
 from .ops.packed import cache
 from .runtime.state import states
 from .sites.install import patched_sublayers
@@ -88,14 +89,25 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
     read = [
         tensor
         for layer in patched_sublayers(model)
-        for tensor in vars(layer)[DESCRIBED].describe(layer)
+        for tensor in _flat(vars(layer)[DESCRIBED].of(layer))
     ]
+    read += torchao.memory(model.parameters())
     # Whole matrices, of which a description may hold views.
     for module in model.modules():
         read += (module.weight, module.bias) if _is_packed(module) else ()
     for tensor in {id(tensor): tensor for tensor in read}.values():
-        if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
+        # Those of a subclass (quantised, sharded) have no memory of their own.
+        if isinstance(tensor, Tensor) and is_plain_weight(tensor) and tensor.device.type == "cpu":
             yield tensor
+
+
+def _flat(description: Any) -> Iterator[Any]:
+    """A description's fields, and those of the tuples in it."""
+    if isinstance(description, tuple):
+        for field in description:
+            yield from _flat(field)
+    else:
+        yield description
 
 
 def _is_packed(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from . import backends
 from .methods.variator.config import configure
 from .methods.variator.method import Variator
 from .ops import prepack
-from .ops.int8_linear import own_precision
+from .ops.int8_linear import own_precision, torchao
 from .runtime import kept
 from .runtime.state import State
 from .sites.attends import check_attends
@@ -255,8 +255,9 @@ def unpatch(model: Model) -> Model:
         ValueError: the model is not patched, or somebody replaced a patched ``forward`` since.
     """
     remove(model)
-    prepack.cache.thaw(model.parameters())
-    prepack.cache.forget(model.parameters())
+    packed = [*model.parameters(), *torchao.memory(model.parameters())]
+    prepack.cache.thaw(packed)
+    prepack.cache.forget(packed)
     return model
 
 

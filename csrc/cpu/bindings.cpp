@@ -5,6 +5,7 @@
 
 #include <array>
 #include <map>
+#include <stdexcept>
 
 #include "dispatch.h"
 #include "fork.h"
@@ -230,6 +231,9 @@ PYBIND11_MODULE(_cpu, m) {
                 p.scales = pointer<const float>(scales), p.bias = pointer<const float>(bias);
                 p.activation = static_cast<Activation>(activation);
                 p.other = pointer(other), p.y = pointer(y);
+                if (p.dtype == DType::float64)
+                    throw std::invalid_argument(
+                        "dtype must be float32, bfloat16 or float16 in int8 products, got float64");
                 return Call(p, isa);
             }),
             py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("threads"), py::arg("rows"),

@@ -158,21 +158,17 @@ struct Int8Product {
     }
 };
 
-template <class V, DType dtype>
-void int8_linear(const Int8LinearParams& p) {
-    if (p.rows > 0) Int8Product<dtype>{p}.all();
-}
-
-inline void int8_linear_any(const Int8LinearParams& p) {
+inline void int8_linear(const Int8LinearParams& p) {
+    if (p.rows == 0) return;
     switch (p.dtype) {
         case DType::float32:
-            return int8_linear<Vec, DType::float32>(p);
+            return Int8Product<DType::float32>{p}.all();
         case DType::bfloat16:
-            return int8_linear<Vec, DType::bfloat16>(p);
+            return Int8Product<DType::bfloat16>{p}.all();
         case DType::float16:
-            return int8_linear<Vec, DType::float16>(p);
+            return Int8Product<DType::float16>{p}.all();
         case DType::float64:
-            return;
+            return;  // refused in bindings.cpp
     }
 }
 

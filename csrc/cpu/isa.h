@@ -61,7 +61,7 @@ inline Kernels table(const char* name) {
     kernels.pack = pack;
     kernels.int8_packed_bytes = int8_packed_bytes;
     kernels.int8_pack = int8_pack;
-    kernels.int8_linear = int8_linear_any;
+    kernels.int8_linear = int8_linear;
     kernels.int8_weight_levels = IntVec::weight_levels;
 #ifdef VARIATOR_HAS_DOUBLE
     kernels.has_double = true;

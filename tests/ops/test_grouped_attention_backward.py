@@ -15,6 +15,7 @@ from tests.ops.attention_cases import (
     t5_table,
 )
 from tests.ops.cases import DTYPES, ISAS, assert_close, kernels, needs_cpu  # noqa: F401
+from variator_kernels import extension
 from variator_kernels import functional as vf
 from variator_kernels.ops.grouped_attention import cpu, op
 from variator_kernels.ops.self_attention import Book, Scheme, Step
@@ -259,6 +260,28 @@ def test_a_trained_table_of_distances_has_its_gradient():
         out = vf.grouped_attention(*(t.to(dtype) for t in inputs), **given)
         made.append(torch.autograd.grad(out.square().sum(), leaf)[0].double())
     torch.testing.assert_close(*made, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_bias_has_a_gradient_where_it_is_wanted(wanted, monkeypatch):
+    inputs = [t.requires_grad_() for t in qkv((2, 9, 6, 4, 2, 8))]
+    bias = torch.randn(2, 6, requires_grad=wanted)
+    made, load = [], extension.load()
+
+    class Spy:
+        def __getattr__(self, name):
+            if name != "AttentionBackward":
+                return getattr(load, name)
+            return lambda **given: made.append(given["d_bias"]) or load.AttentionBackward(**given)
+
+    monkeypatch.setattr(cpu.extension, "load", Spy)
+    vf.grouped_attention(*inputs, bias=bias, backend="cpu").square().sum().backward()
+    assert (bias.grad is not None) == wanted and [address != 0 for address in made] == [wanted]
+    exact = [t.detach().clone().requires_grad_() for t in inputs]
+    out = vf.grouped_attention(*exact, bias=bias.detach(), backend="reference")
+    out.square().sum().backward()
+    for t, e in zip(inputs, exact, strict=True):
+        torch.testing.assert_close(t.grad, e.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_the_backward_op_refuses_what_does_not_fit():

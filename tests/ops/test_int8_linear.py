@@ -231,6 +231,12 @@ def test_modes_see_every_product():
             assert fake(torch.randn(64, 256)).shape == (64, 256)
 
 
+def test_the_kernel_refuses_fp64():
+    product = kernels.own(ISAS[0]).round_and_pack(torch.randn(4, 8), None)
+    with pytest.raises(ValueError, match=r"dtype must be float32, bfloat16 or float16.*float64"):
+        product.multiply(torch.randn(3, 8, dtype=torch.float64), "none")
+
+
 def test_threads_at_once():
     x, weight, bias = case(40, 100, 60)
     expected, found = packed(weight, bias)(x), []
@@ -328,7 +334,7 @@ def test_every_kernel_by_itself(name, shape, threads):
             other = torch.randn(shape[0], shape[2]).to(dtype)
             options = {"activation": activation, "other": other}
             expected = reference.int8_linear(x, weight, bias, levels=kernel.levels, **options)
-            product = kernel.pack(weight, bias, kernel.levels)
+            product = kernel.round_and_pack(weight, bias)
             check(product.multiply(x, **options), expected, dtype)
             wide = torch.randn(shape[0], 2 * shape[1]).to(dtype)[:, : shape[1]]
             expected = reference.int8_linear(wide, weight, bias, levels=kernel.levels)
@@ -344,7 +350,7 @@ def test_activations_of_the_kernel(isa, activation):
     x = torch.cat([torch.linspace(-30, 30, 20001), torch.tensor([0.0, -0.0, 1e-20, -90, 1e4])])
     weight, kernel = torch.ones(1, 1), kernels.own(isa)
     # Rows of one number are exact but for the scale's rounding.
-    found = kernel.pack(weight, None, kernel.levels).multiply(x[:, None], activation)[:, 0]
+    found = kernel.round_and_pack(weight, None).multiply(x[:, None], activation)[:, 0]
     given = reference.int8_linear(x[:, None], weight, levels=kernel.levels)[:, 0]
     exact = activate(given, activation)
     plain = (activate(given.float(), activation).double() - exact).abs().max()

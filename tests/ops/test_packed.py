@@ -320,6 +320,16 @@ def test_a_storage_that_is_resized_leaves_nothing_behind():
     assert same(weight) and len(cache._entries.all) <= entries + 1
 
 
+def test_parts_of_one_storage_with_others_stay():
+    """A gate and its product in one matrix, each with its own bias."""
+    both, made = torch.randn(4, 3), []
+    pairs = [(both[:2], torch.randn(2)), (both[2:], torch.randn(2))]
+    for _ in range(2):
+        for pair in pairs:
+            cache.get(pair, "parts", lambda *copies: made.append(copies))
+    assert len(made) == 2
+
+
 def test_parameters_can_be_swapped():
     layer = nn.Linear(COLUMNS, ROWS)
     prepack.linear(layer.weight, layer.bias)

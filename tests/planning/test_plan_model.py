@@ -1,14 +1,18 @@
 """vk.plan: close to the best plan there is, never behind uniform ratios, nothing left behind."""
 
+import inspect
 import itertools
 import math
+import random
 
 import pytest
 import torch
 
 import variator_kernels as vk
 from tests.sites import tiny
-from variator_kernels.planning import costs
+from variator_kernels.methods.variator.calibration.inputs import whole
+from variator_kernels.planning import costs, losses
+from variator_kernels.planning.options import Options
 from variator_kernels.runtime.level import Level
 from variator_kernels.runtime.state import states
 
@@ -294,3 +298,33 @@ def test_the_smallest_and_the_largest_batches_are_timed():
         picked = costs.spread(number)
         assert len(picked) == len(set(picked)) == min(costs.BATCHES, number)
         assert {0, number - 1} <= set(picked)
+
+
+def test_multiply_adds_are_counted_once_an_option(monkeypatch):
+    calls, count = [], vk.flops.count
+    monkeypatch.setattr(
+        costs.flops, "count", lambda *given, **named: calls.append(1) or count(*given, **named)
+    )
+    made = model()
+    (state,) = states(made)
+    options = Options(state)
+    given = whole(batches(2), inspect.signature(made.forward).parameters, 1)
+    counted = costs.MultiplyAdds(made, state, given, options)
+    assert len(calls) == 2 * (1 + 2 * len(state.sites))  # batches, dense and two ratios a site
+    rng, total = random.Random(0), len(options.every)
+    for _ in range(10):
+        choice = tuple(rng.choice((i, i + 1, i + 2)) for i in range(0, total, 3))
+        assert counted.of([choice])[choice] == counted._total(choice) / counted.dense
+
+
+def test_every_token_is_as_likely_to_be_sampled():
+    lengths, size = [5, 0, 1, 30, 4], 10
+    places = losses.sample(lengths, size)
+    assert sum(map(len, places)) == size and len(places) == len(lengths)
+    for found, n in zip(places, lengths, strict=True):
+        assert found.tolist() == sorted(set(found.tolist())) and all(0 <= p < n for p in found)
+    assert all(map(torch.equal, places, losses.sample(lengths, size)))
+    assert [len(found) for found in losses.sample(lengths, 100)] == lengths
+    # The first token of a batch is no likelier than others.
+    firsts = sum(int(0 in found) for found in losses.sample([100] * 200, 2000))
+    assert 5 <= firsts <= 40

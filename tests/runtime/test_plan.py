@@ -58,6 +58,16 @@ BAD = [
     ({"loss": float("nan")}, "loss must be a finite float >= 0, got nan"),
     ({"cost": -1.0}, "cost must be a finite float >= 0, got -1.0"),
     ({"limit": "1"}, "limit must be a finite float >= 0, got '1'"),
+    ({"cost": 0.51}, "cost must be at most 0.5, which cost=0.5 asks for, got 0.51"),
+    ({"asked": "speedup", "limit": 2.1}, "cost must be at most 0.476.*speedup=2.1.*got 0.48"),
+    ({"asked": "speedup", "limit": 0.9}, "limit must be >= 1 for a speedup, got 0.9"),
+    ({"limit": 0.0}, "limit must be above 0, at most 1 for a cost, got 0.0"),
+    ({"limit": 1.5}, "limit must be above 0, at most 1 for a cost, got 1.5"),
+    ({"asked": "loss", "limit": 0.01}, "loss must be at most its limit 0.01, got 0.0125"),
+    (
+        {"sites": (*SITES[:2], Site("attention", 1), SITES[3])},
+        r"both 'attention' and 'attention_kv' of one layer, got them in \[1\]",
+    ),
 ]
 
 

@@ -56,7 +56,8 @@ def test_is_what_it_is_defined_as(name):
                 vk.set_ratio(made, level)
         found, expected = forward(model, *batch), forward(truth, *batch)
         assert distance(found, expected) < OFF
-        assert distance(forward(exact, *batch), expected) > OFF / 3  # the test sees int8
+        # The test sees int8, whose weights of 8 bits cost half of what 7 bits do.
+        assert distance(forward(exact, *batch), expected) > 4 * distance(found, expected)
         assert not torch.equal(found, forward(exact, *batch))
 
 

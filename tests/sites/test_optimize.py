@@ -99,7 +99,8 @@ def test_compressed_levels_and_undoing(name, precision):
     vk.patch(model, BOTH, (2,), 8, optimize="encoder", precision=precision)
     expected, found = forward(reference), forward(model)
     off = (found - expected).norm() / expected.norm()
-    assert (1e-4 if precision else 0) < off < (3e-2 if precision else 1e-5)
+    own = 1e-5  # sums in another order; int8 costs more
+    assert own < off < 3e-2 if precision else 0 < off < own
     vk.unpatch(model)
     assert [type(m) for m in model.modules()] == classes
     assert torch.equal(forward(model), before)
@@ -234,3 +235,24 @@ def test_refusals(settings, message):
     with pytest.raises(ValueError, match=message):
         vk.patch(model, 2, **settings)
     assert not swapped(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "row"),
+    [
+        ({}, None),
+        ({"optimize": "sublayers"}, "linear layers of patched sublayers run packed at"),
+        ({"precision": "int8"}, "linear layers of patched sublayers run in int8 at"),
+        ({"precision": "int8", "optimize": "encoder"}, "the encoder's blocks run in int8"),
+    ],
+)
+def test_describe_says_what_runs_at_dense_levels(settings, row, monkeypatch):
+    model = vk.patch(plain("bert"), 2, (2,), 8, **settings)
+    lines = [line for line in vk.describe(model).splitlines() if line.startswith("optimized")]
+    precision = settings.get("precision")
+    if precision and int8_linear.kernel() is None:
+        row = "nothing: linear layers run as they did"
+    assert [row in line for line in lines] == ([] if row is None else [True])
+    if precision:
+        monkeypatch.setattr(int8_linear, "kernel", lambda: None)
+        assert "nothing: linear layers run as they did" in vk.describe(model)

@@ -46,6 +46,14 @@ def test_trains_the_levels_of_all_plans(tmp_path):
     assert 0 < metrics["eval_slow_loss"] < metrics["eval_fast_loss"]
 
 
+def test_a_file_is_read_once(tmp_path, monkeypatch):
+    (file,) = saved(tmp_path, only=plan(4, 1, 1, 1))
+    read, load = [], Plan.load
+    monkeypatch.setattr(Plan, "load", lambda path: read.append(path) or load(path))
+    command(tmp_path, "--plan", file)
+    assert read == [file]
+
+
 def test_a_placement_may_be_dense_and_the_run_is_known_by_its_plans(tmp_path):
     (file,) = saved(tmp_path, only=plan(4, 1, 1, 1))
     out = command(tmp_path, "--plan", file)

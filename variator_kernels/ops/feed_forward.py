@@ -51,6 +51,13 @@ class FeedForward(NamedTuple):
     """Whether the CPU may keep packed copies of the weights from call to call."""
     precision: str | None = None
     """In which the CPU multiplies where no gradient is asked for; None: in the weights' dtype."""
+    scales: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    """Of weights in int8: what 1 of ``w_in``, ``w_out``, ``w_gate`` stands for, ``[1]`` or
+    ``[out]``."""
+    stored: FeedForward | None = None
+    """The same sublayer with weights that came in int8, which runs in the place of ``module`` where
+    :func:`~variator_kernels.ops.int8_linear.stored_here` says so. Its precision is ``"int8"`` if
+    vectors are rounded too."""
     module: Callable[[Tensor], Tensor] | None = None
     """Runs ``FFN`` in place of the products, where the weights alone do not tell what it does
     (replaced linear layers, hooks)."""

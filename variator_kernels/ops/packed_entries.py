@@ -70,4 +70,5 @@ def moved(entry: Entry, storage: torch.UntypedStorage) -> bool:
         return False
     begin = storage.data_ptr()
     end = begin + storage.nbytes()
-    return not all(begin <= memory.begin and memory.end <= end for memory in entry.memories)
+    # An entry may be of other storages too (a bias).
+    return not any(begin <= memory.begin and memory.end <= end for memory in entry.memories)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import extension
+from .. import environment, extension
 from .packed import cache
 from .row_blocks import SIZES, blocks
 
@@ -27,9 +26,7 @@ def _emulated() -> frozenset[torch.dtype]:
         return frozenset()
     bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if torch.cpu._is_avx512_supported():
-        limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")
-        allowed = limit.strip().upper() not in ("AVX512_CORE", "AVX512_CORE_VNNI")
-        bf16 = bf16 and allowed and torch.cpu._is_avx512_bf16_supported()
+        bf16 = bf16 and environment.onednn_allows("bf16") and torch.cpu._is_avx512_bf16_supported()
     fp16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()
     native = {torch.bfloat16: bf16, torch.float16: fp16}
     return frozenset(dtype for dtype, has in native.items() if not has)

@@ -44,7 +44,8 @@ class Costs(Protocol):
 
 
 class MultiplyAdds:
-    """By :func:`flops.count`, over all batches."""
+    """By :func:`flops.count`, over all batches. They add up over sites, so each option is counted
+    once."""
 
     def __init__(
         self, model: nn.Module, state: State, chunks: list[Chunk], options: Options
@@ -52,18 +53,22 @@ class MultiplyAdds:
         self.model, self.choices = model, options
         self.rows = [_rows(chunk, state.kept.ids) for chunk in chunks]
         self.dense = self._total(options.dense)
+        self.added = [
+            self._total(options.alone(option)) - self.dense if k > 1 else 0
+            for option, (_, k) in enumerate(options.every)
+        ]
 
     def visit(self, layer: int, stream: Store | None) -> None:
         """There is nothing to measure."""
 
     def of(self, choices: Iterable[Choice]) -> dict[Choice, float]:
-        return {choice: self._total(choice) / self.dense for choice in choices}
+        return {
+            choice: (self.dense + sum(self.added[option] for option in choice)) / self.dense
+            for choice in choices
+        }
 
     def options(self) -> np.ndarray:
-        return np.array([
-            self._total(self.choices.alone(option)) / self.dense - 1 if k > 1 else 0.0
-            for option, (_, k) in enumerate(self.choices.every)
-        ])  # fmt: skip
+        return np.array(self.added) / self.dense
 
     def _total(self, choice: Choice) -> int:
         level = self.choices.level(choice)

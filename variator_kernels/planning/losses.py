@@ -31,6 +31,15 @@ class Losses:
         return self.known[choice]
 
 
+def sample(lengths: list[int], size: int) -> list[Tensor]:
+    """``size`` of all tokens, or all there are, each as likely as any other: their places in each
+    batch of ``lengths`` tokens, in order. The same at each call."""
+    chosen = torch.zeros(sum(lengths), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    chosen[torch.randperm(len(chosen), generator=generator)[:size]] = True
+    return [part.nonzero().flatten() for part in chosen.split(lengths)]
+
+
 class Singles:
     """Of every option alone: its loss, and its error at some of the tokens.
 
@@ -40,21 +49,21 @@ class Singles:
     def __init__(self, losses: Losses) -> None:
         self.losses, options, errors = losses, losses.options, losses.errors
         size = max(1, SAMPLE // (len(options.every) * errors.dense[0].shape[-1]))
-        tokens = sum(map(len, errors.dense))
-        self.stride = -(-tokens // size)
+        self.kept = sample([len(x) for x in errors.dense], size)
         self.found: dict[int, Tensor] = {}
 
     def measure(self, option: int, stream: Store | None) -> None:
         """``stream`` has what the dense model has in front of the option's first block."""
         errors, options = self.losses.errors, self.losses.options
         choice = options.alone(option)
-        squared, sample = 0.0, []
+        squared, kept = 0.0, []
         begin = min(options.layers[options.every[option][0]])
-        for x in errors.differences(options.level(choice), begin, stream):
+        found = errors.differences(options.level(choice), begin, stream)
+        for x, places in zip(found, self.kept, strict=True):
             squared += float(x.double().square().sum())
-            sample.append(x[:: self.stride].cpu().flatten())
+            kept.append(x[places.to(x.device)].cpu().flatten())
         self.losses.known[choice] = errors.relative(squared)
-        self.found[option] = torch.cat(sample)
+        self.found[option] = torch.cat(kept)
         self.losses.step()
 
     def products(self) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..runtime.level import Level
+from ..runtime.plan import ROUNDING
 from ..runtime.state import State
 
 Choice = tuple[int, ...]
@@ -72,7 +73,7 @@ class Goal(NamedTuple):
 
     def fits(self, cost: float, loss: float) -> bool:
         """``loss`` must be finite, whatever its bound."""
-        return cost <= self.cost * (1 + 1e-9) and loss <= self.loss and loss < math.inf
+        return cost <= self.cost * (1 + ROUNDING) and loss <= self.loss and loss < math.inf
 
     def key(self, cost: Any, loss: Any) -> tuple[Any, Any]:
         """What is smaller is better."""

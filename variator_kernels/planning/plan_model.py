@@ -17,7 +17,7 @@ from ..methods.variator.calibration.calibrate_model import evaluating, patched_e
 from ..methods.variator.calibration.inputs import Chunk, whole
 from ..methods.variator.calibration.search import Errors
 from ..methods.variator.calibration.streams import Blocks, Store
-from ..runtime.plan import MEASURES, Plan
+from ..runtime.plan import MEASURES, ROUNDING, Plan
 from ..runtime.state import State
 from .costs import Costs, MultiplyAdds, Seconds
 from .losses import Losses, Singles
@@ -181,7 +181,7 @@ def _best(
     options = predictions.options
     uniform = [options.uniform(k) for k in (1, *state.ratios)]
     known = costs.of([*uniform, predictions.cheapest])
-    if goal.cost < min(known.values()) * (1 - 1e-9):
+    if goal.cost < min(known.values()) * (1 - ROUNDING):
         _unreachable(min(known.values()), asked, measure)
     within = goal
     for _ in range(CORRECTIONS):
@@ -189,7 +189,7 @@ def _best(
         if found is None:
             break
         known = costs.of([found]) | known  # one that was measured before keeps its cost
-        if known[found] <= goal.cost * (1 + 1e-9):
+        if known[found] <= goal.cost * (1 + ROUNDING):
             break
         within = within._replace(cost=within.cost * goal.cost / known[found])
 

@@ -14,6 +14,8 @@ from .site import Site
 
 ASKED = ("speedup", "cost", "loss")
 MEASURES = ("time", "flops")
+ROUNDING = 1e-9
+"""By which part a cost may be above its limit."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,32 @@ class Plan:
             value = getattr(self, name)
             if not isinstance(value, float) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name} must be a finite float >= 0, got {value!r}")
+        both = {s.layer for s in self.sites if s.placement == "attention"} & {
+            s.layer for s in self.sites if s.placement == "attention_kv"
+        }
+        if both:
+            raise ValueError(
+                "sites must not hold both 'attention' and 'attention_kv' of one layer, got them in "
+                f"{sorted(both)}"
+            )
+        self._check_limit()
+
+    def _check_limit(self) -> None:
+        """What was asked for can be asked for, and holds."""
+        low, high = {"speedup": (1, math.inf), "cost": (0, 1), "loss": (0, math.inf)}[self.asked]
+        if not low <= self.limit <= high or (self.asked == "cost" and self.limit == 0):
+            above = "above 0, at most 1" if self.asked == "cost" else ">= 1"
+            raise ValueError(f"limit must be {above} for a {self.asked}, got {self.limit}")
+        if self.asked == "loss":
+            if self.loss > self.limit:
+                raise ValueError(f"loss must be at most its limit {self.limit}, got {self.loss}")
+            return
+        most = 1 / self.limit if self.asked == "speedup" else self.limit
+        if self.cost > most * (1 + ROUNDING):
+            raise ValueError(
+                f"cost must be at most {most:g}, which {self.asked}={self.limit:g} asks for, got "
+                f"{self.cost}"
+            )
 
     @property
     def by_placement(self) -> dict[str, dict[int, int]]:

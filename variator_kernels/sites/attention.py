@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.int8_linear.module import StoredProduct
 from ..ops.self_attention import Projections, Rotation, SelfAttention, Table
+from ..ops.transforms import tracing
 from .attention_paths import AttentionPaths
 from .described import Described, memory_of
 from .family import REACH, ROW, Family, follow, lookup
 from .feed_forward import check_bypassed, probability
 from .plain import plain_embedding, plain_linear
+from .quantised import stored_product, watch_stored
 from .watch import Watch
 from .wrappers import check_present
 
@@ -72,7 +76,8 @@ class DescribedAttention(Described[SelfAttention]):
     @staticmethod
     def memory(layer: nn.Module) -> tuple[Any, ...] | None:
         paths = paths_of(layer)
-        return memory_of(lookup(layer, f"{paths.qkv}.weight")) if paths.qkv else None
+        weight = lookup(layer, f"{paths.qkv}.weight") if paths.qkv else None
+        return memory_of(weight) if isinstance(weight, Tensor) else None
 
 
 def paths_of(layer: nn.Module) -> AttentionPaths:
@@ -113,6 +118,8 @@ def _watched(layer: nn.Module, paths: AttentionPaths) -> Watch:
     for module in {id(end): end for end in ends if isinstance(end, nn.Module)}.values():
         mode = ("training", "p") if hasattr(module, "p") else ()
         watch.module(module, (*mode, "weight", "bias", *paths.eps))
+        watch_stored(watch, module)
+    watch.entries(vars(layer), ("training",))
     watch.start()
     return watch
 
@@ -160,11 +167,11 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
         )
     products = [follow(layer, path) for path in (paths.q, paths.k, paths.v, paths.qkv) if path]
     if not all(map(plain_linear, (*products, o))):
-        return found._replace(modules=_modules(products, o))
+        return found._replace(modules=_modules(*_stored(layer, products, o), o.in_features))
     weights = [product.weight for product in products]
     biases = [product.bias for product in products]
     if paths.qkv:
-        sizes = _split(weights[0].shape[0], o)
+        sizes = _split(weights[0].shape[0], o.in_features)
         weights = list(weights[0].split(sizes))
         biases = [None] * 3 if biases[0] is None else list(biases[0].split(sizes))
     return found._replace(
@@ -175,21 +182,36 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
     )
 
 
-def _split(outputs: int, o: Any) -> list[int]:
+def _split(outputs: int, queries: int) -> list[int]:
     """The outputs of one product for queries, keys and values."""
-    queries = o.in_features
     keys = (outputs - queries) // 2
     return [queries, keys, keys]
 
 
-def _modules(products: list[Any], o: Any) -> Projections:
+def _stored(layer: nn.Module, products: list[Any], o: Any) -> tuple[list[Any], Any]:
+    """In their place what runs of those whose weights came in int8, in inference."""
+    if layer.training or torch.compiler.is_compiling() or tracing():
+        return products, o
+    found = [stored_product(product) for product in (*products, o)]
+    every = [
+        product if isinstance(read, str) else read
+        for product, read in zip((*products, o), found, strict=True)
+    ]
+    return every[:-1], every[-1]
+
+
+def _modules(products: list[Any], o: Any, queries: int) -> Projections:
     if len(products) == 3:
         return Projections(products[0], products[1], products[2], o)
+    if isinstance(products[0], StoredProduct):
+        ends = accumulate(_split(len(products[0].weight.numbers), queries), initial=0)
+        parts: list[Any] = [products[0].part(*both) for both in pairwise(ends)]
+        return Projections._make([*parts, o])
 
     def part(number: int) -> Callable[[Tensor], Tensor]:
         def project(x: Tensor) -> Tensor:
             every = products[0](x)
-            return every.split(_split(every.shape[-1], o), -1)[number]
+            return every.split(_split(every.shape[-1], queries), -1)[number]
 
         return project
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.feed_forward import FeedForward
+from ..ops.transforms import tracing
 from .described import Described, memory_of
 from .families import FAMILIES
 from .family import ORIGINAL, ROW, Family, follow, is_a, lookup
 from .plain import activation_name, plain_linear, untouched
+from .quantised import stored_products, watch_stored
 from .watch import Watch
 from .wrappers import check_present
 
@@ -35,7 +38,8 @@ class DescribedFeedForward(Described[FeedForward]):
     @staticmethod
     def memory(layer: nn.Module) -> tuple[Any, ...] | None:
         family = family_of(layer)
-        return memory_of(lookup(layer, f"{family.w_in[0]}.weight")) if family.fused else None
+        weight = lookup(layer, f"{family.w_in[0]}.weight") if family.fused else None
+        return memory_of(weight) if isinstance(weight, Tensor) else None
 
 
 def _watched(layer: nn.Module, family: Family) -> Watch:
@@ -45,11 +49,11 @@ def _watched(layer: nn.Module, family: Family) -> Watch:
     dropouts = (family.outer_dropout, family.inner_dropout)
     paths = {*family.steps, *family.bypassed, *family.w_in, *single, *dropouts} - {""}
     ends = [watch.path(layer, path) for path in sorted(paths)]
-    if any(isinstance(end, float) for end in ends):  # probabilities of the layer's own
-        watch.entries(vars(layer), ("training",))
     for module in {id(end): end for end in ends if isinstance(end, nn.Module)}.values():
         mode = ("training", "p") if hasattr(module, "p") else ()
         watch.module(module, (*mode, "approximate", "weight", "bias", *family.eps))
+        watch_stored(watch, module)
+    watch.entries(vars(layer), ("training",))
     watch.start()
     return watch
 
@@ -94,7 +98,8 @@ def describe(layer: nn.Module, family: Family | None = None) -> FeedForward:
         and (w_gate is None or plain_linear(w_gate))
     )
     if not plain or activation is None:
-        return sublayer._replace(module=_whole(layer, family))
+        stored = _stored(layer, family, sublayer._replace(activation=activation or ""))
+        return sublayer._replace(module=_whole(layer, family), stored=stored)
     if family.fused:
         weights, biases = _halves(w_in.weight, family), _halves(w_in.bias, family)
     elif w_gate is None:
@@ -111,6 +116,45 @@ def describe(layer: nn.Module, family: Family | None = None) -> FeedForward:
         activation=activation,
         dropout_inner=probability(layer, family.inner_dropout),
     )
+
+
+def _stored(layer: nn.Module, family: Family, sublayer: FeedForward) -> FeedForward | None:
+    """The sublayer by its weights, where all of them came in int8; None in training, too."""
+    if layer.training or torch.compiler.is_compiling() or tracing() or not sublayer.activation:
+        return None
+    linears = products_of(layer, family)
+    products = stored_products(linears)
+    drops = sublayer.dropout_outer > 0 or probability(layer, family.inner_dropout) > 0
+    whole = _tells_all(lookup(layer, family.container), family) and not drops
+    if isinstance(products, str) or not whole:
+        return None
+    first, out = products[0], products[-1]
+    gate = products[1] if len(products) == 3 else None
+    if family.fused:
+        inner = len(first.weight.numbers) // 2
+        first, gate = first.part(0, inner), first.part(inner, 2 * inner)
+        if family.fused == "gate_in":
+            first, gate = gate, first
+    return sublayer._replace(
+        w_in=first.weight.numbers,
+        w_out=out.weight.numbers,
+        w_gate=None if gate is None else gate.weight.numbers,
+        b_in=first.bias,
+        b_out=out.bias,
+        b_gate=None if gate is None else gate.bias,
+        scales=(
+            first.weight.scales,
+            out.weight.scales,
+            None if gate is None else gate.weight.scales,
+        ),
+        precision="int8" if out.weight.dynamic else None,
+    )
+
+
+def products_of(layer: nn.Module, family: Family) -> list[Any]:
+    """The modules of an FFN sublayer's products: the first, the gate's if it has one, the last."""
+    paths = (*family.w_in, family.w_gate, family.w_out)
+    return [part for path in paths if (part := lookup(layer, path)) is not None]
 
 
 def check_bypassed(layer: nn.Module, names: tuple[str, ...], module: str) -> None:
@@ -149,7 +193,13 @@ def _stand_in(layer: nn.Module, family: Family, w_out: Any) -> Tensor:
     for weight in (lookup(layer, family.norm and f"{family.norm}.weight"), lookup(w_out, "weight")):
         if isinstance(weight, Tensor) and weight.is_floating_point():
             return weight
-    return torch.empty(w_out.out_features)
+    if torch.compiler.is_compiling() or tracing():
+        return torch.empty(w_out.out_features)
+    return _empty.setdefault(w_out, torch.empty(w_out.out_features))
+
+
+_empty: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+"""Kept: a description with another tensor would count as another."""
 
 
 def _halves(both: Any, family: Family) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..ops import prepacked_linear
 from ..ops.frozen_linear import FrozenLinear, is_plain_class
-from ..ops.int8_linear.module import Linear as Int8Linear
+from ..ops.int8_linear import module as int8
 from ..runtime.site import Site
 from ..runtime.state import STATE, State, states
 from .attention import DescribedAttention, reach
@@ -20,6 +20,7 @@ from .find import Found, replaced
 from .loading import ATTACHED
 from .mixins import DESCRIBED, SITE, SitePosition
 from .plain import plain_linear
+from .quantised import stored_product
 from .unchanged import module_of
 
 
@@ -107,19 +108,30 @@ def _swap_norms(found: Found, state: State) -> None:
 
 def _swap_products(found: Found, state: State) -> None:
     """The frozen products that run as modules, of dense sublayers above all: of patched sublayers,
-    or of all blocks. What is no plain linear layer (quantised, hooked, sharded) stays."""
+    or of all blocks. What is no plain linear layer (hooked, sharded, quantised otherwise than by
+    torchao to int8) stays."""
     config = state.method.config
     if config.optimize is None and config.precision is None:
         return
-    new = Int8Linear if config.precision == "int8" else prepacked_linear.Linear
+    new: Any = prepacked_linear.Linear
+    stored: Any = int8.StoredLinear
+    if config.precision == "int8":
+        new, stored = int8.Linear, int8.RoundedStoredLinear
     if config.optimize == "encoder":
         products = [module for block in found.blocks for module in block.modules()]
     else:
         products = [one for _, site in state.own_sites for one in products_of(found, site)]
     for product in products:
-        if type(product) is nn.Linear and plain_linear(product):
-            vars(product).pop("forward", None)  # its own, which would go before the new class's
-            product.__class__ = new
+        if type(product) is not nn.Linear:
+            continue
+        if plain_linear(product):
+            kind = new
+        elif not isinstance(stored_product(product), str):
+            kind = stored
+        else:
+            continue
+        vars(product).pop("forward", None)  # its own, which would go before the new class's
+        product.__class__ = kind
 
 
 def products_of(found: Found, site: Site) -> list[Any]:

@@ -38,7 +38,7 @@ def _home(hook: Any) -> str | None:
     return getattr(hook, "__module__", None)
 
 
-def _kind(module: nn.Module) -> type:
+def kind_of(module: nn.Module) -> type:
     """Its class, without what ``torch.export`` may put around a module that it traces."""
     kinds = type(module).__mro__
     return kinds[kinds.index(_PROXY) + 1] if _PROXY in kinds else kinds[0]
@@ -46,19 +46,19 @@ def _kind(module: nn.Module) -> type:
 
 def plain_linear(linear: nn.Module) -> bool:
     """Its weight is all it is: no subclass of either (quantised, sharded), no hook."""
-    return is_plain_class(_kind(linear)) and is_plain_weight(linear.weight) and untouched(linear)
+    return is_plain_class(kind_of(linear)) and is_plain_weight(linear.weight) and untouched(linear)
 
 
 def plain_embedding(table: nn.Module) -> bool:
     """The same of an embedding."""
-    return _kind(table) is nn.Embedding and is_plain_weight(table.weight) and untouched(table)
+    return kind_of(table) is nn.Embedding and is_plain_weight(table.weight) and untouched(table)
 
 
 def activation_name(act: Any) -> str | None:
     """The name of a recognised activation, or None."""
     if not isinstance(act, nn.Module) or not untouched(act):
         return None
-    kind = _kind(act)
+    kind = kind_of(act)
     if kind is nn.GELU:
         return "gelu_tanh" if act.approximate == "tanh" else "gelu"
     ours = kind.__module__.split(".")[0] in ("torch", "transformers")

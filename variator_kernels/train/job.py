@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import string
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..methods.variator import calibration
+from ..runtime.plan import Plan
 from . import data
 from .config import STEPS
 from .evaluation import DENSE
@@ -117,6 +119,15 @@ class Job:
             raise ValueError(f"noise and vary_lengths may be set in pretrain alone, got {got}")
         if not 0 <= self.splice <= 1:
             raise ValueError(f"splice must be a part from 0 to 1, got {self.splice}")
+
+    @functools.cached_property
+    def levels(self) -> dict[str, Plan]:
+        """The plans, by the names of their files, which are read once.
+
+        Raises:
+            FileNotFoundError, ValueError: as :meth:`Plan.load`.
+        """
+        return {Path(path).stem: Plan.load(path) for path in self.plans or ()}
 
     @property
     def texts(self) -> tuple[str, ...]:

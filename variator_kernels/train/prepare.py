@@ -25,11 +25,6 @@ from .evaluation import Correct
 from .job import Job
 
 
-def plans_of(job: Job) -> dict[str, Plan]:
-    """The plans of a job, by the names of their files."""
-    return {Path(path).stem: Plan.load(path) for path in job.plans or ()}
-
-
 def plugged(model: Any, job: Job) -> None:
     """Patch ``model`` and fill the plugins that training starts from."""
     ratios: Any = job.ratios or (4,)
@@ -48,7 +43,7 @@ def plugged(model: Any, job: Job) -> None:
     if job.level is not None:
         active = {place: _by_layer(ratio) for place, ratio in job.level.items()}
         placements, ratios = ("ffn",), {p: mentioned(ratio) for p, ratio in active.items()}
-    elif plans := list(plans_of(job).values()):
+    elif plans := list(job.levels.values()):
         active, placements = plans[0], ("ffn",)
         ratios = _ratios_of(plans, ratios if job.plugins else {})
     more: Any = {} if job.window is None else {"window": job.window}
@@ -205,7 +200,7 @@ def _continuation(job: Job, model: Any, length: int) -> int | None:
     (state,) = states(model)
     levels = [state.level] if job.level is not None else map(state.everywhere, state.ratios)
     if job.plans:
-        levels = map(state.check, plans_of(job).values())
+        levels = map(state.check, job.levels.values())
     if not feed_forward_ratios(state, levels):
         return job.continuation
     return length // 4 if job.continuation is None else job.continuation

@@ -83,8 +83,7 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
         LOG.info("%s holds this run: it goes on from %s", output, found.name)
     elif job.calibrate:
         calibrate(model, batches(train.spread(job.calibrate), pad))
-    plans = prepare.plans_of(job)
-    one_level = job.level is not None or bool(plans)
+    one_level = job.level is not None or bool(job.levels)
     config.sample_ratios = not one_level and len(states(model)[0].ratios) > 1
     config.output_dir = str(output)
     config.eval_strategy = config.eval_strategy if held_out else "no"
@@ -95,7 +94,7 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
         eval_dataset=held_out,
         correct=correct,
         pooler=pooler,
-        levels=plans or None,
+        levels=job.levels or None,
         data_collator=pad,
     )
     if config.should_save:

@@ -11,9 +11,10 @@ from ... import backends
 from .. import checks
 from ..feed_forward import FeedForward, PluginWeights, autocasts
 from ..groups import Groups, Keep
+from ..int8_linear import stored_here
 from ..make_groups import make_groups
 from ..transforms import exporting, fitting
-from . import layered, op, reference
+from . import layered, op, reference, stored
 
 
 def compressed_ffn(
@@ -72,6 +73,9 @@ def run(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups, back
     """:func:`compressed_ffn` for arguments that were checked, on a backend that was resolved."""
     if backend == "reference":
         return reference.compressed_ffn(x, plugin, ffn, groups)
+    if ffn.stored is not None and ffn.pack and backend == "cpu":
+        runs = stored_here(x, ffn.stored.w_in)
+        ffn = (stored.as_it_runs(ffn.stored, ffn.precision) if runs else None) or ffn
     if _fits_one_op(x, plugin, ffn):
         return op.compressed_ffn(x, plugin, ffn, groups, backend)
     return layered.compressed_ffn(x, plugin, ffn, groups, backend)

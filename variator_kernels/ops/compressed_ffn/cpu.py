@@ -26,6 +26,7 @@ from ..groups import Groups
 from ..int8_linear.packed import packed as int8_packed
 from ..library import accumulator
 from ..row_blocks import blocks
+from . import stored
 from .layered import normalize_real
 
 
@@ -33,18 +34,23 @@ def prepacked_products(g: Tensor, ffn: FeedForward) -> Tensor:
     """``FFN(g)`` for a block ``g [rows, d]`` with prepacked weights, in g's dtype."""
     if not ffn.pack:
         return products(g, ffn, prepacked_linear.unpacked).to(g.dtype)
-    pack: Any = functools.partial(prepack.linear, rows=g.shape[0])
-    pack = int8_packed if ffn.precision == "int8" else pack
-    w_in, w_out = pack(ffn.w_in, ffn.b_in), pack(ffn.w_out, ffn.b_out)
-    w_gate = None if ffn.w_gate is None else pack(ffn.w_gate, ffn.b_gate)
-    if w_in is None or w_out is None or (w_gate is None) != (ffn.w_gate is None):
-        return products(g, ffn).to(g.dtype)
     dtype = g.dtype
-    g = g.to(prepack.product_dtype(ffn.w_in.dtype))
+    if stored.holds(ffn):
+        w_in, w_out, w_gate = stored.packed(ffn, dtype)
+        types = dtype, dtype
+    else:
+        pack: Any = functools.partial(prepack.linear, rows=g.shape[0])
+        pack = int8_packed if ffn.precision == "int8" else pack
+        w_in, w_out = pack(ffn.w_in, ffn.b_in), pack(ffn.w_out, ffn.b_out)
+        w_gate = None if ffn.w_gate is None else pack(ffn.w_gate, ffn.b_gate)
+        types = ffn.w_in.dtype, ffn.w_out.dtype
+    if w_in is None or w_out is None or (w_gate is None) != (ffn.w_gate is None):
+        return products(g, stored.dequantised(ffn, dtype)).to(dtype)
+    g = g.to(prepack.product_dtype(types[0]))
     inner = w_in.block(g, ffn.activation)
     if w_gate is not None:
         inner = w_gate.times(g, inner)
-    return w_out.block(inner.to(prepack.product_dtype(ffn.w_out.dtype))).to(dtype)
+    return w_out.block(inner.to(prepack.product_dtype(types[1]))).to(dtype)
 
 
 def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups) -> Tensor:

@@ -6,7 +6,7 @@ goes through :mod:`layered` instead, which keeps what is small and so runs the F
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,10 @@ _ARGUMENTS = (
     " Tensor w_in, Tensor w_out, Tensor? w_gate, Tensor? b_in, Tensor? b_out, Tensor? b_gate,"
     f" Tensor? norm_weight, Tensor? norm_bias, {SCHEMA}, str activation, str norm, float eps,"
     " bool post_norm, bool residual, str adapter_activation, str backend,"
-    " bool pack=True, str? precision=None"
+    " bool pack=True, str? precision=None,"
+    " Tensor? in_scales=None, Tensor? out_scales=None, Tensor? gate_scales=None"
 )
+_DEFAULTS: tuple[Any, ...] = (True, None, None, None, None)  # of what follows the backend
 _WEIGHTS = 15  # the leading arguments that have gradients; the groups' tensors follow
 _TENSORS = _WEIGHTS + 5
 
@@ -45,6 +47,8 @@ def _bundle(arguments: tuple) -> _Call:
     w_in, w_out, w_gate, b_in, b_out, b_gate, norm_weight, norm_bias = arguments[7:_WEIGHTS]
     rest = arguments[_WEIGHTS + FIELDS :]
     activation, norm, eps, post_norm, residual, phi, backend, *options = rest
+    # Programs of older versions do not say.
+    pack, precision, *scales = [*options, *_DEFAULTS[len(options) :]]
     ffn = FeedForward(
         w_in,
         w_out,
@@ -59,8 +63,9 @@ def _bundle(arguments: tuple) -> _Call:
         eps,
         post_norm,
         residual,
-        # Programs of older versions do not say.
-        **dict(zip(("pack", "precision"), options, strict=False)),
+        pack=pack,
+        precision=precision,
+        scales=(scales[0], scales[1], scales[2]),
     )
     merge_weight, merge_bias, w1, b1, w2, b2 = arguments[1:7]
     plugin = PluginWeights(merge_weight, merge_bias, w1, b1, w2, b2, phi)
@@ -75,7 +80,7 @@ def compressed_ffn(
     return torch.ops.variator.compressed_ffn.default(
         x, *plugin[:6], *ffn[:6], ffn.norm_weight, ffn.norm_bias, *groups, ffn.activation,
         ffn.norm, ffn.eps, ffn.post_norm, ffn.residual, plugin.activation, backend,
-        ffn.pack, ffn.precision,
+        ffn.pack, ffn.precision, *ffn.scales,
     )  # fmt: skip
 
 
@@ -88,6 +93,8 @@ def _forward(*arguments):
 @torch.library.impl(LIBRARY, "compressed_ffn_backward", "CompositeExplicitAutograd")
 def _backward(dy, *arguments):
     refuse_transforms((dy, *arguments))
+    if _bundle(arguments).ffn.scales != (None, None, None):
+        raise RuntimeError("compressed_ffn with weights in int8 is for inference: no gradients")
     leaves = list(arguments)
     for i in range(_WEIGHTS):
         if leaves[i] is not None:

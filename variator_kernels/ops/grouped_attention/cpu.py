@@ -101,16 +101,17 @@ def grouped_attention(call: Attention) -> Tensor:
 
 
 def grouped_attention_backward(
-    d_out: Tensor, call: Attention
+    d_out: Tensor, call: Attention, d_bias: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys, values, and of ``bias [B, G]``: 0 where none is given."""
+    """Gradients of queries, keys, values, and of ``bias [B, G]``: 0 where none is given, or
+    ``d_bias`` does not ask for it."""
     inputs, kept = _inputs(call)
     require(d_out.shape == call.queries.shape, f"d_out is {list(d_out.shape)}")
     require(d_out.is_cpu and d_out.dtype == call.queries.dtype, "d_out is as the queries are")
     d_out, rows = _unit_inner(d_out)
     d_q, d_k, d_v = (torch.empty(t.shape, dtype=t.dtype) for t in call[:3])
-    biased = call.visible.bias is not None
-    d_bias = (torch.empty if biased else torch.zeros)(
+    biased = d_bias and call.visible.bias is not None
+    of_bias = (torch.empty if biased else torch.zeros)(
         call.keys.shape[:2], dtype=accumulator(d_q.dtype)
     )
     kernel = extension.load().AttentionBackward(
@@ -120,8 +121,8 @@ def grouped_attention_backward(
         d_q=d_q.data_ptr(),
         d_k=d_k.data_ptr(),
         d_v=d_v.data_ptr(),
-        d_bias=d_bias.data_ptr() if biased else 0,
+        d_bias=of_bias.data_ptr() if biased else 0,
     )
     kernel.run()
     del kept
-    return d_q, d_k, d_v, d_bias
+    return d_q, d_k, d_v, of_bias

@@ -18,12 +18,14 @@ _ARGUMENTS = (
     " int origin, float scale, str backend"
 )
 _TENSORS = 10
+_FORWARD = 13
 _RELATIVE = 6
 """Where the distance terms begin: the kernels have no gradient for them."""
 
 define(f"grouped_attention({_ARGUMENTS}) -> Tensor")
 define(
-    f"grouped_attention_backward(Tensor d_out, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"grouped_attention_backward(Tensor d_out, {_ARGUMENTS}, bool d_bias=True)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -69,9 +71,11 @@ def _forward(*arguments):
 @torch.library.impl(LIBRARY, "grouped_attention_backward", "CompositeExplicitAutograd")
 def _backward(d_out, *arguments):
     refuse_transforms((d_out, *arguments))
+    # The dispatcher leaves out what is at its default.
+    arguments, wanted = arguments[:_FORWARD], arguments[_FORWARD:] != (False,)
     call, backend = _bundle(arguments)
     module = backend_module(__package__, backend)
-    return module.grouped_attention_backward(d_out, call)
+    return module.grouped_attention_backward(d_out, call, wanted)
 
 
 @torch.library.register_fake("variator::grouped_attention")
@@ -107,7 +111,7 @@ def _gradients(ctx, d_out):
     refuse_transforms((d_out,))
     tensors = ctx.saved_tensors
     backward = torch.ops.variator.grouped_attention_backward.default
-    found = backward(d_out, *tensors, *ctx.rest)
+    found = backward(d_out, *tensors, *ctx.rest, ctx.needs_input_grad[3])
     gradients = [None] * (_TENSORS + len(ctx.rest))
     for i in range(4):
         if tensors[i] is not None:

@@ -118,7 +118,7 @@ def grouped_attention(call: Attention) -> Tensor:
 
 
 def grouped_attention_backward(
-    d_out: Tensor, call: Attention
+    d_out: Tensor, call: Attention, d_bias: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     made = _launch(call)
     q, k, v, lists, numbers, constants = made
@@ -130,9 +130,8 @@ def grouped_attention_backward(
     d_out = d_out.to(q.dtype).contiguous()
     statistics = q.new_empty(3, made.pairs, made.rows, dtype=wide).unbind()
     tiles = _tiles("attention_queries", made)
-    biased = call.visible.bias is not None
     parts = None
-    if biased:
+    if d_bias and call.visible.bias is not None:
         parts = k.new_empty(k.shape[0], k.shape[2], k.shape[1], dtype=wide)
     with launch.device_of(q):
         query_gradient_kernel[(triton.cdiv(made.rows, tiles["BM"]) * made.pairs,)](
@@ -142,7 +141,7 @@ def grouped_attention_backward(
         key_gradient_kernel[(triton.cdiv(k.shape[1], tiles["BN"]) * made.pairs,)](
             q, k, v, d_out, *statistics, dk, dv, parts, *lists, *numbers, **constants, **tiles
         )
-        d_bias = k.new_zeros(k.shape[:2], dtype=wide) if parts is None else parts.sum(1)
+        of_bias = k.new_zeros(k.shape[:2], dtype=wide) if parts is None else parts.sum(1)
     if wide == torch.float64:
         dq *= call.scale
-    return dq, dk, dv, d_bias
+    return dq, dk, dv, of_bias

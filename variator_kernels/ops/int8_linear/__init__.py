@@ -8,11 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from ..transforms import exporting, tracing, transformed
-from .kernels import describe, kernel
+from .kernels import describe, describe_stored, kernel
+from .stored import StoredWeight, bears
 
-__all__ = ["PRECISIONS", "describe", "here", "kernel", "own_precision"]
+__all__ = [
+    "PRECISIONS",
+    "StoredWeight",
+    "bears",
+    "describe",
+    "describe_stored",
+    "here",
+    "kernel",
+    "own_precision",
+    "stored_here",
+]
 
 PRECISIONS = ("int8",)
 """In which frozen products can run, beside the model's own dtype (None)."""
@@ -56,6 +68,20 @@ def here(precision: str | None, training: bool) -> str | None:
     if training or _local.own or (torch.is_grad_enabled() and not exporting()):
         return None
     return precision if _runs_here() and not transformed() else None
+
+
+def stored_here(*tensors: Tensor) -> bool:
+    """Whether weights that came in int8 multiply here as :class:`StoredWeight`, with ``tensors``,
+    and not by their model's own modules: on the CPU with gradients disabled, neither traced nor
+    transformed nor under autocast, outside of training and calibration."""
+    return not (
+        torch.is_grad_enabled()
+        or _local.own
+        or torch.compiler.is_compiling()
+        or tracing()
+        or transformed()
+        or torch.is_autocast_enabled("cpu")
+    ) and all(tensor.is_cpu for tensor in tensors)
 
 
 @torch.compiler.assume_constant_result

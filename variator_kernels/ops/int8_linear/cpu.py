@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import extension
 from ..cpu_arguments import address, dtype_code
-from .reference import Levels, quantise
+from .reference import Quantised
 
 VECTOR = 16
 """Output channels whose numbers a kernel reads at once, at most."""
@@ -28,11 +28,10 @@ class CpuProduct(NamedTuple):
     bias: Tensor | None
 
     @classmethod
-    def pack(cls, weight: Tensor, bias: Tensor | None, levels: Levels, isa: str) -> CpuProduct:
-        """Of ``weight [out, in]``, finite, and ``bias [out]``."""
-        outputs, inner = weight.shape
-        numbers, scales = quantise(weight, levels.weight)
-        numbers = numbers.to(torch.int8).contiguous()
+    def pack(cls, weight: Quantised, bias: Tensor | None, isa: str) -> CpuProduct:
+        """Of ``weight [out, in]``, whose numbers the instruction set bears, and ``bias [out]``."""
+        numbers, scales = weight.numbers.to(torch.int8).contiguous(), weight.scales
+        outputs, inner = numbers.shape
         pack, sizes = extension.load().int8_pack, {"isa": isa, "inner": inner, "columns": outputs}
         panels = torch.empty(pack(**sizes), dtype=torch.int8)
         pack(**sizes, source=numbers.data_ptr(), packed=panels.data_ptr())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -11,23 +10,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import extension
+from ... import environment, extension
 from .. import prepack
 from .cpu import CpuProduct
-from .onednn import OneDnnProduct
-from .reference import Levels, int8_linear
-
-_LIMITS_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE")
+from .onednn import LEVELS, OneDnnProduct
+from .reference import Levels, Quantised, int8_linear, quantise
 
 
 class Kernel(NamedTuple):
-    """``pack(weight, bias, levels)`` makes a product with a method ``multiply(x, activation,
+    """``pack(weight, bias)`` makes a product with a method ``multiply(x, activation,
     other=None)``; ``levels`` says how x and weight are rounded."""
 
     name: str
-    pack: Callable[[Tensor, Tensor | None, Levels], Any]
+    pack: Callable[[Quantised, Tensor | None], Any]
     levels: Levels
     description: str
+
+    def round_and_pack(self, weight: Tensor, bias: Tensor | None) -> Any:
+        """Of ``weight [out, in]``, finite, and ``bias [out]``."""
+        return self.pack(quantise(weight, self.levels.weight), bias)
 
 
 class Choice(NamedTuple):
@@ -39,13 +40,12 @@ class Choice(NamedTuple):
 
 def _has_vnni() -> bool:
     """Whether oneDNN sums four products of 8 bits in 32; PyTorch asks the processor alone."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")
-    return torch.cpu._is_vnni_supported() and limit.strip().upper() not in _LIMITS_WITHOUT_VNNI
+    return torch.cpu._is_vnni_supported() and environment.onednn_allows("vnni")
 
 
 def onednn() -> Kernel:
     """oneDNN's, for processors that sum four products in 32 bits (VNNI, AMX)."""
-    return Kernel("oneDNN", OneDnnProduct.pack, Levels(255, 127), "oneDNN with VNNI")
+    return Kernel("oneDNN", OneDnnProduct.pack, LEVELS, "oneDNN with VNNI")
 
 
 def own(isa: str) -> Kernel:
@@ -62,7 +62,7 @@ def is_exact(kernel: Kernel) -> bool:
     and beside them."""
     inner, sign = 67, torch.tensor([1.0, -1.0, 0.5])
     weight = sign[:, None].expand(3, inner).repeat(29, 1)[:85]
-    product = kernel.pack(weight, None, kernel.levels)
+    product = kernel.round_and_pack(weight, None)
     for rows in range(1, 14):
         x = sign[:, None].expand(3, inner).repeat(5, 1)[:rows]
         truth = int8_linear(x, weight, levels=kernel.levels)
@@ -96,6 +96,21 @@ def _choice(isa: str) -> Choice:
 def kernel() -> Kernel | None:
     """What multiplies in int8 here; None: nothing does."""
     return choice().kernel
+
+
+def describe_stored() -> str:
+    """What runs of weights that came in int8, in words."""
+    chosen = kernel()
+    runs = "those with activations in int8 "
+    if chosen is None:
+        runs += "as modules"
+    else:
+        runs += "as they are"
+        runs += "" if chosen.levels.weight == 127 else " if they have 7 bits, else as modules"
+    return (
+        f"torchao's and torch.ao's int8 weights without groups and zero points: {runs}; weights "
+        "alone packed in the model's own dtype"
+    )
 
 
 def describe() -> str:

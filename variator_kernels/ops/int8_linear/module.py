@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 from torch import Tensor
 
 from ..frozen_linear import LEAST, FrozenLinear
-from . import here, op
+from . import here, op, stored_here, torchao
+from .stored import StoredWeight, in_int8
 
 
 class Linear(FrozenLinear):
@@ -18,3 +22,65 @@ class Linear(FrozenLinear):
         if not runs or not self.has_plain_weight():
             return super().forward(input)
         return op.linear(input, self.weight, self.bias)
+
+
+class StoredLinear(FrozenLinear):
+    """With a weight of torchao's: its numbers multiply as they are where :func:`stored_here` says
+    so; else torchao does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        found = _stored(self, input, None)
+        return super().forward(input) if found is None else found
+
+
+class RoundedStoredLinear(FrozenLinear):
+    """The same under ``precision="int8"``: vectors are rounded too where the weight alone came in
+    int8."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        found = _stored(self, input, "int8")
+        return super().forward(input) if found is None else found
+
+
+def _stored(layer: FrozenLinear, x: Tensor, precision: str | None) -> Tensor | None:
+    if layer.training or not stored_here(x):
+        return None
+    weight = torchao.read(layer.weight)
+    if isinstance(weight, str) or not weight.numbers.is_cpu:
+        return None
+    return _multiplied(x, weight, layer.bias, precision)
+
+
+def _multiplied(
+    x: Tensor, weight: StoredWeight, bias: Tensor | None, precision: str | None
+) -> Tensor | None:
+    """None where the layer's own module multiplies in int8, and the kernel here does not bear its
+    numbers."""
+    if weight.dynamic and in_int8(weight.numbers, weight.scales, bias) is None:
+        return None
+    return op.stored_linear(x, weight, bias, weight.dynamic or precision == "int8")
+
+
+class StoredProduct(NamedTuple):
+    """A linear layer whose weight came in int8: ``[..., in]`` to ``[..., out]``."""
+
+    module: Callable[[Tensor], Tensor]
+    """The layer itself, which runs where :func:`stored_here` says no."""
+    weight: StoredWeight
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor, precision: str | None = None) -> Tensor:
+        """``precision="int8"``: vectors are rounded too, whatever the weight says."""
+        if not stored_here(x, self.weight.numbers):
+            return self.module(x)
+        found = _multiplied(x, self.weight, self.bias, precision)
+        return self.module(x) if found is None else found
+
+    def part(self, first: int, last: int) -> StoredProduct:
+        """Of the output channels from ``first`` to ``last``."""
+
+        def module(x: Tensor) -> Tensor:
+            return self.module(x)[..., first:last]
+
+        bias = None if self.bias is None else self.bias[first:last]
+        return StoredProduct(module, self.weight.part(first, last), bias)

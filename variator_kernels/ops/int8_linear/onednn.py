@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..feed_forward import activate
 from ..row_blocks import KEPT_SIZES, blocks
-from .reference import Levels, quantise, quantise_rows
+from .reference import Levels, Quantised, quantise_rows
 
+LEVELS = Levels(255, 127)
 ZERO = 128
 """The zero point that the op is told: a row's own differs little where its values have both signs.
 """
@@ -30,18 +31,16 @@ class OneDnnProduct(NamedTuple):
     """Of a channel's weights: what a row's zero point adds."""
     zero_points: Tensor
     bias: Tensor | None
-    levels: int
-    """Of rows of x."""
 
     @classmethod
-    def pack(cls, weight: Tensor, bias: Tensor | None, levels: Levels) -> OneDnnProduct:
-        """Of ``weight [out, in]``, finite, and ``bias [out]``."""
-        numbers, scales = quantise(weight, levels.weight)
-        packed = torch.ops.onednn.qlinear_prepack(numbers.to(torch.int8).contiguous(), None)
+    def pack(cls, weight: Quantised, bias: Tensor | None) -> OneDnnProduct:
+        """Of ``weight [out, in]`` and ``bias [out]``."""
+        numbers, scales = weight.numbers.to(torch.int8).contiguous(), weight.scales
+        packed = torch.ops.onednn.qlinear_prepack(numbers, None)
         zero_points = torch.zeros(len(scales), dtype=torch.int32)
         sums = numbers.sum(1) * scales
         shift = None if bias is None else bias.float()
-        return cls(packed, scales, sums, zero_points, shift, levels.rows)
+        return cls(packed, scales, sums, zero_points, shift)
 
     def multiply(self, x: Tensor, activation: str, other: Tensor | None = None) -> Tensor:
         """``activation(x · weightᵀ + bias) [* other]`` for ``x [rows, in]``; in x's dtype."""
@@ -58,7 +57,7 @@ class OneDnnProduct(NamedTuple):
 
     def _block(self, x: Tensor, size: int, activation: str, other: Tensor | None) -> Tensor:
         """The same in fp32, of a product of ``size`` rows."""
-        numbers, scales, zeros = quantise_rows(x, self.levels)
+        numbers, scales, zeros = quantise_rows(x, LEVELS.rows)
         numbers = numbers.to(torch.uint8)
         if len(x) < size:
             numbers = F.pad(numbers, (0, 0, 0, size - len(x)))

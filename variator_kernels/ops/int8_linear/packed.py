@@ -48,7 +48,7 @@ def packed(weight: Tensor, bias: Tensor | None) -> Int8Linear | None:
     def pack(weight: Tensor, bias: Tensor | None = None) -> Int8Linear | None:
         if not weight.isfinite().all():
             return None
-        return Int8Linear(chosen.pack(weight, bias, chosen.levels))
+        return Int8Linear(chosen.round_and_pack(weight, bias))
 
     sources = (weight,) if bias is None else (weight, bias)
     return prepack.cache.get(sources, ("int8", chosen.name), pack)

@@ -74,7 +74,7 @@ def quantise_rows(x: Tensor, levels: int) -> QuantisedRows:
 
 def int8_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Quantised,
     bias: Tensor | None = None,
     *,
     levels: Levels,
@@ -82,8 +82,10 @@ def int8_linear(
     other: Tensor | None = None,
 ) -> Tensor:
     """``activation(x · weightᵀ + bias) [* other]`` in float64, of whole numbers: ``x [rows, in]``
-    with a scale and a zero point a row, ``weight [out, in]`` with a scale an output channel."""
-    left, right = quantise_rows(x, levels.rows), quantise(weight, levels.weight)
+    with a scale and a zero point a row, ``weight [out, in]`` with a scale an output channel, or
+    as it is if it is quantised."""
+    right = weight if isinstance(weight, Quantised) else quantise(weight, levels.weight)
+    left = quantise_rows(x, levels.rows)
     y = (left.numbers - left.zeros).double() @ right.numbers.double().t()
     y = y * left.scales.double() * right.scales.double()
     y = y if bias is None else y + bias.double()

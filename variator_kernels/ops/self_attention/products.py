@@ -7,15 +7,16 @@ from torch import Tensor
 from .. import prepacked_linear
 from ..feed_forward import autocasts
 from ..int8_linear import op as int8_linear
+from ..int8_linear.module import StoredProduct
 from ..transforms import is_plain
-from .description import SelfAttention
+from .description import Project, SelfAttention
 
 
 def queries(h: Tensor, attention: SelfAttention) -> Tensor:
     """``[B, n, H, head_size]`` of ``h [B, n, d]``, before rotations."""
     modules = attention.modules
     if modules is not None:
-        q = modules.q(h)
+        q = _run(modules.q, h, attention)
     else:
         q = _linear(h, attention.w_q, attention.b_q, attention)
     q = q.unflatten(-1, (-1, attention.head_size))
@@ -26,7 +27,7 @@ def keys_and_values(source: Tensor, attention: SelfAttention) -> tuple[Tensor, T
     """``[B, G, H_kv, head_size]`` each of ``source [B, G, d]``, before rotations."""
     modules = attention.modules
     if modules is not None:
-        k, v = modules.k(source), modules.v(source)
+        k, v = _run(modules.k, source, attention), _run(modules.v, source, attention)
     else:
         k = _linear(source, attention.w_k, attention.b_k, attention)
         v = _linear(source, attention.w_v, attention.b_v, attention)
@@ -38,8 +39,14 @@ def output(out: Tensor, attention: SelfAttention) -> Tensor:
     """``[B, n, d]`` of what the heads found, ``[B, n, H, head_size]``."""
     out = out.flatten(-2)
     if attention.modules is not None:
-        return attention.modules.o(out)
+        return _run(attention.modules.o, out, attention)
     return _linear(out, attention.w_o, attention.b_o, attention)
+
+
+def _run(project: Project, x: Tensor, attention: SelfAttention) -> Tensor:
+    if not isinstance(project, StoredProduct):
+        return project(x)
+    return project(x, attention.precision) if attention.pack else project.module(x)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, attention: SelfAttention) -> Tensor:
