@@ -22,6 +22,10 @@ class Entry(NamedTuple):
     storages: dict[int, weakref.ref]
     """By their ids. Not of the tensors: PyTorch refuses to swap tensors that have weak
     references."""
+    places: tuple[Place, ...]
+    """Of the sources, in their order."""
+    looked_at: list[Any]
+    """The memories once more, as the extension takes them."""
     changes: int
     """How often the memories had changed when the forms were made."""
     forms: dict[Hashable, Any]

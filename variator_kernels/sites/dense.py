@@ -43,10 +43,13 @@ def attention(
         return None
     reach = reach_of(layer)
 
-    def keys() -> self_attention.Keys:
-        return self_attention.plain_keys(x, context.mask_of(x), reach.distances(x), found.window)
+    table = reach.table
 
-    key = "plain keys", x.dtype, reach.table, found.window
+    def keys() -> self_attention.Keys:
+        given = reach.distances(x, table)
+        return self_attention.plain_keys(x, context.mask_of(x), given, found.window)
+
+    key = "plain keys", x.dtype, table, found.window
     made = context.once(key, x, keys)
     return self_attention.dense(
         x, found._replace(precision=_precision(layer)), made, rotation

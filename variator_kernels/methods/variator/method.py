@@ -200,7 +200,8 @@ def _merged_keys(
     here = ratio, x.device
     tokens = context.once(("members", here), x, lambda: members(listed, x))
     reach, placement = reach_of(layer), layer.variator_site.site.placement
-    table, window = reach.distances(x), attention.window
+    embedding, window = reach.table, attention.window
+    table = reach.distances(x, embedding)
     make = whole_queries if placement == "attention_kv" else merged_queries
 
     def keys() -> Keys:
@@ -209,7 +210,7 @@ def _merged_keys(
     if table is not None and table.weight.requires_grad and torch.is_grad_enabled():
         found = keys()  # part of the graph of this call alone
     else:
-        found = context.once(("keys", placement, here, x.dtype, reach.table, window), x, keys)
+        found = context.once(("keys", placement, here, x.dtype, embedding, window), x, keys)
     if reach.rotary is None:
         return found, None
 

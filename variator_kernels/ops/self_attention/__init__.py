@@ -71,11 +71,10 @@ def attention_kv(
     tokens = x
     if real is not None and (torch.is_grad_enabled() or tracing()):
         tokens = torch.where(real, x, 0)
-    norm = attention.pre_norm
-    if backend == "cpu" and fuses(x, attention):
-        merged = merge_op.group_merge(x, merge, groups, norm, backend)[0]
-        y = fused_merged_keys(x, merged, attention, keys, rotations)
+    if backend == "cpu" and fuses(x, attention, merge):
+        y = fused_merged_keys(x, merge, groups, attention, keys, rotations)
         return _behind(y, x, real, attention, groups)
+    norm = attention.pre_norm
     if backend == "reference":
         h = normalize(tokens, norm.name, norm.weight, norm.bias, norm.eps)
     else:

@@ -6,22 +6,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arguments import NO_NORM, Norm, flat
+from ..arguments import MergeWeights, flat
 from ..dense import PIECE, pieces, together
 from ..fast_norm import normalize_fast
 from ..fused_product import Product, runs
-from ..grouped_attention import grouped_attention
+from ..group_merge import cpu as group_merge
+from ..grouped_attention import op as grouped_attention
+from ..grouped_attention.reference import Visible
+from ..groups import Groups
 from .description import SelfAttention
 from .keys import Keys, Rotation
 
 
-def fuses(x: Tensor, attention: SelfAttention) -> bool:
-    """Whether the sublayer is no more than its weights, and :func:`fused_product.runs` holds."""
+def fuses(x: Tensor, attention: SelfAttention, merge: MergeWeights | None = None) -> bool:
+    """Whether the sublayer is no more than its weights, and :func:`fused_product.runs` holds, of a
+    merge too."""
     a = attention
     if a.modules is not None or not a.pack or a.dropout_weights > 0 or a.dropout_outer > 0:
         return False
     weights = (a.w_q, a.w_k, a.w_v, a.w_o, a.b_q, a.b_k, a.b_v, a.b_o)
-    return runs(x, (*weights, a.norm_weight, a.norm_bias))
+    return runs(x, (*weights, a.norm_weight, a.norm_bias, *(merge or ())))
 
 
 def dense(x: Tensor, attention: SelfAttention, keys: Keys, rotation: Rotation | None) -> Tensor:
@@ -51,16 +55,18 @@ def _dense(x: Tensor, a: SelfAttention, keys: Keys, rotation: Rotation | None) -
 
 def merged_keys(
     x: Tensor,
-    merged: Tensor,
+    merge: MergeWeights,
+    groups: Groups,
     attention: SelfAttention,
     keys: Keys,
     rotations: tuple[Rotation, Rotation] | None,
 ) -> Tensor:
-    """``x + o``, or o without a residual: queries of ``x [B, n, d]`` over keys and values of
-    ``merged [B, G, d]``, which are normed already. Before a norm behind."""
+    """``x + o``, or o without a residual: queries of ``x [B, n, d]`` over keys and values of its
+    merged vectors. Before a norm behind."""
     a, norm = attention, attention.pre_norm
+    merged = group_merge.merged(x, merge, groups, norm)
     q = Product((a.w_q,), (a.b_q,), a.precision)(flat(x), norm)
-    both = Product((a.w_k, a.w_v), (a.b_k, a.b_v), a.precision)(flat(merged), NO_NORM)
+    both = Product((a.w_k, a.w_v), (a.b_k, a.b_v), a.precision)(flat(merged))
     k, v = both.split([a.w_k.shape[0], a.w_v.shape[0]], -1)
     return _attend((q, k, v), x, merged.shape[:2], a, keys, rotations)
 
@@ -81,9 +87,9 @@ def _attend(
     k = k if a.k_norm is None else a.k_norm(k)
     if rotations is not None:
         q, k = rotations[0].of(q), rotations[1].of(k)
-    out = grouped_attention(
-        q, k, v, scale=a.scale, bias=keys.bias, relative=keys.relative, backend="cpu"
-    )
+    visible = Visible(keys.bias, None, None)
+    call = grouped_attention.Attention(q, k, v, visible, keys.relative, a.scale)
+    out = grouped_attention.grouped_attention(call, "cpu")
     residual = flat(x) if a.residual else None
     return Product((a.w_o,), (a.b_o,), a.precision)(
         out.view(-1, a.w_o.shape[1]), residual=residual
