@@ -245,6 +245,29 @@ PYBIND11_MODULE(_cpu, m) {
             "run", [](const Call<Int8LinearParams>& call) { call.run(&Kernels::int8_linear); },
             Quiet());
 
+    py::class_<Call<RowsLinearParams>>(m, "RowsLinear")
+        .def(py::init([](const std::string& isa, int dtype, int threads, int64_t rows,
+                         int64_t inner, int64_t columns, Address x, int64_t x_stride,
+                         Address packed, Address bias, int activation, const NormParams& norm,
+                         Address other, Address residual, Address y) {
+                 RowsLinearParams p{};
+                 p.dtype = static_cast<DType>(dtype), p.threads = threads;
+                 p.rows = rows, p.inner = inner, p.columns = columns;
+                 p.x = pointer(x), p.x_stride = x_stride, p.packed = pointer(packed);
+                 p.bias = pointer<const float>(bias);
+                 p.activation = static_cast<Activation>(activation);
+                 p.norm = norm.kind, p.eps = norm.eps;
+                 p.norm_weight = static_cast<const float*>(norm.weight);
+                 p.norm_bias = static_cast<const float*>(norm.bias);
+                 p.other = pointer(other), p.residual = pointer(residual), p.y = pointer(y);
+                 return Call(p, isa);
+             }),
+             py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("threads"), py::arg("rows"),
+             py::arg("inner"), py::arg("columns"), py::arg("x"), py::arg("x_stride"),
+             py::arg("packed"), py::arg("bias"), py::arg("activation"), py::arg("norm"),
+             py::arg("other"), py::arg("residual"), py::arg("y"))
+        .def("run", [](const Call<RowsLinearParams>& call) { call.run(&Kernels::rows_linear); },
+             Quiet());
     py::class_<Call<NormRowsParams>>(m, "NormRows")
         .def(py::init([](const std::string& isa, int dtype, int threads, int64_t rows, int64_t d,
                          Address x, int64_t x_stride, const NormParams& norm, Address y) {

@@ -8,6 +8,7 @@
 #include "int8_linear.h"
 #include "merge_backward.h"
 #include "norm_rows.h"
+#include "rows_linear.h"
 
 namespace variator {
 namespace VARIATOR_ISA {
@@ -64,6 +65,7 @@ inline Kernels table(const char* name) {
     kernels.int8_packed_bytes = int8_packed_bytes;
     kernels.int8_pack = int8_pack;
     kernels.int8_linear = int8_linear_any;
+    kernels.rows_linear = rows_linear_any;
     kernels.norm_rows = norm_rows_any;
     kernels.int8_weight_levels = IntVec::weight_levels;
 #ifdef VARIATOR_HAS_DOUBLE

@@ -24,7 +24,7 @@ def feed_forward(x: Tensor, ffn: FeedForward) -> Tensor | None:
     if not (ffn.pack and runs(x, (*ffn[:6], ffn.norm_weight, ffn.norm_bias))):
         return None
     rows = flat(x)
-    return together(_pass(rows[first:last], ffn) for first, last in pieces(len(rows))).view(x.shape)
+    return together(_pass(rows[first:last], ffn) for first, last in pieces(len(rows), PIECE)).view(x.shape)
 
 
 def _pass(rows: Tensor, ffn: FeedForward) -> Tensor:
@@ -40,7 +40,7 @@ def _pass(rows: Tensor, ffn: FeedForward) -> Tensor:
     return normalize_fast(y, ffn.any_norm) if ffn.post_norm else y
 
 
-def pieces(count: int, most: int = PIECE) -> Iterator[tuple[int, int]]:
+def pieces(count: int, most: int) -> Iterator[tuple[int, int]]:
     """``count`` in a row, at most ``most`` at a time: from where to where."""
     for first in range(0, count, most):
         yield first, min(count, first + most)

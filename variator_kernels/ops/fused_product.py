@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import extension
-from . import prepack
+from . import prepack, rows_linear
 from .arguments import NO_NORM, Norm
 from .fast_norm import normalize_fast
 from .feed_forward import activate, autocasts
@@ -68,6 +68,10 @@ class Product(NamedTuple):
             quantised = int8.stacked(self.weights, self.biases)
             if quantised is not None:
                 return quantised.fused(rows, activation, factor, norm, residual)
+        if rows_linear.takes(rows):
+            few = rows_linear.stacked(self.weights, self.biases, rows.dtype)
+            if few is not None:
+                return few(rows, activation, factor, norm, residual)
         h, dtype = normalize_fast(rows, norm), prepack.product_dtype(rows.dtype)
         packed = None
         if rows.shape[0] > FEW:

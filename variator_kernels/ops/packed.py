@@ -123,6 +123,7 @@ class PackCache:
             memories,
             {number: weakref.ref(storage, gone) for number, storage in storages.items()},
             tuple(map(_memory, sources)),
+            tuple(id(source.untyped_storage()) for source in sources),
             list(memories.values()),
             -1,
             {},

@@ -24,6 +24,8 @@ class Entry(NamedTuple):
     references."""
     places: tuple[Place, ...]
     """Of the sources, in their order."""
+    owners: tuple[int, ...]
+    """Ids of the storages in which these lie."""
     looked_at: list[Any]
     """The memories once more, as the extension takes them."""
     changes: int
@@ -74,4 +76,5 @@ def moved(entry: Entry, storage: torch.UntypedStorage) -> bool:
         return False
     begin = storage.data_ptr()
     end = begin + storage.nbytes()
-    return not all(begin <= memory.begin and memory.end <= end for memory in entry.memories)
+    own = (p for p, owner in zip(entry.places, entry.owners, strict=True) if owner == id(storage))
+    return not all(begin <= place.begin and place.end <= end for place in own)
