@@ -16,7 +16,7 @@ pytestmark = needs_cpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NORMS = ["none", "rms", "layer"]
 # (rows, in, outs): beside the vectors' widths, one row, odd lengths, more rows than go together.
-SHAPES = [(1, 40, (24,)), (7, 33, (20, 9, 64)), (130, 200, (70, 30)), (300, 64, (130,))]
+SHAPES = [(1, 40, (24,)), (7, 33, (20, 9, 64)), (130, 100, (70, 30)), (300, 64, (130,))]
 
 
 def draw(*shape, dtype, scale=1.0):
@@ -87,7 +87,7 @@ ISAS = extension.load().available_isas() if extension.load() else []
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("shape", [*SHAPES, (97, 129, (100,))], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (97, 79, (100,))], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_every_kernel_by_itself(isa, shape, threads, monkeypatch):
     """Whatever this machine chooses: few rows share the columns among threads, many the rows."""
