@@ -41,7 +41,7 @@ def _text(facts: list[tuple[str, str]]) -> str:
 
 OPTIMIZED = {
     "sublayers": "linear layers of patched sublayers run packed at dense levels too",
-    "encoder": "all linear layers of the encoder's blocks run packed, dense sublayers in few passes",
+    "encoder": "all linear layers of the encoder's blocks run packed, dense parts in few passes",
 }
 
 

@@ -66,8 +66,8 @@ struct Int8Product {
         return quantise<Acc<Vec>>(normed, quantised);
     }
 
-    // NaN, which makes the whole row of y NaN, is the scale where x holds NaN or infinity. A row too
-    // small for fp32 to divide by counts as zeros.
+    // NaN, which makes the whole row of y NaN, is the scale where x holds NaN or infinity. A row
+    // too small for fp32 to divide by counts as zeros.
     template <class From>
     Scale quantise(const typename From::Element* x, uint8_t* quantised) const {
         Vec top = Vec::zero(), bottom = Vec::zero(), nothing = Vec::zero();

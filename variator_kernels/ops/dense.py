@@ -17,14 +17,16 @@ PIECE = 2048
 
 
 def feed_forward(x: Tensor, ffn: FeedForward) -> Tensor | None:
-    """The sublayer, norm to residual: ``x [..., d]`` to the same shape. None where it does more than
-    its weights say, or :func:`fused_product.runs` does not hold: it runs as it is then."""
+    """The sublayer, norm to residual: ``x [..., d]`` to the same shape. None where it does more
+    than its weights say, or :func:`fused_product.runs` does not hold: it runs as it is then."""
     if ffn.module is not None or ffn.dropout_inner > 0 or ffn.dropout_outer > 0:
         return None
     if not (ffn.pack and runs(x, (*ffn[:6], ffn.norm_weight, ffn.norm_bias))):
         return None
     rows = flat(x)
-    return together(_pass(rows[first:last], ffn) for first, last in pieces(len(rows), PIECE)).view(x.shape)
+    return together(_pass(rows[first:last], ffn) for first, last in pieces(len(rows), PIECE)).view(
+        x.shape
+    )
 
 
 def _pass(rows: Tensor, ffn: FeedForward) -> Tensor:

@@ -163,7 +163,7 @@ def stacked(
     dtype: torch.dtype,
     rows: int,
 ) -> PackedLinear | None:
-    """:func:`linear` of matrices ``[out, in]`` one below the other, with a bias or None for each."""
+    """:func:`linear` of matrices ``[out, in]`` one below the other, and a bias or None of each."""
     if len(weights) == 1:
         return linear(weights[0], biases[0], dtype, rows)
     few = rows < WORTH_READING and dtype == weights[0].dtype

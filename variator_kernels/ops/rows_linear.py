@@ -27,9 +27,9 @@ MOST = {
     ("avx2", torch.float32): 32,
 }
 """Rows up to which a product goes this way. Of T5-base's shapes on a core of Zen 4 this kernel took
-0.69 to 0.87 of oneDNN's time for one row, 0.79 to 0.93 for 8, 0.87 to 1.0 for 32 and 0.98 to 1.0 for
-128 (bf16; in fp32 1.02 to 1.08 there); 1.04 for 1024 (fp32 1.06 to 1.09). AVX2 in fp32: 0.56 to 0.84,
-0.84 to 0.99, about 1.0 and 1.03 to 1.14."""
+0.68 to 0.87 of oneDNN's time for one row, 0.79 to 0.92 for 8, 0.87 to 1.0 for 32, 0.98 to 1.0 for
+128 (fp32: 0.98 to 1.08) and 0.98 to 1.1 for 1024. AVX2 in fp32: 0.56 to 0.84, 0.84 to 0.99, 1.0 and
+1.03 to 1.14."""
 
 
 def takes(x: Tensor) -> bool:

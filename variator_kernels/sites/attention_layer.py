@@ -40,9 +40,7 @@ class AttentionLayer(AtSite):
         y = state.method.attention(self, hidden_states, ratio, self._context(), rotation)
         return self._given(y, kwargs)
 
-    def _dense(
-        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor | None:
+    def _dense(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """In few passes; None: as it was."""
         context = self.variator_state.local.context
         if context is None or not context.fuses:

@@ -51,9 +51,7 @@ def attention(
 
     key = "plain keys", x.dtype, table, found.window
     made = context.once(key, x, keys)
-    return self_attention.dense(
-        x, found._replace(precision=_precision(layer)), made, rotation
-    )
+    return self_attention.dense(x, found._replace(precision=_precision(layer)), made, rotation)
 
 
 def _precision(layer: Any) -> str | None:

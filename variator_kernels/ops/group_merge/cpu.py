@@ -84,8 +84,8 @@ def merged(x: Tensor, merge: MergeWeights, groups: Groups, norm: Norm) -> Tensor
 
     def make(weight: Tensor, bias: Tensor, *vectors: Tensor) -> PrepackedMerge:
         found = iter(vectors)
-        own = (None if t is None else next(found) for t in given)
-        its = Norm(norm.name, *own, norm.eps)
+        scale, shift = (None if t is None else next(found) for t in given)
+        its = Norm(norm.name, scale, shift, norm.eps)
         return prepack_merge(MergeWeights(weight, bias), its, dtype, isa)
 
     form = ("merge", dtype, norm.name, norm.weight is None, norm.eps, isa)

@@ -53,9 +53,7 @@ def packed(weight: Tensor, bias: Tensor | None) -> Int8Linear | None:
     return stacked((weight,), (bias,))
 
 
-def stacked(
-    weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]
-) -> Int8Linear | None:
+def stacked(weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> Int8Linear | None:
     """The same of matrices one below the other, with a bias or None for each."""
     chosen, inner = kernel(), weights[0].shape[1]
     if chosen is None or any(weight.numel() == 0 for weight in weights):
