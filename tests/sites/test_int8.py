@@ -56,7 +56,7 @@ def test_is_what_it_is_defined_as(name):
                 vk.set_ratio(made, level)
         found, expected = forward(model, *batch), forward(truth, *batch)
         assert distance(found, expected) < OFF
-        assert distance(forward(exact, *batch), expected) > OFF / 3  # the test sees int8
+        assert distance(forward(exact, *batch), expected) > OFF / 5  # the test sees int8
         assert not torch.equal(found, forward(exact, *batch))
 
 
