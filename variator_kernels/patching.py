@@ -79,9 +79,10 @@ def patch_t5(
             multiplies here; where nothing does, the model's own dtype stays.
         optimize: ``"sublayers"``: linear layers of patched sublayers run as packed products in
             inference on the CPU at dense levels too; ``"encoder"``: so do all others of the
-            encoder's blocks, in ``precision`` if it is given. Values are then the model's own but
-            for the rounding of sums (or int8's). None: a dense level is the original, bit for bit;
-            with ``precision`` as ``"sublayers"``.
+            encoder's blocks, in ``precision`` if it is given, and dense sublayers of encoders run
+            in few passes, where nothing is asked of them that only their modules do. Values of
+            real tokens are then the model's own but for the rounding of sums (or int8's). None: a
+            dense level is the original, bit for bit; with ``precision`` as ``"sublayers"``.
 
     Returns:
         ``model``.

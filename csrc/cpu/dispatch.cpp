@@ -69,7 +69,8 @@ const std::vector<Kernels>& available() {
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #ifdef VARIATOR_HAVE_AVX512_BF16
         // Intel's instruction for pairs has half the throughput of the two for fp32 products.
-        const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+        const bool bf16 =
+            avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
         const bool slow = __builtin_cpu_is("intel") != 0;
         if (bf16 && slow) found.push_back(avx512_bf16_kernels());
 #endif

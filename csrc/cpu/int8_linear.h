@@ -6,6 +6,7 @@
 
 #include "ffn_activation.h"
 #include "group_chunks.h"
+#include "row_norm.h"
 
 namespace variator {
 namespace VARIATOR_ISA {
@@ -55,13 +56,23 @@ struct Int8Product {
         int32_t zero;
     };
 
-    // Row `m` of x. NaN, which makes the whole row of y NaN, is the scale where it holds NaN or
-    // infinity. A row too small for fp32 to divide by counts as zeros.
-    Scale quantise(int64_t m, uint8_t* quantised) const {
+    // Row `m` of x, through the norm if there is one, by way of `normed`.
+    Scale row(int64_t m, float* normed, uint8_t* quantised) const {
         const Element* x = static_cast<const Element*>(p.x) + m * p.x_stride;
+        if (p.norm == Norm::none) return quantise<T>(x, quantised);
+        const auto s = statistics<Vec, dtype>(x, p.inner, p.norm, p.eps);
+        normed_row<Vec, dtype, Acc<Vec>>(x, p.inner, p.inner, s, p.norm_weight, p.norm_bias,
+                                         normed);
+        return quantise<Acc<Vec>>(normed, quantised);
+    }
+
+    // NaN, which makes the whole row of y NaN, is the scale where x holds NaN or infinity. A row
+    // too small for fp32 to divide by counts as zeros.
+    template <class From>
+    Scale quantise(const typename From::Element* x, uint8_t* quantised) const {
         Vec top = Vec::zero(), bottom = Vec::zero(), nothing = Vec::zero();
         for_parts<Vec>(p.inner, [&](Part<Vec> part) {
-            const Vec v = part.template load<T>(x);
+            const Vec v = part.template load<From>(x);
             top = Vec::maximum(top, v);
             bottom = Vec::maximum(bottom, Vec::zero() - v);
             nothing = Vec::fma(v, Vec::zero(), nothing);
@@ -75,7 +86,7 @@ struct Int8Product {
         const float factor = 255 / range;
         const int32_t zero = static_cast<int32_t>(__builtin_lrintf(least * factor));
         for_parts<Vec>(p.inner, [&](Part<Vec> part) {
-            const Vec v = part.template load<T>(x) * Vec::set(factor);
+            const Vec v = part.template load<From>(x) * Vec::set(factor);
             v.store_uint8(quantised + part.at, zero);
         });
         return {range / 255, zero};
@@ -88,7 +99,10 @@ struct Int8Product {
         for (int64_t m = 0; m < rows; ++m, sums += panel_columns<IntVec>()) {
             const int64_t start = (first + m) * p.columns + n;
             Element* y = static_cast<Element*>(p.y) + start;
-            const Element* other = p.other ? static_cast<const Element*>(p.other) + start : nullptr;
+            const auto at = [=](const void* given) {
+                return given ? static_cast<const Element*>(given) + start : nullptr;
+            };
+            const Element *other = at(p.other), *residual = at(p.residual);
             const Vec scale = Vec::set(row_scales[m].scale);
             const IntVec zero = IntVec::set(row_scales[m].zero);
             for_parts<Vec>(columns, [&](Part<Vec> part) {
@@ -98,6 +112,7 @@ struct Int8Product {
                     IntVec::load(sums + part.at) - zero * IntVec::load(p.sums + n + part.at);
                 Vec v = activate<activation>(Vec::fma(sum.to_float(), factor, shift));
                 if (other) v = v * part.template load<T>(other);
+                if (residual) v = v + part.template load<T>(residual);
                 part.template store<T>(y, v);
             });
         }
@@ -105,9 +120,9 @@ struct Int8Product {
 
     // Panels first_panel .. last_panel - 1 of some rows.
     void run(int64_t first, int64_t rows, int64_t first_panel, int64_t last_panel,
-             uint8_t* quantised, Scale* row_scales, int32_t* sums) const {
+             uint8_t* quantised, Scale* row_scales, int32_t* sums, float* normed) const {
         for (int64_t m = 0; m < rows; ++m)
-            row_scales[m] = quantise(first + m, quantised + m * padded);
+            row_scales[m] = row(first + m, normed, quantised + m * padded);
         constexpr int64_t most = panel_columns<IntVec>();
         const int64_t inner = round_up(p.inner, Int8Quads::step);
         for (int64_t n = first_panel * most; n < last_panel * most; n += most) {
@@ -146,6 +161,7 @@ struct Int8Product {
         const int64_t at = carver.reserve<uint8_t>(size * padded);
         const int64_t scales_at = carver.reserve<Scale>(size);
         const int64_t sums_at = carver.reserve<int32_t>(size * panel_columns<IntVec>());
+        const int64_t normed_at = carver.reserve<float>(p.norm == Norm::none ? 0 : p.inner);
         for_items(chunks * parts, p.threads, [&](int64_t item) {
             const int64_t first = item / parts * size, part = item % parts;
             if (first >= p.rows) return;
@@ -153,7 +169,8 @@ struct Int8Product {
             run(first, smaller(size, p.rows - first), panels * part / parts,
                 panels * (part + 1) / parts, reinterpret_cast<uint8_t*>(scratch + at),
                 reinterpret_cast<Scale*>(scratch + scales_at),
-                reinterpret_cast<int32_t*>(scratch + sums_at));
+                reinterpret_cast<int32_t*>(scratch + sums_at),
+                reinterpret_cast<float*>(scratch + normed_at));
         });
     }
 };

@@ -7,6 +7,8 @@
 #include "decompress_backward.h"
 #include "int8_linear.h"
 #include "merge_backward.h"
+#include "norm_rows.h"
+#include "rows_linear.h"
 
 namespace variator {
 namespace VARIATOR_ISA {
@@ -17,6 +19,7 @@ VARIATOR_BY_DTYPE(decompress, DecompressParams)
 VARIATOR_BY_DTYPE(decompress_backward, DecompressBackwardParams)
 VARIATOR_BY_DTYPE(attention, AttentionParams)
 VARIATOR_BY_DTYPE(attention_backward, AttentionBackwardParams)
+VARIATOR_BY_DTYPE(norm_rows, NormRowsParams)
 
 inline int64_t packed_bytes(const PackParams& p) {
 #ifdef VARIATOR_BF16_PRODUCTS
@@ -62,6 +65,8 @@ inline Kernels table(const char* name) {
     kernels.int8_packed_bytes = int8_packed_bytes;
     kernels.int8_pack = int8_pack;
     kernels.int8_linear = int8_linear;
+    kernels.rows_linear = rows_linear_any;
+    kernels.norm_rows = norm_rows_any;
     kernels.int8_weight_levels = IntVec::weight_levels;
 #ifdef VARIATOR_HAS_DOUBLE
     kernels.has_double = true;

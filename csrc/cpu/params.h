@@ -171,7 +171,8 @@ struct Int8PackParams {
     int8_t* packed;        // int8_packed_bytes
 };
 
-// y = activation(x · weightᵀ + bias) [* other]: int8 weights, rows of x quantised on the way.
+// y = activation(norm(x) · weightᵀ + bias) [* other] [+ residual]: int8 weights, rows quantised on
+// the way.
 struct Int8LinearParams {
     DType dtype;  // of x, other and y; not float64
     int threads;
@@ -184,8 +185,45 @@ struct Int8LinearParams {
     const float* scales;
     const float* bias;  // the same, or null
     Activation activation;
-    const void* other;  // [rows, columns] or null
-    void* y;            // out [rows, columns]
+    Norm norm;
+    const float* norm_weight;  // [inner] or null
+    const float* norm_bias;    // [inner] or null
+    double eps;
+    const void* other;     // [rows, columns] or null
+    const void* residual;  // [rows, columns] or null
+    void* y;               // out [rows, columns]
+};
+
+// The same in floating point.
+struct RowsLinearParams {
+    DType dtype;  // of x, other, residual and y; not float64
+    int threads;
+    int64_t rows, inner, columns;
+    const void* x;  // rows x_stride apart
+    int64_t x_stride;
+    const void* packed;  // the pack of weightᵀ; of bf16 pairs for bfloat16, where there are such
+    const float* bias;   // [columns, padded to 16] or null
+    Activation activation;
+    Norm norm;
+    const float* norm_weight;  // [inner] or null
+    const float* norm_bias;    // [inner] or null
+    double eps;
+    const void* other;     // [rows, columns] or null
+    const void* residual;  // [rows, columns] or null
+    void* y;               // out [rows, columns]
+};
+
+struct NormRowsParams {
+    DType dtype;
+    int threads;
+    int64_t rows, d;
+    const void* x;  // rows x_stride apart
+    int64_t x_stride;
+    Norm norm;
+    const void* norm_weight;  // acc [d] or null
+    const void* norm_bias;    // acc [d] or null
+    double eps;
+    void* y;  // out [rows, d]
 };
 
 // The entry points of one instruction set.
@@ -202,6 +240,8 @@ struct Kernels {
     int64_t (*int8_packed_bytes)(const Int8PackParams&);
     void (*int8_pack)(const Int8PackParams&);
     void (*int8_linear)(const Int8LinearParams&);
+    void (*rows_linear)(const RowsLinearParams&);
+    void (*norm_rows)(const NormRowsParams&);
     int int8_weight_levels;
     bool has_double;
 };

@@ -114,8 +114,12 @@ struct Vec {
 struct IntVec {
     static constexpr int width = 16;
     static constexpr int tile_rows = 6, tile_vectors = 4;
+#ifdef __AVX512VNNI__
+    static constexpr int weight_levels = 127;
+#else
     // Two products of uint8 with these fit into int16, where the instruction would saturate.
     static constexpr int weight_levels = 64;
+#endif
     __m512i v;
 
     static IntVec zero() { return {_mm512_setzero_si512()}; }
@@ -123,8 +127,12 @@ struct IntVec {
     static IntVec load(const void* p) { return {_mm512_loadu_si512(p)}; }
     void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
     static IntVec add_products(IntVec sum, IntVec a, IntVec b) {
+#ifdef __AVX512VNNI__
+        return {_mm512_dpbusd_epi32(sum.v, a.v, b.v)};
+#else
         const __m512i pairs = _mm512_maddubs_epi16(a.v, b.v);
         return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+#endif
     }
     friend IntVec operator-(IntVec a, IntVec b) { return {_mm512_sub_epi32(a.v, b.v)}; }
     friend IntVec operator*(IntVec a, IntVec b) { return {_mm512_mullo_epi32(a.v, b.v)}; }

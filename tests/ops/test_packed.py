@@ -393,3 +393,18 @@ def test_written_while_it_is_packed():
 
     assert not packs.get((weight,), "copy", make).any()
     assert packs.get((weight,), "copy", make).any()
+
+
+def test_forms_of_several_sources_that_share_some_stay():
+    """Sources of other storages are none of those that moved."""
+    cache, made = PackCache(), []
+    a, b, c = (torch.randn(200, 200) for _ in range(3))
+
+    def make(*copies):
+        made.append(len(copies))
+        return copies[0]
+
+    for _ in range(3):
+        for sources in ((a, b, c), (b, c), (c,)):
+            cache.get(sources, "form", make)
+    assert made == [3, 2, 1]

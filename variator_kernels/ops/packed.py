@@ -54,7 +54,7 @@ class PackCache:
         key = tuple(map(_layout, sources))
         entry = self._entries.all.get(key) or self._enter(key, sources)
         if self._frozen:
-            self._check_frozen(sources)
+            self._check_frozen(sources, entry.places)
         changes = _changes(entry)
         if entry.changes != changes:
             entry = self._entries.all[key] = entry._replace(changes=changes, forms={})
@@ -105,7 +105,8 @@ class PackCache:
         """Whether every look at ``source`` reads all of it, and that is more than a little."""
         if source.nbytes < LITTLE:
             return False
-        memory = self._memories.get(_memory(source))
+        entry = self._entries.all.get((_layout(source),))
+        memory = self._memories.get(_memory(source)) if entry is None else entry.looked_at[0]
         if memory is None:
             return not self.track or extension.load().why_not_tracked() != ""
         return memory.rule == "read"
@@ -117,9 +118,13 @@ class PackCache:
                 if moved(entry, storage):
                     self._entries.drop(old)
         gone = functools.partial(self._entries.drop, key)
+        memories = {_memory(source): self._memory_of(source) for source in sources}
         entry = Entry(
-            {_memory(source): self._memory_of(source) for source in sources},
+            memories,
             {number: weakref.ref(storage, gone) for number, storage in storages.items()},
+            tuple(map(_memory, sources)),
+            tuple(id(source.untyped_storage()) for source in sources),
+            list(memories.values()),
             -1,
             {},
         )
@@ -147,9 +152,9 @@ class PackCache:
             if any(_within(place, wanted) for place in entry.memories):
                 yield key, entry
 
-    def _check_frozen(self, sources: tuple[Tensor, ...]) -> None:
-        for source in sources:
-            frozen = self._frozen.get(_memory(source))
+    def _check_frozen(self, sources: tuple[Tensor, ...], places: tuple[Place, ...]) -> None:
+        for source, place in zip(sources, places, strict=True):
+            frozen = self._frozen.get(place)
             if frozen is not None and frozen.storage() is not source.untyped_storage():
                 self.thaw([source])  # of other memory that lay there, or shares it
             elif frozen is not None and frozen.version != _version(source):
@@ -209,7 +214,7 @@ def _version(t: Tensor) -> int:
 
 
 def _changes(entry: Entry) -> int:
-    return extension.load().changes(list(entry.memories.values()), torch.get_num_threads())
+    return extension.load().changes(entry.looked_at, torch.get_num_threads())
 
 
 def _nbytes(form: Any) -> int:

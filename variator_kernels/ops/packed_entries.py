@@ -22,6 +22,12 @@ class Entry(NamedTuple):
     storages: dict[int, weakref.ref]
     """By their ids. Not of the tensors: PyTorch refuses to swap tensors that have weak
     references."""
+    places: tuple[Place, ...]
+    """Of the sources, in their order."""
+    owners: tuple[int, ...]
+    """Ids of the storages in which these lie."""
+    looked_at: list[Any]
+    """The memories once more, as the extension takes them."""
     changes: int
     """How often the memories had changed when the forms were made."""
     forms: dict[Hashable, Any]
@@ -70,5 +76,5 @@ def moved(entry: Entry, storage: torch.UntypedStorage) -> bool:
         return False
     begin = storage.data_ptr()
     end = begin + storage.nbytes()
-    # An entry may be of other storages too (a bias).
-    return not any(begin <= memory.begin and memory.end <= end for memory in entry.memories)
+    own = (p for p, owner in zip(entry.places, entry.owners, strict=True) if owner == id(storage))
+    return not all(begin <= place.begin and place.end <= end for place in own)

@@ -67,20 +67,31 @@ class PackedLinear(NamedTuple):
     weight: Tensor
     bias: Tensor | None
 
-    def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
-        """``activation(x · weightᵀ + bias)`` for ``x [rows, in]``; ``"none"`` or one of
-        :data:`~variator_kernels.ops.feed_forward.FFN_ACTIVATIONS`.
+    def __call__(
+        self,
+        x: Tensor,
+        activation: str = "none",
+        factor: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """``activation(x · weightᵀ + bias) [* factor] [+ residual]`` for ``x [rows, in]``;
+        ``"none"`` or one of :data:`~variator_kernels.ops.feed_forward.FFN_ACTIVATIONS`. A factor,
+        or a residual, comes without an activation, and not both.
 
         A product of its own if :mod:`row_blocks` knows that many rows, else one for each block.
         """
         rows = x.shape[0]
         if rows in SIZES or rows % SIZES[-1] == 0:
-            return self.block(x, activation)
+            if factor is not None:
+                return self.times(x, factor)
+            return self.block(x, activation) if residual is None else self.plus(x, residual)
         y = x.new_empty(rows, self.weight.shape[0])
         for first, count, size in blocks(rows):
             part = F.pad(x[first : first + count], (0, 0, 0, size - count))
             y[first : first + count] = self.block(part, activation)[:count]
-        return y
+        if factor is not None:
+            y.mul_(factor)
+        return y if residual is None else y.add_(residual)
 
     def block(self, x: Tensor, activation: str = "none") -> Tensor:
         """The same in one product, of a number of rows that :mod:`row_blocks` knows."""
@@ -93,6 +104,11 @@ class PackedLinear(NamedTuple):
         rows that :mod:`row_blocks` knows."""
         linear = torch.ops.mkldnn._linear_pointwise.binary
         return linear(x, other, self.weight, self.bias, "mul")
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """``x · weightᵀ + bias + residual``, as :meth:`times`."""
+        linear = torch.ops.mkldnn._linear_pointwise.binary
+        return linear(x, residual.contiguous(), self.weight, self.bias, "add")
 
 
 _POST_OPS = {
@@ -136,6 +152,48 @@ def transposed(weight: Tensor, dtype: torch.dtype) -> PackedLinear | None:
     """The product with ``weight`` itself, ``x [rows, out]`` to ``[rows, in]``: a gradient's."""
     packed = _packed(weight, "transposed", dtype)
     return None if packed is None else PackedLinear(packed, None)
+
+
+def stacked(
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    dtype: torch.dtype,
+    rows: int,
+) -> PackedLinear | None:
+    """:func:`linear` of matrices ``[out, in]`` one below the other, and a bias or None of each."""
+    if len(weights) == 1:
+        return linear(weights[0], biases[0], dtype, rows)
+    few = rows < WORTH_READING and dtype == weights[0].dtype
+    if few and any(map(cache.reads_much, weights)):
+        return None
+    if not torch.backends.mkldnn.is_available():
+        return None
+
+    def pack(*copies: Tensor) -> PackedLinear | None:
+        weight, bias = stack(copies, len(weights), biases)
+        wide, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
+        if not (wide.isfinite().all() and (shift is None or shift.isfinite().all())):
+            return None
+        return PackedLinear(torch.ops.mkldnn._reorder_linear_weight(wide), shift)
+
+    absent = tuple(bias is None for bias in biases)
+    sources = (*weights, *(bias for bias in biases if bias is not None))
+    return cache.get(sources, ("stacked", len(weights), dtype, absent), pack)
+
+
+def stack(
+    copies: tuple[Tensor, ...], count: int, biases: tuple[Tensor | None, ...]
+) -> tuple[Tensor, Tensor | None]:
+    """One matrix of the first ``count`` copies, and one bias of the others, which are of those
+    ``biases`` that are there: 0 for the rest; None if none is."""
+    matrices, given = copies[:count], iter(copies[count:])
+    if all(bias is None for bias in biases):
+        return torch.cat(matrices), None
+    parts = [
+        matrix.new_zeros(matrix.shape[0]) if bias is None else next(given)
+        for matrix, bias in zip(matrices, biases, strict=True)
+    ]
+    return torch.cat(matrices), torch.cat(parts)
 
 
 def _packed(weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor | None:

@@ -41,6 +41,8 @@ class Context:
         self.dense = level.is_dense
         self.keep = keep
         self.pads = False
+        self.fuses = False
+        """Whether dense sublayers run in few passes where they can (``optimize="encoder"``)."""
         self.causal = False
         """Whether it is a decoder's forward: a last group that is not whole stays dense."""
         self.past = 0
@@ -142,6 +144,13 @@ def check_past(mask: Tensor | None, shown: Tensor | None, columns: int) -> None:
             f"(merged keys stand for several), {then.sum(1).tolist()} in each row, got others, "
             f"{now.sum(1).tolist()}"
         )
+
+
+def is_token_mask(mask: Any) -> bool:
+    """Whether :func:`token_mask` takes it, as far as shape and dtype tell; None too."""
+    if mask is None:
+        return True
+    return isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point()
 
 
 def token_mask(mask: Any) -> Tensor | None:

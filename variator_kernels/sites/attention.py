@@ -44,9 +44,10 @@ class Reach(NamedTuple):
         """The module that turns positions into cosines and sines."""
         return follow(self.owner, self.rotary_path) if self.rotary_path else None
 
-    def distances(self, like: Tensor) -> Table | None:
-        """T5's table on the device of ``like``; as it is looked up, where it is not a plain one."""
-        table = self.table
+    def distances(self, like: Tensor, table: Any = None) -> Table | None:
+        """T5's table on the device of ``like``; as it is looked up, where it is not a plain one.
+        ``table``: :attr:`table`, of a caller that has it."""
+        table = self.table if table is None else table
         if table is None:
             return None
         weight = table.weight

@@ -21,7 +21,7 @@ from .loading import ATTACHED
 from .mixins import DESCRIBED, SITE, SitePosition
 from .plain import plain_linear
 from .quantised import stored_product
-from .unchanged import module_of
+from .unchanged import check_attention, check_unchanged, module_of
 
 
 def sites_of(found: Found, placements: Iterable[str]) -> tuple[Site, ...]:
@@ -72,6 +72,7 @@ def install(model: nn.Module, found: Found, state: State, modules: Mapping[int, 
 def _install(
     model: nn.Module, found: Found, state: State, modules: Mapping[int, nn.Module]
 ) -> None:
+    dense = _dense_placements(found, state)  # looks at what nobody has changed yet
     for number, module in modules.items():
         site = state.sites[number]
         layer = found.at(site)
@@ -81,9 +82,15 @@ def _install(
             vars(layer)[DESCRIBED] = DescribedFeedForward()
         else:
             vars(layer)[DESCRIBED] = DescribedAttention()
-    placements = {site.placement for site in state.sites}
+    placements = {site.placement for site in state.sites} | dense
     if placements - {"ffn"}:
         _reach(found)
+    for layers, described in (
+        (found.layers if "ffn" in placements else (), DescribedFeedForward),
+        (found.attentions if placements - {"ffn"} else (), DescribedAttention),
+    ):
+        for layer in layers:
+            vars(layer).setdefault(DESCRIBED, described())
     for part, name in found.parts(placements):
         vars(part).pop("forward", None)  # its own, which would go before the new class's
         part.__class__ = patched_class(found.family, name)
@@ -92,6 +99,31 @@ def _install(
     _swap_products(found, state)
     for call in when_patched:
         call()
+
+
+def _dense_placements(found: Found, state: State) -> set[str]:
+    """Where there are no sites, but dense sublayers that run in few passes: what nobody changed,
+    and the family describes."""
+    config, taken = state.method.config, {site.placement for site in state.sites}
+    if config.optimize != "encoder" or found.family.decoder:
+        return set()
+    extra = set()
+    if "ffn" not in taken and _is_unchanged(found, "ffn"):
+        extra.add("ffn")
+    known = found.family.attention is not None
+    if known and not taken - {"ffn"} and _is_unchanged(found, "attention_kv"):
+        extra.add("attention_kv")
+    return extra
+
+
+def _is_unchanged(found: Found, placement: str) -> bool:
+    try:
+        if placement != "ffn":
+            check_attention(found)
+        check_unchanged(found, (placement,))
+    except ValueError:
+        return False
+    return True
 
 
 def _swap_norms(found: Found, state: State) -> None:

@@ -13,10 +13,11 @@ from ..ops.arguments import Norm
 from ..ops.fast_norm import normalize_fast
 from ..ops.feed_forward import FeedForward
 from ..ops.transforms import is_plain, tracing
-from ..runtime.context import Context, token_mask
+from ..runtime.context import Context, is_token_mask, token_mask
 from ..runtime.level import Level
 from ..runtime.site import Site
 from ..runtime.state import State
+from . import dense as fused
 from .attention_refusals import UNREAD, check_absent, check_no_weights
 from .described import Described
 from .family import Family
@@ -53,7 +54,8 @@ class Encoder(nn.Module):
         )
         local, level = state.local, self._level(args, kwargs)
         mask = ids = None
-        if not level.is_dense or local.observer is not None:
+        fuses = self._fuses(args, kwargs)
+        if fuses or not level.is_dense or local.observer is not None:
             mask = token_mask(_argument(family.mask, positions, args, kwargs))
             ids = _argument("input_ids", positions, args, kwargs)
             if mask is None and family.pads:
@@ -61,6 +63,7 @@ class Encoder(nn.Module):
                 mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         context = state.context(level, mask, ids)
         context.pads = bool(family.pads)
+        context.fuses = fuses
         args, kwargs = self._arranged(context, args, kwargs)
         if not (self.training or state.warned or torch.compiler.is_compiling() or tracing()):
             _warn_if_untrained(self, level.ratios)
@@ -72,6 +75,26 @@ class Encoder(nn.Module):
             local.context = outer
         self._done(output, args, kwargs)
         return output
+
+    def _fuses(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether dense sublayers of this forward are what they seem: nobody looks on, and masks
+        are of tokens."""
+        state = self.variator_state
+        if state.method.config.optimize != "encoder" or self.training:
+            return False
+        if torch.compiler.is_compiling() or tracing() or state.local.observer is not None:
+            return False
+        if state.method.config.backend not in ("auto", "cpu") or self.variator_family.pads:
+            return False
+        config: Any = getattr(self, "config", None)
+        if getattr(config, "_attn_implementation", None) not in ("eager", "sdpa"):
+            return False
+        asked = self._given("output_attentions", args, kwargs)
+        if getattr(config, "output_attentions", False) if asked is None else asked:
+            return False
+        if any(self._given(name, args, kwargs) is not None for name in UNREAD):
+            return False
+        return is_token_mask(self._given(self.variator_family.mask, args, kwargs))
 
     def _level(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Level:
         """The one that holds in this forward."""
@@ -176,6 +199,8 @@ class AtSite(nn.Module):
     def _ratio_for(self, x: Tensor) -> int:
         """The ratio that holds here, shown to the observer, for an input that it can run on."""
         state, context = self.variator_state, self._context()
+        if SITE not in vars(self):
+            return 1
         site, number = self.variator_site
         ratio = context.level.ratios[number]
         if state.local.observer is not None and state.local.observed == site.placement:
@@ -199,11 +224,12 @@ class Sublayer(AtSite):
         return self.variator_described.of(self)
 
     def _at_site(self, x: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
-        if SITE not in vars(self):
+        if SITE not in vars(self) and DESCRIBED not in vars(self):
             return dense(x)
         ratio = self._ratio_for(x)
         if ratio == 1:
-            return dense(x)
+            y = fused.feed_forward(self, self.variator_described, x, self._context())
+            return dense(x) if y is None else y
         whole_rows(self)
         state = self.variator_state
         return state.method.feed_forward(self, x, ratio, self._context(), dense)

@@ -101,20 +101,21 @@ class Variator:
         (``attention``): ``x [B, n, d]``."""
         plugin: Any = layer._modules[ATTACHED]._modules[str(ratio)]
         config, site = self._config_here(layer), layer.variator_site.site
-        attention = layer.self_attention()._replace(pack=config.pack, precision=config.precision)
-        backend = fitting(config.backend, backends.resolve(config.backend, x))
-        attention.check(x)
-        keys, merged_rotation = _merged_keys(layer, x, ratio, context, attention, backend)
         if site.placement == "attention_kv":
-            check_present(plugin)
-            weights = plugin.weights()
-            checks.merge_parameters(weights.weight, weights.bias, x)
+            asked = plugin.prepared.of(plugin, layer.self_attention(), x, config)
+            weights, attention, backend = asked
+            backend = fitting(config.backend, backend)
+            keys, merged_rotation = _merged_keys(layer, x, ratio, context, attention, backend)
             rotations = None
             if rotation is not None:
                 assert merged_rotation is not None
                 rotations = rotation, merged_rotation
             groups = context.groups(x, ratio, backend)
             return attention_kv(x, weights, attention, groups, keys, rotations, backend)
+        attention = layer.self_attention()._replace(pack=config.pack, precision=config.precision)
+        backend = fitting(config.backend, backends.resolve(config.backend, x))
+        attention.check(x)
+        keys, merged_rotation = _merged_keys(layer, x, ratio, context, attention, backend)
         rotations = None if merged_rotation is None else (merged_rotation, merged_rotation)
         sublayer = around(attention, keys, rotations, backend)
         check_present(plugin)
@@ -200,7 +201,8 @@ def _merged_keys(
     here = ratio, x.device
     tokens = context.once(("members", here), x, lambda: members(listed, x))
     reach, placement = reach_of(layer), layer.variator_site.site.placement
-    table, window = reach.distances(x), attention.window
+    embedding, window = reach.table, attention.window
+    table = reach.distances(x, embedding)
     make = whole_queries if placement == "attention_kv" else merged_queries
 
     def keys() -> Keys:
@@ -209,7 +211,7 @@ def _merged_keys(
     if table is not None and table.weight.requires_grad and torch.is_grad_enabled():
         found = keys()  # part of the graph of this call alone
     else:
-        found = context.once(("keys", placement, here, x.dtype, reach.table, window), x, keys)
+        found = context.once(("keys", placement, here, x.dtype, embedding, window), x, keys)
     if reach.rotary is None:
         return found, None
 

@@ -77,6 +77,7 @@ class KeyValuePlugin(nn.Module):
     ) -> None:
         super().__init__()
         self.merge = GroupMerge(hidden_size, ratio, device=device, dtype=dtype)
+        self.prepared = Prepared()
 
     def weights(self) -> MergeWeights:
         """The parameters as the ops take them."""

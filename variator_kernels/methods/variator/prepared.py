@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ... import backends
 from ...ops import checks
+from ...ops.arguments import MergeWeights
 from ...ops.feed_forward import FeedForward, PluginWeights
+from ...ops.self_attention import SelfAttention
 from ...ops.transforms import tracing
 from ...sites.watch import Watch, same_tensors
 from ...sites.wrappers import check_present
 from .config import VariatorConfig
 
+Sublayer = TypeVar("Sublayer", FeedForward, SelfAttention)
+
 
 class _Kept(NamedTuple):
     """What was found, and what it was found for."""
 
-    weights: PluginWeights
-    ffn: FeedForward
+    weights: Any
+    settled: Any
     backend: str
-    described: FeedForward
+    described: Any
     asked: tuple[Any, ...]
     parameters: Watch
     plugin: weakref.ref[Any]
     tensors: list[Tensor]
     forms: list[tuple[Any, ...]]
 
-    def holds(self, plugin: Any, ffn: FeedForward, asked: tuple[Any, ...]) -> bool:
-        if ffn is not self.described or asked != self.asked or self.plugin() is not plugin:
+    def holds(self, plugin: Any, sublayer: Any, asked: tuple[Any, ...]) -> bool:
+        if sublayer is not self.described or asked != self.asked or self.plugin() is not plugin:
             return False
         # Parameters are moved, converted and given other data in place.
         return self.parameters.holds() and _forms(self.tensors) == self.forms
@@ -56,10 +60,10 @@ class Prepared:
         return type(self), ()
 
     def of(
-        self, plugin: Any, ffn: FeedForward, x: Tensor, config: VariatorConfig
-    ) -> tuple[PluginWeights, FeedForward, str]:
-        """The weights of ``plugin``, ``ffn`` with ``config``'s settings, and the backend that runs
-        them on ``x [B, n, d]``.
+        self, plugin: Any, sublayer: Sublayer, x: Tensor, config: VariatorConfig
+    ) -> tuple[Any, Sublayer, str]:
+        """The weights of ``plugin``, ``sublayer`` with ``config``'s settings, and the backend that
+        runs them on ``x [B, n, d]``.
 
         Raises:
             ValueError: a shape, dtype, device or the backend does not fit; the message names it.
@@ -68,18 +72,19 @@ class Prepared:
         if torch.compiler.is_compiling() or tracing():
             check_present(plugin)
             weights = plugin.weights()
-            ffn = ffn._replace(pack=pack, precision=precision)
-            return weights, ffn, _checked(weights, ffn, x, backend)
+            sublayer = sublayer._replace(pack=pack, precision=precision)
+            return weights, sublayer, _checked(weights, sublayer, x, backend)
         asked = (x.shape[2:], x.dtype, x.device, backend, pack, precision)
         kept = self._kept
-        if kept is None or not kept.holds(plugin, ffn, asked):
+        if kept is None or not kept.holds(plugin, sublayer, asked):
             check_present(plugin)
             weights = plugin.weights()
-            chosen = _checked(weights, ffn, x, backend)
-            tensors = [t for t in (*weights, *ffn) if isinstance(t, Tensor)]
+            chosen = _checked(weights, sublayer, x, backend)
+            tensors = [t for t in (*weights, *sublayer) if isinstance(t, Tensor)]
             watch, whose = _watched(plugin), weakref.ref(plugin)
-            settled, forms = ffn._replace(pack=pack, precision=precision), _forms(tensors)
-            kept = _Kept(weights, settled, chosen, ffn, asked, watch, whose, tensors, forms)
+            settled = sublayer._replace(pack=pack, precision=precision)
+            forms = _forms(tensors)
+            kept = _Kept(weights, settled, chosen, sublayer, asked, watch, whose, tensors, forms)
             self._kept = kept if same_tensors(weights, plugin.weights()) else None
         return kept[:3]
 
@@ -89,6 +94,8 @@ def _watched(plugin: Any) -> Watch:
     watch = Watch()
     for name, tensors in _PARTS.items():
         part = watch.path(plugin, name)
+        if part is None:  # in front of keys and values there is no adapter
+            continue
         watch.module(part, ("activation",))
         watch.entries(vars(part), tensors)
     watch.start()
@@ -98,7 +105,11 @@ def _watched(plugin: Any) -> Watch:
 _PARTS = {"merge": ("weight", "bias"), "adapter": ("w1", "b1", "w2", "b2")}
 
 
-def _checked(weights: PluginWeights, ffn: FeedForward, x: Tensor, backend: str) -> str:
+def _checked(weights: PluginWeights | MergeWeights, sublayer: Any, x: Tensor, backend: str) -> str:
     """The backend, after every check of the public op."""
-    checks.compressed_ffn(x, weights, ffn)
+    if isinstance(weights, MergeWeights):
+        sublayer.check(x)
+        checks.merge_parameters(weights.weight, weights.bias, x)
+    else:
+        checks.compressed_ffn(x, weights, sublayer)
     return backends.resolve(backend, x)

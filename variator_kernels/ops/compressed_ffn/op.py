@@ -14,7 +14,7 @@ from torch import Tensor
 from ..feed_forward import FeedForward, PluginWeights
 from ..groups import FIELDS, SCHEMA, Groups
 from ..library import LIBRARY, backend_module, define, refuse_second_derivatives
-from ..transforms import refuse_transforms
+from ..transforms import nothing_between, refuse_transforms
 from . import layered
 
 _ARGUMENTS = (
@@ -76,7 +76,10 @@ def _bundle(arguments: tuple) -> _Call:
 def compressed_ffn(
     x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups, backend: str
 ) -> Tensor:
-    """The sublayer without dropout, in one op."""
+    """The sublayer without dropout, in one op; inference goes past PyTorch's dispatcher."""
+    norm = ffn.norm_weight, ffn.norm_bias
+    if backend == "cpu" and nothing_between((x, *plugin[:6], *ffn[:6], *norm, *groups[:5])):
+        return backend_module(__package__, backend).compressed_ffn(x, plugin, ffn, groups)
     return torch.ops.variator.compressed_ffn.default(
         x, *plugin[:6], *ffn[:6], ffn.norm_weight, ffn.norm_bias, *groups, ffn.activation,
         ffn.norm, ffn.eps, ffn.post_norm, ffn.residual, plugin.activation, backend,

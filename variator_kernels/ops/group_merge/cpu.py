@@ -74,6 +74,27 @@ def group_merge(
     return merged, projected, softmax
 
 
+def merged(x: Tensor, merge: MergeWeights, groups: Groups, norm: Norm) -> Tensor:
+    """The merged vectors alone, in inference: what is made of weights is kept from call to call."""
+    check_merge(x, merge, groups, norm)
+    rows, dtype, isa = flat(x), x.dtype, prepack.instruction_set()
+    lists = listed(groups, rows.shape[0])
+    given = (norm.weight, norm.bias)
+    sources = (merge.weight, merge.bias, *(t for t in given if t is not None))
+
+    def make(weight: Tensor, bias: Tensor, *vectors: Tensor) -> PrepackedMerge:
+        found = iter(vectors)
+        scale, shift = (None if t is None else next(found) for t in given)
+        its = Norm(norm.name, scale, shift, norm.eps)
+        return prepack_merge(MergeWeights(weight, bias), its, dtype, isa)
+
+    form = ("merge", dtype, norm.name, norm.weight is None, norm.eps, isa)
+    packed = prepack.cache.get(sources, form, make)
+    out = x.new_empty(*groups.shape(x), x.shape[-1])
+    run(rows, lists, packed, Outputs(out))
+    return out
+
+
 def group_merge_backward(
     d_merged: Tensor,
     d_projected: Tensor,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ... import extension
-from ..cpu_arguments import address, dtype_code
+from ..arguments import NO_NORM, Norm
+from ..cpu_arguments import address, dtype_code, norm_kernel, wide_norm
 from .reference import Quantised
 
 VECTOR = 16
@@ -39,11 +40,21 @@ class CpuProduct(NamedTuple):
         shift = None if bias is None else _padded(bias.float())
         return cls(isa, inner, outputs, panels, _padded(sums), _padded(scales), shift)
 
-    def multiply(self, x: Tensor, activation: str, other: Tensor | None = None) -> Tensor:
-        """``activation(x · weightᵀ + bias) [* other]`` for ``x [rows, in]``, ``other [rows, out]``;
-        in x's dtype."""
+    def multiply(
+        self,
+        x: Tensor,
+        activation: str,
+        other: Tensor | None = None,
+        norm: Norm = NO_NORM,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """``activation(norm(x) · weightᵀ + bias) [* other] [+ residual]`` for ``x [rows, in]``,
+        ``other`` and ``residual`` ``[rows, out]``; in x's dtype."""
         x = x if x.stride(1) == 1 or self.inner == 1 else x.contiguous()
-        other = None if other is None else other.to(x.dtype).contiguous()
+        other, residual = (
+            None if t is None else t.to(x.dtype).contiguous() for t in (other, residual)
+        )
+        norm = wide_norm(norm, torch.float32)
         y = x.new_empty(x.shape[0], self.outputs)
         extension.load().Int8Linear(
             isa=self.isa,
@@ -59,7 +70,9 @@ class CpuProduct(NamedTuple):
             scales=self.scales.data_ptr(),
             bias=address(self.bias),
             activation=extension.enum_value("cpu", "ffn_activations", activation),
+            norm=norm_kernel(norm),
             other=address(other),
+            residual=address(residual),
             y=y.data_ptr(),
         ).run()
         return y

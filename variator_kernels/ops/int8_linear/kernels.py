@@ -49,8 +49,9 @@ def onednn() -> Kernel:
 
 
 def own(isa: str) -> Kernel:
-    """That of this package for an instruction set, whose weights have 7 bits where sums of two
-    products saturate at 16 bits (2 · 255 · 64 fits)."""
+    """That of this package for an instruction set; ``avx512_bf16`` sums four products in 32 bits
+    (VNNI). Without, weights have 7 bits, because sums of two products saturate at 16 bits (2 · 255
+    · 64 fits)."""
     levels = Levels(255, extension.load().int8_weight_levels(isa))
     pack = functools.partial(CpuProduct.pack, isa=isa)
     return Kernel(f"own {isa}", pack, levels, f"kernel for {isa}, weights of -{levels.weight} to "
@@ -83,7 +84,10 @@ def _choice(isa: str) -> Choice:
     if isa == "portable":
         return Choice(None, "products of fp32 are faster on the portable kernels")
     ways = [own(isa)]
-    if _has_vnni() and torch.backends.mkldnn.is_available():
+    # Where ours has that instruction too, it is the faster: rows are rounded, and sums scaled, by
+    # the thread that multiplies them.
+    narrow = ways[0].levels.weight < 127
+    if narrow and _has_vnni() and torch.backends.mkldnn.is_available():
         ways.insert(0, onednn())
     # It may be asked while a trace is made, or under autocast: these are of the asking thread.
     with ThreadPoolExecutor(1) as thread:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import NO_NORM, Norm
+from ..fast_norm import normalize_fast
 from ..feed_forward import activate
 from ..row_blocks import KEPT_SIZES, blocks
 from .reference import Levels, Quantised, quantise_rows
@@ -42,8 +44,21 @@ class OneDnnProduct(NamedTuple):
         shift = None if bias is None else bias.float()
         return cls(packed, scales, sums, zero_points, shift)
 
-    def multiply(self, x: Tensor, activation: str, other: Tensor | None = None) -> Tensor:
-        """``activation(x · weightᵀ + bias) [* other]`` for ``x [rows, in]``; in x's dtype."""
+    def multiply(
+        self,
+        x: Tensor,
+        activation: str,
+        other: Tensor | None = None,
+        norm: Norm = NO_NORM,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """``activation(norm(x) · weightᵀ + bias) [* other] [+ residual]`` for ``x [rows, in]``; in
+        x's dtype."""
+        x = normalize_fast(x, norm)
+        y = self._multiply(x, activation, other)
+        return y if residual is None else y.add_(residual)
+
+    def _multiply(self, x: Tensor, activation: str, other: Tensor | None) -> Tensor:
         count = x.shape[0]
         if count in KEPT_SIZES:
             return self._block(x, count, activation, other).to(x.dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import prepack
+from ..arguments import Norm
 from .kernels import kernel
 
 
@@ -28,6 +29,17 @@ class Int8Linear(NamedTuple):
         """``(x · weightᵀ + bias) * other``."""
         return self._multiply(x, "none", other)
 
+    def fused(
+        self,
+        x: Tensor,
+        activation: str,
+        factor: Tensor | None,
+        norm: Norm,
+        residual: Tensor | None,
+    ) -> Tensor:
+        """``activation(norm(x) · weightᵀ + bias) [* factor] [+ residual]``; not in fp64."""
+        return self.product.multiply(x, activation, factor, norm, residual)
+
     def _multiply(self, x: Tensor, activation: str, other: Tensor | None) -> Tensor:
         if x.dtype != torch.float64:
             return self.product.multiply(x, activation, other)
@@ -38,17 +50,24 @@ class Int8Linear(NamedTuple):
 def packed(weight: Tensor, bias: Tensor | None) -> Int8Linear | None:
     """The packed form of ``weight [out, in]`` and ``bias [out]`` on the CPU; None where the weight
     is not finite, or so long that sums could overflow, or nothing multiplies in int8 here."""
-    chosen = kernel()
-    if chosen is None or weight.numel() == 0:
+    return stacked((weight,), (bias,))
+
+
+def stacked(weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> Int8Linear | None:
+    """The same of matrices one below the other, with a bias or None for each."""
+    chosen, inner = kernel(), weights[0].shape[1]
+    if chosen is None or any(weight.numel() == 0 for weight in weights):
         return None
     # Beyond, sums would not fit into int32.
-    if weight.shape[1] * chosen.levels.rows * chosen.levels.weight >= 2**31:
+    if inner * chosen.levels.rows * chosen.levels.weight >= 2**31:
         return None
 
-    def pack(weight: Tensor, bias: Tensor | None = None) -> Int8Linear | None:
+    def pack(*copies: Tensor) -> Int8Linear | None:
+        weight, bias = prepack.stack(copies, len(weights), biases)
         if not weight.isfinite().all():
             return None
         return Int8Linear(chosen.round_and_pack(weight, bias))
 
-    sources = (weight,) if bias is None else (weight, bias)
-    return prepack.cache.get(sources, ("int8", chosen.name), pack)
+    absent = tuple(bias is None for bias in biases)
+    sources = (*weights, *(bias for bias in biases if bias is not None))
+    return prepack.cache.get(sources, ("int8", chosen.name, len(weights), absent), pack)

@@ -18,7 +18,9 @@ from ..transforms import tracing
 from .book import Book, Scheme
 from .causal import causal_attention
 from .description import Projections, SelfAttention
-from .keys import Keys, Rotation, Table, members, merged_queries, whole_queries
+from .fused import dense, fuses
+from .fused import merged_keys as fused_merged_keys
+from .keys import Keys, Rotation, Table, members, merged_queries, plain_keys, whole_queries
 from .merged_keys import MergedKeys
 from .products import keys_and_values, output, queries
 from .steps import Step
@@ -37,9 +39,12 @@ __all__ = [
     "attend",
     "attention_kv",
     "causal_attention",
+    "dense",
+    "fuses",
     "keys_and_values",
     "members",
     "merged_queries",
+    "plain_keys",
     "queries",
     "whole_queries",
 ]
@@ -66,6 +71,9 @@ def attention_kv(
     tokens = x
     if real is not None and (torch.is_grad_enabled() or tracing()):
         tokens = torch.where(real, x, 0)
+    if backend == "cpu" and fuses(x, attention, merge):
+        y = fused_merged_keys(x, merge, groups, attention, keys, rotations)
+        return _behind(y, x, real, attention, groups)
     norm = attention.pre_norm
     if backend == "reference":
         h = normalize(tokens, norm.name, norm.weight, norm.bias, norm.eps)
@@ -79,6 +87,13 @@ def attention_kv(
     if attention.dropout_outer > 0:
         o = F.dropout(o, attention.dropout_outer)
     y = x + o if attention.residual else o
+    return _behind(y, x, real, attention, groups)
+
+
+def _behind(
+    y: Tensor, x: Tensor, real: Tensor | None, attention: SelfAttention, groups: Groups
+) -> Tensor:
+    """Padding as it came, or 0, and the norm behind."""
     if real is not None:
         y = torch.where(real, y, x if attention.residual else 0)
     return normalize_real(y, attention.any_norm, groups) if attention.post_norm else y

@@ -59,6 +59,30 @@ class Keys(NamedTuple):
     relative: DistanceBias | None = None
 
 
+def plain_keys(
+    x: Tensor, real: Tensor | None, table: Table | None, window: tuple[int, int] | None
+) -> Keys:
+    """The tokens of ``x [B, n, d]`` as keys of themselves; those that are not ``real [B, n]`` are
+    hidden."""
+    bias = None
+    if real is not None:
+        bias = torch.zeros(real.shape, dtype=_wide(x), device=x.device)
+        bias = bias.masked_fill_(~real, -torch.inf)
+    if table is None and window is None:
+        return Keys(bias)
+    places = torch.arange(x.shape[1], device=x.device, dtype=torch.float64)
+    places = places.expand(x.shape[0], -1).contiguous()  # what the kernels read
+    relative = distance_bias(
+        None if table is None else table.weight,
+        queries=places,
+        keys=places,
+        window=window,
+        max_distance=128 if table is None else table.max_distance,
+        dtype=_wide(x),
+    )
+    return Keys(bias, relative)
+
+
 def whole_queries(
     groups: Members, x: Tensor, table: Table | None, window: tuple[int, int] | None
 ) -> Keys:
