@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.util
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data" / "sst2"
 OUTPUT = ROOT / "build" / "serve"
 LABELS = ("negative", "positive")
+BATCH = 64
 LEAST = 8
 """Training rows of fewer tokens are left out: SST-2 has many phrases of two or three words."""
 
@@ -47,6 +49,23 @@ def read(path: Path) -> list[tuple[str, int]]:
         return [(row["sentence"], int(row["label"])) for row in rows]
 
 
+class Shuffled(torch.utils.data.IterableDataset):
+    """Rows in random order, but rows of similar length in a batch: there is little padding."""
+
+    def __init__(self, rows: list[dict[str, Any]], batch: int) -> None:
+        order = random.Random(0)
+        order.shuffle(rows)
+        self.rows: list[dict[str, Any]] = []
+        for start in range(0, len(rows), 50 * batch):
+            near = sorted(rows[start : start + 50 * batch], key=lambda row: len(row["input_ids"]))
+            batches = [near[i : i + batch] for i in range(0, len(near), batch)]
+            order.shuffle(batches)
+            self.rows += [row for some in batches for row in some]
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
 def finetune(base: str, train: Path, folder: Path, steps: int, bf16: bool) -> None:
     """The whole model with a new head, one pass at most."""
     set_seed(0)
@@ -63,12 +82,13 @@ def finetune(base: str, train: Path, folder: Path, steps: int, bf16: bool) -> No
     ]
     arguments = TrainingArguments(
         output_dir=str(folder.with_name("run")), learning_rate=1e-4, warmup_steps=min(60, steps),
-        per_device_train_batch_size=64, max_steps=steps, bf16=bf16, save_steps=100,
+        per_device_train_batch_size=BATCH, max_steps=steps, bf16=bf16, save_steps=100,
         save_total_limit=1, logging_steps=50, report_to="none", dataloader_pin_memory=False,
         use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     collate = DataCollatorWithPadding(tokenizer)
-    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collate)  # type: ignore
+    data = Shuffled(rows, BATCH)
+    trainer = Trainer(model, arguments, train_dataset=data, data_collator=collate)
     begun = any(Path(arguments.output_dir or "").glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=begun)
     tokenizer.save_pretrained(folder)

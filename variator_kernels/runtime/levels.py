@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .state import overrides, states
+from .find_states import found
+from .state import overrides
 
 
 def set_ratio(model: nn.Module, ratio: Any) -> None:
@@ -20,11 +21,13 @@ def set_ratio(model: nn.Module, ratio: Any) -> None:
             ratios of layers, ``{"ffn": {-2: 4, -1: 4}}``. Layers that are not named are dense,
             negative ones count from the end. Or a :class:`Plan`.
 
+    Where the model's modules did not change since the last switch, it takes microseconds.
+
     Raises:
         ValueError: the model is not patched, has no plugins for ``ratio``, or other sites than a
             plan.
     """
-    chosen = [(state, state.check(ratio)) for state in states(model)]
+    chosen = [(state, state.check(ratio)) for state in found(model)]
     for state, level in chosen:
         state.level = level
 
@@ -44,7 +47,7 @@ def use_ratio(model: nn.Module, ratio: Any) -> Iterator[nn.Module]:
     Raises:
         ValueError: the model is not patched, or has no plugins for ``ratio``.
     """
-    chosen = {state: state.check(ratio) for state in states(model)}
+    chosen = {state: state.check(ratio) for state in found(model)}
     outer = overrides.get()
     overrides.set({**outer, **chosen})
     for state, level in chosen.items():
