@@ -17,6 +17,7 @@ from .planning import plan
 from .runtime.keep import keep
 from .runtime.levels import set_ratio, use_ratio
 from .runtime.plan import Plan
+from .runtime.warming import warm
 from .sites.attention_paths import AttentionPaths
 from .sites.family import Family
 from .version import __version__
@@ -51,6 +52,7 @@ __all__ = [
     "thaw",
     "unpatch",
     "use_ratio",
+    "warm",
 ]
 
 flop_formulas.register()
