@@ -98,7 +98,7 @@ def test_keeps_nothing_alive():
 
 
 def test_refuses_what_is_no_module():
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
         found(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="not patched"):
         found(torch.nn.Linear(2, 2))

@@ -49,12 +49,12 @@ class _Found(NamedTuple):
         """Those that were found; None if something has changed."""
         if self.changes != _Changes.number or not all(link.holds() for link in self.links):
             return None
-        current = []
+        current: list[State] = []
         for top, state in self.tops:
-            module, known = top(), state()
-            if module is None or known is None or vars(module).get(STATE) is not known:
+            module, there = top(), state()
+            if module is None or there is None or vars(module).get(STATE) is not there:
                 return None
-            current.append(known)
+            current.append(there)
         return current
 
 
