@@ -42,6 +42,7 @@ def measure(name: str, rounds: int) -> list[Row]:
     vk.patch(model, 1, RATIOS)
     for parameter in vk.plugin_parameters(model):
         parameter.data.normal_(0, 0.02, generator=models.generator(1))
+    levels: list[tuple[Any, tuple[int, ...]]]
     levels = [(k, internals.everywhere(model, k).ratios) for k in (1, *RATIOS)]
     for ratios in (RATIOS, RATIOS[::-1]):
         plan = internals.plan_of(model, ratios)

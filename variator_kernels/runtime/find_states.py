@@ -51,7 +51,8 @@ class _Found(NamedTuple):
             return None
         current: list[State] = []
         for top, state in self.tops:
-            module, there = top(), state()
+            module = top()
+            there: State | None = state()
             if module is None or there is None or vars(module).get(STATE) is not there:
                 return None
             current.append(there)
