@@ -210,6 +210,11 @@ def test_metrics(model):
     with pytest.raises(KeyError), controller.batch([controller.arrive(3)]):
         raise KeyError
     assert read("variator_failed_batches_total") == 1
+    other, _ = controlled(model, registry=registry, name="two")
+    with other.batch([other.arrive(3)]):
+        pass
+    labels = {"controller": "two", "level": "1"}
+    assert registry.get_sample_value("variator_requests_total", labels) == 1
 
 
 def test_metrics_need_their_package(model, monkeypatch):

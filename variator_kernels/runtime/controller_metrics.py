@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from .controller_policy import Batch, Policy
 
 BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+_families: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
 class Metrics:
@@ -21,12 +24,15 @@ class Metrics:
                 "registry needs prometheus_client: pip install 'variator-kernels[serve]'"
             ) from error
 
+        families = _families.setdefault(registry, {})
+
         def made(kind: Any, name: str, text: str, *labels: str, **more: Any) -> Any:
-            whole = f"variator_{name}"
-            metric = kind(whole, text, ("controller", *labels), registry=registry, **more)
-            return [metric.labels(controller, level) for level in names] if labels else (
-                metric.labels(controller)
-            )  # fmt: skip
+            if name not in families:  # several controllers may share a registry
+                words = ("controller", *labels)
+                families[name] = kind(f"variator_{name}", text, words, registry=registry, **more)
+            if not labels:
+                return families[name].labels(controller)
+            return [families[name].labels(controller, level) for level in names]
 
         self.requests = made(Counter, "requests", "Requests answered, by level", "level")
         self.batches = made(Counter, "batches", "Batches run, by level", "level")
