@@ -235,7 +235,7 @@ def test_metrics_need_their_package(model, monkeypatch):
         ({"levels": (1, 2, 2)}, "levels must be different"),
         ({"levels": (1, {"ffn": 2})}, "levels must be a mapping of names"),
         ({"levels": (1, 3)}, "ratio must be 1"),
-        ({"levels": (1, 2)}, "profile must be of the levels"),
+        ({"profile": times().only(("1", "2"))}, "profile must hold the levels"),
         ({"levels": (2, 4), "profile": times(NAMES[1:3], (1, 2)), "max_ratio": 1}, "must leave"),
     ],
 )

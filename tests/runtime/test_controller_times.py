@@ -96,7 +96,7 @@ def test_a_profile_is_measured_once(tmp_path):
     second = vk.RatioController(model, target_seconds=2, **given)
     assert first.times == second.times == vk.LevelTimes.load(path)
     assert path.read_bytes() == written
-    with pytest.raises(ValueError, match="profile must be of the levels"):
+    with pytest.raises(ValueError, match="profile must hold the levels"):
         vk.RatioController(model, target_seconds=1, **given | {"levels": (1, 4)})
 
 

@@ -66,7 +66,7 @@ class RatioController:
         levels: from the least compressed to the most: ratios, mappings and plans as
             :func:`set_ratio` takes them, or a mapping of names to these. Ratios are called by
             their number, ``"4"``; others need names. Default: 1 and every ratio with plugins.
-        profile: a :class:`LevelTimes` of these levels; or a file, which is read if it is there
+        profile: a :class:`LevelTimes` with these levels; or a file, which is read if it is there
             and otherwise written; or None to measure now (seconds, see ``rows`` and ``lengths``).
         max_ratio: no level with a ratio above this is used (:attr:`max_ratio` can be set later).
         batch_tokens: of a full batch, as the server cuts them. Default 1024.
@@ -80,7 +80,7 @@ class RatioController:
 
     Raises:
         ValueError: an argument does not fit, the model is not patched or lacks plugins for a
-            level, or the profile is of other levels. ImportError: ``registry`` is given and
+            level, or the profile lacks one. ImportError: ``registry`` is given and
             ``prometheus_client`` is not installed.
     """
 
@@ -136,11 +136,7 @@ class RatioController:
                 times.save(path)
                 return times
             profile = LevelTimes.load(path)
-        if profile.names != self._names:
-            raise ValueError(
-                f"profile must be of the levels {self._names}, got one of {profile.names}"
-            )
-        return profile
+        return profile.only(self._names)
 
     @property
     def level(self) -> str:

@@ -65,6 +65,17 @@ class LevelTimes:
             value += a * ((high[j] if not b else high[j] + b * (high[j + 1] - high[j])) - value)
         return value * beyond_rows * beyond_lengths
 
+    def only(self, names: tuple[str, ...]) -> LevelTimes:
+        """Those of some levels, in this order.
+
+        Raises:
+            ValueError: one is not there.
+        """
+        if missing := [name for name in names if name not in self.names]:
+            raise ValueError(f"profile must hold the levels {names}, it lacks {missing}")
+        seconds = tuple(self.seconds[self.names.index(name)] for name in names)
+        return LevelTimes(names, self.rows, self.lengths, seconds)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write them to a JSON file, at once or not at all."""
         content = {"format": FORMAT, "written_by": __version__, **asdict(self)}
