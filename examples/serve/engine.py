@@ -12,7 +12,7 @@ import variator_kernels as vk
 
 from .settings import Settings
 
-ROWS, LENGTHS = (1, 2, 4, 8, 16), (8, 16, 32, 64, 128)
+ROWS, LENGTHS = (1, 2, 4, 8, 16), (8, 16, 32, 64)
 
 
 class Job(NamedTuple):
@@ -44,7 +44,7 @@ class Engine:
             vk.load_plugins(model, settings.plugins)
         self.model = vk.freeze(model)
         self.labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
-        vk.warm(model, levels, LENGTHS, ROWS)
+        vk.warm(model, levels, (LENGTHS[0], settings.most_tokens), (1, 2, 8))
         self.controller = vk.RatioController(
             model, target_seconds=settings.target, levels=levels, profile=settings.profile,
             max_ratio=settings.max_ratio or None, batch_tokens=settings.batch_tokens,

@@ -86,6 +86,10 @@ def test_measures_medians_by_its_clock():
             for n in table.lengths:
                 assert b * n / ratio <= table.predict(level, b, b * n) <= b * n / ratio + 2
     assert len(seen) == 2 * 2 * 2 * (2 + 3)
+    seen.clear()
+    short = measure(model, {"1": 1}, (1, 2), (4, 8), inputs, 1, lambda: now[0], most_tokens=8)
+    assert {(b, n) for b, n, _ in seen} == {(1, 4), (1, 8), (2, 4)}
+    assert short.seconds[0][1][1] == 2 * short.seconds[0][1][0]
 
 
 def test_a_profile_is_measured_once(tmp_path):

@@ -120,6 +120,7 @@ class RatioController:
         self._max_ratio: int | None = None
         sizes: dict[str, Any] = {"rows": rows, "lengths": lengths, "inputs": inputs}
         given = {name: value for name, value in sizes.items() if value is not None}
+        given["most_tokens"] = 2 * settings.batch_tokens
         self.times = self._profile(profile, given)
         """What was measured beforehand."""
         self._policy = Policy(self.times, settings)

@@ -17,8 +17,7 @@ from .warming import Inputs, random_inputs, warm
 
 ROWS, LENGTHS, REPEATS = (1, 4, 16, 32), (16, 32, 64, 128), 5
 MOST_TOKENS = 2048
-"""Of a cell that is measured by default: beyond the last one of a row of cells times grow in
-proportion to the tokens."""
+"""Of a cell that is measured by default."""
 
 
 def measure(
@@ -29,11 +28,12 @@ def measure(
     inputs: Inputs | None = None,
     repeats: int = REPEATS,
     clock: Callable[[], float] = time.perf_counter,
+    most_tokens: int = MOST_TOKENS,
 ) -> LevelTimes:
     """Medians on this machine, in seconds.
 
     Levels take turns, so that drift of the machine hits all alike. Cells of more than
-    :data:`MOST_TOKENS` tokens are not run, but counted in proportion to the largest that is.
+    ``most_tokens`` tokens are not run, but counted in proportion to the largest that is.
 
     Raises:
         ValueError: what :func:`warm` raises.
@@ -47,7 +47,7 @@ def measure(
     for b in rows:
         found: dict[str, list[float]] = {name: [] for name in levels}
         for n in lengths:
-            if found and n > lengths[0] and b * n > MOST_TOKENS:
+            if n > lengths[0] and b * n > most_tokens:
                 for cells in found.values():
                     cells.append(cells[-1] * n / lengths[len(cells) - 1])
                 continue
