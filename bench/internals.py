@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from variator_kernels import FeedForward, Plan, PluginWeights
+from variator_kernels import FeedForward, LevelTimes, Plan, PluginWeights
 from variator_kernels.methods.variator.config import configure
 from variator_kernels.ops import prepack
 from variator_kernels.ops.adapter_decompress import op as decompress_op
@@ -24,6 +24,10 @@ from variator_kernels.ops.grouped_attention.op import Attention
 from variator_kernels.ops.grouped_attention.reference import Visible
 from variator_kernels.ops.groups import Keep
 from variator_kernels.ops.make_groups import make_groups
+from variator_kernels.runtime.controller_policy import Batch as RunningBatch
+from variator_kernels.runtime.controller_policy import Policy as ControllerPolicy
+from variator_kernels.runtime.controller_policy import Settings as ControllerSettings
+from variator_kernels.runtime.controller_queue import Ticket
 from variator_kernels.runtime.state import states
 from variator_kernels.sites.families import FAMILIES
 from variator_kernels.sites.family import lookup
@@ -31,7 +35,10 @@ from variator_kernels.sites.feed_forward import describe, family_of
 from variator_kernels.sites.find import find
 from variator_kernels.sites.merged_cache import MergedLayer
 
-__all__ = ["DistanceBias", "describe"]
+__all__ = [
+    "ControllerPolicy", "ControllerSettings", "DistanceBias", "LevelTimes", "RunningBatch",
+    "Ticket", "describe",
+]  # fmt: skip
 
 
 def ffn_sublayers(model: nn.Module) -> list[Any]:

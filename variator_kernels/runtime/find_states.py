@@ -51,9 +51,10 @@ class _Found(NamedTuple):
             return None
         current: list[State] = []
         for top, state in self.tops:
-            module = top()
-            there: State | None = state()
-            if module is None or there is None or vars(module).get(STATE) is not there:
+            module, there = top(), state()
+            if there is None:
+                return None
+            if module is None or vars(module).get(STATE) is not there:
                 return None
             current.append(there)
         return current
