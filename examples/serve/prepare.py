@@ -32,6 +32,8 @@ LABELS = ("negative", "positive")
 BATCH = 64
 LEAST = 8
 """Training rows of fewer tokens are left out: SST-2 has many phrases of two or three words."""
+LONG = 16
+"""For plugins."""
 
 
 def minilm() -> str:
@@ -95,21 +97,40 @@ def finetune(base: str, train: Path, folder: Path, steps: int, bf16: bool) -> No
     model.save_pretrained(folder)
 
 
+def long_rows(tokenizer: Any, source: Path, target: Path) -> None:
+    """Sentences in which a group of plugins can be full."""
+    rows = read(source)
+    lengths = [len(ids) for ids in tokenizer([text for text, _ in rows])["input_ids"]]
+    with target.open("w", encoding="utf-8") as out:
+        out.write("sentence\tlabel\n")
+        for (text, label), length in zip(rows, lengths, strict=True):
+            if length >= LONG:
+                out.write(f"{text}\t{label}\n")
+
+
 def plugins(args: argparse.Namespace, original: Path, bf16: bool) -> None:
-    """Calibrated, then trained on the same sentences, all ratios in each step."""
-    options = {
-        "--model": original, "--data": args.data / "train.tsv", "--output": args.output / "plugins",
-        "--eval-data": args.data / "dev.tsv", "--calibrate": 600, "--splice": 1,
-        "--max_steps": args.plugin_steps, "--warmup_steps": min(30, args.plugin_steps),
-        "--learning_rate": 1.5e-3, "--layer_weight": 3, "--per_device_train_batch_size": 16,
-        "--ratios_per_step": len(args.ratios), "--save_steps": 100, "--logging_steps": 50,
-        "--attention": "eager", "--bf16": bf16,
-        "--use_cpu": not torch.cuda.is_available(), "--eval_steps": args.plugin_steps,
+    """Calibrated, then trained on the longer sentences, all ratios in each step: first on every
+    layer's output, then mostly on the last one's."""
+    data = args.output / "long.tsv"
+    long_rows(AutoTokenizer.from_pretrained(original), args.data / "train.tsv", data)
+    first, last = args.output / "layers", args.output / "plugins"
+    common = {
+        "--model": original, "--data": data, "--splice": 1, "--max_steps": args.plugin_steps,
+        "--warmup_steps": min(30, args.plugin_steps), "--per_device_train_batch_size": 16,
+        "--ratios_per_step": len(args.ratios), "--save_steps": 100, "--logging_steps": 100,
+        "--attention": "eager", "--bf16": bf16, "--use_cpu": not torch.cuda.is_available(),
+        "--lr_scheduler_type": "linear",
     }  # fmt: skip
-    words = [str(word) for pair in options.items() for word in pair]
-    ratios = ["--ratios", *map(str, args.ratios)]
-    command = [sys.executable, "-m", "variator_kernels.train", "adapt", *words, *ratios]
-    subprocess.run(command, cwd=ROOT, check=True)
+    stages: list[dict[str, Any]] = [
+        {"--output": first, "--calibrate": 600, "--learning_rate": 1.5e-3, "--layer_weight": 3},
+        {"--output": last, "--plugins": first, "--learning_rate": 1e-3, "--layer_weight": 0.3,
+         "--max_grad_norm": 10, "--eval-data": args.data / "dev.tsv", "--eval_strategy": "no"},
+    ]  # fmt: skip
+    for stage in stages:
+        words = [str(word) for pair in (common | stage).items() for word in pair]
+        ratios = ["--ratios", *map(str, args.ratios)]
+        command = [sys.executable, "-m", "variator_kernels.train", "adapt", *words, *ratios]
+        subprocess.run(command, cwd=ROOT, check=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -120,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT, help="default build/serve")
     parser.add_argument("--ratios", type=int, nargs="+", default=[2, 4, 8], help="default 2 4 8")
     parser.add_argument("--steps", type=int, default=500, help="of fine-tuning; default 500")
-    parser.add_argument("--plugin-steps", type=int, default=600, help="default 600")
+    parser.add_argument("--plugin-steps", type=int, default=800, help="each of two times; 800")
     args = parser.parse_args(arguments)
     bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
     original = args.output / "model"

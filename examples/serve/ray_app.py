@@ -3,14 +3,12 @@
 ``make serve`` starts it as ``config.yaml`` says.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from typing import Any
 
+import prometheus_client  # Ray copies classes with their globals, and no registry can be copied
 from fastapi import FastAPI, HTTPException, Response
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
 from ray.serve.handle import DeploymentHandle
@@ -33,7 +31,8 @@ class Classifier:
 
     def __init__(self) -> None:
         logging.getLogger("variator_kernels").setLevel(logging.INFO)
-        self.engine = Engine(Settings.read(), REGISTRY, serve.get_replica_context().replica_tag)
+        name = serve.get_replica_context().replica_id.unique_id
+        self.engine = Engine(Settings.read(), prometheus_client.REGISTRY, name)
         self.batcher: Batcher | None = None
 
     # Ray closes a batch after this time, whether or not the model is free; what waits then is
@@ -60,7 +59,7 @@ class Classifier:
         return self.engine.controller.status()
 
     def metrics(self) -> bytes:
-        return generate_latest(REGISTRY)
+        return prometheus_client.generate_latest()
 
 
 @serve.deployment(max_ongoing_requests=5000)
@@ -98,7 +97,8 @@ class Ingress:
     @api.get("/metrics")
     async def metrics(self) -> Response:
         """For Prometheus: of a replica, named in the label ``controller``."""
-        return Response(await self.ask("metrics"), media_type=CONTENT_TYPE_LATEST)
+        kind = prometheus_client.CONTENT_TYPE_LATEST
+        return Response(await self.ask("metrics"), media_type=kind)
 
 
-app = Ingress.bind(Classifier.bind())
+app = Ingress.bind(Classifier.bind())  # type: ignore[attr-defined]

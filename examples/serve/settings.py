@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "serve"
 
@@ -33,6 +34,9 @@ class Settings:
 
     @classmethod
     def read(cls) -> Settings:
-        given = {f.name: os.environ.get(f"SERVE_{f.name.upper()}") for f in fields(cls)}
-        kinds = {f.name: type(f.default) for f in fields(cls)}
-        return cls(**{k: kinds[k](v) for k, v in given.items() if v is not None})
+        given: dict[str, Any] = {}
+        for field in fields(cls):
+            text = os.environ.get(f"SERVE_{field.name.upper()}")
+            if text is not None:
+                given[field.name] = type(getattr(cls, field.name))(text)
+        return cls(**given)

@@ -9,7 +9,7 @@ each state is the same. (A patched module that is written into ``_modules`` by h
 from __future__ import annotations
 
 import weakref
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -56,7 +56,7 @@ class _Found(NamedTuple):
                 return None
             if module is None or vars(module).get(STATE) is not there:
                 return None
-            current.append(there)
+            current.append(cast(State, there))
         return current
 
 
