@@ -123,7 +123,7 @@ def slow_server():
 
 
 def test_the_load_waits_for_nobody(slow_server):
-    """Twenty requests within 0.1 s: the last one is answered after 20 times 30 ms, and counts so."""
+    """Twenty within 0.1 s: the last one is answered after 20 times 30 ms, and counts so."""
     requests = [trace.Request(0.005 * i, 1 if i == 3 else 0, 0) for i in range(20)]
     begin = time.perf_counter()
     found = generator.send(slow_server, requests, generator.bodies(TEXTS, 1))
