@@ -1,4 +1,5 @@
-"""The time of a switch of levels, over ratios and plans, while another thread runs the model."""
+"""The time of a switch of levels, and of a controller's batch, while another thread runs the
+model."""
 
 import itertools
 import threading
@@ -19,6 +20,8 @@ from .harness.results import Row
 
 RATIOS, LIMIT = (2, 4), 20.0
 ROWS, TOKENS, PAUSE = 2, 64, 1e-3
+BATCH, BEHIND = 16, 100
+"""Requests of a controller's batch, and those that wait behind it."""
 
 
 class Tensors(TorchDispatchMode):
@@ -74,7 +77,8 @@ def measure(name: str, rounds: int) -> list[Row]:
         with Tensors() as tensors:
             for level, _ in levels:
                 switch(level)
-        samples, forwards = _beside(model, ids, switch, levels, rounds)
+        turns = itertools.cycle(levels)
+        samples, forwards = _beside(model, ids, switch, lambda t=turns: next(t)[0], rounds)
         row |= {"tensors": tensors.made, "forwards": forwards}
         if wrong or tensors.made:
             reason = f"{len(wrong)} levels are others, {tensors.made} tensors were made"
@@ -82,13 +86,44 @@ def measure(name: str, rounds: int) -> list[Row]:
         else:
             row |= {"status": "ok", "samples": samples, **quartiles(samples)}
         rows.append(row)
-    return rows
+    return [*rows, _controlled(name, model, ids, rounds)]
+
+
+def _controlled(name: str, model: nn.Module, ids: torch.Tensor, rounds: int) -> Row:
+    """A controller's part of a batch, with others waiting: the choice, the switch and back."""
+    levels = (1, *RATIOS)
+    times = vk.LevelTimes(
+        tuple(map(str, levels)), (1, 16), (8, 64), tuple(((1e-3 / k, 0.1 / k),) * 2 for k in levels)
+    )
+    controller = vk.RatioController(model, target_seconds=1.0, levels=levels, profile=times)
+    for _ in range(BEHIND):
+        controller.arrive(20)
+
+    def run(tickets: Any) -> None:
+        with controller.batch(tickets):
+            pass
+
+    def arrive() -> Any:
+        return [controller.arrive(20) for _ in range(BATCH)]
+
+    samples, forwards = _beside(model, ids, run, arrive, rounds)
+    row: Row = {"case": "controller", "model": name, "arm": "controller's batch", "limit": 50.0}
+    row |= {"rows": BATCH, "waiting": BEHIND, "forwards": forwards}
+    status = controller.status()
+    if status["waiting_requests"] != BEHIND or status["running_batches"]:
+        return row | {"status": "failed", "reason": f"the controller's books are wrong: {status}"}
+    return row | {"status": "ok", "samples": samples, **quartiles(samples)}
 
 
 def _beside(
-    model: nn.Module, ids: torch.Tensor, switch: Callable[[Any], None], levels: Any, rounds: int
+    model: nn.Module,
+    ids: torch.Tensor,
+    switch: Callable[[Any], None],
+    prepare: Callable[[], Any],
+    rounds: int,
 ) -> tuple[list[float], int]:
-    """Microseconds of each switch, and how many forwards ran meanwhile in another thread."""
+    """Microseconds of ``switch`` on what ``prepare`` gives, and how many forwards ran meanwhile in
+    another thread."""  # fmt: skip
     stop, counted = threading.Event(), [0]
 
     @torch.no_grad()
@@ -104,10 +139,11 @@ def _beside(
         while not counted[0] and thread.is_alive():
             time.sleep(PAUSE)
         samples = []
-        for level, _ in itertools.islice(itertools.cycle(levels), rounds):
+        for _ in range(rounds):
+            given = prepare()
             time.sleep(PAUSE)  # without it this thread would hardly let the other run
             start = time.perf_counter()
-            switch(level)
+            switch(given)
             samples.append(1e6 * (time.perf_counter() - start))
     finally:
         stop.set()

@@ -43,6 +43,8 @@ def test_switches_are_timed_beside_a_thread(tiny_bert, tmp_path):
     code, rows = run(tiny_bert, tmp_path)
     switches = [row for row in rows if row["case"] == "switch"]
     assert code == 0 and [row["arm"] for row in switches] == ["set_ratio", "use_ratio"]
+    (controller,) = [row for row in rows if row["case"] == "controller"]
+    assert controller["status"] == "ok" and len(controller["samples"]) == 5
     for row in switches:
         assert row["status"] == "ok" and len(row["samples"]) == 5 and row["forwards"] > 0
         assert row["tensors"] == 0 and row["limit"] == 20.0
