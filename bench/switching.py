@@ -1,6 +1,7 @@
 """The time of a switch of levels, and of a controller's batch, while another thread runs the
 model."""
 
+import functools
 import itertools
 import threading
 import time
@@ -77,8 +78,8 @@ def measure(name: str, rounds: int) -> list[Row]:
         with Tensors() as tensors:
             for level, _ in levels:
                 switch(level)
-        turns = itertools.cycle(levels)
-        samples, forwards = _beside(model, ids, switch, lambda t=turns: next(t)[0], rounds)
+        turns = itertools.cycle([level for level, _ in levels])
+        samples, forwards = _beside(model, ids, switch, functools.partial(next, turns), rounds)
         row |= {"tensors": tensors.made, "forwards": forwards}
         if wrong or tensors.made:
             reason = f"{len(wrong)} levels are others, {tensors.made} tensors were made"

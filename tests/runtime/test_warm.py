@@ -67,11 +67,13 @@ def test_one_graph_a_level():
     torch._dynamo.reset()
 
 
-def test_more_levels_than_graphs(monkeypatch):
+def test_more_levels_than_graphs():
     model = tiny.patched("bert")
     made, compiled = compiled_with(model)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    with pytest.raises(ValueError, match=r"levels must be at most .*recompile_limit, 2, .* got 3"):
+    with (
+        torch._dynamo.config.patch(recompile_limit=2),
+        pytest.raises(ValueError, match=r"levels must be at most .*recompile_limit, 2, .* got 3"),
+    ):
         vk.warm(made, LEVELS, (8,))
     assert not compiled
 

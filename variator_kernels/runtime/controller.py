@@ -194,7 +194,7 @@ class RatioController:
         """A request that waits will not be run; one that does not wait is let be."""
         with self._lock:
             if ticket in self._policy.waiting.tickets:
-                self._policy.waiting.leave(ticket)
+                self._policy.waiting.leave((ticket,))
 
     @contextmanager
     def batch(self, tickets: Sequence[Ticket]) -> Iterator[Choice]:
@@ -216,7 +216,8 @@ class RatioController:
                     "tickets must be at least one, each once, and ask for the same level, got "
                     f"{len(tickets)} that ask for {len(asked)} levels"
                 )
-            if missing := sum(ticket not in waiting for ticket in tickets):
+            if not all(map(waiting.__contains__, tickets)):
+                missing = sum(ticket not in waiting for ticket in tickets)
                 raise ValueError(f"tickets must wait, {missing} of {len(tickets)} do not")
             now, before = self._clock(), policy.level
             running = policy.begin(now, tickets, next(iter(asked)))

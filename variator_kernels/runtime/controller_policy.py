@@ -82,12 +82,12 @@ class Policy:
         self.running: dict[Batch, None] = {}
         self._ended = -1e300
         self._calm_since: float | None = None
+        self._fulls: dict[int, tuple[int, float]] = {}
         self._calm_level = 0
 
     def begin(self, now: float, tickets: Sequence[Ticket], fixed: int | None) -> Batch:
         """A batch of tickets, which no longer wait; ``fixed``: the level that they ask for."""
-        for ticket in tickets:
-            self.waiting.leave(ticket)
+        self.waiting.leave(tickets)
         batch = Batch(now, tickets)
         if fixed is None:
             self._choose(now, batch)
@@ -116,9 +116,14 @@ class Policy:
         return full / self._full(level)
 
     def _full(self, level: int) -> float:
-        length = max(self.waiting.length, 1.0)
-        full = self.settings.batch_tokens
-        return self.times.predict(level, max(full / length, 1.0), full)
+        """Seconds of a full batch of requests of the usual length."""
+        length = round(self.waiting.length) or 1
+        known = self._fulls.get(level)
+        if known is None or known[0] != length:
+            full = self.settings.batch_tokens
+            seconds = self.times.predict(level, max(full / length, 1.0), full)
+            known = self._fulls[level] = length, seconds
+        return known[1]
 
     def _drain(self, level: int, rows: int, tokens: int) -> float:
         """Seconds until so many have been worked off, in full batches and a rest."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 
 class Ticket:
@@ -60,24 +61,22 @@ class Waiting:
         self.length = 0.0
         """Tokens a request, averaged over the last ones."""
 
-    def _load(self, ticket: Ticket) -> Load:
-        return self.free if ticket.level is None else self.fixed[ticket.level]
-
     def arrive(self, ticket: Ticket) -> None:
         self.tickets[ticket] = None
-        load = self._load(ticket)
+        load = self.free if ticket.level is None else self.fixed[ticket.level]
         load.rows += 1
         load.tokens += ticket.tokens
         load.rate.add(ticket.arrived, ticket.tokens)
         share = 0.02 if self.length else 1.0
         self.length += share * (ticket.tokens - self.length)
 
-    def leave(self, ticket: Ticket) -> None:
-        """Raises KeyError: it does not wait."""
-        del self.tickets[ticket]
-        load = self._load(ticket)
-        load.rows -= 1
-        load.tokens -= ticket.tokens
+    def leave(self, tickets: Iterable[Ticket]) -> None:
+        """Raises KeyError: one does not wait."""
+        for ticket in tickets:
+            del self.tickets[ticket]
+            load = self.free if ticket.level is None else self.fixed[ticket.level]
+            load.rows -= 1
+            load.tokens -= ticket.tokens
 
     @property
     def rows(self) -> int:

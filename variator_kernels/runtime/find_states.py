@@ -8,6 +8,7 @@ each state is the same. (A patched module that is written into ``_modules`` by h
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import NamedTuple, cast
 
@@ -28,56 +29,52 @@ def _registered(module: nn.Module, name: str, submodule: nn.Module | None) -> No
 register_module_module_registration_hook(_registered)
 
 
-class _Link(NamedTuple):
-    parent: weakref.ref[nn.Module]
-    name: str
-    child: weakref.ref[nn.Module]
-
-    def holds(self) -> bool:
-        parent = self.parent()
-        return parent is not None and parent._modules.get(self.name) is self.child()
-
-
 class _Found(NamedTuple):
     """Weak references alone: it keeps nothing alive."""
 
+    model: weakref.ref[nn.Module]
     changes: int
-    links: tuple[_Link, ...]
+    links: tuple[tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]], ...]
+    """Parent, name and child: the way to the states."""
     tops: tuple[tuple[weakref.ref[nn.Module], weakref.ref[State]], ...]
-
-    def states(self) -> list[State] | None:
-        """Those that were found; None if something has changed."""
-        if self.changes != _Changes.number or not all(link.holds() for link in self.links):
-            return None
-        current: list[State] = []
-        for top, state in self.tops:
-            module, there = top(), state()
-            if there is None:
-                return None
-            if module is None or vars(module).get(STATE) is not there:
-                return None
-            current.append(cast(State, there))
-        return current
+    """Of each state the first module that holds it."""
 
 
-_found: weakref.WeakKeyDictionary[nn.Module, _Found] = weakref.WeakKeyDictionary()
+_found: dict[int, _Found] = {}
+"""By the model's ``id``."""
 
 
 def found(model: nn.Module) -> list[State]:
     """What :func:`states` gives, and raises; fast the second time."""
-    known = _found.get(model) if isinstance(model, nn.Module) else None
-    current = None if known is None else known.states()
-    if current is None:
-        changes = _Changes.number
-        current = states(model)
-        _found[model] = _looked_up(model, changes, current)
+    known = _found.get(id(model))
+    if known is not None and known.model() is model and known.changes == _Changes.number:
+        current = _still_there(known)
+        if current is not None:
+            return current
+    changes = _Changes.number
+    listed = states(model)
+    _found[id(model)] = _looked_up(model, changes, listed)
+    return listed
+
+
+def _still_there(known: _Found) -> list[State] | None:
+    """The states that were found; None if the way to one is another now."""
+    for parent, name, child in known.links:
+        above = parent()
+        if above is None or above._modules.get(name) is not child():
+            return None
+    current: list[State] = []
+    for top, state in known.tops:
+        module, there = top(), state()
+        if there is None or module is None or vars(module).get(STATE) is not there:
+            return None
+        current.append(cast(State, there))
     return current
 
 
 def _looked_up(model: nn.Module, changes: int, current: list[State]) -> _Found:
-    """Of each state the first module that holds it, and the way there."""
     tops: dict[State, nn.Module] = {}
-    links: dict[str, _Link] = {}
+    links: dict[str, tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]] = {}
     for path, module in model.named_modules():
         state = vars(module).get(STATE)
         if state is None or state in tops:
@@ -87,8 +84,14 @@ def _looked_up(model: nn.Module, changes: int, current: list[State]) -> _Found:
         for depth, name in enumerate(names):
             child = parent._modules[name]
             assert child is not None
-            key = ".".join(names[: depth + 1])
-            links[key] = _Link(weakref.ref(parent), name, weakref.ref(child))
+            links[".".join(names[: depth + 1])] = weakref.ref(parent), name, weakref.ref(child)
             parent = child
     pairs = tuple((weakref.ref(tops[state]), weakref.ref(state)) for state in current)
-    return _Found(changes, tuple(links.values()), pairs)
+    gone = functools.partial(_gone, id(model))
+    return _Found(weakref.ref(model, gone), changes, tuple(links.values()), pairs)
+
+
+def _gone(key: int, model: weakref.ref[nn.Module]) -> None:
+    known = _found.get(key)
+    if known is not None and known.model is model:  # and not of a new model in its place
+        del _found[key]
