@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add("--server", choices=KINDS, default="fastapi", help="default fastapi")
     add("--folder", type=Path, default=OUTPUT, help="of examples.serve.prepare; build/serve")
     add("--data", type=Path, default=machine.DATA / "sst2", help="folder with dev.tsv")
-    add("--levels", type=options.words, default=["1", "2", "4", "8"], help="default 1,2,4,8")
+    add("--levels", type=options.words, default=["1", "2", "4"], help="default 1,2,4")
     add("--seconds", type=float, default=30.0, help="of each of the three phases; default 30")
     add("--burst", type=float, default=1.3, help="times what dense can serve; default 1.3")
     add("--soak", type=float, default=600.0, help="seconds at the burst's load; default 600")
@@ -177,7 +177,11 @@ def main(arguments: list[str] | None = None) -> int:
     settings = {name: getattr(args, name) for name in names}
     console = options.screen()
     content = results.result("dynamic_load", settings, {"name": "minilm-sst2"})
-    say = lambda row: console.print(table.line(row), highlight=False)  # noqa: E731
+
+    def say(row: Row) -> None:
+        console.print(table.line(row), highlight=False)
+        sys.stdout.flush()
+
     try:
         run = Run(args, folder / "dynamic_load_server.log")
         if "trace" in args.parts:

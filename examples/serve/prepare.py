@@ -139,9 +139,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default=minilm(), help="folder or hub name; default MiniLM")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with train.tsv, dev.tsv")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="default build/serve")
-    parser.add_argument("--ratios", type=int, nargs="+", default=[2, 4, 8], help="default 2 4 8")
+    parser.add_argument("--ratios", type=int, nargs="+", default=[2, 4], help="default 2 4")
     parser.add_argument("--steps", type=int, default=500, help="of fine-tuning; default 500")
-    parser.add_argument("--plugin-steps", type=int, default=1000, help="each of two times; 1000")
+    parser.add_argument("--plugin-steps", type=int, default=1200, help="each of two times; 1200")
     args = parser.parse_args(arguments)
     bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
     original = args.output / "model"

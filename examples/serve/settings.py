@@ -18,7 +18,7 @@ class Settings:
     plugins: str = str(FOLDER / "plugins")
     profile: str = str(FOLDER / "profile.json")
     """Measured at the first start; delete it when the machine has become another."""
-    levels: str = "1,2,4,8"
+    levels: str = "1,2,4"
     target: float = 0.25
     """Seconds from a request's arrival to its answer."""
     max_ratio: int = 0

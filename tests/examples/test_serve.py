@@ -184,4 +184,4 @@ def test_settings_come_from_the_environment(monkeypatch) -> None:
     monkeypatch.setenv("SERVE_TARGET", "0.5")
     monkeypatch.setenv("SERVE_THREADS", "2")
     got = Settings.read()
-    assert (got.target, got.threads, got.levels) == (0.5, 2, "1,2,4,8")
+    assert (got.target, got.threads, got.levels) == (0.5, 2, "1,2,4")
