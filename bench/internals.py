@@ -4,6 +4,7 @@ The tools for Triton's launch table (``bench/tools``) use ``variator_kernels.tri
 besides, and ``bench/quality`` the data helpers of ``variator_kernels.train``.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from variator_kernels import FeedForward, PluginWeights
+from variator_kernels import FeedForward, LevelTimes, Plan, PluginWeights
 from variator_kernels.methods.variator.config import configure
 from variator_kernels.ops import prepack
 from variator_kernels.ops.adapter_decompress import op as decompress_op
@@ -23,6 +24,10 @@ from variator_kernels.ops.grouped_attention.op import Attention
 from variator_kernels.ops.grouped_attention.reference import Visible
 from variator_kernels.ops.groups import Keep
 from variator_kernels.ops.make_groups import make_groups
+from variator_kernels.runtime.controller_policy import Batch as RunningBatch
+from variator_kernels.runtime.controller_policy import Policy as ControllerPolicy
+from variator_kernels.runtime.controller_policy import Settings as ControllerSettings
+from variator_kernels.runtime.controller_queue import Ticket
 from variator_kernels.runtime.state import states
 from variator_kernels.sites.families import FAMILIES
 from variator_kernels.sites.family import lookup
@@ -30,7 +35,10 @@ from variator_kernels.sites.feed_forward import describe, family_of
 from variator_kernels.sites.find import find
 from variator_kernels.sites.merged_cache import MergedLayer
 
-__all__ = ["DistanceBias", "describe"]
+__all__ = [
+    "ControllerPolicy", "ControllerSettings", "DistanceBias", "LevelTimes", "RunningBatch",
+    "Ticket", "describe",
+]  # fmt: skip
 
 
 def ffn_sublayers(model: nn.Module) -> list[Any]:
@@ -244,3 +252,16 @@ def triton_attention(
         triton.grouped_attention_backward(d_out, call)
 
     return lambda: triton.grouped_attention(call), backward
+
+
+def level(model: nn.Module) -> tuple[int, ...]:
+    """The ratios of all sites that hold here."""
+    return states(model)[0].current().ratios
+
+
+def plan_of(model: nn.Module, ratios: Iterable[int]) -> Plan:
+    """A plan that nothing chose: these ratios in turn over the sites of a model."""
+    sites, given = states(model)[0].sites, itertools.cycle(ratios)
+    numbers = {"limit": 1.0, "predicted_cost": 1.0, "cost": 1.0, "loss": 0.0}
+    chosen = tuple(next(given) for _ in sites)
+    return Plan(sites, chosen, asked="cost", measure="flops", **numbers)

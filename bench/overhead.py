@@ -1,11 +1,11 @@
-"""Python overhead: the time of a patched FFN sublayer beyond its op, on a small input.
+"""Python overhead: of a patched FFN sublayer beyond its op, on a small input; and of a switch.
 
 The FFN is small too (32 x 48), whatever the model: Python does not look at sizes, and a weight that
 is streamed from memory would take a hundred times as long as what is measured.
 The sublayer is called inside a forward of its encoder. The bare op,
 ``torch.ops.variator.compressed_ffn``, gets the arguments that the sublayer gave it. The two take
 turns, and their outputs must be equal before and after; otherwise there is no number, and the exit
-code is 1.
+code is 1. Switches of levels are timed while another thread runs the model: ``switching.py``.
 """
 
 import sys
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import variator_kernels as vk
 
-from . import internals
+from . import internals, switching
 from .cases import models
 from .harness import options, results, tables
 from .harness.clock import Wall, quartiles
@@ -81,10 +81,13 @@ def measure(name: str, rounds: int) -> Row:
 
 
 def _microseconds(name: str) -> tables.Column:
-    return tables.number(f"{name}, µs", lambda row: row[name], ".1f")
+    return tables.number(f"{name}, µs", lambda row: row.get(name), ".1f")
 
 
-COLUMNS = [tables.key("model", "model"), *map(_microseconds, ("op", "median", "q1", "q3"))]
+COLUMNS = [
+    tables.key("model", "model"), tables.key("what", "arm"),
+    *map(_microseconds, ("op", "median", "q1", "q3")),
+]  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -100,10 +103,12 @@ def main(arguments: list[str] | None = None) -> int:
     content = results.result("overhead", settings, {"name": ", ".join(args.model)})
     try:
         content["rows"] = [measure(name, args.rounds) for name in args.model]
+        for name in args.model:
+            content["rows"] += switching.measure(name, args.rounds)
     except ValueError as error:
         made.error(str(error))
     path = results.folder(args.output, args.publish) / "overhead.json"
-    title = f"a patched sublayer beyond its op, 1 x {TOKENS} tokens, k={RATIO}"
+    title = f"a patched sublayer beyond its op, 1 x {TOKENS} tokens, k={RATIO}; a switch"
     table = tables.screen(title, COLUMNS, content["rows"], note=_note)
     return options.finish(content, path, options.screen(), table)
 

@@ -14,9 +14,12 @@ from .ops import flop_formulas
 from .ops.feed_forward import FeedForward, PluginWeights
 from .patching import patch, patch_bert, patch_llama, patch_t5, unpatch
 from .planning import plan
+from .runtime.controller import RatioController
+from .runtime.controller_times import LevelTimes
 from .runtime.keep import keep
 from .runtime.levels import set_ratio, use_ratio
 from .runtime.plan import Plan
+from .runtime.warming import warm
 from .sites.attention_paths import AttentionPaths
 from .sites.family import Family
 from .version import __version__
@@ -28,9 +31,11 @@ __all__ = [
     "Family",
     "FeedForward",
     "GroupMerge",
+    "LevelTimes",
     "Plan",
     "Plugin",
     "PluginWeights",
+    "RatioController",
     "__version__",
     "analysis",
     "calibrate",
@@ -51,6 +56,7 @@ __all__ = [
     "thaw",
     "unpatch",
     "use_ratio",
+    "warm",
 ]
 
 flop_formulas.register()

@@ -15,9 +15,14 @@ def run(model, folder):
     return code, json.loads((folder / "overhead.json").read_text())["rows"]
 
 
+def sublayers(found):
+    code, rows = found
+    return code, [row for row in rows if row["case"] == "overhead"]
+
+
 @KERNELS
 def test_measures_a_sublayer(tiny, tmp_path):
-    code, (row,) = run(tiny, tmp_path)
+    code, (row,) = sublayers(run(tiny, tmp_path))
     assert code == 0 and row["status"] == "ok" and len(row["samples"]) == 5
     assert row["q1"] <= row["median"] <= row["q3"]
 
@@ -30,5 +35,24 @@ def test_measures_a_bert(tiny_bert, tmp_path):
 @KERNELS
 def test_other_outputs_have_no_number(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(internals, "ffn_sublayers", lambda model: [lambda x: x + 1])
-    code, (row,) = run(tiny, tmp_path)
+    code, (row,) = sublayers(run(tiny, tmp_path))
     assert code == 1 and row["status"] == "failed" and "median" not in row
+
+
+def test_switches_are_timed_beside_a_thread(tiny_bert, tmp_path):
+    code, rows = run(tiny_bert, tmp_path)
+    switches = [row for row in rows if row["case"] == "switch"]
+    assert code == 0 and [row["arm"] for row in switches] == ["set_ratio", "use_ratio"]
+    (controller,) = [row for row in rows if row["case"] == "controller"]
+    assert controller["status"] == "ok" and len(controller["samples"]) == 5
+    for row in switches:
+        assert row["status"] == "ok" and len(row["samples"]) == 5 and row["forwards"] > 0
+        assert row["tensors"] == 0 and row["limit"] == 20.0
+
+
+def test_a_switch_to_another_level_has_no_number(tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.setattr(internals, "level", lambda model: (1, 1))
+    code, rows = run(tiny_bert, tmp_path)
+    assert code == 1
+    failed = [row for row in rows if row["case"] == "switch"]
+    assert all(row["status"] == "failed" and "median" not in row for row in failed)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.checks import readable
-from .state import kept_masks, states
+from .find_states import found
+from .state import kept_masks
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def keep(model: nn.Module, mask: Tensor) -> Iterator[nn.Module]:
         another number of dimensions or other values. In the forward: its shape is not that of the
         hidden states, or the forward is exported or traced (the program would hold this mask).
     """
-    chosen = dict.fromkeys(states(model), _checked(mask))
+    chosen = dict.fromkeys(found(model), _checked(mask))
     outer = kept_masks.get()
     kept_masks.set({**outer, **chosen})
     for state in chosen:

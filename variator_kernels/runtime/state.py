@@ -19,10 +19,13 @@ from . import level as levels
 from .context import Context, check_kept
 from .kept import Kept, are_among
 from .level import Level
+from .plan import Plan
 from .site import Site
 
 STATE = "variator_state"
 """The attribute under which every patched module refers to its model's :class:`State`."""
+MOST_LEVELS = 64
+"""That are kept resolved."""
 Observer = Callable[[nn.Module, Tensor, "Tensor | None", int], None]
 
 
@@ -98,14 +101,19 @@ class State:
         self.trained: set[tuple[str, int]] = set()
         """Placements and ratios."""
         self.warned = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """What no copy takes over."""
         self.local = _Local()
+        self._levels: dict[Any, tuple[Any, Level]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "local"}
+        return {k: value for k, value in vars(self).items() if k not in ("local", "_levels")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.local = _Local()
+        self._begin()
 
     @property
     def ratios(self) -> tuple[int, ...]:
@@ -135,7 +143,17 @@ class State:
 
     def check(self, ratio: object) -> Level:
         """The level that ``ratio`` asks for, if this model has its plugins."""
-        return levels.resolve(ratio, self.sites, self.method.placements, self.owners)
+        if type(ratio) is not int and not isinstance(ratio, Plan):
+            return levels.resolve(ratio, self.sites, self.method.placements, self.owners)
+        # Numbers and plans cannot change, nor do sites and placements: resolved once.
+        key = ratio if type(ratio) is int else ("plan", id(ratio))
+        known = self._levels.get(key)
+        if known is None:
+            level = levels.resolve(ratio, self.sites, self.method.placements, self.owners)
+            if len(self._levels) >= MOST_LEVELS:
+                self._levels = {}
+            known = self._levels[key] = ratio, level  # holds the plan, so its id is no other's
+        return known[1]
 
     def current(self) -> Level:
         """The level that holds here: :func:`~.levels.use_ratio`'s, else ``set_ratio``'s."""

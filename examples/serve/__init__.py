@@ -1,0 +1,1 @@
+"""A sentiment server whose compression follows the load."""
