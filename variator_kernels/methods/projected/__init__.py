@@ -1,0 +1,1 @@
+"""Projected Compression (arXiv 2506.22255): smaller matrices, made of frozen ones by projections."""
