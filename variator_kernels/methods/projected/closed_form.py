@@ -1,0 +1,3 @@
+"""placeholder"""
+def closed_form(*a):
+    raise NotImplementedError
