@@ -106,10 +106,11 @@ def skeleton(model: Any, layout: Layout, sizes: Sizes, untied: bool) -> Any:
     if untied:
         config.tie_word_embeddings = False
     small = plain(model, config)
-    if untied or (layout.head and not layout.tied):
-        head: Any = small.get_submodule(layout.head)
-        head.weight = nn.Parameter(head.weight.detach().clone())
+    share_alike(model, small, apart=f"{layout.head}.weight" if untied else "")
     originals = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in small.named_parameters():
+        if name in originals:  # a T5 in fp16 has some in fp32
+            parameter.data = parameter.data.to(originals[name].dtype)
     found = dict(small.named_parameters(remove_duplicate=False))
     if found.keys() != originals.keys():
         raise ValueError(
@@ -127,20 +128,60 @@ def skeleton(model: Any, layout: Layout, sizes: Sizes, untied: bool) -> Any:
                     "not know it"
                 )
             found[name].copy_(value)
-        buffers = dict(small.named_buffers())
-        for name, value in model.named_buffers():
-            if name in buffers and name in model.state_dict() and buffers[name].shape == value.shape:
-                buffers[name].copy_(value)
+        copy_buffers(model, small)
     return small
+
+
+def copy_buffers(source: nn.Module, target: nn.Module) -> None:
+    """Those that are saved; others are made by the class."""
+    saved, own = source.state_dict(), dict(source.named_buffers())
+    for name, value in target.named_buffers():
+        if name in saved and name in own:
+            value.copy_(own[name])
 
 
 def plain(model: Any, config: Any) -> Any:
     """A fresh model of the class of ``model``, on its device and in its dtype, in evaluation; the
     caller's random numbers stay as they are."""
     weight = next(p for p in model.parameters() if p.is_floating_point())
-    with torch.random.fork_rng(devices=[]):
-        made = type(model)(config)
-    made.to(weight.device, weight.dtype)
+    # As from_pretrained does: constants that are buffers are rounded to this dtype, once.
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(weight.dtype)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            made = type(model)(config)
+    finally:
+        torch.set_default_dtype(default)
+    made.to(weight.device)
     if getattr(model, "generation_config", None) is not None:
         made.generation_config = model.generation_config
     return made.eval()
+
+
+def share_alike(source: nn.Module, target: nn.Module, apart: str = "") -> None:
+    """Parameters of ``target`` are one where those of ``source`` are, and nowhere else, whatever
+    its class ties. ``apart``: the name of one that is its own."""
+    parts = dict(target.named_modules(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
+    for name, module in source.named_modules(remove_duplicate=False):
+        if name not in parts:
+            continue  # what holds P and A
+        own = {key: id(value) for key, value in module._parameters.items() if value is not None}
+        if composition.is_composed(module):
+            own[composition.WEIGHT] = id(composition.addition_of(module))
+        for key, identity in own.items():
+            full = f"{name}.{key}" if name else key
+            names.setdefault(-1 if full == apart else identity, []).append(full)
+    taken: set[int] = set()
+    for first, *others in names.values():
+        place, _, leaf = first.rpartition(".")
+        parameter = parts[place]._parameters.get(leaf)
+        if parameter is None:
+            continue
+        if id(parameter) in taken:
+            parameter = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            parts[place]._parameters[leaf] = parameter
+        taken.add(id(parameter))
+        for other in others:
+            place, _, leaf = other.rpartition(".")
+            parts[place]._parameters[leaf] = parameter

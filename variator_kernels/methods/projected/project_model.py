@@ -15,9 +15,9 @@ from ... import checks
 from ...sites.layout import Layout, layout_of
 from . import calibration_data as data
 from . import constants, importance, sizes
-from .assemble import Builder, plain
+from .assemble import Builder, copy_buffers, plain, share_alike
 from .closed_form import closed_form
-from .composition import addition_of, composed, is_composed
+from .composition import is_composed
 from .selection import select
 from .sizes import Sizes
 
@@ -178,37 +178,9 @@ def merge(small: Any) -> Any:
             f"small must be a model that vk.project made, got a {type(small).__name__}"
         )
     merged = plain(small, copy.deepcopy(small.config))
-    values = dict(small.named_parameters(remove_duplicate=False))
-    places = {name: getattr(module, "weight") for name, module in _weights(small)}
-    apart = _own_head(small, merged)
-    for name, parameter in merged.named_parameters(remove_duplicate=False):
+    share_alike(small, merged)
+    for name, parameter in merged.named_parameters():
         path, _, leaf = name.rpartition(".")
-        value = places[path] if leaf == "weight" and path in places else values[name]
-        parameter.copy_(value)
-    del apart
-    buffers = dict(small.named_buffers())
-    for name, value in merged.named_buffers():
-        if name in buffers:
-            value.copy_(buffers[name])
+        parameter.data = getattr(small.get_submodule(path), leaf).detach().clone()
+    copy_buffers(small, merged)
     return merged.train(small.training)
-
-
-def _weights(small: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in small.named_modules() if is_composed(module)]
-
-
-def _own_head(small: Any, merged: Any) -> None:
-    """A head that is its own in ``small`` is so in ``merged``, whatever its class ties."""
-    head, embedding = small.get_output_embeddings(), small.get_input_embeddings()
-    theirs = merged.get_output_embeddings()
-    if head is None or theirs is None or theirs.weight is not merged.get_input_embeddings().weight:
-        return
-    if is_composed(head) and is_composed(embedding):
-        same = addition_of(head) is addition_of(embedding)
-    else:
-        same = head.weight is embedding.weight
-    if not same:
-        theirs.weight = nn.Parameter(theirs.weight.detach().clone())
-
-
-__all__ = ["Projection", "composed", "is_projected", "merge", "project"]
