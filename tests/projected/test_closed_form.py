@@ -78,10 +78,15 @@ def test_ffn_alone_is_least_squares(name, monkeypatch):
     given = [cases.batch(model, seed) for seed in range(4)]
     small = vk.project(model, given, ffn=20, start="pca")
     part = next(part for part in layout.sublayers if part.inner)
-    first, last = composition_of(small.get_submodule(part.reads[0])), small.get_submodule(part.writes)
+    first, last = (
+        composition_of(small.get_submodule(part.reads[0])),
+        small.get_submodule(part.writes),
+    )
     kept = first.p_out.argmax(1)
     seen = []
-    hook = model.get_submodule(part.writes).register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    hook = model.get_submodule(part.writes).register_forward_pre_hook(
+        lambda m, a: seen.append(a[0])
+    )
     for inputs in given:
         cases.output(model, inputs)
         if "attention_mask" in inputs:

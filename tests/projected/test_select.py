@@ -74,14 +74,18 @@ def test_equals_the_hard_pruned_model(name):
     layout = layout_of(model)
     d = getattr(model.config, layout.hidden_field)
     sizes = {"ffn": 26} if layout.residual is None else {"ffn": 26, "hidden": d * 3 // 4}
-    small = vk.project(model, hidden=sizes.get("hidden"), ffn=26, start="select", importance="weight")
+    small = vk.project(
+        model, hidden=sizes.get("hidden"), ffn=26, start="select", importance="weight"
+    )
     truth, inputs = pruned(model, sizes.get("hidden", d), 26, "weight"), cases.batch(model, 2)
     expected = cases.output(truth, inputs)
     torch.testing.assert_close(cases.output(small, inputs), expected, rtol=1e-10, atol=1e-10)
     merged = cases.output(vk.merge(small), inputs)
     torch.testing.assert_close(merged, expected, rtol=1e-10, atol=1e-10)
     # The hard-pruned model was no other's: without the last dimension it says something else.
-    other = vk.project(model, hidden=sizes.get("hidden"), ffn=25, start="select", importance="weight")
+    other = vk.project(
+        model, hidden=sizes.get("hidden"), ffn=25, start="select", importance="weight"
+    )
     assert not torch.allclose(cases.output(other, inputs), expected)
 
 
@@ -117,7 +121,5 @@ def test_padding_does_not_count():
     garbage = {k: v.clone() for k, v in inputs.items()}
     garbage["input_ids"][inputs["attention_mask"] == 0] = 7
     for start in ("select", "pca"):
-        one, two = (
-            vk.project(model, [given], 0.7, start=start) for given in (inputs, garbage)
-        )
+        one, two = (vk.project(model, [given], 0.7, start=start) for given in (inputs, garbage))
         torch.testing.assert_close(cases.output(one, inputs), cases.output(two, inputs))

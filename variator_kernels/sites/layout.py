@@ -32,7 +32,9 @@ def layout_of(model: Any) -> Layout:
             f"{type(model).__name__} of model_type {kind!r}"
         )
     if is_patched(model):
-        raise ValueError("model must not be patched: unpatch() it, project it, and patch the result")
+        raise ValueError(
+            "model must not be patched: unpatch() it, project it, and patch the result"
+        )
     check_values(model)
     for name, module in model.named_modules():
         if "_hf_hook" in module.__dict__:
@@ -112,9 +114,7 @@ def _ffn_alone(model: Any, kind: str) -> Layout:
         blocks.append(Block(names[id(block)], (part,)))
     stack = Blocks(names[id(found.encoder)], tuple(blocks), "")
     hidden = "dim" if hasattr(found.encoder.config, "dim") else "hidden_size"
-    return Layout(
-        kind, (stack,), fixed=WHY_FIXED, hidden_field=hidden, ffn_field=row.inner_size
-    )
+    return Layout(kind, (stack,), fixed=WHY_FIXED, hidden_field=hidden, ffn_field=row.inner_size)
 
 
 def _at(model: nn.Module, name: str) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ... import checks
+from ...sites import classes
 from ...sites.layout import Layout, layout_of
 from . import calibration_data as data
 from . import constants, importance, sizes
@@ -132,6 +133,8 @@ def project(
             closed_form(builder, scores, chosen, own, fold, given)
     small = builder.finish()
     setattr(small, PROJECTION, made)
+    for notify in classes.when_patched:
+        notify()  # what transformers saves of it
     return small
 
 

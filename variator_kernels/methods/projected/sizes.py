@@ -18,9 +18,8 @@ GRAINS = (64, 32, 16, 8, 4, 2, 1)
 """Sizes are multiples of the first of these that serves; kernels like the first best."""
 NEAR = 0.02
 """How far below the share that is asked for the sizes' own may lie,"""
-BALANCE = 0.15
-"""and how much narrower one of the widths may become than the other, as parts of their originals
-(a logarithm)."""
+EVEN = 0.3
+"""and how far apart the widths' own shares (their logarithms), before a finer grain is tried."""
 
 
 class Sizes(NamedTuple):
@@ -41,7 +40,11 @@ def narrowed(model: Any, layout: Layout, sizes: Sizes) -> Any:
     """
     config = copy.deepcopy(model.config)
     row = layout.residual
-    if row is not None and row.head_size == "head_dim" and sizes.hidden != sizes_of(model, layout)[0]:
+    if (
+        row is not None
+        and row.head_size == "head_dim"
+        and sizes.hidden != sizes_of(model, layout)[0]
+    ):
         if getattr(config, "head_dim", None) is None:
             config.head_dim = getattr(config, layout.hidden_field) // config.num_attention_heads
     setattr(config, layout.hidden_field, sizes.hidden)
@@ -57,7 +60,6 @@ def narrowed(model: Any, layout: Layout, sizes: Sizes) -> Any:
 
 def parameters(model: nn.Module, layout: Layout, sizes: Sizes, untied: bool = False) -> int:
     """How many parameters the model has at these sizes; those that are shared count once."""
-    own = sizes_of(model, layout)
     width = {HIDDEN: sizes.hidden, FFN: sizes.ffn}
     total, seen = 0, set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -69,7 +71,6 @@ def parameters(model: nn.Module, layout: Layout, sizes: Sizes, untied: bool = Fa
         roles = layout.roles.get(name, ("",) * parameter.dim())
         shape = (width.get(role, n) for role, n in zip(roles, parameter.shape, strict=True))
         total += math.prod(shape)
-    assert own is not None
     return total
 
 
@@ -143,18 +144,17 @@ def _for_share(
     whole = parameters(model, layout, own)
     if share == 1.0 and not untied:
         return own
-    best: tuple[float, Sizes] | None = None
+    best: Sizes | None = None
     for grain in GRAINS:
-        for sizes in _candidates(model, layout, share * whole, grain, accepts, untied):
-            found = parameters(model, layout, sizes, untied) / whole
-            narrow = [math.log(n / o) for n, o in zip(sizes, own, strict=True)]
-            uneven = 0.0 if layout.residual is None else abs(narrow[0] - narrow[1])
-            penalty = max(0.0, share - found - NEAR) * 10 + max(0.0, uneven - BALANCE)
-            score = penalty * 1e3 + (share - found) / NEAR + uneven / BALANCE
-            if best is None or score < best[0]:
-                best = score, sizes
-        if best is not None and best[0] < 1e2 * NEAR:
-            break
+        made = list(_candidates(model, layout, share * whole, grain, accepts, untied))
+        shares = {one: parameters(model, layout, one, untied) / whole for one in made}
+        near = [one for one in made if shares[one] >= share - NEAR]
+        if near:
+            best = min(near, key=lambda one: _uneven(one, own))
+            if layout.residual is None or _uneven(best, own) <= EVEN:
+                break
+        elif made and best is None:
+            best = max(made, key=lambda one: shares[one])
     if best is None:
         least = Sizes(next(n for n in range(1, own.hidden + 1) if accepts(n)), 1)
         if layout.residual is None:
@@ -164,7 +164,12 @@ def _for_share(
             f"params must be at least {floor:.3g} for this model, what cannot be reduced has that "
             f"share, got {share}"
         )
-    return best[1]
+    return best
+
+
+def _uneven(sizes: Sizes, own: Sizes) -> float:
+    narrow = [math.log(n / o) for n, o in zip(sizes, own, strict=True)]
+    return abs(narrow[0] - narrow[1])
 
 
 def _candidates(
