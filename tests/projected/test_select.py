@@ -17,7 +17,7 @@ def pruned(model, hidden: int, ffn: int, importance: str):
     """Hard pruning, by indices; nothing of ours but which dimensions a parameter has."""
     layout, own = layout_of(model), dict(model.named_parameters(remove_duplicate=False))
     config = copy.deepcopy(model.config)
-    d, f = getattr(config, layout.hidden_field), getattr(config, layout.ffn_field)
+    d = getattr(config, layout.hidden_field)
     if hidden < d and layout.residual.head_size == "head_dim":
         config.head_dim = getattr(config, "head_dim", None) or d // config.num_attention_heads
     setattr(config, layout.hidden_field, hidden)
@@ -57,7 +57,11 @@ def pruned(model, hidden: int, ffn: int, importance: str):
             parameter.copy_(value)
         if layout.family == "gemma":
             e = small.model.embed_tokens
-            scale = torch.tensor(d**0.5).double() / torch.tensor(hidden**0.5).double()
+            own_factor, factor = (
+                getattr(m.model.embed_tokens, "embed_scale", m.config.hidden_size**0.5)
+                for m in (model, small)
+            )
+            scale = float(own_factor) / float(factor)
             e.weight.mul_(scale)
             if not layout.tied:
                 return small

@@ -1,4 +1,4 @@
-"""Projected Compression (arXiv 2506.22255): smaller matrices, made of frozen ones by projections."""
+"""Projected Compression (arXiv 2506.22255): smaller matrices, made of frozen ones."""
 
 from .project_model import Projection, is_projected, merge, project
 

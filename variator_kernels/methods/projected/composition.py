@@ -217,7 +217,7 @@ def composition_of(module: nn.Module) -> Composition:
 
 
 def addition_of(module: nn.Module) -> nn.Parameter:
-    return module.parametrizations[WEIGHT].original  # type: ignore[index, return-value]
+    return module.parametrizations[WEIGHT].original  # type: ignore
 
 
 def composed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -39,14 +39,10 @@ def narrowed(model: Any, layout: Layout, sizes: Sizes) -> Any:
         ValueError: the configuration's class refuses them.
     """
     config = copy.deepcopy(model.config)
-    row = layout.residual
-    if (
-        row is not None
-        and row.head_size == "head_dim"
-        and sizes.hidden != sizes_of(model, layout)[0]
-    ):
-        if getattr(config, "head_dim", None) is None:
-            config.head_dim = getattr(config, layout.hidden_field) // config.num_attention_heads
+    row, hidden = layout.residual, getattr(config, layout.hidden_field)
+    says = row is None or row.head_size != "head_dim" or getattr(config, "head_dim", None)
+    if hidden != sizes.hidden and not says:
+        config.head_dim = hidden // config.num_attention_heads
     setattr(config, layout.hidden_field, sizes.hidden)
     setattr(config, layout.ffn_field, sizes.ffn)
     try:
