@@ -82,10 +82,19 @@ def test_equals_the_hard_pruned_model(name):
         model, hidden=sizes.get("hidden"), ffn=26, start="select", importance="weight"
     )
     truth, inputs = pruned(model, sizes.get("hidden", d), 26, "weight"), cases.batch(model, 2)
-    expected = cases.output(truth, inputs)
-    torch.testing.assert_close(cases.output(small, inputs), expected, rtol=1e-10, atol=1e-10)
-    merged = cases.output(vk.merge(small), inputs)
-    torch.testing.assert_close(merged, expected, rtol=1e-10, atol=1e-10)
+    expected, merged = cases.output(truth, inputs), vk.merge(small)
+    # Gemma's norm rounds to fp32 within; its weights differ by a last bit, where they are folded.
+    near = {"rtol": 1e-6, "atol": 1e-6} if name == "gemma" else {"rtol": 1e-10, "atol": 1e-10}
+    torch.testing.assert_close(cases.output(small, inputs), expected, **near)
+    torch.testing.assert_close(cases.output(merged, inputs), expected, **near)
+    factor = getattr(merged.get_input_embeddings(), "embed_scale", 1.0)
+    theirs = getattr(truth.get_input_embeddings(), "embed_scale", 1.0)
+    for key, value in merged.state_dict().items():
+        if "embed_tokens" in key or (key == "lm_head.weight" and layout.tied):
+            value = value * (factor / theirs)
+        if name == "gemma" and key == "model.norm.weight":
+            value = (value + 1) * (theirs / factor) - 1
+        torch.testing.assert_close(value, truth.state_dict()[key], rtol=1e-10, atol=1e-10)
     # The hard-pruned model was no other's: without the last dimension it says something else.
     other = vk.project(
         model, hidden=sizes.get("hidden"), ffn=25, start="select", importance="weight"
