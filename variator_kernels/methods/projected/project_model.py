@@ -131,10 +131,14 @@ def project(
             select(builder, scores, chosen, own, fold)
         else:
             closed_form(builder, scores, chosen, own, fold, given)
-    small = builder.finish()
+    return mark(builder.finish(), made)
+
+
+def mark(small: Any, made: Projection) -> Any:
+    """``small`` is a projected model from here on, to whoever saves it too."""
     setattr(small, PROJECTION, made)
     for notify in classes.when_patched:
-        notify()  # what transformers saves of it
+        notify()
     return small
 
 

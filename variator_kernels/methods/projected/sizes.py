@@ -140,17 +140,18 @@ def _for_share(
     whole = parameters(model, layout, own)
     if share == 1.0 and not untied:
         return own
-    best: Sizes | None = None
+    best: tuple[float, Sizes] | None = None
     for grain in GRAINS:
-        made = list(_candidates(model, layout, share * whole, grain, accepts, untied))
-        shares = {one: parameters(model, layout, one, untied) / whole for one in made}
-        near = [one for one in made if shares[one] >= share - NEAR]
-        if near:
-            best = min(near, key=lambda one: _uneven(one, own))
-            if layout.residual is None or _uneven(best, own) <= EVEN:
-                break
-        elif made and best is None:
-            best = max(made, key=lambda one: shares[one])
+        for sizes in _candidates(model, layout, share * whole, grain, accepts, untied):
+            missed = share - parameters(model, layout, sizes, untied) / whole - NEAR
+            uneven = 0.0 if layout.residual is None else _uneven(sizes, own)
+            badness = max(0.0, missed) / NEAR + max(0.0, uneven - EVEN) / EVEN
+            # Below both bounds the more even one.
+            score = badness if badness > 0 else uneven / EVEN - 1
+            if best is None or score < best[0]:
+                best = score, sizes
+        if best is not None and best[0] <= 0:
+            break
     if best is None:
         least = Sizes(next(n for n in range(1, own.hidden + 1) if accepts(n)), 1)
         if layout.residual is None:
@@ -160,7 +161,7 @@ def _for_share(
             f"params must be at least {floor:.3g} for this model, what cannot be reduced has that "
             f"share, got {share}"
         )
-    return best
+    return best[1]
 
 
 def _uneven(sizes: Sizes, own: Sizes) -> float:
