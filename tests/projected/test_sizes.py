@@ -52,8 +52,8 @@ def test_shares_of_real_sizes(kind, settings, share, monkeypatch):
 
 def test_all_of_it_stays():
     model = cases.model("llama")
-    for params in (1.0, 1):
-        small = vk.project(model, [cases.batch(model)], params, start="select")
+    for params, start in ((1.0, "select"), (1, "pca")):
+        small = vk.project(model, [cases.batch(model)], params, start=start)
         assert small.variator_projection.share == 1.0
         inputs = cases.batch(model)
         assert torch.equal(cases.output(small, inputs), cases.output(model, inputs))

@@ -2,7 +2,8 @@
 
 One orthonormal basis Q ``[d, d']`` holds the principal components of the RMS-normalised stream. The
 small model's stream is ``Qᵀ x``, but for what its blocks lose. So what each matrix reads in the
-original is fitted by what it reads in the small model, whose blocks below are made already.
+original is fitted by what it reads in the small model, whose blocks below are made already; and the
+A of what writes to the stream takes up what its blocks have lost so far, where that can be told.
 """
 
 from __future__ import annotations
@@ -93,11 +94,11 @@ class Moments:
         if not bool(torch.isfinite(self.yx).all()):
             raise FloatingPointError("the small model's hidden states on batches are not finite")
 
-    def fitted(self, prior: Tensor) -> Tensor:
-        """``[out, in]``: M that brings ``M x`` nearest to y. The prior, times the best number, is
-        what the ridge pulls to."""
+    def fitted(self, prior: Tensor, rescale: bool = True) -> Tensor:
+        """``[out, in]``: M that brings ``M x`` nearest to y. The prior is what the ridge pulls to,
+        times the best number with ``rescale``."""
         scale = (prior * self.yx).sum() / (prior * (prior @ self.xx)).sum().clamp_min(1e-30)
-        prior = prior * scale
+        prior = prior * scale if rescale else prior
         size = self.xx.shape[0]
         ridge = RIDGE * self.xx.diagonal().mean().clamp_min(1e-30)
         system = self.xx + ridge * torch.eye(size, dtype=self.xx.dtype, device=self.xx.device)
@@ -170,8 +171,27 @@ class _ClosedForm:
         if inner is not None:
             pairs = streams.inputs(position, block, part.writes)
             inner = Moments(pairs).fitted(inner)
-        builder.matrix(part.writes, Factors(inner, self.back))
+        addition = self._correction(streams, position, block, part, inner)
+        builder.matrix(part.writes, Factors(inner, self.back, addition))
         builder.bias(part.writes, self.back)
+
+    def _correction(
+        self, streams: Streams, position: int, block: Block, part: Sublayer, inner: Tensor | None
+    ) -> Tensor | None:
+        """A of what writes to the stream: what P_out · W · P_in leaves of the way back to the
+        original's stream, as far as its input tells. None where the stream is not known (BERT)."""
+        if not part.norm:
+            return None
+        names = [other.norm for other in block.sublayers]
+        later = [*names, ""][names.index(part.norm) + 1]
+        plain = self.builder.originals[f"{part.writes}.weight"].double()
+        plain = plain if self.q is None else self.q.mT @ plain
+        plain = plain if inner is None else plain @ inner
+        bias = self.builder.originals.get(f"{part.writes}.bias")
+        shift = 0.0 if bias is None else bias.double() if self.q is None else bias.double() @ self.q
+        drifts = streams.drifts(position, block, part, later, self.q)
+        moments = Moments((wanted - shift, reads) for wanted, reads in drifts)
+        return moments.fitted(plain, rescale=False) - plain
 
     def _behind(self, norm: str, pairs: Any, factor: float = 1.0) -> Tensor | None:
         """P_in of what reads a norm, whose gain is set so that columns of P_in have length 1."""

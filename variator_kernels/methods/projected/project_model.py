@@ -127,7 +127,7 @@ def project(
         scores = importance_of(model, layout, kind, given)
         builder = Builder(model, layout, chosen, untied)
         fold = _fold(model, builder)
-        if start == "select":
+        if start == "select" or chosen == own:
             select(builder, scores, chosen, own, fold)
         else:
             closed_form(builder, scores, chosen, own, fold, given)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ...sites.layout import Layout
-from ...sites.residual import Block, Blocks
+from ...sites.residual import Block, Blocks, Sublayer
 from . import calibration_data as data
 from .calibration_data import Batch
 
@@ -42,6 +42,22 @@ def at_input(module: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Any, ...]
     finally:
         handle.remove()
     raise ValueError(f"model never ran a {type(module).__name__} on batches")
+
+
+def at_inputs(modules: list[nn.Module], run: Callable[[], Any]) -> list[Tensor]:
+    """The first argument of each of ``modules`` in ``run()``, which ends at the last."""
+    seen: dict[int, Tensor] = {}
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen[id(module)] = first(args, kwargs)
+
+    handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules[:-1]]
+    try:
+        last = first(*at_input(modules[-1], run))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [seen[id(module)] for module in modules[:-1]] + [last]
 
 
 def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -137,6 +153,28 @@ class Streams:
                 )
                 found.append(data.tokens(first(*got), pair.masks[position]))
             yield found[0], found[1]
+
+    def drifts(
+        self, position: int, block: Block, part: Sublayer, later: str, q: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the last layer of ``part`` should give the small model, so that its stream behind is
+        the original's in the basis ``q``; and what that layer reads. ``later``: the norm of the
+        next sublayer of the block, or nothing."""
+        big, small = (model.get_submodule(block.name) for model in self.models)
+        for pair in self.pairs:
+            mask = pair.masks[position]
+            if later:
+                place = self.models[0].get_submodule(later)
+                after = first(*at_input(place, lambda pair=pair: pair.call(big, block.name, False)))  # type: ignore[misc]
+            else:
+                after = _hidden(pair.call(big, block.name, False))
+            before, reads = at_inputs(
+                [self.models[1].get_submodule(name) for name in (part.norm, part.writes)],
+                lambda pair=pair: pair.call(small, block.name, True),  # type: ignore[misc]
+            )
+            wanted = data.tokens(after, mask)
+            wanted = wanted if q is None else wanted @ q
+            yield wanted - data.tokens(before, mask), data.tokens(reads, mask)
 
     def advance(self, block: Block) -> None:
         """Go behind a block."""
