@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from variator_kernels import FeedForward, PluginWeights
+from variator_kernels.methods.projected import is_projected
+from variator_kernels.methods.projected.groups import parameter_groups, projections
 from variator_kernels.methods.variator.config import configure
 from variator_kernels.ops import prepack
 from variator_kernels.ops.adapter_decompress import op as decompress_op
@@ -28,9 +30,15 @@ from variator_kernels.sites.families import FAMILIES
 from variator_kernels.sites.family import lookup
 from variator_kernels.sites.feed_forward import describe, family_of
 from variator_kernels.sites.find import find
+from variator_kernels.sites.layout import layout_of
 from variator_kernels.sites.merged_cache import MergedLayer
 
-__all__ = ["DistanceBias", "describe"]
+__all__ = ["DistanceBias", "describe", "is_projected", "parameter_groups", "projections"]
+
+
+def has_tied_head(model: nn.Module) -> bool:
+    """Whether the head's weight is the embedding."""
+    return layout_of(model).tied
 
 
 def ffn_sublayers(model: nn.Module) -> list[Any]:
