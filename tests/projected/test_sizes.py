@@ -47,7 +47,8 @@ def test_shares_of_real_sizes(kind, settings, share, monkeypatch):
     if kind == "t5":
         assert made.hidden % 64 == 0 and made.ffn % 64 == 0
     else:
-        assert made.hidden % 9 == 0 and made.ffn % 64 == 0
+        heads = transformers.__version__ >= "5"  # before, any size is accepted
+        assert made.hidden % (9 if heads else 32) == 0 and made.ffn % 64 == 0
 
 
 def test_all_of_it_stays():

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -164,8 +164,6 @@ def set_roles(layout: Layout, model: nn.Module) -> None:
 
 
 def names_of(weight: Tensor, model: nn.Module) -> tuple[str, ...]:
-    """All modules whose ``weight`` this is."""
-    found: list[Any] = [
-        name for name, module in model.named_modules() if getattr(module, "weight", None) is weight
-    ]
-    return tuple(found)
+    """All modules whose ``weight`` this is; one that has several names, by each."""
+    every = model.named_modules(remove_duplicate=False)
+    return tuple(name for name, module in every if getattr(module, "weight", None) is weight)

@@ -60,6 +60,8 @@ class ProjectionConfig(TrainingArguments):
             raise ValueError(f"label_smoothing_factor must be 0, no loss here uses it, got {got!r}")
         if self.fp16:
             raise ValueError("fp16 must be False, gradients of W_C are not scaled back: use bf16")
+        if self.warmup_steps == int(self.warmup_steps):
+            self.warmup_steps = int(self.warmup_steps)  # transformers 4 takes no other
         self.dataloader_pin_memory &= torch.cuda.is_available()
         super().__post_init__()
 

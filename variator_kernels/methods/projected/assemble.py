@@ -32,7 +32,7 @@ class Builder:
         self.model, self.layout, self.untied = model, layout, untied
         self.small = skeleton(model, layout, sizes, untied)
         self.originals = dict(model.named_parameters(remove_duplicate=False))
-        self.modules = dict(self.small.named_modules())
+        self.modules = dict(self.small.named_modules(remove_duplicate=False))
         self.left = set(layout.roles)
         """The parameters that have no values yet."""
 
@@ -53,6 +53,8 @@ class Builder:
             composition.attach(module, Composition(frozen, made[0], made[1]), zero)
         for other in self._sharing(name):
             self.left.discard(f"{other}.weight")
+            if self.modules[other] is module:
+                continue
             if composition.is_composed(module):
                 composition.share(self.modules[other], module)
             else:
