@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...sites.layout import Layout
+from ...sites.residual import Layout
 from . import composition
 from .composition import Composition
 from .sizes import Sizes, narrowed

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...sites.layout import Layout
+from ...sites.residual import Layout
 
 Batch = dict[str, Any]
 IGNORED = -100

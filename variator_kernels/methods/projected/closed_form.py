@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...sites.layout import Layout
-from ...sites.residual import Block, Sublayer
+from ...sites.residual import Block, Layout, Sublayer
 from . import calibration_data as data
 from .assemble import Builder, Factors
 from .calibration_data import Batch

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...sites.layout import Layout
+from ...sites.residual import Layout
 
 TOLERANCE = 1e-2
 """How far what is measured may be from a multiple (bf16 rounds each value)."""

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import checks
-from ...sites.layout import Layout
-from ...sites.residual import FFN, HIDDEN, Sublayer
+from ...sites.residual import FFN, HIDDEN, Layout, Sublayer
 from . import calibration_data as data
 from .calibration_data import Batch
 

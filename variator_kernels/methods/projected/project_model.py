@@ -13,7 +13,8 @@ from torch import nn
 
 from ... import checks
 from ...sites import classes
-from ...sites.layout import Layout, layout_of
+from ...sites.layout import layout_of
+from ...sites.residual import Layout
 from . import calibration_data as data
 from . import constants, importance, sizes
 from .assemble import Builder, copy_buffers, plain, share_alike

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ... import checks
-from ...sites.layout import Layout
-from ...sites.residual import FFN, HIDDEN
+from ...sites.residual import FFN, HIDDEN, Layout
 
 GRAINS = (64, 32, 16, 8, 4, 2, 1)
 """Sizes are multiples of the first of these that serves; kernels like the first best."""

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from ...sites.layout import Layout
-from ...sites.residual import Block, Blocks, Sublayer
+from ...sites.residual import Block, Blocks, Layout, Sublayer
 from . import calibration_data as data
 from .calibration_data import Batch
 
@@ -193,13 +192,9 @@ class Streams:
     def end(self, position: int, stack: Blocks) -> None:
         """Later stacks read what this one gives."""
         norm = self.models[1].get_submodule(stack.norm)
-        for pair in self.pairs if position < len(pair_memory(self.pairs)) else ():
+        for pair in self.pairs if stack is not self.layout.stacks[-1] else ():
             theirs, _ = pair.memory[position]
             pair.memory[position] = theirs, norm(pair.small)
-
-
-def pair_memory(pairs: list[_Pair]) -> list[Any]:
-    return pairs[0].memory
 
 
 def _hidden(out: Any) -> Tensor:
