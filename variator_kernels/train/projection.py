@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Mapping
@@ -72,7 +73,7 @@ class ProjectionTrainer(ResumableTrainer):
         self.teacher = None
         if teacher is not None and args.teacher_weight:
             self.teacher = teacher.requires_grad_(False).eval().to(args.device)
-        self.clip = args.max_grad_norm
+        self.clip, args = args.max_grad_norm, copy.copy(args)
         args.max_grad_norm = 0.0  # the Trainer would clip before gradients are sent
         self.shifts = not getattr(model.config, "is_encoder_decoder", False)
         super().__init__(

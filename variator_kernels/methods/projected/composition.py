@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -61,8 +62,9 @@ class Composition(nn.Module):
         self.frozen = frozen.detach()
         self.stays = stays
         self.collects = False
-        self._key: Any = None
         self._built: Tensor | None = None
+        self._read: list[Tensor] = []
+        self._seen: list[Any] = []
 
     def forward(self, addition: Tensor) -> Tensor:
         """W_C for ``addition`` A ``[out', in']``."""
@@ -74,14 +76,15 @@ class Composition(nn.Module):
         return _Compose.apply(built, self.frozen, self.p_out, self.p_in, addition)  # type: ignore
 
     def _current(self, addition: Tensor) -> Tensor:
-        read = (self.p_out, self.p_in, addition, self.frozen)
-        # Devices and dtypes come and go with new storages; counters tell writes in place.
-        key = [(t.data_ptr(), t._version, t.dtype) for t in read if t is not None]
-        if self._built is None or key != self._key:
+        read = [t for t in (self.p_out, self.p_in, addition, self.frozen) if t is not None]
+        # Devices and dtypes come and go with new storages; counters tell writes in place. The
+        # tensors themselves are held, so that no other can take their place unseen.
+        seen = [(t.data_ptr(), t._version, t.dtype) for t in read]
+        if self._built is None or seen != self._seen or not all(map(is_, read, self._read)):
             self._unsent()
             with torch.inference_mode(False), torch.no_grad():
                 self._built = compose(self.frozen, self.p_out, self.p_in, addition)
-            self._key = key
+            self._read, self._seen = read, seen
         return self._built
 
     def _unsent(self) -> None:
@@ -108,7 +111,10 @@ class Composition(nn.Module):
     def forget(self) -> None:
         """Drop W_C; the next forward builds it anew."""
         self._unsent()
-        self._built = self._key = None
+        self._drop()
+
+    def _drop(self) -> None:
+        self._built, self._read, self._seen = None, [], []
 
     def train(self, mode: bool = True) -> Composition:
         # What is written through .data is not counted; evaluation and training each begin anew.
@@ -123,7 +129,7 @@ class Composition(nn.Module):
         return super()._apply(fn, *args, **kwargs)  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_built": None, "_key": None}
+        return {**self.__dict__, "_built": None, "_read": [], "_seen": []}
 
     def extra_repr(self) -> str:
         return f"frozen={list(self.frozen.shape)}, stays={self.stays}"
@@ -248,7 +254,7 @@ def collecting(model: nn.Module) -> Iterator[None]:
     finally:
         for part, collects in zip(parts, before, strict=True):
             part.collects = collects
-            part._built = part._key = None
+            part._drop()
 
 
 def send(model: nn.Module) -> None:
