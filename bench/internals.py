@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from variator_kernels import FeedForward, PluginWeights
 from variator_kernels.methods.projected import is_projected
+from variator_kernels.methods.projected.composition import collecting, send
+from variator_kernels.methods.projected.cost import counted
 from variator_kernels.methods.projected.groups import parameter_groups, projections
 from variator_kernels.methods.variator.config import configure
 from variator_kernels.ops import prepack
@@ -33,7 +35,16 @@ from variator_kernels.sites.find import find
 from variator_kernels.sites.layout import layout_of
 from variator_kernels.sites.merged_cache import MergedLayer
 
-__all__ = ["DistanceBias", "describe", "is_projected", "parameter_groups", "projections"]
+__all__ = [
+    "DistanceBias",
+    "collecting",
+    "counted",
+    "describe",
+    "is_projected",
+    "parameter_groups",
+    "projections",
+    "send",
+]
 
 
 def has_tied_head(model: nn.Module) -> bool:

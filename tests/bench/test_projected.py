@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench.projected import __main__ as bench
+from bench.projected import step
 from tests.train import toy
 
 
@@ -56,3 +57,12 @@ def test_the_check_sees_other_logits(given, tmp_path):
     with torch.no_grad():
         two.model.norm.weight.mul_(1.1)
     assert "off by" in bench.agrees(one, two, ids)
+
+
+def test_time_of_a_step(given, tmp_path):
+    words = [word for word in given if word not in ("--calibrate", "--rows", "--seeds", "8", "2")]
+    assert step.main([*words, "--share", "0.8", "--tokens", "64", "--batch", "2"]) == 0
+    rows = json.loads((tmp_path / "out" / "projected_step_model.json").read_text())["rows"]
+    assert [row["arm"] for row in rows] == ["plain", "projected"]
+    assert all(len(row["seconds"]) == 5 and row["tokens"] == 64 for row in rows)
+    assert rows[0]["over_plain"] == 1 and rows[1]["counted"] > 0
