@@ -14,6 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from variator_kernels import FeedForward, LevelTimes, Plan, PluginWeights
+from variator_kernels.methods.projected import is_projected
+from variator_kernels.methods.projected.composition import collecting, send
+from variator_kernels.methods.projected.cost import counted
+from variator_kernels.methods.projected.groups import parameter_groups, projections
 from variator_kernels.methods.variator.config import configure
 from variator_kernels.ops import prepack
 from variator_kernels.ops.adapter_decompress import op as decompress_op
@@ -33,12 +37,19 @@ from variator_kernels.sites.families import FAMILIES
 from variator_kernels.sites.family import lookup
 from variator_kernels.sites.feed_forward import describe, family_of
 from variator_kernels.sites.find import find
+from variator_kernels.sites.layout import layout_of
 from variator_kernels.sites.merged_cache import MergedLayer
 
 __all__ = [
     "ControllerPolicy", "ControllerSettings", "DistanceBias", "LevelTimes", "RunningBatch",
-    "Ticket", "describe",
+    "Ticket", "collecting", "counted", "describe", "is_projected", "parameter_groups",
+    "projections", "send",
 ]  # fmt: skip
+
+
+def has_tied_head(model: nn.Module) -> bool:
+    """Whether the head's weight is the embedding."""
+    return layout_of(model).tied
 
 
 def ffn_sublayers(model: nn.Module) -> list[Any]:

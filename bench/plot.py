@@ -23,6 +23,7 @@ from .harness.style import (
     sheet,
 )  # fmt: skip
 from .peers.figure import peers
+from .projected.figure import projected
 from .quality import figure
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -214,6 +215,7 @@ FIGURES: dict[str, Callable[[Row, Path], None]] = {
     "quality_embeddings": figure.embeddings,
     "decoder": figure.decoder,
     "gpu_report": gpu,
+    "projected": projected,
 }
 
 

@@ -95,3 +95,24 @@ def test_summarise(chatting, tmp_path, monkeypatch, capsys, trained):
     runpy.run_path(str(EXAMPLES / "summarise.py"))
     shown = tokenizer.decode(wanted[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     assert capsys.readouterr().out.split() == shown.split() and shown.strip()
+
+
+def test_smaller(chatting, tmp_path, monkeypatch, capsys):
+    """It writes the small model, and says what this says with half of its keys."""
+    folder, model, tokenizer = chatting
+    text = "The river rises in the hills north of the town. " * 20
+    (tmp_path / "text.txt").write_text(text)
+    output = tmp_path / "small"
+    arguments = [str(folder), str(tmp_path / "text.txt"), str(output), "0.7"]
+    monkeypatch.setattr(sys, "argv", ["smaller.py", *arguments])
+    runpy.run_path(str(EXAMPLES / "smaller.py"))
+    transformers = pytest.importorskip("transformers")
+    small = transformers.LlamaForCausalLM.from_pretrained(output)
+    count = sum(p.numel() for p in small.parameters())
+    assert 0.6 < count / sum(p.numel() for p in model.parameters()) <= 0.7
+    vk.patch(small, {"attention_kv": 2}, ratios=(2,))
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :200]
+    wanted = small.generate(input_ids=ids, max_new_tokens=40, do_sample=False)[0, 200:]
+    report, _, said = capsys.readouterr().out.partition("\n")
+    assert f"{count:,} parameters" in report
+    assert said.split() == tokenizer.decode(wanted, skip_special_tokens=True).split()

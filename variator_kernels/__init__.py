@@ -7,6 +7,7 @@ from . import analysis, flops, functional, pretrained
 from .checkpoint import load_plugins, save_plugins
 from .description import describe
 from .freezing import freeze, thaw
+from .methods.projected import merge, project
 from .methods.variator import AdapterDecompress, CompressedFFN, GroupMerge, Plugin
 from .methods.variator.calibration import calibrate
 from .methods.variator.method import plugin_parameters
@@ -45,12 +46,14 @@ __all__ = [
     "functional",
     "keep",
     "load_plugins",
+    "merge",
     "patch",
     "patch_bert",
     "patch_llama",
     "patch_t5",
     "plan",
     "plugin_parameters",
+    "project",
     "save_plugins",
     "set_ratio",
     "thaw",

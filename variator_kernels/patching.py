@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from . import backends
+from .methods.projected import is_projected
 from .methods.variator.config import configure
 from .methods.variator.method import Variator
 from .ops import prepack
@@ -283,6 +284,11 @@ def apply(
     """:func:`patch_t5` for a model of any of ``families``."""
     if isinstance(model, nn.Module) and is_patched(model):
         raise ValueError("model is already patched: use set_ratio(), or unpatch() it first")
+    if isinstance(model, nn.Module) and is_projected(model):
+        raise ValueError(
+            "model must be merged before it is patched, its matrices are still composed of P, W "
+            "and A: vk.patch(vk.merge(model))"
+        )
     if family is not None:
         if not isinstance(family, Family):
             raise TypeError(f"family must be a vk.Family, got {type(family).__name__}")

@@ -1,7 +1,8 @@
 """What ``transformers`` saves of a patched model, and what its Trainer loads again.
 
 ``save_pretrained`` writes the plain model's checkpoint, which plain ``transformers`` loads without
-a warning, and the files of :func:`save_plugins` beside it. A Trainer that goes back to such a
+a warning, and the files of :func:`save_plugins` beside it; of a projected model, what :func:`merge`
+makes of it. A Trainer that goes back to such a
 folder takes the plugins from there. Both are done around methods of the libraries' own classes: a
 model does not know which modules hold it, and ``load_state_dict`` does not know the folder.
 """
@@ -22,6 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import checkpoint, sharding
+from .methods.projected import is_projected, merge
 from .sites import classes, loading
 from .sites.install import attached_keys
 
@@ -62,6 +64,9 @@ def _saving(original: Any) -> Any:
         encoders = classes.patched_encoders(self)
         if encoders:
             install()  # a Trainer that was imported since then
+        if is_projected(self):
+            # Its own keys are P and A, which plain transformers would pass over.
+            return merge(self).save_pretrained(*args, **{**kwargs, "state_dict": None})
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
@@ -135,6 +140,12 @@ def _loading(original: Any) -> Any:
     signature = inspect.signature(original)
 
     def load(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_projected(self.model):
+            raise ValueError(
+                "a projected model cannot go on from a checkpoint of transformers' own Trainer, "
+                "which holds the merged weights, not P and A: train with "
+                "variator_kernels.train.ProjectionTrainer"
+            )
         given = list(signature.bind(self, *args, **kwargs).arguments.values())
         folder = given[1] if len(given) > 1 else self.state.best_model_checkpoint
         encoders = classes.patched_encoders(self.model)

@@ -1,9 +1,8 @@
-"""``python -m variator_kernels.train pretrain|adapt``."""
+"""``python -m variator_kernels.train pretrain|adapt``, and ``project``."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import logging
 import sys
@@ -11,6 +10,8 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from . import projection_command
+from .command import unknown_option
 from .config import STEP_DEFAULTS, STEPS, DistillationConfig
 from .job import Job
 from .run import run
@@ -19,7 +20,8 @@ EPILOG = """\
 Every other option is one of DistillationConfig's, a transformers.TrainingArguments:
 --learning_rate, --max_steps, --per_device_train_batch_size, --eval_steps, --save_steps, --seed,
 --bf16, --task_weight, --layer_weight, --logits_weight, --embedding_weight and so on. Start several
-processes with torchrun or accelerate launch.
+processes with torchrun or accelerate launch. A smaller model by Projected Compression is trained by
+"python -m variator_kernels.train project", which has a --help of its own.
 """
 
 
@@ -115,8 +117,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == [projection_command.STEP]:
+        projection_command.main(words[1:])
+        return
     command = parser()
-    given, rest = command.parse_known_args(arguments)
+    given, rest = command.parse_known_args(words)
     options = HfArgumentParser(DistillationConfig, prog=command.prog, usage=command.format_usage())
     options.set_defaults(**STEP_DEFAULTS[given.step], eval_strategy="steps")
     config: Any
@@ -124,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
         [*rest, "--output_dir", given.output], return_remaining_strings=True
     )
     if unknown:
-        command.error(_unknown(unknown[0], command, options))
+        command.error(unknown_option(unknown[0], command, options))
     values = vars(given)
     values["text"] = tuple(name for name in given.text.split(",") if name)
     values["labels"] = tuple(name for name in given.labels.split(",") if name)
@@ -140,12 +146,6 @@ def main(arguments: list[str] | None = None) -> None:
     if config.process_index == 0:
         for name, value in metrics.items():
             print(f"{name:<24}{value:.4g}")
-
-
-def _unknown(word: str, *parsers: argparse.ArgumentParser) -> str:
-    known = [name for made in parsers for name in made._option_string_actions]
-    near = difflib.get_close_matches(word.split("=")[0], known, 1)
-    return f"unknown option {word}" + (f", is it {near[0]}?" if near else ": see --help")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ SCHEDULE = (
 """The fields of ``TrainingArguments`` that decide what a run ends with."""
 
 
-def _option(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
@@ -60,40 +60,40 @@ class DistillationConfig(TrainingArguments):
         ValueError: a value is out of range; the message names it.
     """
 
-    learning_rate: float = _option(1e-3, "initial learning rate of Adam")
-    per_device_train_batch_size: int = _option(64, "rows a device and step")
-    max_steps: int = _option(60_000, "number of steps; -1: num_train_epochs decides")
-    warmup_steps: float = _option(50, "steps over which the rate rises from 0")
-    weight_decay: float = _option(1e-5, "of AdamW; the merge's bias has none")
-    max_grad_norm: float = _option(10.0, "gradients are clipped at this norm")
-    logging_steps: float = _option(50, "steps between two lines of the log")
-    eval_steps: float | None = _option(2000, "steps between two evaluations")
-    save_steps: float = _option(500, "steps between two checkpoints")
-    save_total_limit: int | None = _option(2, "checkpoints that are kept")
-    remove_unused_columns: bool = _option(False, "the collators decide what a batch holds")
+    learning_rate: float = option(1e-3, "initial learning rate of Adam")
+    per_device_train_batch_size: int = option(64, "rows a device and step")
+    max_steps: int = option(60_000, "number of steps; -1: num_train_epochs decides")
+    warmup_steps: float = option(50, "steps over which the rate rises from 0")
+    weight_decay: float = option(1e-5, "of AdamW; the merge's bias has none")
+    max_grad_norm: float = option(10.0, "gradients are clipped at this norm")
+    logging_steps: float = option(50, "steps between two lines of the log")
+    eval_steps: float | None = option(2000, "steps between two evaluations")
+    save_steps: float = option(500, "steps between two checkpoints")
+    save_total_limit: int | None = option(2, "checkpoints that are kept")
+    remove_unused_columns: bool = option(False, "the collators decide what a batch holds")
 
-    sample_ratios: bool = _option(
+    sample_ratios: bool = option(
         False, "train the plugins of all ratios of the model, in turn; the command line always does"
     )
-    ratios_per_step: int = _option(
+    ratios_per_step: int = option(
         1, "with sample_ratios: how many ratios share the rows and the teacher's run of a step"
     )
-    task_weight: float = _option(0.0, "weight of the model's own loss (paper: 0 is best)")
-    layer_weight: float = _option(0.0, "weight of matching the output of every layer")
-    logits_weight: float = _option(
+    task_weight: float = option(0.0, "weight of the model's own loss (paper: 0 is best)")
+    layer_weight: float = option(0.0, "weight of matching the output of every layer")
+    logits_weight: float = option(
         0.0, "weight of matching the teacher's class distribution, or a decoder's next-token one"
     )
-    embedding_weight: float = _option(
+    embedding_weight: float = option(
         0.0, "weight of matching a sentence-transformers model's own embeddings"
     )
-    key_rate: float = _option(
+    key_rate: float = option(
         1.0, "times the learning rate: that of the merges in front of attention's keys and values"
     )
-    dropout: bool = _option(False, "leave the model's dropout on while its plugins train")
-    packed_products: bool = _option(
+    dropout: bool = option(False, "leave the model's dropout on while its plugins train")
+    packed_products: bool = option(
         True, "on the CPU: keep the frozen weights packed, two copies of each, which is faster"
     )
-    group_by_length: bool = _option(True, "put rows of similar length into one step")
+    group_by_length: bool = option(True, "put rows of similar length into one step")
 
     def __post_init__(self) -> None:
         for name in ("task_weight", "layer_weight", "logits_weight", "embedding_weight"):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
 
-from .. import files
 from ..methods.variator.calibration import calibrate
 from ..runtime.state import states
 from . import checkpoints, noise, prepare
@@ -19,9 +17,9 @@ from .collate import batches, collator
 from .config import DistillationConfig, fingerprint
 from .embeddings import MODULES, is_embedder
 from .job import Job
+from .output import METRICS, SETTINGS, check_same, digest, write
 from .trainer import DistillationTrainer
 
-SETTINGS, METRICS = "run.json", "metrics.json"
 LOG = logging.getLogger(__name__)
 
 
@@ -58,12 +56,12 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
             f"checkpoint by itself, got {config.resume_from_checkpoint!r}"
         )
     output = Path(job.output)
-    digests: dict[str, Any] = {name: _digest(getattr(job, name)) for name in ("data", "eval_data")}
+    digests: dict[str, Any] = {name: digest(getattr(job, name)) for name in ("data", "eval_data")}
     if job.plans:
-        digests["plans"] = [_digest(path) for path in job.plans]
+        digests["plans"] = [digest(path) for path in job.plans]
     settings = {**asdict(job), **fingerprint(config), "sha256": digests}
     settings = json.loads(json.dumps(settings))
-    _check_same(output, settings)
+    check_same(output, settings, (Job, DistillationConfig))
     if (output / METRICS).is_file():
         LOG.info("%s holds this run, finished: there is nothing to do", output)
         return json.loads((output / METRICS).read_text(encoding="utf-8"))
@@ -99,44 +97,11 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
     )
     if config.should_save:
         output.mkdir(parents=True, exist_ok=True)
-        _write(output / SETTINGS, settings)
+        write(output / SETTINGS, settings)
     trainer.train(resume_from_checkpoint=True)
     metrics = trainer.evaluate() if held_out else {}
     trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(output), _internal_call=True)
     if config.should_save:
-        _write(output / METRICS, metrics)
+        write(output / METRICS, metrics)
     return metrics
-
-
-def _digest(source: str | None) -> str | None:
-    """Of a file's content; None for what is no file."""
-    path = Path(source or "")
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
-def _check_same(output: Path, settings: dict[str, Any]) -> None:
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output must be a folder, got the file {output}")
-    if (output / "config.json").is_file():
-        raise ValueError(f"output must be a folder of its own, {output} holds a model")
-    if not (output / SETTINGS).is_file():
-        if checkpoints.every(output):
-            raise ValueError(f"output {output} holds another program's checkpoints: name another")
-        return
-    # What the version that wrote it did not have was at its default.
-    kinds: tuple[Any, ...] = (Job, DistillationConfig)
-    before = {field.name: field.default for kind in kinds for field in fields(kind)}
-    before = {name: before[name] for name in settings if name in before}
-    before |= json.loads((output / SETTINGS).read_text(encoding="utf-8"))
-    for name in {**before, **settings}:
-        if name != "output" and before.get(name) != settings.get(name):
-            raise ValueError(
-                f"output {output} holds a run with {name}={before.get(name)!r}, now it is "
-                f"{settings.get(name)!r}: name another folder, or the same settings"
-            )
-
-
-def _write(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1) + "\n"
-    files.replace(path, lambda to: to.write_text(text, encoding="utf-8"))

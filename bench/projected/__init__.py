@@ -1,0 +1,1 @@
+"""Projected Compression: what its starts and its training keep of a model."""

@@ -1,0 +1,187 @@
+"""Loss and perplexity of a model at a share of its parameters: by hard pruning and by the closed
+form, untrained and after an equal budget of tokens with plain and with projected training.
+
+``tiny`` is a byte-level LLaMA that is trained here first (minutes, kept in build/); ``smollm2`` is
+SmolLM2-135M (``bench.tools.smollm2``), whose starts are measured untrained. A merged model must say
+what the composed one says, or its row has no number and the exit code is 1.
+"""
+
+import argparse
+import copy
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import variator_kernels as vk
+
+from .. import internals, plot
+from ..decoder import setup
+from ..harness import machine, options, results, tables
+from ..harness.results import Row
+from . import data, training
+from .data import Text
+
+STARTS: dict[str, dict[str, Any]] = {
+    "select": {"start": "select"},
+    "select, weight": {"start": "select", "importance": "weight"},
+    "pca": {"start": "pca"},
+    "pca, tied": {"start": "pca", "untie": False},
+}
+TRAINED = ("select", "pca")
+PLAIN, PROJECTED = "plain", "projected"
+UNTRAINED = "none"
+TOLERANCE = 1e-3
+"""Of logits, as a part of their largest: a merged model's against the composed one's, in fp32."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = options.parser("projected", __doc__)
+    add = made.add_argument
+    add("--model", default="tiny", help="tiny, smollm2, or a folder of a decoder; default tiny")
+    add("--shares", help="shares of the parameters; default 0.33 (tiny), or 0.75,0.5")
+    add("--tokens", help="to train on, 0 for none; default 205000 (tiny), or 0")
+    add("--seeds", type=options.count, default=3, help="of the training's rows; default 3")
+    add("--rate", type=float, default=2e-3, help="of plain training and of A; P has a 30th")
+    add("--teacher", action="store_true", help="train with half the original's divergence")
+    add("--steps", type=options.count, default=1500, help="of tiny from scratch; default 1500")
+    add("--length", type=options.count, help="tokens a row; default 256 (tiny), or 512")
+    add("--calibrate", type=options.count, help="rows the starts see; default 128, or 32")
+    add("--rows", type=options.count, help="rows the loss is of; default 256, or 32")
+    add("--data", type=Path, default=machine.DATA, help="folder with wikitext2/")
+    add("--threads", type=options.count, help="default: as many as torch takes")
+    options.add_output(made)
+    return made
+
+
+def original(args: argparse.Namespace) -> tuple[Any, Text]:
+    """The model and its text."""
+    if args.model == "tiny":
+        text = data.read(args.data, None, args.length)
+        return training.tiny(text, args.steps), text
+    found = setup.architecture(args.model)
+    if found.folder is None or found.tokenizer is None:
+        raise ValueError(f"model must be a folder with weights and a tokenizer, got {args.model}")
+    return setup.load(found, torch.float32), data.read(args.data, found.tokenizer, args.length)
+
+
+def agrees(small: Any, merged: Any, ids: torch.Tensor) -> str:
+    """Why the numbers of ``merged`` are not those of ``small``, or nothing."""
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=ids, use_cache=False).logits for m in (merged, small))
+    error = float((ours - theirs).abs().max() / theirs.abs().max())
+    return "" if error <= TOLERANCE else f"merged logits are off by {error:.2g}"
+
+
+def row_of(base: Row, small: Any, held_out: torch.Tensor, dense: float) -> Row:
+    """A measured row of a composed or plain model."""
+    merged = vk.merge(small) if internals.is_projected(small) else small
+    wrong = agrees(small, merged, held_out[:1])
+    if wrong:
+        return {**base, "status": "failed", "reason": wrong}
+    loss = data.loss(merged, held_out)
+    parameters = sum(p.numel() for p in merged.parameters())
+    found = {"loss": loss, "excess": loss - dense, "parameters": parameters}
+    return {**base, "status": "ok", **found}
+
+
+def trained(small: Any, how: str, args: argparse.Namespace, text: Text, teacher: Any,
+            tokens: int, seed: int) -> Any:  # fmt: skip
+    """After ``tokens`` of training, the plain small model or the composed one."""
+    if how == PLAIN:
+        small = vk.merge(small)
+        groups = [{"params": list(small.parameters()), "lr": args.rate}]
+    else:
+        groups = internals.parameter_groups(small, args.rate)
+    steps = max(1, tokens // (training.ROWS * text.length))
+    teacher = teacher if args.teacher else None
+    training.fit(small, groups, text, steps, seed, teacher=teacher)
+    return small
+
+
+def measure(args: argparse.Namespace, say: Any) -> tuple[Row, list[Row]]:
+    """The original, and every row."""
+    model, text = original(args)
+    held_out = text.held_out(args.rows)
+    dense = data.loss(model, held_out)
+    size = sum(p.numel() for p in model.parameters())
+    say(f"original: {dense:.4f} nats, {size:,} parameters")
+    about = {"name": args.model, "loss": dense, "parameters": size}
+    ids = text.rows(args.calibrate, torch.Generator().manual_seed(1))
+    batches = [{"input_ids": some} for some in ids.split(data.BATCH)]
+    tied = internals.has_tied_head(model)
+    rows: list[Row] = []
+
+    def add(base: Row, small: Any) -> None:
+        rows.append(row_of(base, small, held_out, dense))
+        last = rows[-1]
+        number = f"{last['loss']:.4f} nats" if last["status"] == "ok" else last["reason"]
+        say(" ".join(str(base[key]) for key in ("share", "start", "training", "tokens")), number)
+
+    for share in args.shares:
+        for name, how in STARTS.items():
+            if "untie" in how and not tied:
+                continue
+            begun = time.perf_counter()
+            start: Any = vk.project(model, batches, share, **how)
+            made = start.variator_projection
+            base = {"model": args.model, "share": share, "start": name, "seed": None}
+            base |= {"hidden": made.sizes.hidden, "ffn": made.sizes.ffn, "tokens": 0}
+            base |= {"training": UNTRAINED, "seconds": time.perf_counter() - begun}
+            add(base, start)
+            for tokens in args.tokens if name in TRAINED else ():
+                for seed in range(args.seeds):
+                    for kind in (PLAIN, PROJECTED):
+                        small = trained(copy.deepcopy(start), kind, args, text, model, tokens, seed)
+                        add({**base, "training": kind, "tokens": tokens, "seed": seed}, small)
+    return about, rows
+
+
+COLUMNS = [
+    tables.key("share", "share"),
+    tables.key("start", "start"),
+    tables.key("training", "training"),
+    tables.key("tokens", "tokens"),
+    tables.key("seed", "seed"),
+    tables.key("hidden", "hidden"),
+    tables.key("FFN", "ffn"),
+    tables.number("nats", lambda row: row["loss"], ".4f"),
+    tables.number("over the original", lambda row: row["excess"], "+.4f"),
+]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, print, write JSON and PNG; 1 if a check failed."""
+    made = parser()
+    args = made.parse_args(arguments)
+    is_tiny = args.model == "tiny"
+    shares = args.shares or ("0.33" if is_tiny else "0.75,0.5")
+    args.shares = [float(word) for word in options.words(shares)]
+    tokens = args.tokens or ("205000" if is_tiny else "0")
+    args.tokens = [int(word) for word in options.words(tokens) if int(word)]
+    args.length = args.length or (256 if is_tiny else 512)
+    args.calibrate = args.calibrate or (128 if is_tiny else 32)
+    args.rows = args.rows or (256 if is_tiny else 32)
+    args.threads = args.threads or torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    console = options.screen()
+    hidden = ("output", "publish", "data", "model")
+    settings = {name: value for name, value in vars(args).items() if name not in hidden}
+    try:
+        about, rows = measure(args, lambda *words: console.print(*words, highlight=False))
+    except (ValueError, OSError) as error:
+        made.error(str(error))
+    content = results.result("projected", settings, about)
+    content["rows"] = rows
+    name = about["name"] if args.model in ("tiny", "smollm2") else Path(args.model).resolve().name
+    path = results.folder(args.output, args.publish) / f"projected_{name}.json"
+    title = f"Projected Compression of {name}; the original: {about['loss']:.4f} nats"
+    table = tables.screen(title, COLUMNS, rows)
+    return options.finish(content, path, console, table, draw=plot.draw)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Losses over the original's, by start and training."""
+
+from pathlib import Path
+from statistics import mean
+
+from ..harness.results import Row, pick
+from ..harness.style import AMBER, BLUE, GREY, commit, sheet
+
+COLOURS = {"none": GREY, "plain": AMBER, "projected": BLUE}
+
+
+def projected(content: Row, target: Path) -> None:
+    """A panel a share: a bar for each start, training and number of tokens, the mean over seeds;
+    dots are seeds."""
+    rows, model, here = pick(content["rows"], status="ok"), content["model"], content["machine"]
+    shares = sorted({row["share"] for row in rows}, reverse=True)
+    title = f"Projected Compression of {model['name']}"
+    caption = (
+        f"nats over the original's {model['loss']:.3f}; {here['cpu']}, "
+        f"{content['date']}, {commit(content)}"
+    )
+    with sheet(target, 1, len(shares), (6.2 * max(len(shares), 1), 3.6), title, caption) as panels:
+        for axes, share in zip(panels[0], shares, strict=False):
+            keys = dict.fromkeys(
+                (row["start"], row["training"], row["tokens"]) for row in pick(rows, share=share)
+            )
+            names = []
+            for place, (start, training, tokens) in enumerate(keys):
+                some = pick(rows, share=share, start=start, training=training, tokens=tokens)
+                values = [row["excess"] for row in some]
+                axes.barh(place, mean(values), color=COLOURS[training], height=0.66)
+                axes.plot(values, [place] * len(values), "k.", ms=4)
+                axes.annotate(
+                    f"{mean(values):+.3f}", (max(values), place), (6, 0),
+                    textcoords="offset points", va="center", fontsize=8.5,
+                )  # fmt: skip
+                after = f"{training}, {tokens / 1000:.0f}k tokens" if tokens else "untrained"
+                names.append(f"{start}\n{after}")
+            axes.set_yticks(range(len(names)), names, fontsize=8)
+            axes.invert_yaxis()
+            axes.set_xlim(0, axes.get_xlim()[1] * 1.15)
+            axes.set_xlabel("nats over the original")
+            axes.grid(axis="x")
+            axes.set_title(f"{100 * share:.0f} % of the parameters")

@@ -1,0 +1,129 @@
+"""Time of a training step: of the small model alone, and projected, W_C built once a step.
+
+Both arms make the same forward and backward passes and an AdamW step, in turns, in one process.
+``counted`` is the part of building W_C that multiply-adds predict.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import torch
+
+import variator_kernels as vk
+
+from .. import internals
+from ..harness import machine, options, results, tables
+from ..harness.results import Row
+from . import __main__ as whole
+from .data import Text
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = options.parser("projected.step", __doc__)
+    add = made.add_argument
+    add("--model", default="smollm2", help="smollm2 (default), tiny, or a folder of a decoder")
+    add("--share", type=float, default=0.5, help="of the parameters; default 0.5")
+    add("--tokens", type=options.count, default=16000, help="of a step; default 16000")
+    add("--batch", type=options.count, default=4, help="rows of a forward; default 4")
+    add("--length", type=options.count, default=512, help="tokens of a row; default 512")
+    add("--repeats", type=options.count, default=5, help="steps of each arm; default 5")
+    add("--steps", type=options.count, default=1500, help="of tiny from scratch; default 1500")
+    add("--data", type=Path, default=machine.DATA, help="folder with wikitext2/")
+    add("--threads", type=options.count, help="default: as many as torch takes")
+    options.add_output(made)
+    return made
+
+
+def stepping(
+    model: Any, text: Text, batches: int, rows: int, projected: bool
+) -> Callable[[], None]:
+    """One step over ``batches`` batches of ``rows`` rows."""
+    groups = internals.parameter_groups(model, 1e-5)
+    optimizer = torch.optim.AdamW(groups)
+    ids = [text.rows(rows, torch.Generator().manual_seed(i)) for i in range(batches)]
+    model.train()
+
+    def step() -> None:
+        for some in ids:
+            model(input_ids=some, labels=some, use_cache=False).loss.backward()
+        if projected:
+            internals.send(model)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """A row for each arm."""
+    model, text = whole.original(args)
+    small: Any = vk.project(model, params=args.share, start="select", importance="weight")
+    plain = vk.merge(small)
+    batches = max(1, round(args.tokens / (args.batch * text.length)))
+    tokens = batches * args.batch * text.length
+    base = {"model": args.model, "share": args.share, "tokens": tokens}
+    wrong = whole.agrees(small, plain, text.held_out(1))
+    if wrong:
+        return [{**base, "arm": "projected", "status": "failed", "reason": wrong}]
+    steps = {
+        "plain": stepping(plain, text, batches, args.batch, False),
+        "projected": stepping(small, text, batches, args.batch, True),
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    with internals.collecting(small):
+        for turn in range(args.repeats + 1):
+            for name, step in steps.items():
+                begun = time.perf_counter()
+                step()
+                if turn:  # the first is a warm-up
+                    times[name].append(time.perf_counter() - begun)
+    cost = internals.counted(small, tokens)
+    rows = []
+    for name, found in times.items():
+        ratios = [a / b for a, b in zip(found, times["plain"], strict=True)]
+        q1, median, q3 = quantiles(found, n=4) if len(found) > 1 else found * 3
+        row = {"arm": name, "q1": q1, "median": median, "q3": q3, "seconds": found}
+        row |= {"over_plain": sorted(ratios)[len(ratios) // 2]}
+        row |= {"counted": cost.share / (1 - cost.share) if name == "projected" else 0.0}
+        row |= {"trained": cost.trainable if name == "projected" else cost.small}
+        rows.append({**base, "status": "ok", **row})
+    return rows
+
+
+COLUMNS = [
+    tables.key("arm", "arm"),
+    tables.key("tokens", "tokens"),
+    tables.number("seconds", lambda row: row["median"]),
+    tables.number("over plain", lambda row: row["over_plain"], ".3f"),
+    tables.number("counted", lambda row: 1 + row["counted"], ".3f"),
+    tables.key("parameters", "trained"),
+]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, print, write JSON; 1 if the check failed."""
+    made = parser()
+    args = made.parse_args(arguments)
+    args.threads = args.threads or torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    hidden = ("output", "publish", "data", "model")
+    settings = {name: value for name, value in vars(args).items() if name not in hidden}
+    name = args.model if args.model in ("tiny", "smollm2") else Path(args.model).resolve().name
+    content = results.result("projected_step", settings, {"name": name})
+    try:
+        content["rows"] = measure(args)
+    except (ValueError, OSError) as error:
+        made.error(str(error))
+    path = results.folder(args.output, args.publish) / f"projected_step_{name}.json"
+    table = tables.screen(f"A training step of {name}", COLUMNS, content["rows"])
+    return options.finish(content, path, options.screen(), table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

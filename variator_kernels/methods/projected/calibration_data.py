@@ -1,0 +1,82 @@
+"""What a model is run on to see how it uses its dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...sites.residual import Layout
+
+Batch = dict[str, Any]
+IGNORED = -100
+
+
+def checked(batches: Iterable[Mapping[str, Any]] | None, why: str) -> list[Batch]:
+    """The batches, read once.
+
+    Raises:
+        TypeError: a batch is not a mapping. ValueError: there is none, or one has no input_ids.
+    """
+    if batches is None:
+        raise ValueError(f"batches must be given, {why}, got None")
+    found = []
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"batches must hold mappings of the model's arguments, got {type(batch).__name__}"
+            )
+        if "input_ids" not in batch:
+            raise ValueError(f"batches must have input_ids, got {sorted(batch)}")
+        found.append(dict(batch))
+    if not found:
+        raise ValueError(f"batches must hold at least one batch, {why}, got none")
+    return found
+
+
+def arguments(model: nn.Module, layout: Layout, batch: Batch) -> Batch:
+    """What the model is called with: on its device, without a cache."""
+    device = next(model.parameters()).device
+    given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    if len(layout.stacks) > 1 and not {"labels", "decoder_input_ids"} & given.keys():
+        raise ValueError(
+            "batches must have labels or decoder_input_ids for an encoder-decoder, got "
+            f"{sorted(batch)}"
+        )
+    if layout.residual is not None:
+        given["use_cache"] = False
+    return given
+
+
+def masks(layout: Layout, given: Batch) -> list[Tensor | None]:
+    """Where each stack's real tokens are, ``[B, n]`` bool; None: everywhere."""
+    own = given.get("attention_mask")
+    found = [None if own is None else own != 0]
+    if len(layout.stacks) > 1:
+        theirs = given.get("decoder_attention_mask")
+        if theirs is None and given.get("decoder_input_ids") is None:
+            theirs = given["labels"] != IGNORED
+        found.append(None if theirs is None else theirs != 0)
+    return found
+
+
+def tokens(value: Tensor, mask: Tensor | None) -> Tensor:
+    """``[T, width]`` of ``[B, n, width]``: the real ones, in float64."""
+    flat = value.flatten(0, -2) if mask is None else value[mask]
+    return flat.double()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation; afterwards each module in its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
