@@ -27,6 +27,9 @@ OUTPUT = RESULTS / "compiled"
 RATIOS = (2, 4, 8, 16, 32)
 # Masks, packed input and kept tokens change addresses alone: compiled for one case.
 FORMS, ALL_FORMS = ("plain", "masked", "packed", "kept"), ("t5-base", 4, "bf16")
+# Sizes that have settings of their own: wide bottlenecks, and too few tokens for the usual tiles.
+BOTTLENECKS, FEW = (64, 128, 256, 512), "few"
+OTHER_SIZES = (("t5-base", 4), ("t5-base", 16), ("bert-base", 4))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # These multiply no matrices.
 PLAIN_KERNELS = ("weighted_sum_kernel", "score_gradient_kernel", "row_norm_kernel")
@@ -157,14 +160,16 @@ def problems(row: dict[str, Any]) -> list[str]:
         found.append(f"{row['spills']} spills, {row['stack']} bytes of stack")
     if row["shared"] > SHARED_LIMIT[row["arch"]]:
         found.append(f"{row['shared']} bytes of shared memory, limit {SHARED_LIMIT[row['arch']]}")
-    if row["kernel"] not in PLAIN_KERNELS and not row["matrix"]:
-        found.append(f"no {MATRIX_INSTRUCTION[row['arch']]}")
+    few = all(FEW in case.split() for case in row.get("cases", ()))
+    wanted = MATRIX_INSTRUCTION[row["arch"]]
+    if row["kernel"] not in PLAIN_KERNELS and not (row["matrix"] and (few or row["by"] == wanted)):
+        found.append(f"no {wanted}")
     return found
 
 
 def table(
     archs: Iterable[str], models: Iterable[str], ratios: Iterable[int], dtypes: Iterable[str],
-    attentions: Iterable[str] = ATTENTIONS,
+    attentions: Iterable[str] = ATTENTIONS, bottlenecks: Iterable[int] = BOTTLENECKS,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row a distinct result, with the cases it serves; says which case it is at."""
     rows: dict[tuple, dict[str, Any]] = {}
@@ -181,6 +186,12 @@ def table(
             for form in FORMS if (name, k, dtype) == ALL_FORMS else FORMS[:1]:
                 case = f"{name} k={k} {dtype}" + (f" {form}" if form != "plain" else "")
                 add(arch, case, sublayer(MODELS[name], k, DTYPES[dtype], form))
+            if (name, k) not in OTHER_SIZES:
+                continue
+            sizes = {f"r={r}": (32, 512, r) for r in bottlenecks if r != 64} | {FEW: (1, 128, 64)}
+            for word, size in sizes.items():
+                case = f"{name} k={k} {dtype} {word}"
+                add(arch, case, sublayer(MODELS[name], k, DTYPES[dtype], size=size))
         for name in attentions:
             if (arch, name) in LEFT_OUT:
                 continue
@@ -237,11 +248,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--ratio", nargs="+", type=int, default=list(RATIOS))
     parser.add_argument("--attention", nargs="*", choices=ATTENTIONS, default=list(ATTENTIONS))
+    parser.add_argument("--bottleneck", nargs="+", type=int, default=list(BOTTLENECKS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"a folder (default {OUTPUT})")
     parser.add_argument("--add", action="store_true", help="keep the file's rows of other cases")
     chosen = parser.parse_args(arguments)
-    rows = table(chosen.arch, chosen.model, chosen.ratio, chosen.dtype, chosen.attention)
+    rows = table(chosen.arch, chosen.model, chosen.ratio, chosen.dtype, chosen.attention,
+                 chosen.bottleneck)  # fmt: skip
     chosen.output.mkdir(parents=True, exist_ok=True)
     if chosen.add:
         rows = added(json.loads((chosen.output / "triton.json").read_text())["rows"], rows)

@@ -15,7 +15,7 @@ from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, compute_cache_key
 
 from variator_kernels.triton_kernels import launch
 
@@ -68,25 +68,41 @@ def compiling(arch: str) -> Iterator[list[tuple[str, Any]]]:
         yield found
 
 
-_resources: dict[str, dict[str, int]] = {}
+@contextlib.contextmanager
+def specialising(arch: str) -> Iterator[dict[str, set[str]]]:
+    """Inside, launches are looked up as Triton does before compiling: its keys, by kernel."""
+    found: dict[str, set[str]] = {}
+
+    def look_up(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        binder = self.device_caches[_Driver(TARGETS[arch]).get_current_device()][-1]
+        key = compute_cache_key({}, *binder(*args, **options)[1:])
+        found.setdefault(self.fn.__name__, set()).add(key)
+
+    with compiling(arch), mock.patch.object(JITFunction, "run", look_up):
+        yield found
 
 
-def resources(arch: str, kernel: Any) -> dict[str, int]:
-    """Registers a thread, stack bytes, spills, shared memory, matrix instructions."""
+_resources: dict[str, dict[str, Any]] = {}
+
+
+def resources(arch: str, kernel: Any) -> dict[str, Any]:
+    """Registers a thread, stack bytes, spills, shared memory, matrix instructions of which kind."""
     if kernel.hash not in _resources:
         _resources[kernel.hash] = _read(arch, kernel)
     return _resources[kernel.hash]
 
 
-def _read(arch: str, kernel: Any) -> dict[str, int]:
+def _read(arch: str, kernel: Any) -> dict[str, Any]:
     if "cubin" in kernel.asm:
         usage = _tool("cuobjdump", "--dump-resource-usage", kernel.asm["cubin"])
         code = _tool("cuobjdump", "--dump-sass", kernel.asm["cubin"])
-        matrix, pattern = r"\bHGMMA\b" if arch == "sm_90" else r"\bHMMA\b", r"\b{}:(\d+)"
+        # Hopper multiplies tiles of less than 64 rows as Ampere does.
+        wide = arch == "sm_90" and "HGMMA" in code
+        matrix, pattern = "HGMMA" if wide else "HMMA", r"\b{}:(\d+)"
         names = ("REG", "STACK")
     else:
         usage = code = kernel.asm["amdgcn"]
-        matrix, pattern = r"\bv_mfma_", r"\.{}:\s*(\d+)"
+        matrix, pattern = "v_mfma", r"\.{}:\s*(\d+)"
         names = ("vgpr_count", "private_segment_fixed_size")
 
     def number(name: str) -> int:
@@ -98,7 +114,8 @@ def _read(arch: str, kernel: Any) -> dict[str, int]:
         spills = number("vgpr_spill_count") + number("sgpr_spill_count")
     registers, stack = map(number, names)
     found = {"registers": registers, "stack": stack, "spills": spills}
-    return found | {"shared": kernel.metadata.shared, "matrix": len(re.findall(matrix, code))}
+    count = len(re.findall(rf"\b{matrix}(?:\b|_)", code))
+    return found | {"shared": kernel.metadata.shared, "matrix": count, "by": matrix}
 
 
 def _tool(name: str, option: str, cubin: bytes) -> str:

@@ -85,7 +85,7 @@ def fused_products(g: Tensor, ffn: FeedForward, k: int) -> Tensor:
     if any(t.dtype != g.dtype for t in (ffn.w_in, ffn.w_out, ffn.w_gate) if t is not None):
         return products(g, ffn).to(g.dtype)
     f, d = ffn.w_in.shape
-    case = {"arch": launch.arch(g), "d": d, "f": f, "k": k, "dtype": launch.name(g.dtype)}
+    case = launch.case(g, d, k, triton.cdiv(g.shape[0], 128) * triton.cdiv(f, 256), f=f)
     inner = linear(
         "linear_in" if ffn.w_gate is None else "linear_gated",
         g,
@@ -102,8 +102,7 @@ def fused_products(g: Tensor, ffn: FeedForward, k: int) -> Tensor:
 def _normalize(y: Tensor, groups: GpuGroups, ffn: FeedForward) -> None:
     """The norm after the residual: real rows of ``y [tokens, d]``, in place."""
     k, d = groups.ratio, y.shape[1]
-    case = {"arch": launch.arch(y), "d": d, "k": k, "dtype": launch.name(y.dtype)}
-    row = launch.settings("row_norm", **case)
+    row = launch.settings("row_norm", **launch.case(y, d, k, launch.tiles(y.shape[0])))
     if groups.launched == 0:
         return
     row_norm_kernel[(triton.cdiv(groups.launched * k, row["bt"]),)](
