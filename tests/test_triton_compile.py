@@ -56,7 +56,7 @@ def test_attention_compiles_without_spills(arch, tmp_path):
 ATTENTION = ("attention_kernel", "query_gradient_kernel", "key_gradient_kernel")
 WIDE = """
 import torch
-from bench.tools.compile_triton import ATTENTIONS, Attention, attention
+from bench.tools.triton_cases import ATTENTIONS, Attention, attention
 from bench.tools.triton_compiler import compile_call
 for model, dtype, size in (
     (ATTENTIONS["llama-7b"], torch.float32, (8, 512, 128)),
@@ -81,7 +81,7 @@ def test_attention_in_wide_types_and_of_sizes_of_one():
 
 ODD = """
 import torch
-from bench.tools.compile_triton import Model, sublayer
+from bench.tools.triton_cases import Model, sublayer
 from bench.tools.triton_compiler import compile_call
 rms, layer = Model(1, 1, "relu", "rms"), Model(50, 41, "gelu_tanh", "layer", gated=True)
 for model, k, dtype, form, size in (
@@ -105,13 +105,13 @@ def test_sizes_of_one_and_rows_that_are_not_aligned():
 WIDE_BOTTLENECKS = """
 import itertools
 import torch
-from bench.tools import compile_triton, sanitize
+from bench.tools import compile_triton, sanitize, triton_cases
 from bench.tools.triton_compiler import compile_call
-model = compile_triton.Model(40, 136, "relu", "layer", gated=True)
+model = triton_cases.Model(40, 136, "relu", "layer", gated=True)
 (size,) = (size for size in sanitize.SIZES if size[2] == 512)
 for arch in ("sm_80", "sm_90"):
     d, k, r = size
-    call = compile_triton.sublayer(model._replace(d=d), k, torch.bfloat16, size=(2, 75, r))
+    call = triton_cases.sublayer(model._replace(d=d), k, torch.bfloat16, size=(2, 75, r))
     for row in compile_call(arch, call):
         assert not compile_triton.problems({**row, "cases": ["few"]}), row
 """

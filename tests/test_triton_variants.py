@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 PRELUDE = """
 import random
 import torch
-from bench.tools.compile_triton import ATTENTIONS, MODELS, attention, sublayer
+from bench.tools.triton_cases import ATTENTIONS, MODELS, attention, sublayer
 from bench.tools.triton_compiler import specialising
 
 def one_a_kernel(what, call, sizes):

@@ -90,7 +90,7 @@ class Table:
 
 def compile_ahead(model: str, k: int, row: dict[str, Any]) -> None:
     """Compiles the forward pass with one more row in the table, in a worker, for Triton's cache."""
-    from bench.tools.compile_triton import MODELS, sublayer
+    from bench.tools.triton_cases import MODELS, sublayer
     from bench.tools.triton_compiler import compile_call
 
     launch.use([*json.loads(launch.TABLE.read_text()), row])

@@ -44,8 +44,8 @@ def test_tunes(monkeypatch, tmp_path):
 
 AHEAD = """
 import torch
-from bench.tools import compile_triton, tune_triton
-compile_triton.MODELS["t5-base"] = compile_triton.Model(32, 48, "relu", "rms")
+from bench.tools import triton_cases, tune_triton
+triton_cases.MODELS["t5-base"] = triton_cases.Model(32, 48, "relu", "rms")
 settings = {"bt": 16, "bd": 16, "br": 64, "warps": 2, "stages": 1}
 row = {"kernel": "adapter_decompress", "case": {"arch": "sm_90"}, "settings": settings}
 tune_triton.compile_ahead("t5-base", 4, row)
