@@ -188,8 +188,25 @@ def one_launch(groups: int) -> Iterator[None]:
     """The CUDA kernels in one launch for up to so many groups; 0: always in several."""
     from variator_kernels.ops.compressed_ffn import cuda
 
-    with mock.patch.object(cuda, "ONE_LAUNCH_GROUPS", groups):
+    before, cuda.ONE_LAUNCH_GROUPS = cuda.ONE_LAUNCH_GROUPS, groups
+    try:
         yield
+    finally:
+        cuda.ONE_LAUNCH_GROUPS = before
+
+
+def launched(call: Callable[..., Any], groups: int) -> Callable[..., Any]:
+    """``call`` under :func:`one_launch`, at the price of two assignments: it is timed."""
+    from variator_kernels.ops.compressed_ffn import cuda
+
+    def run(*inputs: Any) -> Any:
+        before, cuda.ONE_LAUNCH_GROUPS = cuda.ONE_LAUNCH_GROUPS, groups
+        try:
+            return call(*inputs)
+        finally:
+            cuda.ONE_LAUNCH_GROUPS = before
+
+    return run
 
 
 def triton_launches(
