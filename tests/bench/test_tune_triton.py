@@ -92,10 +92,9 @@ def test_settings_know_how_many_programs_there_would_be(monkeypatch):
 @pytest.mark.skipif(not TRITON.usable, reason=f"no Triton kernels: {TRITON.detail}")
 @pytest.mark.parametrize("tiles, programs", [(8, 96), (66, 132), (100, 100), (256, 256)])
 def test_few_tiles_share_out_their_columns(tiles, programs):
-    from variator_kernels.ops.adapter_decompress.triton import columns_a_program
+    from variator_kernels.ops.adapter_decompress.triton import blocks_a_program
 
-    across = columns_a_program(tiles, 768, 64, 132)
-    assert across % 64 == 0 and tiles * -(-768 // across) == programs
+    assert tiles * -(-12 // blocks_a_program(tiles, 12, 132)) == programs
 
 
 def test_a_kernel_without_a_row_is_an_error():

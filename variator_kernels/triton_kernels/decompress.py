@@ -50,7 +50,7 @@ def adapter_decompress_kernel(
     BR: tl.constexpr, TANH: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program writes ``across`` columns of the tokens of BT consecutive slots.
+    """A program writes ``across`` blocks of columns of the tokens of BT consecutive slots.
 
     t lies on chip, in pieces of BR columns that fit into registers while they are made.
 
@@ -80,8 +80,8 @@ def adapter_decompress_kernel(
     if p_poison is not None:
         poison = 0.0 * tl.load(p_poison + o_g.to(tl.int64) * K, mask=real, other=0.0)
     # Said here, STAGES pipelines all loads: u and the residual feed no product.
-    begin = tl.program_id(1) * across
-    for o in tl.range(begin, tl.minimum(begin + across, d), BD, num_stages=STAGES):
+    begin = tl.program_id(1) * across * BD  # the compiler knows it as a multiple of BD
+    for o in tl.range(begin, tl.minimum(begin + across * BD, d), BD, num_stages=STAGES):
         o_d = o + tl.arange(0, BD)
         m_d = o_d < d
         b_o = tl.zeros([BT, BD], tl.float32)

@@ -27,11 +27,10 @@ def groups_a_tile(slots: int, k: int) -> int:
     return launch.power_of_2(slots // k if slots % k == 0 else slots // k + 2, 16)
 
 
-def columns_a_program(tiles: int, d: int, block: int, processors: int) -> int:
-    """All d where every multiprocessor has a tile; of fewer tiles the columns are shared out, in
-    whole blocks, and each program makes its tile's t."""
-    blocks = triton.cdiv(d, block)
-    return triton.cdiv(blocks, max(1, min(blocks, processors // tiles))) * block
+def blocks_a_program(tiles: int, blocks: int, processors: int) -> int:
+    """All blocks of columns where every multiprocessor has a tile; of fewer tiles the columns are
+    shared out, and each program makes its tile's t."""
+    return triton.cdiv(blocks, max(1, min(blocks, processors // tiles)))
 
 
 def run(inputs: DecompressInputs, groups: GpuGroups, adapter: AdapterWeights, y: Tensor) -> None:
@@ -45,8 +44,9 @@ def run(inputs: DecompressInputs, groups: GpuGroups, adapter: AdapterWeights, y:
     row = launch.settings("adapter_decompress", **case)
     w1u, w2 = unit_rows(w1u), unit_rows(w2)
     tiles = triton.cdiv(groups.launched * k, row["bt"])
-    across = columns_a_program(tiles, d, row["bd"], launch.processors(y))
-    adapter_decompress_kernel[(tiles, triton.cdiv(d, across))](
+    blocks = triton.cdiv(d, row["bd"])
+    across = blocks_a_program(tiles, blocks, launch.processors(y))
+    adapter_decompress_kernel[(tiles, triton.cdiv(blocks, across))](
         u, projected, w1u, b1.contiguous(), w2, b2.contiguous(), residual, poison, groups.kept,
         *groups.pointers, y,
         *groups.sizes, across, d,
