@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import triton
@@ -47,15 +47,25 @@ class _Driver:
         return 0
 
 
+class Launched(NamedTuple):
+    """A launch that was compiled instead."""
+
+    name: str
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
 @contextlib.contextmanager
-def compiling(arch: str) -> Iterator[list[tuple[str, Any]]]:
-    """Inside, launches are compiled for ``arch`` and collected as (kernel's name, result)."""
-    found: list[tuple[str, Any]] = []
+def compiling(arch: str) -> Iterator[list[Launched]]:
+    """Inside, launches are compiled for ``arch`` and collected."""
+    found: list[Launched] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        found.append((self.fn.__name__, kernel))
+        arguments = {**dict(zip(self.arg_names, args, strict=False)), **options}
+        found.append(Launched(self.fn.__name__, kernel, grid, arguments))
         return kernel
 
     driver = triton.runtime.driver
@@ -95,7 +105,7 @@ def resources(arch: str, kernel: Any) -> dict[str, Any]:
 def _read(arch: str, kernel: Any) -> dict[str, Any]:
     if "cubin" in kernel.asm:
         usage = _tool("cuobjdump", "--dump-resource-usage", kernel.asm["cubin"])
-        code = _tool("cuobjdump", "--dump-sass", kernel.asm["cubin"])
+        code = sass(kernel.asm["cubin"])
         # Hopper multiplies tiles of less than 64 rows as Ampere does.
         wide = arch == "sm_90" and "HGMMA" in code
         matrix, pattern = "HGMMA" if wide else "HMMA", r"\b{}:(\d+)"
@@ -118,6 +128,11 @@ def _read(arch: str, kernel: Any) -> dict[str, Any]:
     return found | {"shared": kernel.metadata.shared, "matrix": count, "by": matrix}
 
 
+def sass(cubin: bytes) -> str:
+    """The machine code as text."""
+    return _tool("cuobjdump", "--dump-sass", cubin)
+
+
 def _tool(name: str, option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -130,8 +145,8 @@ def compile_call(arch: str, call: Callable[[], Any]) -> list[dict[str, Any]]:
     """What ``call`` would launch on ``arch``: a row a kernel."""
     with compiling(arch) as found:
         call()
-    warps = [kernel.metadata.num_warps for _, kernel in found]
     return [
-        {"kernel": name, "arch": arch, "warps": count, **resources(arch, kernel)}
-        for (name, kernel), count in zip(found, warps, strict=True)
-    ]
+        {"kernel": made.name, "arch": arch, "warps": made.kernel.metadata.num_warps,
+         **resources(arch, made.kernel)}
+        for made in found
+    ]  # fmt: skip
