@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, compute_cache_key
 
+from variator_kernels import backends
 from variator_kernels.triton_kernels import launch
 
 TARGETS = {
@@ -74,6 +75,23 @@ def compiling(arch: str) -> Iterator[list[Launched]]:
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(launch, "arch", lambda x: arch),
         mock.patch.object(launch, "processors", lambda x: PROCESSORS[arch]),
+    ):
+        yield found
+
+
+@contextlib.contextmanager
+def stubbed(arch: str) -> Iterator[list[str]]:
+    """Inside, launches do nothing but add their kernel's name; backend ``"triton"`` takes tensors
+    on the CPU."""
+    found: list[str] = []
+
+    def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        found.append(self.fn.__name__)
+
+    with (
+        compiling(arch),
+        mock.patch.object(JITFunction, "run", note),
+        mock.patch.object(backends, "resolve", lambda backend, x: backend),
     ):
         yield found
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..triton_kernels import launch
@@ -52,11 +51,11 @@ def weight_sums(
     case = launch.case(a, d, k, launch.tiles(a.shape[0]), r=launch.bottleneck(r))
     row = launch.settings("weight_sums", **case)
     br = min(row["br"], launch.bottleneck(r))
-    pieces = max(1, triton.cdiv(r, br))
-    across = triton.cdiv(d, row["bd"])
-    tiles = triton.cdiv(groups.total, row["bg"])
+    pieces = max(1, launch.cdiv(r, br))
+    across = launch.cdiv(d, row["bd"])
+    tiles = launch.cdiv(groups.total, row["bg"])
     shares = max(1, min(tiles, row["programs"] * launch.processors(a) // (across * k * pieces)))
-    tiles_a_share = triton.cdiv(tiles, shares)
+    tiles_a_share = launch.cdiv(tiles, shares)
     parts = shares * k
 
     def part(*shape: int) -> Tensor:

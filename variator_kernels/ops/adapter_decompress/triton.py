@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ...triton_kernels import launch
@@ -30,7 +29,7 @@ def groups_a_tile(slots: int, k: int) -> int:
 def blocks_a_program(tiles: int, blocks: int, processors: int) -> int:
     """All blocks of columns where every multiprocessor has a tile; of fewer tiles the columns are
     shared out, and each program makes its tile's t."""
-    return triton.cdiv(blocks, max(1, min(blocks, processors // tiles)))
+    return launch.cdiv(blocks, max(1, min(blocks, processors // tiles)))
 
 
 def run(inputs: DecompressInputs, groups: GpuGroups, adapter: AdapterWeights, y: Tensor) -> None:
@@ -43,10 +42,10 @@ def run(inputs: DecompressInputs, groups: GpuGroups, adapter: AdapterWeights, y:
     case = launch.case(y, d, k, launch.tiles(y.shape[0]), r=launch.bottleneck(r))
     row = launch.settings("adapter_decompress", **case)
     w1u, w2 = unit_rows(w1u), unit_rows(w2)
-    tiles = triton.cdiv(groups.launched * k, row["bt"])
-    blocks = triton.cdiv(d, row["bd"])
+    tiles = launch.cdiv(groups.launched * k, row["bt"])
+    blocks = launch.cdiv(d, row["bd"])
     across = blocks_a_program(tiles, blocks, launch.processors(y))
-    adapter_decompress_kernel[(tiles, triton.cdiv(blocks, across))](
+    adapter_decompress_kernel[(tiles, launch.cdiv(blocks, across))](
         u, projected, w1u, b1.contiguous(), w2, b2.contiguous(), residual, poison, groups.kept,
         *groups.pointers, y,
         *groups.sizes, across, d,
@@ -115,7 +114,7 @@ def _inner_gradient(
     row = launch.settings("inner_gradient", **case)
     br = min(row["br"], launch.bottleneck(r))
     w1u, b1, w2 = adapter.w1u, adapter.b1, unit_rows(adapter.w2)
-    grid = (triton.cdiv(groups.launched * k, row["bt"]), triton.cdiv(r, br))
+    grid = (launch.cdiv(groups.launched * k, row["bt"]), launch.cdiv(r, br))
     inner_gradient_kernel[grid](
         dy, u, inputs.projected, w1u, b1.contiguous(), w2,
         *groups.pointers, t, d_projected,
@@ -135,7 +134,7 @@ def _group_gradient(
     case = launch.case(du, d, k, launch.tiles(dy.shape[0]), r=launch.bottleneck(r))
     row = launch.settings("group_gradient", **case)
     d_group = du.new_empty(groups.total, r, dtype=torch.float32)
-    group_gradient_kernel[(triton.cdiv(groups.total, row["bg"]), triton.cdiv(d, row["bd"]))](
+    group_gradient_kernel[(launch.cdiv(groups.total, row["bg"]), launch.cdiv(d, row["bd"]))](
         dy, d_projected, w1u, *groups.pointers, du, d_group,
         *groups.sizes, d, dy.stride(0), w1u.stride(0),
         K=k, BG=row["bg"], BD=row["bd"], R=r, BR=min(row["br"], launch.bottleneck(r)),

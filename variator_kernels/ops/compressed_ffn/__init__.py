@@ -11,8 +11,9 @@ from ... import backends
 from .. import checks
 from ..feed_forward import FeedForward, PluginWeights, autocasts
 from ..groups import Groups, Keep
+from ..library import backend_module
 from ..make_groups import make_groups
-from ..transforms import exporting, fitting
+from ..transforms import exporting, fitting, nothing_between
 from . import layered, op, reference
 
 
@@ -73,6 +74,10 @@ def run(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups, back
     if backend == "reference":
         return reference.compressed_ffn(x, plugin, ffn, groups)
     if _fits_one_op(x, plugin, ffn):
+        # PyTorch's dispatcher takes longer than all of our own Python before a GPU's first launch.
+        tensors = (t for t in (x, *plugin, *ffn, *groups) if isinstance(t, Tensor))
+        if backend in ("triton", "cuda") and nothing_between(tensors):
+            return backend_module(__package__, backend).compressed_ffn(x, plugin, ffn, groups)
         return op.compressed_ffn(x, plugin, ffn, groups, backend)
     return layered.compressed_ffn(x, plugin, ffn, groups, backend)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -62,7 +61,7 @@ def linear(
             None if t is None else TensorDescriptor.from_tensor(t, block)
             for t, block in zip(operands, blocks, strict=True)
         ]
-    tiles = triton.cdiv(a.shape[0], bm) * triton.cdiv(w.shape[0], bn)
+    tiles = launch.cdiv(a.shape[0], bm) * launch.cdiv(w.shape[0], bn)
     programs = min(tiles, launch.processors(a) * row["persistent"] or tiles)
     linear_kernel[(programs,)](
         *operands[:3], contiguous(bias), contiguous(gate_bias), operands[3],
@@ -87,7 +86,7 @@ def fused_products(g: Tensor, ffn: FeedForward, k: int) -> Tensor:
     f, d = ffn.w_in.shape
     # Small tiles read their operands four times as often from L2: they pay only where three
     # quarters of the multiprocessors would idle otherwise.
-    tiles = triton.cdiv(g.shape[0], 128) * triton.cdiv(f, 256)
+    tiles = launch.cdiv(g.shape[0], 128) * launch.cdiv(f, 256)
     case = launch.case(g, d, k, 4 * tiles, f=f)
     inner = linear(
         "linear_in" if ffn.w_gate is None else "linear_gated",
@@ -108,7 +107,7 @@ def _normalize(y: Tensor, groups: GpuGroups, ffn: FeedForward) -> None:
     row = launch.settings("row_norm", **launch.case(y, d, k, launch.tiles(y.shape[0])))
     if groups.launched == 0:
         return
-    row_norm_kernel[(triton.cdiv(groups.launched * k, row["bt"]),)](
+    row_norm_kernel[(launch.cdiv(groups.launched * k, row["bt"]),)](
         y, contiguous(ffn.norm_weight), contiguous(ffn.norm_bias),
         *groups.pointers,
         *groups.sizes[1:], d, ffn.eps,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ...triton_kernels import launch
@@ -55,7 +54,7 @@ def run(x: Tensor, groups: GpuGroups, merge: MergeWeights, norm: Norm, out: Merg
     weight = unit_rows(weight)
     if projection is not None:
         projection = unit_rows(projection)
-    group_merge_kernel[(triton.cdiv(groups.launched, groups_a_tile), parts)](
+    group_merge_kernel[(launch.cdiv(groups.launched, groups_a_tile), parts)](
         x, weight, bias, projection, norm.weight, norm.bias,
         *groups.pointers,
         merged, projected, softmax, scores, mean, rstd,
@@ -71,7 +70,7 @@ def run(x: Tensor, groups: GpuGroups, merge: MergeWeights, norm: Norm, out: Merg
     )  # fmt: skip
     if parts > 1:
         row = launch.settings("weighted_sum", **case)
-        grid = (triton.cdiv(groups.launched, row["bg"]), triton.cdiv(d, row["bs"]))
+        grid = (launch.cdiv(groups.launched, row["bg"]), launch.cdiv(d, row["bs"]))
         weighted_sum_kernel[grid](
             x, bias, norm.weight, norm.bias, *groups.pointers,
             merged, softmax, scores, mean, rstd,
@@ -151,7 +150,7 @@ def _score_gradient(
     if norm.name != "none":
         statistics = Statistics(torch.empty_like(d_scores), torch.empty_like(d_scores))
     groups_a_tile = max(1, row["bt"] // k2)
-    score_gradient_kernel[(triton.cdiv(groups.total, groups_a_tile),)](
+    score_gradient_kernel[(launch.cdiv(groups.total, groups_a_tile),)](
         x, norm.weight, norm.bias, *groups.pointers,
         softmax, d_merged, d_scores, *statistics,
         *groups.sizes, d, x.stride(0), norm.eps,
@@ -176,7 +175,7 @@ def _hidden_gradient(
     case = launch.case(x, d, k, launch.tiles(x.shape[0]), r=launch.bottleneck(r))
     row = launch.settings("merge_backward", **case)
     groups_a_tile = max(1, row["bt"] // slots)
-    grid = (triton.cdiv(groups.launched, groups_a_tile), k2 // slots)
+    grid = (launch.cdiv(groups.launched, groups_a_tile), k2 // slots)
     d_norm_weight, d_norm_bias = (
         x.new_empty(grid[0] * grid[1], 0 if vector is None else d, dtype=torch.float32)
         for vector in norm[1:3]

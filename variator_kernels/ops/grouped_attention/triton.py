@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -112,7 +111,7 @@ def grouped_attention(call: Attention) -> Tensor:
         return out.zero_()
     tiles = _tiles("attention", made)
     with launch.device_of(q):
-        attention_kernel[(triton.cdiv(made.rows, tiles["BM"]) * made.pairs,)](
+        attention_kernel[(launch.cdiv(made.rows, tiles["BM"]) * made.pairs,)](
             q, k, v, out, *lists, *numbers, **constants, **tiles
         )
     return out
@@ -136,11 +135,11 @@ def grouped_attention_backward(
     if biased:
         parts = k.new_empty(k.shape[0], k.shape[2], k.shape[1], dtype=wide)
     with launch.device_of(q):
-        query_gradient_kernel[(triton.cdiv(made.rows, tiles["BM"]) * made.pairs,)](
+        query_gradient_kernel[(launch.cdiv(made.rows, tiles["BM"]) * made.pairs,)](
             q, k, v, d_out, dq, *statistics, *lists, *numbers, **constants, **tiles
         )
         tiles = _tiles("attention_keys", made)
-        key_gradient_kernel[(triton.cdiv(k.shape[1], tiles["BN"]) * made.pairs,)](
+        key_gradient_kernel[(launch.cdiv(k.shape[1], tiles["BN"]) * made.pairs,)](
             q, k, v, d_out, *statistics, dk, dv, parts, *lists, *numbers, **constants, **tiles
         )
         d_bias = k.new_zeros(k.shape[:2], dtype=wide) if parts is None else parts.sum(1)
