@@ -10,7 +10,7 @@ from rich.table import Table
 from variator_kernels import backends
 
 from .cases import kernels, models
-from .cases.sublayer import Sublayer
+from .cases.sublayer import LAUNCHES, Sublayer
 from .harness import tables
 from .harness.clock import Eager, Graph
 from .harness.results import Row
@@ -49,6 +49,8 @@ JOBS = (
     Job("sizes", "bert-base", 32, 512),
     Job("small", "t5-base", 1, 128),
     Job("small", "t5-base", 1, 512),
+    Job("small", "t5-base", 2, 512),
+    Job("small", "t5-base", 4, 512),
     Job("backward", "t5-base", 32, 512, (2, 8, 16, 32), BACKWARD),
     Job("kernels", "t5-base", 32, 512),
     Job("kernels", "t5-base", 1, 512),
@@ -101,8 +103,8 @@ def measure(
     found = usable()
     model = models.Architecture(job.model, models.SUBLAYERS[job.model](), None)
     arms = (*job.arms, *(("cuda",) if "cuda" in found else ()))
-    if "cuda" in found and job.name == "small":  # few groups are one launch: in several too
-        arms = (*arms, "cuda-launches")
+    if "cuda" in found and job.name in ("small", "curve"):  # where the choice turns over
+        arms = (*arms, *LAUNCHES)
     if dry:
         model, job = models.toy(model), job._replace(batch=1, length=16, ratios=job.ratios[:1])
         arms = tuple(arm for arm in arms if not arm.endswith("-compiled"))

@@ -202,13 +202,19 @@ def cuda_product(a: Tensor, weight: Tensor, bias: Tensor | None, activation: str
     return cuda.linear(a, weight, bias, activation)
 
 
-@contextmanager
-def one_launch(groups: int) -> Iterator[None]:
-    """The CUDA kernels in one launch for up to so many groups; 0: always in several."""
+def launched(call: Callable[..., Any], groups: int) -> Callable[..., Any]:
+    """``call`` with the CUDA kernels in one launch for up to so many groups, 0: always in several;
+    at the price of two assignments, because it is timed."""
     from variator_kernels.ops.compressed_ffn import cuda
 
-    with mock.patch.object(cuda, "ONE_LAUNCH_GROUPS", groups):
-        yield
+    def run(*inputs: Any, **options: Any) -> Any:
+        before, cuda.ONE_LAUNCH_GROUPS = cuda.ONE_LAUNCH_GROUPS, groups
+        try:
+            return call(*inputs, **options)
+        finally:
+            cuda.ONE_LAUNCH_GROUPS = before
+
+    return run
 
 
 def triton_launches(

@@ -6,9 +6,15 @@ The sublayer is called inside a forward of its encoder. The bare op,
 ``torch.ops.variator.compressed_ffn``, gets the arguments that the sublayer gave it. The two take
 turns, and their outputs must be equal before and after; otherwise there is no number, and the exit
 code is 1. Switches of levels are timed while another thread runs the model: ``switching.py``.
+
+A last row is what Python takes for the public op on a GPU: Triton's kernels of one sublayer with
+their launches stubbed, on the CPU. What a launch itself takes (Triton's binder, the driver) is not
+in it; the check is that every call reaches the same four launches.
 """
 
+import os
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +30,9 @@ from .harness.clock import Wall, quartiles
 from .harness.results import Row
 
 MODELS, TOKENS, RATIO, LIMIT = ("t5-base", "bert-base"), 8, 4, 40.0
+PUBLIC_OP_LIMIT = 60.0
+LAUNCHES = ["group_merge_kernel", "linear_kernel", "adapter_decompress_kernel"]
+"""Of a sublayer; its second product is cuBLAS's."""
 BURST = 5  # calls between two readings of the clock
 
 
@@ -80,6 +89,33 @@ def measure(name: str, rounds: int) -> Row:
     return row
 
 
+@torch.no_grad()
+def measure_launches(rounds: int) -> Row:
+    """Microseconds of the public op on Triton, launches stubbed."""
+    row: Row = {"case": "launches", "model": "public op, stubbed launches", "arm": "triton",
+                "k": RATIO, "limit": PUBLIC_OP_LIMIT, "op": 0.0}  # fmt: skip
+    try:
+        from .tools.triton_compiler import stubbed
+    except ImportError as error:
+        return {**row, "status": "skipped", "reason": str(error)}
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return {**row, "status": "skipped", "reason": "kernels are interpreted in this process"}
+    architecture = models.toy(models.architecture("t5-base"))
+    _, ffn = models.sublayer(architecture, torch.bfloat16)
+    plugin = models.plugin(architecture.config, RATIO, 64, torch.bfloat16)
+    x = models.hidden(1, TOKENS, architecture.config.hidden_size, torch.bfloat16)
+    with stubbed("sm_90") as launched:
+        clock = Wall()
+        clock.burst = BURST
+        call = partial(vk.functional.compressed_ffn, x, plugin, ffn, backend="triton")
+        samples = clock.interleave({"": call}, rounds)[0][""]
+    calls = len(samples) * BURST
+    if launched != LAUNCHES * calls:
+        return {**row, "status": "failed", "reason": f"other launches: {launched[:4]}"}
+    found = [1e6 * each for each in samples]
+    return {**row, "status": "ok", "samples": found, **quartiles(found)}
+
+
 def _microseconds(name: str) -> tables.Column:
     return tables.number(f"{name}, µs", lambda row: row.get(name), ".1f")
 
@@ -105,6 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
         content["rows"] = [measure(name, args.rounds) for name in args.model]
         for name in args.model:
             content["rows"] += switching.measure(name, args.rounds)
+        content["rows"].append(measure_launches(args.rounds))
     except ValueError as error:
         made.error(str(error))
     path = results.folder(args.output, args.publish) / "overhead.json"

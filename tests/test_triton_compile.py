@@ -38,7 +38,8 @@ def compile_for(arch, folder, *arguments):
      ("gfx942", "t5-base", "4")],
 )  # fmt: skip
 def test_compiles_without_spills(arch, model, ratios, tmp_path):
-    arguments = ("--model", model, "--dtype", "bf16", "--attention", "--ratio", *ratios.split())
+    arguments = ("--model", model, "--dtype", "bf16", "--attention", "--bottleneck",
+                 "64", "--ratio", *ratios.split())  # fmt: skip
     done, rows = compile_for(arch, tmp_path, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len({row["kernel"] for row in rows}) >= 8
@@ -55,7 +56,7 @@ def test_attention_compiles_without_spills(arch, tmp_path):
 ATTENTION = ("attention_kernel", "query_gradient_kernel", "key_gradient_kernel")
 WIDE = """
 import torch
-from bench.tools.compile_triton import ATTENTIONS, Attention, attention
+from bench.tools.triton_cases import ATTENTIONS, Attention, attention
 from bench.tools.triton_compiler import compile_call
 for model, dtype, size in (
     (ATTENTIONS["llama-7b"], torch.float32, (8, 512, 128)),
@@ -80,13 +81,14 @@ def test_attention_in_wide_types_and_of_sizes_of_one():
 
 ODD = """
 import torch
-from bench.tools.compile_triton import Model, sublayer
+from bench.tools.triton_cases import Model, sublayer
 from bench.tools.triton_compiler import compile_call
 rms, layer = Model(1, 1, "relu", "rms"), Model(50, 41, "gelu_tanh", "layer", gated=True)
 for model, k, dtype, form, size in (
     (rms, 2, torch.bfloat16, "plain", (1, 1, 1)),
     (layer, 5, torch.float16, "masked", (1, 3, 5)),
     (layer._replace(norm="rms", d=24), 4, torch.float32, "packed", (1, 7, 8)),
+    (layer, 5, torch.bfloat16, "kept", (2, 75, 130)),
 ):
     assert len(compile_call("sm_90", sublayer(model, k, dtype, form, size=size))) >= 8
 """
@@ -100,10 +102,35 @@ def test_sizes_of_one_and_rows_that_are_not_aligned():
     assert done.returncode == 0, done.stderr
 
 
+WIDE_BOTTLENECKS = """
+import itertools
+import torch
+from bench.tools import compile_triton, sanitize, triton_cases
+from bench.tools.triton_compiler import compile_call
+model = triton_cases.Model(40, 136, "relu", "layer", gated=True)
+(size,) = (size for size in sanitize.SIZES if size[2] == 512)
+for arch in ("sm_80", "sm_90"):
+    d, k, r = size
+    call = triton_cases.sublayer(model._replace(d=d), k, torch.bfloat16, size=(2, 75, r))
+    for row in compile_call(arch, call):
+        assert not compile_triton.problems({**row, "cases": ["few"]}), row
+"""
+
+
+def test_what_the_sanitizer_runs_fits_on_the_chip():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", WIDE_BOTTLENECKS], cwd=ROOT, env=env, text=True,
+                          capture_output=True, timeout=600)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+OTHERS = ("r=128", "r=256", "r=512", "few")
+
+
 def test_the_committed_table_is_whole_and_clean():
     from itertools import product
 
-    from bench.tools.compile_triton import ATTENTIONS, LEFT_OUT
+    from bench.tools.compile_triton import ATTENTIONS, LEFT_OUT, OTHER_SIZES
 
     rows = json.loads(COMMITTED.read_text())["rows"]
     limit = json.loads(COMMITTED.read_text())["settings"]["shared_limit"]
@@ -123,3 +150,7 @@ def test_the_committed_table_is_whole_and_clean():
         found = {r["kernel"] for r in results.pick(rows, arch=arch) if case in r["cases"]}
         wanted = 9 if k > 8 else 8
         assert len(found) >= wanted, f"{arch} {case}: {sorted(found)}"
+    for arch, (model, k), size in product(("sm_80", "sm_90", "gfx942"), OTHER_SIZES, OTHERS):
+        case = f"{model} k={k} bf16 {size}"
+        found = {r["kernel"] for r in results.pick(rows, arch=arch) if case in r["cases"]}
+        assert len(found) >= 8, f"{arch} {case}: {sorted(found)}"

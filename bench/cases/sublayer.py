@@ -18,8 +18,11 @@ from .models import Architecture
 
 DENSE_ARMS = ("hf", "hf-compiled", "dense-packed")
 PLUGIN_ARMS = ("reference", "reference-compiled", "ours", "ours-compiled")
-GPU_ARMS = ("cuda", "cuda-launches")
-"""Beside ``ours``, which is Triton's there. The second always takes several launches."""
+GPU_ARMS = ("cuda", "cuda-launches", "cuda-one")
+"""Beside ``ours``, which is Triton's there. The second always takes several launches, the third
+always one (where the bottleneck allows it)."""
+LAUNCHES = {"cuda-launches": 0, "cuda-one": 2**62}
+"""Up to how many groups are one launch."""
 OF_CASE = {
     "backward": ("reference", "reference-compiled", "ours", "cuda"),
     "ragged": ("reference", "ours"),
@@ -154,8 +157,8 @@ class Sublayer:
         if backend != "reference":
             backend = usable(self.kernels if backend == "ours" else backend)
         module: Any = Plugged(self.ffn, self.plugin(k), backend, train)
-        if name == "cuda-launches":
-            return lambda *inputs: _in_launches(module, *inputs)
+        if name in LAUNCHES:
+            return internals.launched(module, LAUNCHES[name])
         if not name.endswith("-compiled"):
             return module
         options = GPU_COMPILER if self.device == "cuda" else {"freeze": not train}
@@ -184,8 +187,3 @@ class Sublayer:
             return truth(self.step(module, trained, wide=True)(), plain())
         masks = (self.mask,) if key.padding == "ragged" else ()
         return truth((module(self.x.double(), *masks),), plain())
-
-
-def _in_launches(module: nn.Module, *inputs: Tensor) -> Tensor:
-    with internals.one_launch(0):
-        return module(*inputs)

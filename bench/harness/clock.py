@@ -123,7 +123,10 @@ class Graph(Eager):
     def __init__(self, device: str) -> None:
         super().__init__(device)
         self.burst, self.captures = 1, self.gpu
-        self.flush = torch.empty(FLUSH_BYTES if self.gpu else 1, dtype=torch.int8, device=device)
+        numbers = FLUSH_BYTES // 4 if self.gpu else 1
+        self.flush, self.clean = (
+            torch.zeros(numbers, dtype=torch.int32, device=device) for _ in range(2)
+        )
 
     def works(self) -> bool:
         """Whether the device still computes; a kernel's bad address ends that for the process."""
@@ -155,7 +158,10 @@ class Graph(Eager):
         return replay
 
     def ready(self) -> None:
+        """Writing empties the L2 cache of what it held; reading other memory then takes the written
+        lines out, which the timed call would have to write back."""
         self.flush.zero_()
+        self.clean.amax()
 
     def read(self) -> Any:
         if not self.gpu:

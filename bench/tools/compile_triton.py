@@ -11,143 +11,31 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
-from bench import internals
 from bench.harness import tables
 from bench.harness.machine import RESULTS
+from bench.tools.triton_cases import ATTENTIONS, MODELS, attention, sublayer
 from bench.tools.triton_compiler import SHARED_LIMIT, TARGETS, compile_call
-from variator_kernels import FeedForward, PluginWeights
 
 OUTPUT = RESULTS / "compiled"
 RATIOS = (2, 4, 8, 16, 32)
 # Masks, packed input and kept tokens change addresses alone: compiled for one case.
 FORMS, ALL_FORMS = ("plain", "masked", "packed", "kept"), ("t5-base", 4, "bf16")
+# Sizes that have settings of their own: wide bottlenecks, and too few tokens for the usual tiles.
+BOTTLENECKS, FEW = (64, 128, 256, 512), "few"
+OTHER_SIZES = (("t5-base", 4), ("t5-base", 16), ("bert-base", 4))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # These multiply no matrices.
 PLAIN_KERNELS = ("weighted_sum_kernel", "score_gradient_kernel", "row_norm_kernel")
 MATRIX_INSTRUCTION = {"sm_80": "HMMA", "sm_90": "HGMMA", "gfx942": "v_mfma"}
 
 
-class Model(NamedTuple):
-    """What of a model's FFN sublayer decides how kernels are compiled."""
-
-    d: int
-    f: int
-    activation: str
-    norm: str
-    gated: bool = False
-    post_norm: bool = False
-
-
-MODELS = {
-    "t5-base": Model(768, 3072, "relu", "rms"),
-    "t5-large": Model(1024, 4096, "relu", "rms"),
-    "bert-base": Model(768, 3072, "gelu", "layer", post_norm=True),
-    "llama-7b": Model(4096, 11008, "silu", "rms", gated=True),
-}
-
-
-def sublayer(
-    model: Model, k: int, dtype: torch.dtype, form: str = "plain", backward: bool = True,
-    size: tuple[int, int, int] = (32, 512, 64),
-) -> Callable[[], None]:  # fmt: skip
-    """Forward and backward of one sublayer on tensors without memory: every launch there is.
-
-    ``size`` are rows, tokens a row, and the adapter's bottleneck.
-    """
-    (rows, n, r), d, f = size, model.d, model.f
-
-    def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    def run() -> None:
-        plugin = PluginWeights(
-            make(k, k * d), make(k), make(r, 2 * d), make(r), make(d, r), make(d)
-        )
-        ffn = FeedForward(
-            make(f, d), make(d, f), w_gate=make(f, d) if model.gated else None,
-            b_in=make(f) if model.post_norm else None, b_out=make(d) if model.post_norm else None,
-            activation=model.activation, norm=model.norm, norm_weight=make(d),
-            norm_bias=make(d) if model.norm == "layer" else None, post_norm=model.post_norm,
-        )  # fmt: skip
-        x, mask, offsets = make(rows, n, d), None, None
-        if form in ("masked", "kept"):
-            mask = make(rows, n, dtype=torch.bool)
-        if form == "packed":
-            x, offsets = x.view(-1, d), make(rows + 1, dtype=torch.int32)
-        first = 1 if form == "kept" else 0
-        forward, back = internals.triton_launches(x, plugin, ffn, mask, offsets, keep_first=first)
-        y = forward()
-        if backward:
-            back(y)
-
-    return run
-
-
-class Attention(NamedTuple):
-    """What of a model's attention over merged keys decides how kernels are compiled."""
-
-    heads: int
-    kv_heads: int
-    d: int
-    kind: str
-
-
-# Over the keys of groups of 4: learned positions, T5's table in front of keys and values and around
-# the sublayer, a decoder's bounds, and all there is at once at a head size beside a power of 2.
-ATTENTIONS = {
-    "bert-base": Attention(12, 12, 64, "bias"),
-    "t5-base": Attention(12, 12, 64, "table"),
-    "t5-base around": Attention(12, 12, 64, "means"),
-    "llama-7b": Attention(32, 32, 128, "bounds"),
-    "grouped queries": Attention(32, 8, 80, "everything"),
-    "large heads": Attention(16, 16, 256, "means"),
-}
-
-
 # Scalar registers spill there, into lanes of vector registers.
 LEFT_OUT = (("gfx942", "grouped queries"),)
-
-
-def attention(
-    model: Attention, dtype: torch.dtype, size: tuple[int, int, int] = (8, 512, 128)
-) -> Callable[[], None]:
-    """Forward and backward of attention, as :func:`sublayer`; ``size``: rows, queries, keys."""
-    rows, n, count = size
-
-    def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    def run() -> None:
-        wide, whole = torch.promote_types(dtype, torch.float32), torch.int64
-        bias = first = last = relative = None
-        if model.kind != "table":
-            bias = make(rows, count, dtype=wide)
-        if model.kind in ("bounds", "everything"):
-            first, last = (make(rows, count, dtype=torch.int32) for _ in range(2))
-        if model.kind in ("table", "means", "everything"):
-            patterns = 1 if model.kind == "means" else 15
-            of = torch.float64 if model.kind == "means" else whole
-            relative = internals.DistanceBias(
-                make(patterns, model.heads, 263, dtype=wide),
-                make(rows, n, dtype=of),
-                make(rows, count, dtype=of),
-                None if model.kind == "means" else make(rows, count, dtype=whole),
-                -131,
-            )
-        queries = make(rows, n, model.heads, model.d)
-        keys, values = (make(rows, count, model.kv_heads, model.d) for _ in range(2))
-        forward, back = internals.triton_attention(
-            queries, keys, values, (bias, first, last), relative
-        )
-        back(forward())
-
-    return run
 
 
 def problems(row: dict[str, Any]) -> list[str]:
@@ -157,14 +45,16 @@ def problems(row: dict[str, Any]) -> list[str]:
         found.append(f"{row['spills']} spills, {row['stack']} bytes of stack")
     if row["shared"] > SHARED_LIMIT[row["arch"]]:
         found.append(f"{row['shared']} bytes of shared memory, limit {SHARED_LIMIT[row['arch']]}")
-    if row["kernel"] not in PLAIN_KERNELS and not row["matrix"]:
-        found.append(f"no {MATRIX_INSTRUCTION[row['arch']]}")
+    few = all(FEW in case.split() for case in row.get("cases", ()))
+    wanted = MATRIX_INSTRUCTION[row["arch"]]
+    if row["kernel"] not in PLAIN_KERNELS and not (row["matrix"] and (few or row["by"] == wanted)):
+        found.append(f"no {wanted}")
     return found
 
 
 def table(
     archs: Iterable[str], models: Iterable[str], ratios: Iterable[int], dtypes: Iterable[str],
-    attentions: Iterable[str] = ATTENTIONS,
+    attentions: Iterable[str] = ATTENTIONS, bottlenecks: Iterable[int] = BOTTLENECKS,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row a distinct result, with the cases it serves; says which case it is at."""
     rows: dict[tuple, dict[str, Any]] = {}
@@ -181,6 +71,12 @@ def table(
             for form in FORMS if (name, k, dtype) == ALL_FORMS else FORMS[:1]:
                 case = f"{name} k={k} {dtype}" + (f" {form}" if form != "plain" else "")
                 add(arch, case, sublayer(MODELS[name], k, DTYPES[dtype], form))
+            if (name, k) not in OTHER_SIZES:
+                continue
+            sizes = {f"r={r}": (32, 512, r) for r in bottlenecks if r != 64} | {FEW: (1, 128, 64)}
+            for word, size in sizes.items():
+                case = f"{name} k={k} {dtype} {word}"
+                add(arch, case, sublayer(MODELS[name], k, DTYPES[dtype], size=size))
         for name in attentions:
             if (arch, name) in LEFT_OUT:
                 continue
@@ -237,11 +133,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--ratio", nargs="+", type=int, default=list(RATIOS))
     parser.add_argument("--attention", nargs="*", choices=ATTENTIONS, default=list(ATTENTIONS))
+    parser.add_argument("--bottleneck", nargs="+", type=int, default=list(BOTTLENECKS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"a folder (default {OUTPUT})")
     parser.add_argument("--add", action="store_true", help="keep the file's rows of other cases")
     chosen = parser.parse_args(arguments)
-    rows = table(chosen.arch, chosen.model, chosen.ratio, chosen.dtype, chosen.attention)
+    rows = table(chosen.arch, chosen.model, chosen.ratio, chosen.dtype, chosen.attention,
+                 chosen.bottleneck)  # fmt: skip
     chosen.output.mkdir(parents=True, exist_ok=True)
     if chosen.add:
         rows = added(json.loads((chosen.output / "triton.json").read_text())["rows"], rows)

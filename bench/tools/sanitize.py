@@ -5,12 +5,12 @@ kernel. Needs a GPU and compute-sanitizer; every tool must end without an error.
 """
 
 import argparse
-import functools
 import itertools
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import torch
 
@@ -42,7 +42,7 @@ def workload(backend: str, device: str = "cuda", tokens: int = 75) -> None:
         return (torch.randn(*shape, device=device) * shape[-1] ** -0.5).to(dtype)
 
     for (d, k, r), dtype in itertools.product(SIZES, (torch.bfloat16, torch.float16)):
-        made = functools.partial(random, dtype=dtype)
+        made = partial(random, dtype=dtype)
         shapes = ((k, k * d), (k,), (r, 2 * d), (r,), (d, r), (d,))
         plugin = PluginWeights._make([*(made(*shape) for shape in shapes), "tanh"])
         ffn = FeedForward(made(136, d), made(d, 136), w_gate=made(136, d), norm="layer",
@@ -51,11 +51,13 @@ def workload(backend: str, device: str = "cuda", tokens: int = 75) -> None:
         mask = torch.rand(2, tokens, device=device) > 0.3
         offsets = torch.tensor([3, tokens // 2, tokens // 2 + 1, 2 * tokens - 3], device=device)
         for groups in (0, 1024) if backend == "cuda" else (0,):
-            with torch.no_grad(), internals.one_launch(groups):
+            sublayer = internals.launched(
+                partial(functional.compressed_ffn, backend=backend), groups
+            )
+            with torch.no_grad():
                 for where in (None, mask):
-                    functional.compressed_ffn(x, plugin, ffn, mask=where, backend=backend)
-                flat = x.view(-1, d)
-                functional.compressed_ffn(flat, plugin, ffn, cu_seqlens=offsets, backend=backend)
+                    sublayer(x, plugin, ffn, mask=where)
+                sublayer(x.view(-1, d), plugin, ffn, cu_seqlens=offsets)
         leaves = (x, *plugin[:6], ffn.norm_weight, ffn.norm_bias)
         for leaf in leaves:
             leaf.requires_grad_()  # type: ignore[union-attr]

@@ -10,13 +10,14 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, compute_cache_key
 
+from variator_kernels import backends
 from variator_kernels.triton_kernels import launch
 
 TARGETS = {
@@ -47,15 +48,25 @@ class _Driver:
         return 0
 
 
+class Launched(NamedTuple):
+    """A launch that was compiled instead."""
+
+    name: str
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
 @contextlib.contextmanager
-def compiling(arch: str) -> Iterator[list[tuple[str, Any]]]:
-    """Inside, launches are compiled for ``arch`` and collected as (kernel's name, result)."""
-    found: list[tuple[str, Any]] = []
+def compiling(arch: str) -> Iterator[list[Launched]]:
+    """Inside, launches are compiled for ``arch`` and collected."""
+    found: list[Launched] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        found.append((self.fn.__name__, kernel))
+        arguments = {**dict(zip(self.arg_names, args, strict=False)), **options}
+        found.append(Launched(self.fn.__name__, kernel, grid, arguments))
         return kernel
 
     driver = triton.runtime.driver
@@ -68,25 +79,58 @@ def compiling(arch: str) -> Iterator[list[tuple[str, Any]]]:
         yield found
 
 
-_resources: dict[str, dict[str, int]] = {}
+@contextlib.contextmanager
+def stubbed(arch: str) -> Iterator[list[str]]:
+    """Inside, launches do nothing but add their kernel's name; backend ``"triton"`` takes tensors
+    on the CPU."""
+    found: list[str] = []
+
+    def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        found.append(self.fn.__name__)
+
+    with (
+        compiling(arch),
+        mock.patch.object(JITFunction, "run", note),
+        mock.patch.object(backends, "resolve", lambda backend, x: backend),
+    ):
+        yield found
 
 
-def resources(arch: str, kernel: Any) -> dict[str, int]:
-    """Registers a thread, stack bytes, spills, shared memory, matrix instructions."""
+@contextlib.contextmanager
+def specialising(arch: str) -> Iterator[dict[str, set[str]]]:
+    """Inside, launches are looked up as Triton does before compiling: its keys, by kernel."""
+    found: dict[str, set[str]] = {}
+
+    def look_up(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        binder = self.device_caches[_Driver(TARGETS[arch]).get_current_device()][-1]
+        key = compute_cache_key({}, *binder(*args, **options)[1:])
+        found.setdefault(self.fn.__name__, set()).add(key)
+
+    with compiling(arch), mock.patch.object(JITFunction, "run", look_up):
+        yield found
+
+
+_resources: dict[str, dict[str, Any]] = {}
+
+
+def resources(arch: str, kernel: Any) -> dict[str, Any]:
+    """Registers a thread, stack bytes, spills, shared memory, matrix instructions of which kind."""
     if kernel.hash not in _resources:
         _resources[kernel.hash] = _read(arch, kernel)
     return _resources[kernel.hash]
 
 
-def _read(arch: str, kernel: Any) -> dict[str, int]:
+def _read(arch: str, kernel: Any) -> dict[str, Any]:
     if "cubin" in kernel.asm:
         usage = _tool("cuobjdump", "--dump-resource-usage", kernel.asm["cubin"])
-        code = _tool("cuobjdump", "--dump-sass", kernel.asm["cubin"])
-        matrix, pattern = r"\bHGMMA\b" if arch == "sm_90" else r"\bHMMA\b", r"\b{}:(\d+)"
+        code = sass(kernel.asm["cubin"])
+        # Hopper multiplies tiles of less than 64 rows as Ampere does.
+        wide = arch == "sm_90" and "HGMMA" in code
+        matrix, pattern = "HGMMA" if wide else "HMMA", r"\b{}:(\d+)"
         names = ("REG", "STACK")
     else:
         usage = code = kernel.asm["amdgcn"]
-        matrix, pattern = r"\bv_mfma_", r"\.{}:\s*(\d+)"
+        matrix, pattern = "v_mfma", r"\.{}:\s*(\d+)"
         names = ("vgpr_count", "private_segment_fixed_size")
 
     def number(name: str) -> int:
@@ -98,7 +142,13 @@ def _read(arch: str, kernel: Any) -> dict[str, int]:
         spills = number("vgpr_spill_count") + number("sgpr_spill_count")
     registers, stack = map(number, names)
     found = {"registers": registers, "stack": stack, "spills": spills}
-    return found | {"shared": kernel.metadata.shared, "matrix": len(re.findall(matrix, code))}
+    count = len(re.findall(rf"\b{matrix}(?:\b|_)", code))
+    return found | {"shared": kernel.metadata.shared, "matrix": count, "by": matrix}
+
+
+def sass(cubin: bytes) -> str:
+    """The machine code as text."""
+    return _tool("cuobjdump", "--dump-sass", cubin)
 
 
 def _tool(name: str, option: str, cubin: bytes) -> str:
@@ -113,8 +163,8 @@ def compile_call(arch: str, call: Callable[[], Any]) -> list[dict[str, Any]]:
     """What ``call`` would launch on ``arch``: a row a kernel."""
     with compiling(arch) as found:
         call()
-    warps = [kernel.metadata.num_warps for _, kernel in found]
     return [
-        {"kernel": name, "arch": arch, "warps": count, **resources(arch, kernel)}
-        for (name, kernel), count in zip(found, warps, strict=True)
-    ]
+        {"kernel": made.name, "arch": arch, "warps": made.kernel.metadata.num_warps,
+         **resources(arch, made.kernel)}
+        for made in found
+    ]  # fmt: skip

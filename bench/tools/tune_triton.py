@@ -50,13 +50,13 @@ def _products(tiles: list[tuple[int, int, int]]) -> list[Settings]:
 
 
 CANDIDATES: dict[str, list[Settings]] = {
-    "group_merge": _grid(bt=(32, 64, 128), bd=(64, 128), bs=(128, 256), warps=(4, 8),
+    "group_merge": _grid(bt=(32, 64, 128), bd=(64, 128), bs=(128, 256), br=(64,), warps=(4, 8),
                          stages=(2, 3, 4)),
     "weighted_sum": _grid(bg=(4, 8, 16), bs=(128, 256), warps=(4, 8), stages=(2,)),
     "linear_in": _products(TMA_TILES),
     "linear_gated": _products(TMA_TILES[2:]),
     "linear_out": _products(TMA_TILES),
-    "adapter_decompress": _grid(bt=(32, 64, 128), bd=(64, 128, 256), warps=(4, 8),
+    "adapter_decompress": _grid(bt=(32, 64, 128), bd=(64, 128, 256), br=(64,), warps=(4, 8),
                                 stages=(1, 2, 3, 4)),
     "row_norm": _grid(bt=(1, 2, 4, 8), warps=(4, 8), stages=(1,)),
 }  # fmt: skip
@@ -90,7 +90,7 @@ class Table:
 
 def compile_ahead(model: str, k: int, row: dict[str, Any]) -> None:
     """Compiles the forward pass with one more row in the table, in a worker, for Triton's cache."""
-    from bench.tools.compile_triton import MODELS, sublayer
+    from bench.tools.triton_cases import MODELS, sublayer
     from bench.tools.triton_compiler import compile_call
 
     launch.use([*json.loads(launch.TABLE.read_text()), row])
@@ -126,7 +126,7 @@ def tune(
     plan = []
     launched = _launched(call)
     for kernel in (name for name in CANDIDATES if name in launched):
-        of = _case(kernel, layer, k)
+        of = launched[kernel]
         # In any order, so that a share of the time tries a share of everything.
         candidates = random.Random(0).sample(CANDIDATES[kernel], len(CANDIDATES[kernel]))
         compiled: list[Any] = [lambda: None] * len(candidates)
@@ -156,24 +156,14 @@ def tune(
     return tried
 
 
-def _case(kernel: str, layer: Sublayer, k: int) -> dict[str, Any]:
-    """What a row of the table for this sublayer's launch of ``kernel`` is for."""
-    case = {"arch": launch.arch(layer.x), "d": layer.d, "k": k,
-            "dtype": launch.name(layer.x.dtype)}  # fmt: skip
-    if kernel.startswith("linear"):
-        activation = "none" if kernel == "linear_out" else layer.ffn.activation
-        case = {**case, "f": layer.f, "activation": activation}
-    return case
-
-
 @torch.no_grad()
-def _launched(call: Callable[[], Any]) -> set[str]:
-    """The kernels whose settings a call looks up."""
-    found: set[str] = set()
+def _launched(call: Callable[[], Any]) -> dict[str, dict[str, Any]]:
+    """The kernels whose settings a call looks up, and what for."""
+    found: dict[str, dict[str, Any]] = {}
     settings = launch.settings
 
     def noting(kernel: str, **case: Any) -> Settings:
-        found.add(kernel)
+        found[kernel] = case
         return settings(kernel, **case)
 
     with mock.patch.object(launch, "settings", noting):

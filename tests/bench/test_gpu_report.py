@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
+from _pytest.mark.expression import Expression
 
 from bench import gpu, plot
 from bench.cases import sublayer
@@ -123,6 +126,72 @@ def test_a_step_that_is_stopped_keeps_its_output_and_leaves_no_process():
     assert step["seconds"] < 20  # it would wait for the pipe of what is left
 
 
+@pytest.mark.parametrize("code", [0, 1])
+def test_what_needs_no_cuda_kernels_runs_beside_their_build(monkeypatch, code):
+    lock, started, building = threading.Lock(), [], threading.Event()
+
+    def build(limit):
+        assert building.wait(60), "nothing ran beside the build"
+        with lock:
+            started.append("CUDA kernels")
+        return {"step": "CUDA kernels", "code": code, "required": True, "output": ""}
+
+    def command(name, *rest, **env):
+        with lock:
+            started.append(name)
+        building.set()
+        return {"step": name, "code": 0, "required": True, "output": ""}
+
+    monkeypatch.setattr(steps, "command", command)
+    monkeypatch.setattr(steps, "cuda_kernels", build)
+    found = [step["step"] for step in steps.prepare(time.monotonic() + 100, "sm_90")]
+    assert sorted(found) == sorted(started)
+    behind = started[started.index("CUDA kernels") + 1 :]
+    assert "install" in behind and started.index("CUDA kernels") > 0
+    assert (("tests/cuda" in behind) and ("tests/gpu/test_cuda.py" in behind)) == (code == 0)
+    assert "tests/gpu/test_triton.py real_sizes" in started
+    assert len([name for name in started if name.startswith("compile ")]) == 4 * 5 + 6
+
+
+def test_what_the_build_lacks_is_named(monkeypatch):
+    outcomes = iter([(0, "setuptools>=77\nnvidia-cutlass>=4.2,<5\n"), (1, "no such wheel")])
+
+    def command(name, arguments, limit):
+        code, output = next(outcomes)
+        return {"step": name, "code": code, "required": True, "output": output}
+
+    monkeypatch.setattr(steps, "command", command)
+    monkeypatch.setattr(steps, "cuda_kernels", lambda limit: pytest.fail("nothing to build with"))
+    (step,) = steps.prepare(time.monotonic() + 100, "sm_90")
+    assert step["code"] and step["required"]
+    assert step["output"].startswith("missing: setuptools>=77, nvidia-cutlass>=4.2,<5; wheels")
+
+
+def test_every_process_of_tests_has_tests():
+    """pytest calls a selection of nothing an error."""
+    paths = sorted({path for path, _ in (*steps.TESTS, *steps.CUDA_TESTS)} - {"tests/cuda"})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    out = subprocess.run([*command, *paths], capture_output=True, text=True, cwd=steps.ROOT)
+    ids = [line for line in out.stdout.splitlines() if "::" in line]
+    for path, chosen in (*steps.TESTS, *steps.CUDA_TESTS):
+        if path == "tests/cuda" or not chosen:
+            continue
+        selected = Expression.compile(chosen).evaluate
+        names = (i for i in ids if i.startswith(path))
+        assert any(selected(lambda word, i=i, **_: word in i.split("::", 1)[1]) for i in names), (
+            f"{path} {chosen}"
+        )
+
+
+def test_what_came_too_late_is_told_and_is_no_failure():
+    late = session.unmeasured(gpu.JOBS[-1], session.TIME_UP)["not_measured"]
+    lost = session.unmeasured(gpu.JOBS[0], "its process ended with code -6")["not_measured"]
+    assert gpu_report._late_and_lost([*late, *lost]) == (
+        ["target llama-7b 8 x 2048"],
+        ["target t5-base 32 x 512"],
+    )
+
+
 def test_a_report_without_measurements_is_drawn(tmp_path):
     report = {"benchmark": "gpu_report", "rows": [], "kernels": [], "dry_run": True}
     assert plot.draw(report, tmp_path / "empty.json").stat().st_size > 1000
@@ -177,7 +246,7 @@ def test_the_cuda_kernels_are_measured_beside():
     job = gpu.Job("small", "t5-base", 1, 8, (4,), ("reference",))
     rows = gpu.measure(job, Graph("cpu"), CEILINGS, 1, dry=True)
     assert [(row["arm"], row["status"]) for row in rows] == [
-        ("reference", "ok"), ("cuda", "ok"), ("cuda-launches", "ok")
+        ("reference", "ok"), ("cuda", "ok"), ("cuda-launches", "ok"), ("cuda-one", "ok")
     ]  # fmt: skip
     found = {v["arm"] for v in gpu.verdicts(rows) if v["value"] is not None}
     assert found == {"cuda-launches"}

@@ -1,6 +1,9 @@
 """bench.overhead: a number with equal outputs, and none without."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -12,7 +15,9 @@ KERNELS = pytest.mark.skipif(extension.load() is None, reason="the kernels are n
 
 def run(model, folder):
     code = overhead.main(["--model", model, "--rounds", "5", "--output", str(folder)])
-    return code, json.loads((folder / "overhead.json").read_text())["rows"]
+    *rows, launches = json.loads((folder / "overhead.json").read_text())["rows"]
+    assert launches["case"] == "launches"
+    return code, rows
 
 
 def sublayers(found):
@@ -56,3 +61,20 @@ def test_a_switch_to_another_level_has_no_number(tiny_bert, tmp_path, monkeypatc
     assert code == 1
     failed = [row for row in rows if row["case"] == "switch"]
     assert all(row["status"] == "failed" and "median" not in row for row in failed)
+
+
+LAUNCHES = """
+from bench import overhead
+row = overhead.measure_launches(5)
+assert row["status"] == "ok" and row["q1"] <= row["median"] <= row["q3"], row
+overhead.LAUNCHES = overhead.LAUNCHES[:2]
+assert overhead.measure_launches(5)["status"] == "failed"
+"""
+
+
+def test_measures_the_public_op_with_stubbed_launches():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", LAUNCHES], env=env, capture_output=True, text=True,
+                          timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr

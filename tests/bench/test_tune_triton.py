@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from bench.cases import models
 from bench.harness.clock import Graph
@@ -21,7 +22,7 @@ TRITON = next(status for status in backends.status() if status.name == "triton")
 
 @pytest.mark.skipif(not TRITON.usable, reason=f"no Triton kernels: {TRITON.detail}")
 def test_tunes(monkeypatch, tmp_path):
-    good = {"bt": 16, "bd": 16, "warps": 4, "stages": 1}
+    good = {"bt": 16, "bd": 16, "br": 16, "warps": 4, "stages": 1}
     bad = {**good, "bd": 24}  # not a power of two
     monkeypatch.setattr(tune_triton, "CANDIDATES", {"adapter_decompress": [bad, good]})
     small = models.toy(models.architecture("t5-base")).config
@@ -37,14 +38,15 @@ def test_tunes(monkeypatch, tmp_path):
     assert sorted(t.get("seconds") or 0 for t in tried if "kernel" in t) == [0, 1.0, 2.0]
     rows = json.loads((tmp_path / "launch.json").read_text())
     assert len(rows) == before + 1 and rows[-1]["settings"] == good
-    assert rows[-1]["case"]["d"] == 32
+    case = rows[-1]["case"]
+    assert (case["d"], case["r"], case["rows"]) == (32, 64, "few"), case
 
 
 AHEAD = """
 import torch
-from bench.tools import compile_triton, tune_triton
-compile_triton.MODELS["t5-base"] = compile_triton.Model(32, 48, "relu", "rms")
-settings = {"bt": 16, "bd": 16, "warps": 2, "stages": 1}
+from bench.tools import triton_cases, tune_triton
+triton_cases.MODELS["t5-base"] = triton_cases.Model(32, 48, "relu", "rms")
+settings = {"bt": 16, "bd": 16, "br": 64, "warps": 2, "stages": 1}
 row = {"kernel": "adapter_decompress", "case": {"arch": "sm_90"}, "settings": settings}
 tune_triton.compile_ahead("t5-base", 4, row)
 """
@@ -61,8 +63,38 @@ def test_a_worker_leaves_what_it_compiled(tmp_path):
 
 def test_every_row_of_the_table_can_win():
     for row in launch.table():
-        assert set(row["case"]) <= {"arch", "d", "f", "k", "dtype", "activation", "terms"}
+        assert set(row["case"]) <= {
+            "arch",
+            "d",
+            "f",
+            "k",
+            "r",
+            "dtype",
+            "activation",
+            "rows",
+            "terms",
+        }
         assert launch.settings(row["kernel"], **row["case"]) == row["settings"]
+
+
+def test_settings_know_how_many_programs_there_would_be(monkeypatch):
+    x = torch.empty(0, dtype=torch.bfloat16)
+    monkeypatch.setattr(launch, "processors", lambda x: 132)
+    monkeypatch.setattr(launch, "arch", lambda x: "sm_90")
+    few, many = (
+        launch.case(x, 768, 4, launch.tiles(tokens)) for tokens in (131 * 64, 131 * 64 + 1)
+    )
+    assert (few["rows"], many["rows"]) == ("few", "many")
+    for kernel in ("group_merge", "adapter_decompress"):
+        assert launch.settings(kernel, **few)["bt"] < launch.settings(kernel, **many)["bt"]
+
+
+@pytest.mark.skipif(not TRITON.usable, reason=f"no Triton kernels: {TRITON.detail}")
+@pytest.mark.parametrize("tiles, programs", [(8, 96), (66, 132), (100, 100), (256, 256)])
+def test_few_tiles_share_out_their_columns(tiles, programs):
+    from variator_kernels.ops.adapter_decompress.triton import blocks_a_program
+
+    assert tiles * -(-12 // blocks_a_program(tiles, 12, 132)) == programs
 
 
 def test_a_kernel_without_a_row_is_an_error():

@@ -7,6 +7,7 @@ import pytest
 from bench.tools import sanitize
 from tests.ops.cases import CUDA
 from variator_kernels import cuda_support, extension
+from variator_kernels.ops.compressed_ffn import cuda as sublayer
 
 H200 = 132
 
@@ -90,3 +91,14 @@ def test_the_sanitizer_meets_every_kernel(heuristics):
 )
 def test_which_gpus_an_architecture_fits(capability, architectures, runs):
     assert cuda_support.runs_on(capability, architectures) is runs
+
+
+@pytest.mark.parametrize(
+    "d, f, products, groups",
+    [(768, 3072, 2, 256), (1024, 4096, 2, 192), (4096, 11008, 3, 64)],
+    ids=["t5-base", "t5-large", "llama-7b"],
+)
+def test_few_groups_are_one_launch(d, f, products, groups):
+    """The larger the weights that each tile reads again, the fewer tiles; the first always is."""
+    assert sublayer.one_launch_groups(d, f, products, H200) == groups
+    assert sublayer.one_launch_groups(d, f, products, 20) <= groups

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..triton_kernels import launch
@@ -49,12 +48,14 @@ def weight_sums(
     """
     k, d = groups.ratio, a.shape[1]
     k2, r = launch.power_of_2(k), 0 if b is None else b.shape[1]
-    case = {"arch": launch.arch(a), "d": d, "k": k, "dtype": launch.name(a.dtype)}
+    case = launch.case(a, d, k, launch.tiles(a.shape[0]), r=launch.bottleneck(r))
     row = launch.settings("weight_sums", **case)
-    across = triton.cdiv(d, row["bd"])
-    tiles = triton.cdiv(groups.total, row["bg"])
-    shares = max(1, min(tiles, row["programs"] * launch.processors(a) // (across * k)))
-    tiles_a_share = triton.cdiv(tiles, shares)
+    br = min(row["br"], launch.bottleneck(r))
+    pieces = max(1, launch.cdiv(r, br))
+    across = launch.cdiv(d, row["bd"])
+    tiles = launch.cdiv(groups.total, row["bg"])
+    shares = max(1, min(tiles, row["programs"] * launch.processors(a) // (across * k * pieces)))
+    tiles_a_share = launch.cdiv(tiles, shares)
     parts = shares * k
 
     def part(*shape: int) -> Tensor:
@@ -62,11 +63,11 @@ def weight_sums(
 
     sum_b, sum_scores = part(r, d), part(k if scores is not None else 0, d)
     sum_a = part(d if columns else 0)
-    weight_sums_kernel[(across, k, shares)](
+    weight_sums_kernel[(across, k * pieces, shares)](
         a, norm.weight, norm.bias, *statistics, b, scores,
         *groups.pointers, sum_b, sum_scores, sum_a,
         *groups.sizes, d, a.stride(0), tiles_a_share,
-        K=k, K2=k2, C=max(16, k2), BG=row["bg"], BD=row["bd"], R=r, R2=launch.power_of_2(r, 16),
+        K=k, K2=k2, C=max(16, k2), BG=row["bg"], BD=row["bd"], R=r, BR=br,
         NORM=norm.name, FORM=groups.form, COLUMNS=columns, PRECISION=launch.precision(a),
         **launch.options(row),
     )  # fmt: skip

@@ -6,11 +6,11 @@ queries may see: the loop walks over these alone, its next tile known without me
 loads stay in flight. Keys that nobody sees are not read.
 """
 
-import triton
 import triton.language as tl
 
 from .attention_scores import (
     TILES,
+    attention_jit,
     grow,
     load_keys,
     lowest_bit,
@@ -18,17 +18,18 @@ from .attention_scores import (
     place_of,
     scores,
     seen_tiles,
+    start_of,
 )
 
 
-@triton.jit
+@attention_jit
 def attention_kernel(
     p_q, p_k, p_v, p_out, p_bias, p_first, p_last, p_values, p_queries, p_keys, p_pattern,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
     bias_row, first_row, last_row, queries_row, keys_row, pattern_row,
     n, count, kv_heads, patterns, pattern_size, head_size, width, origin, scale,
     SHARED: tl.constexpr, HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HIDES: tl.constexpr, RAGGED: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
+    HIDES: tl.constexpr, ALIGNED: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(n * SHARED, BM)
@@ -49,10 +50,11 @@ def attention_kernel(
     m_m = o_m < n * SHARED
     query, head = o_m // SHARED, kv * SHARED + o_m % SHARED
     m_q = matrix_mask(m_m, o_d, HEAD, D)
-    o_q = (b * q_row + query.to(tl.int64) * q_token + head * q_head)[:, None] + o_d[None, :]
+    o_q = start_of(b, q_row, ALIGNED) + query.to(tl.int64) * q_token + head * q_head
+    o_q = o_q[:, None] + o_d[None, :]
     b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)
-    p_k += b * k_row + kv * k_head
-    p_v += b * v_row + kv * v_head
+    p_k += start_of(b, k_row, ALIGNED) + kv * k_head
+    p_v += start_of(b, v_row, ALIGNED) + kv * v_head
     base = tl.full([], 0, tl.int64)
     query_place = query
     if p_queries is not None:
@@ -90,8 +92,8 @@ def attention_kernel(
                 row[None, :], query[:, None], query_place[:, None], table_row[:, None],
                 p_first, p_last, p_values, width, origin, PLACES,
             )  # fmt: skip
-            if RAGGED:  # an infinite query times the zeros behind the last key is NaN
-                b_s = tl.where((o_n < count)[None, :], b_s, float("-inf"))
+            # an infinite query times the zeros behind the last key is NaN
+            b_s = tl.where((o_n < count)[None, :], b_s, float("-inf"))
             b_p, factor, top, total = grow(b_s, top, total)
             b_out = tl.dot(
                 b_p.to(b_v.dtype), b_v, b_out * factor[:, None], input_precision=PRECISION,

@@ -7,11 +7,11 @@ then again for dQ. It leaves these to the kernel over keys, whose tile of keys s
 of all its queries' heads pass by.
 """
 
-import triton
 import triton.language as tl
 
 from .attention_scores import (
     TILES,
+    attention_jit,
     exponentials,
     grow,
     load_keys,
@@ -20,10 +20,11 @@ from .attention_scores import (
     place_of,
     scores,
     seen_tiles,
+    start_of,
 )
 
 
-@triton.jit
+@attention_jit
 def query_gradient_kernel(
     p_q, p_k, p_v, p_d_out, p_dq, p_top, p_inverse, p_delta,
     p_bias, p_first, p_last, p_values, p_queries, p_keys, p_pattern,
@@ -31,7 +32,7 @@ def query_gradient_kernel(
     bias_row, first_row, last_row, queries_row, keys_row, pattern_row,
     n, count, kv_heads, patterns, pattern_size, head_size, width, origin, scale,
     SHARED: tl.constexpr, HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HIDES: tl.constexpr, RAGGED: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
+    HIDES: tl.constexpr, ALIGNED: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``d_out`` and ``dq`` are contiguous; ``top``, ``inverse`` and ``delta`` have a row's
@@ -54,12 +55,13 @@ def query_gradient_kernel(
     m_m = o_m < n * SHARED
     query, head = o_m // SHARED, kv * SHARED + o_m % SHARED
     m_q = matrix_mask(m_m, o_d, HEAD, D)
-    o_q = (b * q_row + query.to(tl.int64) * q_token + head * q_head)[:, None] + o_d[None, :]
+    o_q = start_of(b, q_row, ALIGNED) + query.to(tl.int64) * q_token + head * q_head
+    o_q = o_q[:, None] + o_d[None, :]
     b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)
     o_out = (((b * n + query) * kv_heads * SHARED + head) * HEAD)[:, None] + o_d[None, :]
     b_do = tl.load(p_d_out + o_out, mask=m_q, other=0.0)
-    p_k += b * k_row + kv * k_head
-    p_v += b * v_row + kv * v_head
+    p_k += start_of(b, k_row, ALIGNED) + kv * k_head
+    p_v += start_of(b, v_row, ALIGNED) + kv * v_head
     base = tl.full([], 0, tl.int64)
     query_place = query
     if p_queries is not None:
@@ -97,8 +99,8 @@ def query_gradient_kernel(
                 row[None, :], query[:, None], query_place[:, None], table_row[:, None],
                 p_first, p_last, p_values, width, origin, PLACES,
             )  # fmt: skip
-            if RAGGED:  # an infinite query times the zeros behind the last key is NaN
-                b_s = tl.where((o_n < count)[None, :], b_s, float("-inf"))
+            # an infinite query times the zeros behind the last key is NaN
+            b_s = tl.where((o_n < count)[None, :], b_s, float("-inf"))
             b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION, out_dtype=WIDE)
             b_p, factor, top, total = grow(b_s, top, total)
             delta = delta * factor + tl.sum(b_p * b_dp, 1)
@@ -135,8 +137,8 @@ def query_gradient_kernel(
                 row[None, :], query[:, None], query_place[:, None], table_row[:, None],
                 p_first, p_last, p_values, width, origin, PLACES,
             )  # fmt: skip
-            if RAGGED:  # an infinite query times the zeros behind the last key is NaN
-                b_s = tl.where((o_n < count)[None, :], b_s, float("-inf"))
+            # an infinite query times the zeros behind the last key is NaN
+            b_s = tl.where((o_n < count)[None, :], b_s, float("-inf"))
             b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION, out_dtype=WIDE)
             b_p = exponentials(b_s, top[:, None]) * inverse[:, None]
             b_ds = (b_p * (b_dp - delta[:, None])).to(b_k.dtype)
@@ -144,7 +146,7 @@ def query_gradient_kernel(
     tl.store(p_dq + o_out, (b_dq * scale).to(p_dq.dtype.element_ty), mask=m_q)
 
 
-@triton.jit
+@attention_jit
 def key_gradient_kernel(
     p_q, p_k, p_v, p_d_out, p_top, p_inverse, p_delta, p_dk, p_dv, p_d_bias,
     p_bias, p_first, p_last, p_values, p_queries, p_keys, p_pattern,
@@ -152,7 +154,7 @@ def key_gradient_kernel(
     bias_row, first_row, last_row, queries_row, keys_row, pattern_row,
     n, count, kv_heads, patterns, pattern_size, head_size, width, origin, scale,
     SHARED: tl.constexpr, HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HIDES: tl.constexpr, RAGGED: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
+    HIDES: tl.constexpr, ALIGNED: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dk`` and ``dv`` are contiguous; ``d_bias`` is a part ``[B, H_kv, G]`` of each head of keys.
@@ -182,10 +184,10 @@ def key_gradient_kernel(
     seen = b_bias != float("-inf")
     m_n = matrix_mask(seen, o_d, HEAD, D)
     o_key = o_n.to(tl.int64)[:, None]
-    b_k = tl.load(p_k + b * k_row + kv * k_head + o_key * k_token + o_d[None, :], mask=m_n,
-                  other=0.0)  # fmt: skip
-    b_v = tl.load(p_v + b * v_row + kv * v_head + o_key * v_token + o_d[None, :], mask=m_n,
-                  other=0.0)  # fmt: skip
+    p_k += start_of(b, k_row, ALIGNED) + kv * k_head
+    p_v += start_of(b, v_row, ALIGNED) + kv * v_head
+    b_k = tl.load(p_k + o_key * k_token + o_d[None, :], mask=m_n, other=0.0)
+    b_v = tl.load(p_v + o_key * v_token + o_d[None, :], mask=m_n, other=0.0)
     # The queries that may see one of the keys.
     low, high = 0, n
     if HIDES:
@@ -194,7 +196,7 @@ def key_gradient_kernel(
             low = tl.maximum(tl.min(tl.where(seen, first, n), 0), 0)
         if p_last is not None:
             high = tl.minimum(tl.max(tl.where(seen, last, 0), 0), n)
-    p_q += b * q_row
+    p_q += start_of(b, q_row, ALIGNED)
     p_d_out += b * n * kv_heads * SHARED * HEAD
     o_rows = pid.to(tl.int64) * n * SHARED
 

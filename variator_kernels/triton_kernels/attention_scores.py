@@ -11,9 +11,30 @@ Positions are whole numbers (PLACES "whole": int32, counted from one of the tile
 import triton
 import triton.language as tl
 
+# What changes with every request, as in slots.py: sizes, strides of rows, and lists.
+attention_jit = triton.jit(
+    do_not_specialize=[
+        "q_row", "k_row", "v_row", "bias_row", "first_row", "last_row", "queries_row", "keys_row",
+        "pattern_row", "n", "count", "patterns", "pattern_size", "head_size", "width", "origin",
+    ],
+    do_not_specialize_on_alignment=[
+        "p_bias", "p_first", "p_last", "p_values", "p_queries", "p_keys", "p_pattern",
+        "p_top", "p_inverse", "p_delta", "p_d_bias",
+    ],
+)  # fmt: skip
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 FAR: tl.constexpr = tl.constexpr(2**30 - 1)
 TILES: tl.constexpr = tl.constexpr(32)  # of keys, that one look finds the seen ones of
+
+
+@triton.jit
+def start_of(b, row, ALIGNED: tl.constexpr):
+    """Where row ``b`` begins; ALIGNED: at multiples of 16, so that loads can be wide."""
+    start = b * row
+    if ALIGNED:
+        start = tl.multiple_of(start, 16)
+    return start
 
 
 @triton.jit

@@ -1,9 +1,12 @@
 """Launch settings as data: ``launch.json``, written by ``python -m bench.tools.tune_triton``.
 
-A row has a kernel's name, what it is for (any of ``arch``, ``d``, ``f``, ``k``, ``dtype``,
-``activation``) and its settings. Of attention ``d`` is the head size, padded to a power of two, and
-``terms`` whether distances have some. The row that names most of what a launch is for wins, of
-equals the later one; a row without conditions is the fallback. Nothing is tuned at run time.
+A row has a kernel's name, what it is for (any of ``arch``, ``d``, ``f``, ``k``, ``r``, ``dtype``,
+``activation``, ``rows``) and its settings. ``r`` is the bottleneck, padded to a power of two;
+``rows`` is ``"few"`` where the usual tiles would leave multiprocessors idle, ``"many"`` elsewhere:
+two classes, so that a kernel is compiled twice at most whatever sizes come. Of attention ``d`` is
+the head size, padded to a power of two, and ``terms`` whether distances have some. The row that
+names most of what a launch is for wins, of equals the later one; a row without conditions is the
+fallback. Nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 
 TABLE = Path(__file__).with_name("launch.json")
 INTERPRETER = "interpreter"
+TOKENS_A_TILE = 64
 
 
 _rows: list[dict[str, Any]] | None = None
@@ -67,9 +71,30 @@ def settings(kernel: str, **case: Any) -> dict[str, Any]:
     return best
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up; ``triton.cdiv`` takes microseconds on the host."""
+    return -(-a // b)
+
+
+def tiles(tokens: int) -> int:
+    """The usual tiles of so many tokens."""
+    return cdiv(tokens, TOKENS_A_TILE)
+
+
+def case(x: Tensor, d: int, k: int, tiles: int, **more: Any) -> dict[str, Any]:
+    """What a launch on x's device and dtype is for: vectors of size d, k a group, in ``tiles``."""
+    rows = "few" if tiles < processors(x) else "many"
+    return {"arch": arch(x), "d": d, "k": k, "dtype": name(x.dtype), "rows": rows, **more}
+
+
 def power_of_2(value: int, least: int = 1) -> int:
     """The smallest power of two that is at least both."""
     return max(least, 1 << max(value - 1, 0).bit_length())
+
+
+def bottleneck(r: int) -> int:
+    """The bottleneck as the table names it; not less than what a matrix product needs."""
+    return power_of_2(r, 16)
 
 
 def options(row: dict[str, Any]) -> dict[str, int]:

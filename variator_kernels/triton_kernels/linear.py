@@ -34,7 +34,7 @@ def load_tile(
     return b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def linear_kernel(
     a, w, w_gate, p_bias, p_gate_bias, out,
     rows, columns, inner, a_stride, w_stride, gate_stride,

@@ -10,7 +10,7 @@ and ``weighted_sum_kernel`` finishes.
 import triton
 import triton.language as tl
 
-from .slots import column, locate, norm_vectors, row_statistics, slot_softmax
+from .slots import batch_jit, column, locate, norm_vectors, row_statistics, slot_softmax
 
 
 @triton.jit
@@ -42,15 +42,52 @@ def write_merged(
 
 
 @triton.jit
+def normalized(b_x, m, mean, rstd, p_norm_weight, p_norm_bias, o_d, d):
+    """h of columns ``o_d``, 0 where ``m`` is not, in the storage dtype."""
+    weight, bias = norm_vectors(p_norm_weight, p_norm_bias, o_d, d)
+    b_h = (b_x.to(tl.float32) - mean[:, None]) * rstd[:, None]
+    return tl.where(m, b_h * weight[None, :] + bias[None, :], 0.0).to(b_x.dtype)
+
+
+@triton.jit
+def project(
+    p_row, p_projection, p_norm_weight, p_norm_bias, p_projected, token, owned, real, mean, rstd,
+    first, d, projection_stride, BT: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
+    BR: tl.constexpr, NORM: tl.constexpr, STATISTICS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Columns ``first .. first + BR - 1`` of ``W_1h h``, where the rows' statistics are known."""
+    o_r = first + tl.arange(0, BR)
+    b_projected = tl.zeros([BT, BR], tl.float32)
+    for o in range(0, d, BD):
+        o_d = o + tl.arange(0, BD)
+        m = real[:, None] & (o_d < d)[None, :]
+        b_h = tl.load(p_row[:, None] + o_d[None, :], mask=m, other=0.0)
+        p = p_projection + o_r.to(tl.int64)[None, :] * projection_stride + o_d[:, None]
+        b_p = tl.load(p, mask=(o_r < R)[None, :] & (o_d < d)[:, None], other=0.0)
+        if STATISTICS_FIRST:
+            b_h = normalized(b_h, m, mean, rstd, p_norm_weight, p_norm_bias, o_d, d)
+        elif NORM == "rms":
+            weight, _ = norm_vectors(p_norm_weight, None, o_d, d)
+            b_p = b_p.to(tl.float32) * weight[:, None]
+        b_projected = tl.dot(b_h, b_p.to(b_h.dtype), b_projected, input_precision=PRECISION)
+    if NORM == "rms" and not STATISTICS_FIRST:
+        b_projected *= rstd[:, None]
+    b_projected = tl.where(real[:, None], b_projected, 0.0)
+    p = p_projected + token[:, None] * R + o_r[None, :]
+    tl.store(p, b_projected, mask=owned[:, None] & (o_r < R)[None, :])
+
+
+@batch_jit()
 def group_merge_kernel(
     p_x, p_weight, p_bias, p_projection, p_norm_weight, p_norm_bias,
     p_start, p_span, p_owned, p_mask,
     p_merged, p_projected, p_weights, p_scores, p_mean, p_rstd,
     count, launched, n, per_row, d, x_stride, weight_stride, projection_stride, eps,
     K: tl.constexpr, K2: tl.constexpr, SC: tl.constexpr, C: tl.constexpr, BG: tl.constexpr,
-    BD: tl.constexpr, BS: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, NORM: tl.constexpr,
+    BD: tl.constexpr, BS: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, NORM: tl.constexpr,
     FORM: tl.constexpr, STATISTICS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Columns of ``W_1h h`` behind the first BR are made in later walks over the tile's x."""
     BT: tl.constexpr = BG * SC
     dtype = p_x.dtype.element_ty
     pid, first_slot = tl.program_id(0), tl.program_id(1) * SC
@@ -70,9 +107,9 @@ def group_merge_kernel(
     o_i, o_s = o_c % K2, first_slot + o_c // K2
     m_c = (o_i < K) & (o_s < K) & (o_c < SC * K2)
     p_score = p_weight + o_i.to(tl.int64) * weight_stride + o_s.to(tl.int64) * d
-    o_r = tl.arange(0, R2)
+    o_r = tl.arange(0, BR)
     b_score = tl.zeros([BT, C], tl.float32)
-    b_projected = tl.zeros([BT, R2], tl.float32)
+    b_projected = tl.zeros([BT, BR], tl.float32)
     squares = tl.zeros([BT], tl.float32)
     for o in range(0, d, BD):
         o_d = o + tl.arange(0, BD)
@@ -84,9 +121,7 @@ def group_merge_kernel(
             p = p_projection + o_r.to(tl.int64)[None, :] * projection_stride + o_d[:, None]
             b_p = tl.load(p, mask=(o_r < R)[None, :] & m_d[:, None], other=0.0)
         if STATISTICS_FIRST:
-            weight, bias = norm_vectors(p_norm_weight, p_norm_bias, o_d, d)
-            b_h = (b_h.to(tl.float32) - mean[:, None]) * rstd[:, None]
-            b_h = tl.where(m, b_h * weight[None, :] + bias[None, :], 0.0).to(dtype)
+            b_h = normalized(b_h, m, mean, rstd, p_norm_weight, p_norm_bias, o_d, d)
         elif NORM == "rms":
             # 1/rms is known after the loop and multiplies the sums; the norm's weight goes to the
             # right-hand sides, so that x reaches the tensor cores as it lies in memory.
@@ -108,6 +143,12 @@ def group_merge_kernel(
         b_projected = tl.where(real[:, None], b_projected, 0.0)
         p = p_projected + token[:, None] * R + o_r[None, :]
         tl.store(p, b_projected, mask=owned[:, None] & (o_r < R)[None, :])
+        for first in range(BR, R, BR):
+            project(
+                p_row, p_projection, p_norm_weight, p_norm_bias, p_projected, token, owned, real,
+                mean, rstd, first, d, projection_stride, BT, BD, R, BR, NORM, STATISTICS_FIRST,
+                PRECISION,
+            )  # fmt: skip
 
     SLOTS: tl.constexpr = C // K2
     mine = tl.arange(0, SLOTS)[None, :, None] == (o_t % SC)[:, None, None]
@@ -142,7 +183,7 @@ def group_merge_kernel(
                 tl.store(p_mean + o_token, mean, mask=o_g < count)
 
 
-@triton.jit
+@batch_jit()
 def weighted_sum_kernel(
     p_x, p_bias, p_norm_weight, p_norm_bias, p_start, p_span, p_owned, p_mask,
     p_merged, p_weights, p_scores, p_mean, p_rstd,

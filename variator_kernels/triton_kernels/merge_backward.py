@@ -6,10 +6,10 @@ Saved from the forward are only the softmax weights; h is made again from x.
 import triton
 import triton.language as tl
 
-from .slots import locate, norm_vectors, row_statistics
+from .slots import batch_jit, locate, norm_vectors, row_statistics
 
 
-@triton.jit
+@batch_jit()
 def score_gradient_kernel(
     p_x, p_norm_weight, p_norm_bias, p_start, p_span, p_owned, p_mask,
     p_weights, p_d_merged, p_d_scores, p_mean, p_rstd,
@@ -53,31 +53,32 @@ def score_gradient_kernel(
 
 @triton.jit
 def hidden_gradient(
-    b_dp, b_ds, a, p_projection, p_weight, p_gradient, real, o_r, o_i, o_s, m_c, o_d, d,
-    weight_stride, projection_stride, R: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    pieces, b_ds, a, p_projection, p_weight, p_gradient, real, o_i, o_s, m_c, o_d, d,
+    weight_stride, projection_stride, R: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``dh = a dg + W_1hᵀ dP + W_cᵀ ds`` of a tile, fp32: columns ``o_d``."""
+    """``dh = a dg + W_1hᵀ dP + W_cᵀ ds`` of a tile, fp32: columns ``o_d``; dP in pieces of BR."""
     m_d = o_d < d
     p = p_weight + (o_i.to(tl.int64) * weight_stride + o_s.to(tl.int64) * d)[:, None] + o_d[None, :]
     b_w = tl.load(p, mask=m_c[:, None] & m_d[None, :], other=0.0)
     b_dh = tl.dot(b_ds, b_w.to(b_ds.dtype), input_precision=PRECISION)
-    if R > 0:
+    for first in tl.static_range(0, R, BR):
+        o_r = first + tl.arange(0, BR)
         p = p_projection + o_r.to(tl.int64)[:, None] * projection_stride + o_d[None, :]
         b_w = tl.load(p, mask=(o_r < R)[:, None] & m_d[None, :], other=0.0)
-        b_dh = tl.dot(b_dp, b_w.to(b_dp.dtype), b_dh, input_precision=PRECISION)
+        b_dh = tl.dot(pieces[first // BR], b_w.to(b_ds.dtype), b_dh, input_precision=PRECISION)
     m = real[:, None] & m_d[None, :]
     b_dg = tl.load(p_gradient[:, None] + o_d[None, :], mask=m, other=0.0).to(tl.float32)
     return tl.where(m, b_dh + a[:, None] * b_dg, 0.0)
 
 
-@triton.jit
+@batch_jit()
 def merge_backward_kernel(
     p_x, p_weight, p_projection, p_norm_weight, p_norm_bias, p_start, p_span, p_owned, p_mask,
     p_weights, p_d_merged, p_d_projected, p_d_scores, p_mean, p_rstd,
     p_dx, p_d_norm_weight, p_d_norm_bias,
     count, launched, n, per_row, d, x_stride, weight_stride, projection_stride,
     K: tl.constexpr, K2: tl.constexpr, SC: tl.constexpr, C: tl.constexpr, BG: tl.constexpr,
-    BD: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, NORM: tl.constexpr, FORM: tl.constexpr,
+    BD: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, NORM: tl.constexpr, FORM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx, and a program's part of the gradients of the norm's vectors ``[programs, d]``."""
@@ -90,17 +91,19 @@ def merge_backward_kernel(
         o_g, o_j, p_start, p_span, p_owned, p_mask, launched, n, per_row, K, FORM
     )
     real = real & (o_g < count)
-    o_c, o_r = tl.arange(0, C), tl.arange(0, R2)
+    o_c = tl.arange(0, C)
     o_i, o_s = o_c % K2, first_slot + o_c // K2
     m_c = (o_i < K) & (o_s < K) & (o_c < SC * K2)
     o_slot = o_g.to(tl.int64) * K2
     # ds stands in the columns of its own slot alone.
     m_own = real[:, None] & m_c[None, :] & ((o_t % SC)[:, None] == (o_c // K2)[None, :])
     b_ds = tl.load(p_d_scores + o_slot[:, None] + o_i[None, :], mask=m_own, other=0.0).to(dtype)
-    b_dp = b_ds
-    if R > 0:
+    pieces = ()
+    for first in tl.static_range(0, R, BR):
+        o_r = first + tl.arange(0, BR)
         p_dp = p_d_projected + token[:, None] * R + o_r[None, :]
-        b_dp = tl.load(p_dp, mask=real[:, None] & (o_r < R)[None, :], other=0.0).to(dtype)
+        b_dp = tl.load(p_dp, mask=real[:, None] & (o_r < R)[None, :], other=0.0)
+        pieces = pieces + (b_dp.to(dtype),)  # type: ignore[assignment]  # noqa: RUF005
     a = tl.load(p_weights + o_g.to(tl.int64) * K + o_j, mask=real, other=0.0)
     p_row = p_x + token * x_stride
     p_gradient = p_d_merged + o_g.to(tl.int64) * d
@@ -109,8 +112,8 @@ def merge_backward_kernel(
         for o in range(0, d, BD):
             o_d = o + tl.arange(0, BD)
             b_dh = hidden_gradient(
-                b_dp, b_ds, a, p_projection, p_weight, p_gradient, real, o_r, o_i, o_s, m_c, o_d,
-                d, weight_stride, projection_stride, R, K, PRECISION,
+                pieces, b_ds, a, p_projection, p_weight, p_gradient, real, o_i, o_s, m_c, o_d, d,
+                weight_stride, projection_stride, R, BR, PRECISION,
             )  # fmt: skip
             m = owned[:, None] & (o_d < d)[None, :]
             tl.store(p_out[:, None] + o_d[None, :], b_dh.to(dtype), mask=m)
@@ -124,8 +127,8 @@ def merge_backward_kernel(
             o_d = o + tl.arange(0, BD)
             m_d = o_d < d
             b_dh = hidden_gradient(
-                b_dp, b_ds, a, p_projection, p_weight, p_gradient, real, o_r, o_i, o_s, m_c, o_d,
-                d, weight_stride, projection_stride, R, K, PRECISION,
+                pieces, b_ds, a, p_projection, p_weight, p_gradient, real, o_i, o_s, m_c, o_d, d,
+                weight_stride, projection_stride, R, BR, PRECISION,
             )  # fmt: skip
             m = real[:, None] & m_d[None, :]
             b_x = tl.load(p_row[:, None] + o_d[None, :], mask=m, other=0.0).to(tl.float32)
@@ -144,8 +147,8 @@ def merge_backward_kernel(
             o_d = o + tl.arange(0, BD)
             m_d = o_d < d
             b_dh = hidden_gradient(
-                b_dp, b_ds, a, p_projection, p_weight, p_gradient, real, o_r, o_i, o_s, m_c, o_d,
-                d, weight_stride, projection_stride, R, K, PRECISION,
+                pieces, b_ds, a, p_projection, p_weight, p_gradient, real, o_i, o_s, m_c, o_d, d,
+                weight_stride, projection_stride, R, BR, PRECISION,
             )  # fmt: skip
             m = real[:, None] & m_d[None, :]
             b_x = tl.load(p_row[:, None] + o_d[None, :], mask=m, other=0.0).to(tl.float32)

@@ -1,12 +1,11 @@
 """The norm after the residual (post-norm models): real rows of y, in place."""
 
-import triton
 import triton.language as tl
 
-from .slots import locate, norm_vectors
+from .slots import batch_jit, locate, norm_vectors
 
 
-@triton.jit
+@batch_jit()
 def row_norm_kernel(
     p_y, p_norm_weight, p_norm_bias, p_start, p_span, p_owned, p_mask,
     launched, n, per_row, d, eps,

@@ -1,7 +1,23 @@
 """What the kernels share: where a slot's token lies, norms, softmax over slots, dot operands."""
 
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
+
+
+def batch_jit(*numbers: str, lists: tuple[str, ...] = ()) -> Callable[[Callable], Any]:
+    """``triton.jit`` for a kernel over a batch's groups: compiled once, whatever sizes come.
+
+    Triton compiles a kernel again where a number becomes 1 or a multiple of 16, or a pointer one of
+    16 bytes. Of what changes with every request (the groups' numbers and lists, and ``numbers`` and
+    ``lists`` besides) it would do so for seconds, at a random request or inside a graph capture.
+    """
+    return triton.jit(
+        do_not_specialize=["count", "launched", "n", "per_row", *numbers],
+        do_not_specialize_on_alignment=["p_start", "p_span", "p_owned", "p_mask", "p_kept", *lists],
+    )
 
 
 @triton.jit

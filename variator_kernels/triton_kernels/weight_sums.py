@@ -1,33 +1,34 @@
 """Weight gradients: sums of outer products over tokens, the same for merge and decompress."""
 
-import triton
 import triton.language as tl
 
-from .slots import locate, norm_vectors
+from .slots import batch_jit, locate, norm_vectors
 
 
-@triton.jit
+@batch_jit("tiles")
 def weight_sums_kernel(
     p_a, p_norm_weight, p_norm_bias, p_mean, p_rstd, p_b, p_scores,
     p_start, p_span, p_owned, p_mask, p_sum_b, p_sum_scores, p_sum_a,
     count, launched, n, per_row, d, a_stride, tiles,
     K: tl.constexpr, K2: tl.constexpr, C: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
-    R: tl.constexpr, R2: tl.constexpr, NORM: tl.constexpr, FORM: tl.constexpr,
+    R: tl.constexpr, BR: tl.constexpr, NORM: tl.constexpr, FORM: tl.constexpr,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Columns of one slot over a share of the groups, fp32. A program writes its own part:
+    """Columns of one slot over a share of the groups, fp32; of ``b`` BR columns. A program writes
+    its own part:
 
     ``sum_b [parts, R, d] = Σ b ⊗ norm(a)`` over tokens, ``sum_scores [parts, K, d]`` the same for
     ``scores [groups, K2]``, ``sum_a [parts, d]``; parts are shares x slots. Added up in a fixed
     order afterwards, so gradients do not change from run to run.
     """
     dtype = p_a.dtype.element_ty
-    j = tl.program_id(1)
+    pieces: tl.constexpr = max(1, (R + BR - 1) // BR)
+    j, piece = tl.program_id(1) // pieces, tl.program_id(1) % pieces
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
     o_j = tl.zeros([BG], tl.int32) + j
-    o_r, o_c = tl.arange(0, R2), tl.arange(0, C)
+    o_r, o_c = piece * BR + tl.arange(0, BR), tl.arange(0, C)
     m_d = o_d < d
-    b_sum = tl.zeros([BD, R2], tl.float32)
+    b_sum = tl.zeros([BD, BR], tl.float32)
     b_scores = tl.zeros([BD, C], tl.float32)
     b_columns = tl.zeros([BD], tl.float32)
     weight, bias = norm_vectors(p_norm_weight, p_norm_bias, o_d, d)
@@ -63,6 +64,6 @@ def weight_sums_kernel(
         tl.store(p, b_sum, mask=m_d[:, None] & (o_r < R)[None, :])
     if p_scores is not None:
         p = p_sum_scores + (part * K + o_c[None, :]) * d + o_d[:, None]
-        tl.store(p, b_scores, mask=m_d[:, None] & (o_c < K)[None, :])
+        tl.store(p, b_scores, mask=m_d[:, None] & (o_c < K)[None, :] & (piece == 0))
     if COLUMNS:
-        tl.store(p_sum_a + part * d + o_d, b_columns, mask=m_d)
+        tl.store(p_sum_a + part * d + o_d, b_columns, mask=m_d & (piece == 0))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import machine, options, results
-from bench.tools.gpu_report.steps import CACHE, prepare
+from bench.tools.gpu_report.steps import CACHE, TIME_UP, prepare
 
 # Seconds after the start: tests end, no job starts that would end later, the last is stopped.
 TESTS_END, MEASURE_END, END = 270, 500, 520
@@ -127,18 +127,32 @@ def main(arguments: list[str] | None = None) -> int:
     failed = [step["step"] for step in report["steps"] if step["code"] and step["required"]]
     failed += [row["arm"] for row in report["rows"] if row["status"] != "ok"]
     failed += [row["case"] for row in report["kernels"] if row["status"] != "ok"]
-    if failed or report["not_measured"]:
-        print(f"incomplete: {failed}, {len(report['not_measured'])} cases not measured")
+    late, lost = _late_and_lost(report["not_measured"])
+    if late:  # the next run, with --skip-preparation, has time for them
+        print("no time was left for", *late)
+    if failed or lost or not report["rows"]:
+        print(f"incomplete: {failed}, {len(lost)} cases not measured")
         return 1
     if chosen.skip_preparation and not dry:
         print("measured; 'auto' picks it only after a report with its tests")
     elif not dry:
+        for step in (step for step in report["steps"] if step["code"]):
+            print(f"without {step['step']}:", *step["output"].strip().splitlines()[-1:])
         print(
             "all green; to let 'auto' pick it, add to proven.json (the faster first):",
             *_proofs(report),
             sep="\n",
         )
     return 0
+
+
+def _late_and_lost(not_measured: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """The cases that came too late, and those that went wrong."""
+    made: tuple[list[str], list[str]] = ([], [])
+    for job in not_measured:
+        case = f"{job['name']} {job['model']} {job['batch']} x {job['length']}"
+        made[job["reason"] != TIME_UP].append(case)
+    return made
 
 
 def _proofs(report: dict[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from bench.gpu import JOBS, Job
 from bench.harness.clock import Graph
 from bench.harness.runner import first_line
 
-from .steps import stop
+from .steps import TIME_UP, stop
 
 Outcome = dict[str, Any]
 # Seconds that a job may take, without and with compilers; that one with them is taken to need.
@@ -48,7 +48,7 @@ def outcomes(
         print(f"{job.name} {job.model} {job.batch} x {job.length}", flush=True)
         began = time.monotonic()
         if began + (slowest if job.compiles else 0) > until:
-            yield {**unmeasured(job, "the time was up"), **extra}
+            yield {**unmeasured(job, TIME_UP), **extra}
             continue
         try:
             part = "kernels" if job.name == "kernels" else "rows"
@@ -79,7 +79,7 @@ def followed(
     done = 0
     while done < len(jobs):
         if time.monotonic() > until:
-            yield from (unmeasured(job, "the time was up") for job in jobs[done:])
+            yield from (unmeasured(job, TIME_UP) for job in jobs[done:])
             return
         first, why, path = done, "", folder / f"outcomes-{done}.jsonl"
         path.write_text("")
@@ -96,7 +96,7 @@ def followed(
                     break
                 now, limit = time.monotonic(), limits[jobs[min(done, len(jobs) - 1)].compiles]
                 if now > until or now - last > limit:
-                    why = "the time was up" if now > until else f"it took more than {limit:g} s"
+                    why = TIME_UP if now > until else f"it took more than {limit:g} s"
                     stop(process)
                 time.sleep(0.05)
         finally:

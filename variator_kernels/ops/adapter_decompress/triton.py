@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ...triton_kernels import launch
@@ -27,6 +26,12 @@ def groups_a_tile(slots: int, k: int) -> int:
     return launch.power_of_2(slots // k if slots % k == 0 else slots // k + 2, 16)
 
 
+def blocks_a_program(tiles: int, blocks: int, processors: int) -> int:
+    """All blocks of columns where every multiprocessor has a tile; of fewer tiles the columns are
+    shared out, and each program makes its tile's t."""
+    return launch.cdiv(blocks, max(1, min(blocks, processors // tiles)))
+
+
 def run(inputs: DecompressInputs, groups: GpuGroups, adapter: AdapterWeights, y: Tensor) -> None:
     """Writes every row of flat ``y [tokens, d]``."""
     u, projected, residual, poison = inputs
@@ -34,17 +39,19 @@ def run(inputs: DecompressInputs, groups: GpuGroups, adapter: AdapterWeights, y:
     if groups.launched == 0:
         return
     k, d, r = groups.ratio, y.shape[-1], b1.shape[0]
-    row = launch.settings(
-        "adapter_decompress", arch=launch.arch(y), d=d, k=k, dtype=launch.name(y.dtype)
-    )
+    case = launch.case(y, d, k, launch.tiles(y.shape[0]), r=launch.bottleneck(r))
+    row = launch.settings("adapter_decompress", **case)
     w1u, w2 = unit_rows(w1u), unit_rows(w2)
-    adapter_decompress_kernel[(triton.cdiv(groups.launched * k, row["bt"]),)](
+    tiles = launch.cdiv(groups.launched * k, row["bt"])
+    blocks = launch.cdiv(d, row["bd"])
+    across = blocks_a_program(tiles, blocks, launch.processors(y))
+    adapter_decompress_kernel[(tiles, launch.cdiv(blocks, across))](
         u, projected, w1u, b1.contiguous(), w2, b2.contiguous(), residual, poison, groups.kept,
         *groups.pointers, y,
-        *groups.sizes, d,
+        *groups.sizes, across, d,
         w1u.stride(0), w2.stride(0), 0 if residual is None else residual.stride(0),
         K=k, BT=row["bt"], BU=groups_a_tile(row["bt"], k), BD=row["bd"], R=r,
-        R2=launch.power_of_2(r, 16), TANH=activation == "tanh", FORM=groups.form,
+        BR=min(row["br"], launch.bottleneck(r)), TANH=activation == "tanh", FORM=groups.form,
         PRECISION=launch.precision(y), STAGES=row["stages"], **launch.options(row),
     )  # fmt: skip
 
@@ -103,16 +110,18 @@ def _inner_gradient(
     """Writes t and the gradient of ``projected``, a row a token."""
     u = inputs.u
     k, d, r = groups.ratio, u.shape[1], t.shape[1]
-    case = {"arch": launch.arch(u), "d": d, "k": k, "dtype": launch.name(u.dtype)}
+    case = launch.case(u, d, k, launch.tiles(dy.shape[0]), r=launch.bottleneck(r))
     row = launch.settings("inner_gradient", **case)
+    br = min(row["br"], launch.bottleneck(r))
     w1u, b1, w2 = adapter.w1u, adapter.b1, unit_rows(adapter.w2)
-    inner_gradient_kernel[(triton.cdiv(groups.launched * k, row["bt"]),)](
+    grid = (launch.cdiv(groups.launched * k, row["bt"]), launch.cdiv(r, br))
+    inner_gradient_kernel[grid](
         dy, u, inputs.projected, w1u, b1.contiguous(), w2,
         *groups.pointers, t, d_projected,
         *groups.sizes, d,
         dy.stride(0), w1u.stride(0), w2.stride(0),
         K=k, BT=row["bt"], BU=groups_a_tile(row["bt"], k), BD=row["bd"], R=r,
-        R2=launch.power_of_2(r, 16), TANH=adapter.activation == "tanh", FORM=groups.form,
+        BR=br, TANH=adapter.activation == "tanh", FORM=groups.form,
         PRECISION=launch.precision(u), **launch.options(row),
     )  # fmt: skip
 
@@ -122,13 +131,13 @@ def _group_gradient(
 ) -> Tensor:
     """Writes du; returns ``Σ_j dz_j [groups, r]``."""
     k, (r, d) = groups.ratio, w1u.shape
-    case = {"arch": launch.arch(du), "d": d, "k": k, "dtype": launch.name(du.dtype)}
+    case = launch.case(du, d, k, launch.tiles(dy.shape[0]), r=launch.bottleneck(r))
     row = launch.settings("group_gradient", **case)
     d_group = du.new_empty(groups.total, r, dtype=torch.float32)
-    group_gradient_kernel[(triton.cdiv(groups.total, row["bg"]), triton.cdiv(d, row["bd"]))](
+    group_gradient_kernel[(launch.cdiv(groups.total, row["bg"]), launch.cdiv(d, row["bd"]))](
         dy, d_projected, w1u, *groups.pointers, du, d_group,
         *groups.sizes, d, dy.stride(0), w1u.stride(0),
-        K=k, BG=row["bg"], BD=row["bd"], R=r, R2=launch.power_of_2(r, 16), FORM=groups.form,
-        PRECISION=launch.precision(du), **launch.options(row),
+        K=k, BG=row["bg"], BD=row["bd"], R=r, BR=min(row["br"], launch.bottleneck(r)),
+        FORM=groups.form, PRECISION=launch.precision(du), **launch.options(row),
     )  # fmt: skip
     return d_group

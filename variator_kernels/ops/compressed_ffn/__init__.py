@@ -12,8 +12,9 @@ from .. import checks
 from ..feed_forward import FeedForward, PluginWeights, autocasts
 from ..groups import Groups, Keep
 from ..int8_linear import stored_here
+from ..library import backend_module
 from ..make_groups import make_groups
-from ..transforms import exporting, fitting
+from ..transforms import exporting, fitting, nothing_between
 from . import layered, op, reference, stored
 
 
@@ -77,6 +78,10 @@ def run(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups, back
         runs = stored_here(x, ffn.stored.w_in)
         ffn = (stored.as_it_runs(ffn.stored, ffn.precision) if runs else None) or ffn
     if _fits_one_op(x, plugin, ffn):
+        # PyTorch's dispatcher takes longer than all of our own Python before a GPU's first launch.
+        tensors = (t for t in (x, *plugin, *ffn, *groups) if isinstance(t, Tensor))
+        if backend in ("triton", "cuda") and nothing_between(tensors):
+            return backend_module(__package__, backend).compressed_ffn(x, plugin, ffn, groups)
         return op.compressed_ffn(x, plugin, ffn, groups, backend)
     return layered.compressed_ffn(x, plugin, ffn, groups, backend)
 

@@ -27,9 +27,23 @@ from ..group_merge.cuda import Merge
 from ..groups import Groups
 from .layered import normalize_real
 
-# Up to as many groups the layer is one launch: there the gaps between launches and the small
-# products' tails weigh more than CUTLASS's rate. A guess: it was never measured.
-ONE_LAUNCH_GROUPS = 1024
+# Up to as many groups the layer is one launch; None: as `one_launch_groups` says.
+ONE_LAUNCH_GROUPS: int | None = None
+
+
+def one_launch_groups(d: int, f: int, products: int, processors: int) -> int:
+    """Up to how many groups one launch should take less time than several: by counting alone.
+
+    In one launch each tile of 64 groups reads every weight, and each 64 of its columns the tile's
+    rows, from L2: 4·d·f bytes a product, which a multiprocessor is taken to do at 32 GB/s (so many
+    the machine code's instructions let through: 70 us for 1,024 groups of T5-base on 132 of them).
+    In several, while all tiles of 64 x 128 run at once, a product lasts as long as one of them: its
+    2·64·128·K FLOPs at 3.6 TFLOP/s, 60 % of an H200's rate by multiprocessors; besides a gap of
+    1.5 us for each launch but the first. None of these numbers was measured on a GPU.
+    """
+    a_tile = 4 * d * f * products / (32e9 * processors)
+    several = 2 * 64 * 128 * ((products - 1) * d + f) / 3.6e12 + 1.5e-6 * (products + 1)
+    return 64 * max(1, int(several / a_tile))
 
 
 def linear(
@@ -79,7 +93,10 @@ def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: G
     cast = _cast(ffn, dtype)
     out = MergeOutputs(merged, projected, None)
     merge = Merge(rows, launched, plugin.merge, cuda_norm(ffn.pre_norm, dtype), out)
-    one_launch = 0 < launched.total <= ONE_LAUNCH_GROUPS and r <= BOTTLENECK_CHUNK
+    most = ONE_LAUNCH_GROUPS
+    if most is None:
+        most = one_launch_groups(d, f, 2 if ffn.w_gate is None else 3, multiprocessors(x))
+    one_launch = 0 < launched.total <= most and r <= BOTTLENECK_CHUNK
     if one_launch:
         u = torch.empty_like(merged)
     else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ...triton_kernels import launch
@@ -42,7 +41,8 @@ def run(x: Tensor, groups: GpuGroups, merge: MergeWeights, norm: Norm, out: Merg
     k, d = groups.ratio, x.shape[1]
     k2, slots = _slots(k)
     parts = k2 // slots
-    case = {"arch": launch.arch(x), "d": d, "k": k, "dtype": launch.name(x.dtype)}
+    r = merge.bottleneck
+    case = launch.case(x, d, k, launch.tiles(x.shape[0]), r=launch.bottleneck(r))
     row = launch.settings("group_merge", **case)
     groups_a_tile = max(1, row["bt"] // slots)
     scores = mean = rstd = None
@@ -51,17 +51,17 @@ def run(x: Tensor, groups: GpuGroups, merge: MergeWeights, norm: Norm, out: Merg
         if norm.name != "none":
             rstd = x.new_empty(groups.total, k2, dtype=torch.float32)
             mean = torch.empty_like(rstd) if norm.name == "layer" else None
-    weight, r = unit_rows(weight), merge.bottleneck
+    weight = unit_rows(weight)
     if projection is not None:
         projection = unit_rows(projection)
-    group_merge_kernel[(triton.cdiv(groups.launched, groups_a_tile), parts)](
+    group_merge_kernel[(launch.cdiv(groups.launched, groups_a_tile), parts)](
         x, weight, bias, projection, norm.weight, norm.bias,
         *groups.pointers,
         merged, projected, softmax, scores, mean, rstd,
         *groups.sizes, d,
         x.stride(0), weight.stride(0), 0 if projection is None else projection.stride(0), norm.eps,
         K=k, K2=k2, SC=slots, C=max(16, slots * k2), BG=groups_a_tile,
-        BD=row["bd"], BS=row["bs"], R=r, R2=launch.power_of_2(r, 16),
+        BD=row["bd"], BS=row["bs"], R=r, BR=min(row["br"], launch.bottleneck(r)),
         NORM=norm.name, FORM=groups.form,
         # In fp16 the norm's weight times x, not yet normalised, could overflow.
         STATISTICS_FIRST=norm.name == "layer"
@@ -70,7 +70,7 @@ def run(x: Tensor, groups: GpuGroups, merge: MergeWeights, norm: Norm, out: Merg
     )  # fmt: skip
     if parts > 1:
         row = launch.settings("weighted_sum", **case)
-        grid = (triton.cdiv(groups.launched, row["bg"]), triton.cdiv(d, row["bs"]))
+        grid = (launch.cdiv(groups.launched, row["bg"]), launch.cdiv(d, row["bs"]))
         weighted_sum_kernel[grid](
             x, bias, norm.weight, norm.bias, *groups.pointers,
             merged, softmax, scores, mean, rstd,
@@ -144,14 +144,13 @@ def _score_gradient(
     """The scores' gradient ``[groups, K2]`` and the rows' statistics by slot."""
     k, d = groups.ratio, x.shape[1]
     k2 = launch.power_of_2(k)
-    case = {"arch": launch.arch(x), "d": d, "k": k, "dtype": launch.name(x.dtype)}
-    row = launch.settings("score_gradient", **case)
+    row = launch.settings("score_gradient", **launch.case(x, d, k, launch.tiles(x.shape[0])))
     d_scores = x.new_empty(groups.total, k2, dtype=torch.float32)
     statistics = NO_STATISTICS
     if norm.name != "none":
         statistics = Statistics(torch.empty_like(d_scores), torch.empty_like(d_scores))
     groups_a_tile = max(1, row["bt"] // k2)
-    score_gradient_kernel[(triton.cdiv(groups.total, groups_a_tile),)](
+    score_gradient_kernel[(launch.cdiv(groups.total, groups_a_tile),)](
         x, norm.weight, norm.bias, *groups.pointers,
         softmax, d_merged, d_scores, *statistics,
         *groups.sizes, d, x.stride(0), norm.eps,
@@ -172,16 +171,17 @@ def _hidden_gradient(
     """Writes dx; returns the programs' parts of the norm's gradients, ``[programs, 0 or d]``."""
     k, d = groups.ratio, x.shape[1]
     k2, slots = _slots(k)
-    case = {"arch": launch.arch(x), "d": d, "k": k, "dtype": launch.name(x.dtype)}
+    r = merge.bottleneck
+    case = launch.case(x, d, k, launch.tiles(x.shape[0]), r=launch.bottleneck(r))
     row = launch.settings("merge_backward", **case)
     groups_a_tile = max(1, row["bt"] // slots)
-    grid = (triton.cdiv(groups.launched, groups_a_tile), k2 // slots)
+    grid = (launch.cdiv(groups.launched, groups_a_tile), k2 // slots)
     d_norm_weight, d_norm_bias = (
         x.new_empty(grid[0] * grid[1], 0 if vector is None else d, dtype=torch.float32)
         for vector in norm[1:3]
     )
     softmax, d_merged, d_projected, d_scores, statistics = gradients
-    weight, projection, r = unit_rows(merge.weight), merge.projection, merge.bottleneck
+    weight, projection = unit_rows(merge.weight), merge.projection
     if projection is not None:
         projection = unit_rows(projection)
     merge_backward_kernel[grid](
@@ -192,7 +192,7 @@ def _hidden_gradient(
         *groups.sizes, d,
         x.stride(0), weight.stride(0), 0 if projection is None else projection.stride(0),
         K=k, K2=k2, SC=slots, C=max(16, slots * k2), BG=groups_a_tile, BD=row["bd"],
-        R=r, R2=launch.power_of_2(r, 16), NORM=norm.name, FORM=groups.form,
+        R=r, BR=min(row["br"], launch.bottleneck(r)), NORM=norm.name, FORM=groups.form,
         PRECISION=launch.precision(x), **launch.options(row),
     )  # fmt: skip
     return d_norm_weight, d_norm_bias

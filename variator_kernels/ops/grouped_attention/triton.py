@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from ..library import accumulator
 from .kernel_checks import check
 from .op import Attention
 
+FEWEST_ROWS = 16  # that a matrix product takes
 # Products of fp32 and fp64 are others, and so are the tiles that fit.
 _SUFFIX = {torch.float32: "_fp32", torch.float64: "_fp64"}
 
@@ -80,6 +80,7 @@ def _launch(call: Attention) -> Launch:
     )  # fmt: skip
     constants = {
         "SHARED": heads // kv_heads, "HEAD": d, "D": launch.power_of_2(d, 16),
+        "ALIGNED": all(t.stride(0) % 16 == 0 for t in (q, k, v)),
         "HIDES": any(t is not None for t in call.visible), "PLACES": places,
         "WIDE": tl.float64 if wide == torch.float64 else tl.float32,
         "PRECISION": launch.precision(q),
@@ -89,16 +90,15 @@ def _launch(call: Attention) -> Launch:
 
 
 def _tiles(kernel: str, call: Launch) -> dict[str, Any]:
-    """Settings of a kernel; no tile is larger than what it works on."""
+    """Settings of a kernel; a step of decoding, which has few rows, does not fill a tile."""
     row = launch.settings(
         f"{kernel}{_SUFFIX.get(call.q.dtype, '')}",
         arch=launch.arch(call.q),
         d=call.constants["D"],
         terms=call.constants["PLACES"] != "none",
     )
-    bm = min(row["bm"], launch.power_of_2(call.rows, 16))
-    bn = min(row["bn"], launch.power_of_2(call.k.shape[1], 16))
-    return {"BM": bm, "BN": bn, "RAGGED": call.k.shape[1] % bn > 0, **launch.options(row)}
+    bm = FEWEST_ROWS if call.rows <= FEWEST_ROWS else row["bm"]
+    return {"BM": bm, "BN": row["bn"], **launch.options(row)}
 
 
 def grouped_attention(call: Attention) -> Tensor:
@@ -111,7 +111,7 @@ def grouped_attention(call: Attention) -> Tensor:
         return out.zero_()
     tiles = _tiles("attention", made)
     with launch.device_of(q):
-        attention_kernel[(triton.cdiv(made.rows, tiles["BM"]) * made.pairs,)](
+        attention_kernel[(launch.cdiv(made.rows, tiles["BM"]) * made.pairs,)](
             q, k, v, out, *lists, *numbers, **constants, **tiles
         )
     return out
@@ -134,11 +134,11 @@ def grouped_attention_backward(
     if d_bias and call.visible.bias is not None:
         parts = k.new_empty(k.shape[0], k.shape[2], k.shape[1], dtype=wide)
     with launch.device_of(q):
-        query_gradient_kernel[(triton.cdiv(made.rows, tiles["BM"]) * made.pairs,)](
+        query_gradient_kernel[(launch.cdiv(made.rows, tiles["BM"]) * made.pairs,)](
             q, k, v, d_out, dq, *statistics, *lists, *numbers, **constants, **tiles
         )
         tiles = _tiles("attention_keys", made)
-        key_gradient_kernel[(triton.cdiv(k.shape[1], tiles["BN"]) * made.pairs,)](
+        key_gradient_kernel[(launch.cdiv(k.shape[1], tiles["BN"]) * made.pairs,)](
             q, k, v, d_out, *statistics, dk, dv, parts, *lists, *numbers, **constants, **tiles
         )
         of_bias = k.new_zeros(k.shape[:2], dtype=wide) if parts is None else parts.sum(1)
