@@ -69,6 +69,7 @@ class Prepared:
             ValueError: a shape, dtype, device or the backend does not fit; the message names it.
         """
         backend, pack, precision = config.backend, config.pack, config.precision
+        weights: Any
         if torch.compiler.is_compiling() or tracing():
             check_present(plugin)
             weights = plugin.weights()
