@@ -7,6 +7,7 @@ from pathlib import Path
 from ..cases import Arm, Call, Case, Key
 from ..cases.encoder import PLUGIN_ARMS, Batch, Encoder
 from ..cases.models import Architecture
+from ..harness import machine
 from ..harness.checks import QUANTISED, Truth, truth
 from . import ctranslate, onnx, openvino, torchao
 from .inputs import Input
@@ -42,6 +43,9 @@ class Peers:
         self.given, self.dtypes = given, [name for name in DTYPES if name in dtypes]
         size = (given.batch, given.length, ratios, bottleneck, placements, given.batches, "encoder")
         floats = {"fp32", *self.dtypes} - {"int8"}  # fp32 is what all are checked against
+        # What stays in floating point beside int8, as OpenVINO has it too.
+        self.beside_int8 = "bf16" if "int8" in self.dtypes and machine.has_bf16() else "fp32"
+        floats.add(self.beside_int8)
         self.encoders = {dtype: Encoder(model, dtype, *size) for dtype in floats}
         self.wide = self.encoders["fp32"]
         self.source = Source(self.wide, work, calibration)
@@ -75,7 +79,8 @@ class Peers:
     def build(self, key: Key) -> Call:
         if key.arm in PEERS:
             return PEERS[key.arm][0](self.source, key.dtype)
-        return self.encoders.get(key.dtype, self.wide).build(key)
+        dtype = self.beside_int8 if key.dtype == "int8" else key.dtype
+        return self.encoders[dtype].build(key)
 
     def truth(self, key: Key) -> Truth:
         """float64 of the fp32 weights, of ours at the arm's level by the reference; beside it plain
