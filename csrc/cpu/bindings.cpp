@@ -234,6 +234,9 @@ PYBIND11_MODULE(_cpu, m) {
                  p.norm_weight = static_cast<const float*>(norm.weight);
                  p.norm_bias = static_cast<const float*>(norm.bias);
                  p.other = pointer(other), p.residual = pointer(residual), p.y = pointer(y);
+                 if (p.dtype == DType::float64)
+                     throw std::invalid_argument(
+                         "dtype must be float32, bfloat16 or float16 in int8 products, got float64");
                  return Call(p, isa);
              }),
              py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("threads"), py::arg("rows"),
