@@ -218,32 +218,33 @@ PYBIND11_MODULE(_cpu, m) {
         return find_kernels(isa, DType::float32).int8_weight_levels;
     });
     py::class_<Call<Int8LinearParams>>(m, "Int8Linear")
-        .def(py::init([](const std::string& isa, int dtype, int threads, int64_t rows,
-                         int64_t inner, int64_t columns, Address x, int64_t x_stride,
-                         Address packed, Address sums, Address scales, Address bias, int activation,
-                         const NormParams& norm, Address other, Address residual, Address y) {
-                 Int8LinearParams p{};
-                 p.dtype = static_cast<DType>(dtype), p.threads = threads;
-                 p.rows = rows, p.inner = inner, p.columns = columns;
-                 p.x = pointer(x), p.x_stride = x_stride;
-                 p.packed = pointer<const int8_t>(packed);
-                 p.sums = pointer<const int32_t>(sums);
-                 p.scales = pointer<const float>(scales), p.bias = pointer<const float>(bias);
-                 p.activation = static_cast<Activation>(activation);
-                 p.norm = norm.kind, p.eps = norm.eps;
-                 p.norm_weight = static_cast<const float*>(norm.weight);
-                 p.norm_bias = static_cast<const float*>(norm.bias);
-                 p.other = pointer(other), p.residual = pointer(residual), p.y = pointer(y);
-                 if (p.dtype == DType::float64)
-                     throw std::invalid_argument(
-                         "dtype must be float32, bfloat16 or float16 in int8 products, got float64");
-                 return Call(p, isa);
-             }),
-             py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("threads"), py::arg("rows"),
-             py::arg("inner"), py::arg("columns"), py::arg("x"), py::arg("x_stride"),
-             py::arg("packed"), py::arg("sums"), py::arg("scales"), py::arg("bias"),
-             py::arg("activation"), py::arg("norm"), py::arg("other"), py::arg("residual"),
-             py::arg("y"))
+        .def(
+            py::init([](const std::string& isa, int dtype, int threads, int64_t rows, int64_t inner,
+                        int64_t columns, Address x, int64_t x_stride, Address packed, Address sums,
+                        Address scales, Address bias, int activation, const NormParams& norm,
+                        Address other, Address residual, Address y) {
+                Int8LinearParams p{};
+                p.dtype = static_cast<DType>(dtype), p.threads = threads;
+                p.rows = rows, p.inner = inner, p.columns = columns;
+                p.x = pointer(x), p.x_stride = x_stride;
+                p.packed = pointer<const int8_t>(packed);
+                p.sums = pointer<const int32_t>(sums);
+                p.scales = pointer<const float>(scales), p.bias = pointer<const float>(bias);
+                p.activation = static_cast<Activation>(activation);
+                p.norm = norm.kind, p.eps = norm.eps;
+                p.norm_weight = static_cast<const float*>(norm.weight);
+                p.norm_bias = static_cast<const float*>(norm.bias);
+                p.other = pointer(other), p.residual = pointer(residual), p.y = pointer(y);
+                if (p.dtype == DType::float64)
+                    throw std::invalid_argument(
+                        "dtype must be float32, bfloat16 or float16 in int8 products, got float64");
+                return Call(p, isa);
+            }),
+            py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("threads"), py::arg("rows"),
+            py::arg("inner"), py::arg("columns"), py::arg("x"), py::arg("x_stride"),
+            py::arg("packed"), py::arg("sums"), py::arg("scales"), py::arg("bias"),
+            py::arg("activation"), py::arg("norm"), py::arg("other"), py::arg("residual"),
+            py::arg("y"))
         .def(
             "run", [](const Call<Int8LinearParams>& call) { call.run(&Kernels::int8_linear); },
             Quiet());
