@@ -16,6 +16,7 @@ from variator_kernels.ops import int8_linear, prepack
 from variator_kernels.ops.frozen_linear import FrozenLinear
 from variator_kernels.sites import dense
 from variator_kernels.sites.find import find
+from variator_kernels.sites.unchanged import check_attention
 
 pytestmark = needs_cpu
 BOTH = {"ffn": 2, "attention_kv": 2}
@@ -134,6 +135,10 @@ def test_dense_sublayers_run_in_few_passes(name, placements, fused):
     real = given["attention_mask"].bool()
     exact, own = (m(**given).last_hidden_state[real] for m in (plain(name).double(), model))
     classes = [type(m) for m in model.modules()]
+    try:
+        check_attention(find(model))
+    except ValueError as error:
+        pytest.skip(str(error))
     vk.patch(model, 1, (2,), 8, placements=placements, optimize="encoder")
     with torch.no_grad():
         found = model(**given).last_hidden_state[real]
@@ -167,8 +172,12 @@ def test_what_is_asked_for_besides_is_given(name, fused):
         same(found.attentions, expected.attentions)
         assert fused == none
         pairs = torch.ones(3, 1, 50, 50, dtype=torch.bool).tril()
-        both = (m(given["input_ids"], pairs).last_hidden_state for m in (model, twin))
-        same(*both)
+        try:
+            expected = twin(given["input_ids"], pairs).last_hidden_state
+        except (ValueError, RuntimeError):  # older versions of transformers refuse such masks
+            expected = None
+        if expected is not None:
+            same(model(given["input_ids"], pairs).last_hidden_state, expected)
         assert fused == none
         found, expected = (m(**given, output_hidden_states=True) for m in (model, twin))
         mask = given["attention_mask"].bool()
