@@ -35,14 +35,28 @@ class Truth(NamedTuple):
 
 @torch.no_grad()
 def truth(engine: Engine, data: Path, most: int | None = None) -> Truth:
-    """Of the dev sentences, or of the first ``most``; each runs by itself, without padding."""
+    """Of the dev sentences, or of the first ``most``; those of the same length run together,
+    without padding."""
     rows = read(data / "dev.tsv")[:most]
     encoded = [engine.tokenizer(text)["input_ids"] for text, _ in rows]
-    right = [engine.labels[label] for _, label in rows]
+    batches = _of_one_length(encoded)
     given: dict[str, list[tuple[str, float]]] = {}
     for name, level in engine.controller.levels.items():
-        with vk.use_ratio(engine.model, level):
-            logits = [engine.model(input_ids=torch.tensor([ids])).logits[0] for ids in encoded]
-        best = [one.softmax(-1).max(-1) for one in logits]
-        given[name] = [(engine.labels[int(b.indices)], float(b.values)) for b in best]
+        found: dict[int, tuple[str, float]] = {}
+        for batch in batches:
+            ids = torch.tensor([encoded[i] for i in batch])
+            with vk.use_ratio(engine.model, level):
+                best = engine.model(input_ids=ids).logits.softmax(-1).max(-1)
+            labels = [engine.labels[i] for i in best.indices.tolist()]
+            found |= zip(batch, zip(labels, best.values.tolist(), strict=True), strict=True)
+        given[name] = [found[i] for i in range(len(rows))]
+    right = [engine.labels[label] for _, label in rows]
     return Truth([text for text, _ in rows], [len(ids) for ids in encoded], right, given)
+
+
+def _of_one_length(encoded: list[list[int]], most: int = 16) -> list[list[int]]:
+    by_length: dict[int, list[int]] = {}
+    for i, ids in enumerate(encoded):
+        by_length.setdefault(len(ids), []).append(i)
+    same = by_length.values()
+    return [some[i : i + most] for some in same for i in range(0, len(some), most)]

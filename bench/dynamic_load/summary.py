@@ -1,7 +1,6 @@
 """Replies in numbers: checked first, then quantiles, shares of levels, accuracy."""
 
 from collections import Counter
-from typing import Any
 
 import numpy as np
 
@@ -13,14 +12,13 @@ from .trace import Phase
 
 def wrong(replies: list[Reply], truth: Truth, level: str | None) -> str:
     """Why these replies have no numbers; empty if they have. ``level``: the only one allowed."""
-    lost = [reply for reply in replies if reply.status != 200 or reply.answer is None]
+    lost = [reply for reply in replies if reply.status != 200]
     if lost:
-        kinds = dict(Counter(reply.status for reply in lost))
-        return f"{len(lost)} of {len(replies)} requests have no answer, by status {kinds}"
+        kinds = Counter(f"{r.status} {str(r.answer.get('detail'))[:60]}" for r in lost)
+        return f"{len(lost)} of {len(replies)} requests have no answer: {dict(kinds)}"
     others = differ = 0
     for reply in replies:
         answer = reply.answer
-        assert answer is not None
         others += level is not None and answer["level"] != level
         same = truth.agrees(
             reply.request.sentence, answer["level"], answer["label"], answer["probability"]
@@ -40,7 +38,7 @@ def quantiles(replies: list[Reply]) -> dict[str, float]:
 def of(replies: list[Reply], truth: Truth, dense: str) -> Row:
     """Requests, latencies in seconds, the share of each level, and the accuracy of the answers
     beside that of the dense model on the very same requests, in percent."""
-    answers: list[dict[str, Any]] = [reply.answer for reply in replies if reply.answer is not None]
+    answers = [reply.answer for reply in replies]
     sentences = [reply.request.sentence for reply in replies]
     levels = Counter(answer["level"] for answer in answers)
     right = [truth.right[i] == a["label"] for i, a in zip(sentences, answers, strict=True)]
@@ -64,7 +62,7 @@ def row(replies: list[Reply], truth: Truth, dense: str, parts: list[Phase], targ
     seconds = int(sum(phase.seconds for phase in parts) + 0.5)
     made["over_time"] = [_second(replies, truth, s) for s in range(seconds)]
     end = parts[0].seconds + parts[1].seconds
-    after = [r for r in replies if r.request.at >= end and r.answer and r.answer["level"] != dense]
+    after = [r for r in replies if r.request.at >= end and r.answer["level"] != dense]
     made["compressed_for"] = max((r.request.at - end for r in after), default=0.0)
     return made
 
@@ -73,7 +71,7 @@ def _second(replies: list[Reply], truth: Truth, second: int) -> Row:
     here = [reply for reply in replies if second <= reply.request.at < second + 1]
     if not here:
         return {"second": second, "requests": 0}
-    levels = Counter(reply.answer["level"] for reply in here if reply.answer)
+    levels = Counter(reply.answer["level"] for reply in here)
     latency = [reply.seconds for reply in here]
     return {
         "second": second,

@@ -58,4 +58,11 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     app = create(Engine(Settings.read(), REGISTRY))
-    uvicorn.run(app, host=arguments.host, port=arguments.port, access_log=False, backlog=4096)
+    uvicorn.run(
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        access_log=False,
+        backlog=4096,
+        timeout_keep_alive=75,
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -39,9 +41,10 @@ class Engine:
             settings.model, local_files_only=True
         ).eval()
         levels = [int(word) for word in settings.levels.split(",")]
-        vk.patch(model, 1, [k for k in levels if k > 1] or (2,), optimize="encoder")
-        if max(levels) > 1:
-            vk.load_plugins(model, settings.plugins)
+        stored = json.loads((Path(settings.plugins) / "plugins.json").read_text())
+        vk.patch(model, 1, stored["placements"], placements=tuple(stored["placements"]),
+                 optimize="encoder")  # fmt: skip
+        vk.load_plugins(model, settings.plugins)
         self.model = vk.freeze(model)
         self.labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
         vk.warm(model, levels, (LENGTHS[0], settings.most_tokens), (1, 2, 8))

@@ -55,8 +55,10 @@ def test_no_number_for_what_is_lost_or_wrong():
     good = replies(trace.poisson(PARTS, 3))
     assert summary.wrong(good, TRUTH, "1") == summary.wrong(good, TRUTH, None) == ""
     assert f"{len(good)} are of other levels" in summary.wrong(good, TRUTH, "4")
-    lost = [good[0]._replace(status=0, answer=None), *good[1:]]
-    assert f"1 of {len(good)} requests have no answer" in summary.wrong(lost, TRUTH, None)
+    lost = [good[0]._replace(status=0, answer={"detail": "why"}), *good[1:]]
+    assert f"1 of {len(good)} requests have no answer: {{'0 why': 1}}" in summary.wrong(
+        lost, TRUTH, None
+    )
     for change in ({"probability": 0.2}, {"level": "8"}, {"level": "4"}):
         other = [good[0]._replace(answer=good[0].answer | change), *good[1:]]
         assert "1 answers are not the model's" in summary.wrong(other, TRUTH, None)
