@@ -38,7 +38,10 @@ def projected(content: Row, target: Path) -> None:
                 names.append(f"{start}\n{after}")
             axes.set_yticks(range(len(names)), names, fontsize=8)
             axes.invert_yaxis()
-            axes.set_xlim(0, axes.get_xlim()[1] * 1.15)
+            found = [row["excess"] for row in pick(rows, share=share)]
+            if min(found) > 0:
+                axes.set_xscale("log")
+                axes.set_xlim(min(found) / 2, max(found) * 4)
             axes.set_xlabel("nats over the original")
             axes.grid(axis="x")
             axes.set_title(f"{100 * share:.0f} % of the parameters")
