@@ -348,3 +348,19 @@ def test_describe_says_what_runs_at_dense_levels(settings, row, monkeypatch):
     if precision:
         monkeypatch.setattr(int8_linear, "kernel", lambda: None)
         assert "nothing: linear layers run as they did" in vk.describe(model)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_table_of_distances_that_alone_is_trained_gets_its_gradient(level):
+    gradients = []
+    for backend in ("reference", "cpu"):
+        model = plain("t5")
+        more = {"placements": ("attention_kv",), "optimize": "encoder", "backend": backend}
+        vk.patch(model, level, (2,), **more)
+        model.requires_grad_(False)
+        (table,) = (p for name, p in model.named_parameters() if "relative_attention_bias" in name)
+        table.requires_grad_()
+        model(**batch()).last_hidden_state.square().sum().backward()
+        gradients.append(table.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+    assert gradients[0].abs().max() > 0

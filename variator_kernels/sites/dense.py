@@ -39,11 +39,12 @@ def attention(
     if not context.fuses or x.dim() != 3:
         return None
     found = _described(described, layer)
-    if found is None or not self_attention.fuses(x, found):
+    if found is None:
         return None
     reach = reach_of(layer)
-
     table = reach.table
+    if not self_attention.fuses(x, found, None if table is None else table.weight):
+        return None
 
     def keys() -> self_attention.Keys:
         given = reach.distances(x, table)

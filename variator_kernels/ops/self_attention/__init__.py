@@ -71,7 +71,8 @@ def attention_kv(
     tokens = x
     if real is not None and (torch.is_grad_enabled() or tracing()):
         tokens = torch.where(real, x, 0)
-    if backend == "cpu" and fuses(x, attention, merge):
+    table = None if keys.relative is None else keys.relative.values
+    if backend == "cpu" and fuses(x, attention, table, merge):
         y = fused_merged_keys(x, merge, groups, attention, keys, rotations)
         return _behind(y, x, real, attention, groups)
     norm = attention.pre_norm

@@ -18,10 +18,18 @@ from .description import SelfAttention
 from .keys import Keys, Rotation
 
 
-def fuses(x: Tensor, attention: SelfAttention, merge: MergeWeights | None = None) -> bool:
+def fuses(
+    x: Tensor, attention: SelfAttention, table: Tensor | None, merge: MergeWeights | None = None
+) -> bool:
     """Whether the sublayer is no more than its weights, and :func:`fused_product.runs` holds, of a
-    merge too."""
+    merge too. ``table``: of distances, which has its own dtype."""
     a = attention
+    if torch.is_grad_enabled():
+        # Norms of heads are modules, whose weights may get gradients.
+        if a.q_norm is not None or a.k_norm is not None:
+            return False
+        if table is not None and table.requires_grad:
+            return False
     if a.modules is not None or not a.pack or a.dropout_weights > 0 or a.dropout_outer > 0:
         return False
     weights = (a.w_q, a.w_k, a.w_v, a.w_o, a.b_q, a.b_k, a.b_v, a.b_o)
