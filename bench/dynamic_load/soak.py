@@ -12,8 +12,9 @@ from .server import Server
 from .summary import of, wrong
 from .trace import Phase, Request, poisson
 
-EVERY, GROWTH = 2.0, 0.02
-"""Seconds between two looks at the memory, and how much it may grow."""
+EVERY, GROWTH, LEAST = 2.0, 0.02, 60.0
+"""Seconds between two looks at the memory, how much it may grow, and the seconds below which a
+process is still warming up and growth says nothing."""
 
 
 def soak(
@@ -26,7 +27,7 @@ def soak(
     stop = threading.Event()
 
     def look() -> None:
-        while not stop.wait(EVERY if seconds > 60 else seconds / 40):
+        while not stop.wait(EVERY if seconds > LEAST else seconds / 40):
             sizes.append(server.memory())
 
     watching = threading.Thread(target=look)
@@ -43,6 +44,6 @@ def soak(
     early, last = np.median(sizes[tenth : 2 * tenth] or sizes), np.median(sizes[-tenth:])
     growth = float(last / early - 1)
     made |= {"memory": sizes, "growth": growth, **of(replies, truth, dense)}
-    if growth > GROWTH:
+    if growth > GROWTH and seconds > LEAST:
         return made | {"status": "failed", "reason": f"memory grew by {100 * growth:.1f} %"}
     return made | {"status": "ok"}

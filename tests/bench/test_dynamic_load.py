@@ -204,15 +204,15 @@ def test_a_simulation_answers_everybody():
 def test_the_real_server(folders: Path, tmp_path: Path):  # noqa: F811
     lines = [f"{' '.join(WORDS[i : i + 3 + i % 9])}\t{i % 2}" for i in range(20)]
     (tmp_path / "dev.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
-    arguments = ["--quick", "--parts", "trace,simulation,soak", "--levels", "1,2,4"]
+    arguments = ["--quick", "--parts", "trace,simulation,soak", "--levels", "1,4"]
     arguments += ["--folder", folders, "--data", tmp_path, "--output", tmp_path / "out"]
     assert command.main([str(word) for word in arguments]) == 0
     content = json.loads((tmp_path / "out" / "dynamic_load.json").read_text())
     arms = [row["arm"] for row in content["rows"] if row["case"] == "trace"]
-    assert arms == ["dense", "k=2", "k=4", "controlled"]
+    assert arms == ["dense", "k=4", "controlled"]
     assert all(row["status"] == "ok" for row in content["rows"])
     assert (tmp_path / "out" / "dynamic_load.png").read_bytes().startswith(b"\x89PNG")
-    assert content["capacity"] > 0 and content["times"]["names"] == ["1", "2", "4"]
+    assert content["capacity"] > 0 and content["times"]["names"] == ["1", "4"]
 
 
 @pytest.mark.parametrize(
