@@ -364,3 +364,52 @@ def test_a_table_of_distances_that_alone_is_trained_gets_its_gradient(level):
         gradients.append(table.grad)
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
     assert gradients[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["t5", "modernbert"])
+@pytest.mark.parametrize("way", ["hook", "module"])
+def test_a_changed_inner_dropout_runs(name, way):
+    """It is no dropout any more: the FFN runs as it is, at every level."""
+    model = plain(name)
+    owner, part = ("DenseReluDense", "dropout") if name == "t5" else ("mlp", "drop")
+    for module in list(model.modules()):
+        if hasattr(module, owner) and hasattr(getattr(module, owner), part):
+            inner = getattr(module, owner)
+            if way == "hook":
+                getattr(inner, part).register_forward_hook(lambda _, args, out: 0.5 * out)
+            else:
+                setattr(inner, part, Half())
+    expected = forward(model)
+    vk.patch(model, 1, (2,), 8, optimize="encoder")
+    torch.testing.assert_close(forward(model), expected, rtol=1e-4, atol=1e-4)
+    reference = plain(name)
+    vk.patch(reference, 2, (2,), 8, backend="reference")
+    vk.set_ratio(model, 2)
+    assert not torch.allclose(forward(model), forward(reference), atol=1e-3)
+
+
+class Half(nn.Module):
+    def forward(self, x):
+        return 0.5 * x
+
+
+@pytest.mark.parametrize("where", ["block", "blocks' owner", "sublayer"])
+def test_a_mask_that_a_hook_puts_in_reaches_attention(where):
+    model = plain("bert")
+    parts = {"block": model.encoder.layer[1], "blocks' owner": model.encoder,
+             "sublayer": model.encoder.layer[0].attention}  # fmt: skip
+    mask = torch.ones(50, 50, dtype=torch.bool).tril().expand(3, 1, 50, 50)
+
+    def causal(module, args, kwargs):
+        if "attention_mask" in kwargs:
+            return args, kwargs | {"attention_mask": mask}
+        return tuple(
+            mask if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in args
+        ), kwargs
+
+    full = forward(model)
+    parts[where].register_forward_pre_hook(causal, with_kwargs=True)
+    expected = forward(model)
+    vk.patch(model, 1, (2,), 8, placements=("ffn", "attention_kv"), optimize="encoder")
+    torch.testing.assert_close(forward(model), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(full, expected, atol=1e-3)

@@ -43,8 +43,8 @@ class AttentionLayer(AtSite):
     def _dense(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """In few passes; None: as it was."""
         context = self.variator_state.local.context
-        if context is None or not context.fuses:
-            return None
+        if context is None or not context.fuses or self._forward_pre_hooks:
+            return None  # a hook may have put another mask in the place of the encoder's
         described = self.variator_described
         return dense.attention(self, described, x, context, self._rotation(args, kwargs))
 

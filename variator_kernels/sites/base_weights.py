@@ -67,6 +67,6 @@ def _readable(weight: Tensor) -> bool:
 
 
 def _spread(weight: Tensor) -> Tensor:
-    flat = weight.detach().reshape(-1)
-    places = torch.linspace(0, flat.numel() - 1, VALUES + 2, dtype=torch.float64)[1:-1]
-    return flat[places.long().to(flat.device)].double().cpu()
+    flat, step = weight.detach().reshape(-1), weight.numel() / (VALUES + 1)
+    # By numbers, not by an index tensor, which would be on a default device.
+    return torch.stack([flat[int(step * (i + 1))] for i in range(VALUES)]).double().cpu()

@@ -16,7 +16,7 @@ from ..ops.transforms import tracing
 from .described import Described, memory_of
 from .families import FAMILIES
 from .family import ORIGINAL, ROW, Family, follow, is_a, lookup
-from .plain import activation_name, plain_linear, untouched
+from .plain import activation_name, kind_of, plain_linear, untouched
 from .quantised import stored_products, watch_stored
 from .watch import Watch
 from .wrappers import check_present
@@ -96,6 +96,7 @@ def describe(layer: nn.Module, family: Family | None = None) -> FeedForward:
         _tells_all(lookup(layer, family.container), family)
         and all(plain_linear(p) for p in (w_in, w_out))
         and (w_gate is None or plain_linear(w_gate))
+        and _plain_dropout(layer, family)
     )
     if not plain or activation is None:
         stored = _stored(layer, family, sublayer._replace(activation=activation or ""))
@@ -126,6 +127,7 @@ def _stored(layer: nn.Module, family: Family, sublayer: FeedForward) -> FeedForw
     products = stored_products(linears)
     drops = sublayer.dropout_outer > 0 or probability(layer, family.inner_dropout) > 0
     whole = _tells_all(lookup(layer, family.container), family) and not drops
+    whole = whole and _plain_dropout(layer, family)
     if isinstance(products, str) or not whole:
         return None
     first, out = products[0], products[-1]
@@ -236,6 +238,16 @@ def _run(steps: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
     for step in steps:
         x = step(x)
     return x
+
+
+def _plain_dropout(layer: nn.Module, family: Family) -> bool:
+    """Whether the inner dropout does nothing outside of training: it is a number, or a module that
+    nobody changed."""
+    dropout = lookup(layer, family.inner_dropout)
+    if not isinstance(dropout, nn.Module):
+        return True
+    home = kind_of(dropout).forward.__module__.split(".")[0]
+    return untouched(dropout) and home in ("torch", "transformers", family.module.split(".")[0])
 
 
 def probability(layer: nn.Module, path: str) -> float:

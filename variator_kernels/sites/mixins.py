@@ -20,8 +20,8 @@ from ..runtime.state import State
 from . import dense as fused
 from .attention_refusals import UNREAD, check_absent, check_no_weights
 from .described import Described
-from .family import Family
-from .find import whole_rows
+from .family import Family, blocks_of, follow
+from .find import replaced, whole_rows
 from .inline import Inline
 from .loading import check_loaded
 
@@ -94,7 +94,17 @@ class Encoder(nn.Module):
             return False
         if any(self._given(name, args, kwargs) is not None for name in UNREAD):
             return False
-        return is_token_mask(self._given(self.variator_family.mask, args, kwargs))
+        mask = self._given(self.variator_family.mask, args, kwargs)
+        return is_token_mask(mask) and self._hands_masks_on()
+
+    def _hands_masks_on(self) -> bool:
+        """Whether nobody can put another mask in the place of the encoder's on its way to a layer:
+        neither a hook nor somebody else's ``forward``."""
+        family = self.variator_family
+        path = family.blocks.split(".")
+        way = [follow(self, ".".join(path[: i + 1])) for i in range(len(path))]
+        way += [*way[-1], *blocks_of(self, family)]
+        return not any(part._forward_pre_hooks or replaced(part) for part in way)
 
     def _level(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Level:
         """The one that holds in this forward."""

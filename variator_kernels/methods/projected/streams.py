@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from ...sites.residual import Block, Blocks, Layout, Sublayer
 from . import calibration_data as data
@@ -90,6 +89,8 @@ class _Pair:
                 handle.remove()
 
     def _record(self, name: str, begins: bool) -> Any:
+        from transformers import Cache  # an import of the package is light
+
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             if begins:
                 self.begins[name] = first(args, kwargs)
