@@ -124,6 +124,16 @@ def test_training_updates_what_a_merged_model_says():
         assert torch.equal(value, originals[name]), name
 
 
+@pytest.mark.parametrize("start", ["select", "pca"])
+def test_every_matrix_trains_factors_of_its_own(start):
+    """In float64 too, where a start's factors need no conversion."""
+    model = cases.model("llama")
+    parameters = list(cases.project(model, start=start).parameters())
+    taken = {p.data_ptr() for p in model.parameters()}
+    own = {p.data_ptr() for p in parameters}
+    assert len(own) == len(parameters) and not own & taken
+
+
 def test_bf16_by_the_rule():
     """Merged and unmerged alike: at most twice plain PyTorch's error in bf16."""
     model = cases.model("llama")

@@ -46,8 +46,9 @@ class Builder:
             module.weight = nn.Parameter(value.detach().clone())
         else:
             made = [
-                None if factor is None else factor.to(place.device, place.dtype).contiguous()
-                for factor in factors
+                # Copies: matrices start with the same P, but each trains its own.
+                None if p is None else p.to(place.device, place.dtype, copy=True).contiguous()
+                for p in factors
             ]
             zero = torch.zeros_like(place) if made[2] is None else made[2]
             composition.attach(module, Composition(frozen, made[0], made[1]), zero)
