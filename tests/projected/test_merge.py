@@ -167,3 +167,20 @@ def test_copies_and_state_dicts():
 def test_only_projected_models_are_merged():
     with pytest.raises(ValueError, match=r"small must be a model that vk\.project made"):
         vk.merge(cases.model("llama"))
+
+
+def test_a_write_through_data_is_merged():
+    small = cases.project(cases.model("llama", tie_word_embeddings=True), untie=False)
+    inputs = cases.batch(small, 3)
+    before = cases.output(small, inputs)  # W_C is built
+    twin = copy.deepcopy(small)
+    with torch.no_grad():
+        for uncounted, counted in zip(small.parameters(), twin.parameters(), strict=True):
+            uncounted.data.mul_(1.25)
+            counted.mul_(1.25)
+    merged = vk.merge(small)
+    for name, value in vk.merge(twin).state_dict().items():
+        assert torch.equal(value, merged.state_dict()[name]), name
+    expected = cases.output(twin, inputs)
+    assert not torch.allclose(expected, before)
+    torch.testing.assert_close(cases.output(merged, inputs), expected)

@@ -19,7 +19,7 @@ from . import calibration_data as data
 from . import constants, importance, sizes
 from .assemble import Builder, copy_buffers, plain, share_alike
 from .closed_form import closed_form
-from .composition import is_composed
+from .composition import WEIGHT, addition_of, composition_of, is_composed
 from .selection import select
 from .sizes import Sizes
 
@@ -189,6 +189,11 @@ def merge(small: Any) -> Any:
     share_alike(small, merged)
     for name, parameter in merged.named_parameters():
         path, _, leaf = name.rpartition(".")
-        parameter.data = getattr(small.get_submodule(path), leaf).detach().clone()
+        module = small.get_submodule(path)
+        if leaf == WEIGHT and is_composed(module):
+            # What forwards use may be older than what was written through .data.
+            parameter.data = composition_of(module).fresh(addition_of(module))
+        else:
+            parameter.data = getattr(module, leaf).detach().clone()
     copy_buffers(small, merged)
     return merged.train(small.training)
