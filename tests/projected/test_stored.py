@@ -32,7 +32,7 @@ def test_rebuilt_of_its_original_in_any_dtype(saved):
 
 
 def test_another_original_is_refused(saved):
-    model, small, folder = saved
+    model, _, folder = saved
     tuned = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in tuned.parameters():
