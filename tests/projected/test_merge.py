@@ -184,3 +184,14 @@ def test_a_write_through_data_is_merged():
     expected = cases.output(twin, inputs)
     assert not torch.allclose(expected, before)
     torch.testing.assert_close(cases.output(merged, inputs), expected)
+
+
+def test_settings_of_generation_are_its_own():
+    model = cases.model("llama")
+    model.generation_config.max_new_tokens = 5
+    small = cases.project(model)
+    merged = vk.merge(small)
+    small.generation_config.max_new_tokens = 6
+    merged.generation_config.max_new_tokens = 7
+    assert [m.generation_config.max_new_tokens for m in (model, small, merged)] == [5, 6, 7]
+    assert vk.merge(small).generation_config.max_new_tokens == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -157,7 +158,7 @@ def plain(model: Any, config: Any) -> Any:
         torch.set_default_dtype(default)
     made.to(weight.device)
     if getattr(model, "generation_config", None) is not None:
-        made.generation_config = model.generation_config
+        made.generation_config = copy.deepcopy(model.generation_config)
     return made.eval()
 
 
