@@ -172,6 +172,25 @@ def is_projected(model: nn.Module) -> bool:
     return any(is_composed(module) for module in model.modules())
 
 
+def check_projected(small: Any, argument: str) -> Projection:
+    """What :func:`project` made of it.
+
+    Raises:
+        ValueError: ``small`` has no P and A.
+    """
+    made: Projection | None = getattr(small, PROJECTION, None)
+    if made is not None and is_projected(small):
+        return made
+    if made is not None:
+        raise ValueError(
+            f"{argument} must have projections, got a {type(small).__name__} in which nothing was "
+            f"reduced ({made}): project with params below 1, or a smaller hidden or ffn"
+        )
+    raise ValueError(
+        f"{argument} must be what vk.project made, and not merged, got a {type(small).__name__}"
+    )
+
+
 @torch.no_grad()
 def merge(small: Any) -> Any:
     """The plain model that a projected one computes: ``save_pretrained`` writes it, and plain

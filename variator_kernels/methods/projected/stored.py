@@ -18,7 +18,7 @@ from ...sites.layout import layout_of
 from ...version import __version__
 from . import originals, project_model, sizes
 from .assemble import Builder, Factors
-from .project_model import PROJECTION, Projection, is_projected
+from .project_model import Projection
 from .sizes import Sizes
 
 TENSORS, SETTINGS = "projected.safetensors", "projected.json"
@@ -30,11 +30,9 @@ def save(small: Any, folder: str | Path) -> None:
     """Write what is trained of ``small`` into ``folder``; each file appears whole or not at all.
 
     Raises:
-        ValueError: ``small`` is not projected. FloatingPointError: a value is not finite.
+        ValueError: ``small`` has no projections. FloatingPointError: a value is not finite.
     """
-    made = getattr(small, PROJECTION, None)
-    if made is None or not is_projected(small):
-        raise ValueError(f"small must be what vk.project made, got a {type(small).__name__}")
+    made = project_model.check_projected(small, "small")
     tensors = {name: p.detach().cpu().contiguous() for name, p in small.named_parameters()}
     for name, value in tensors.items():
         if not bool(value.isfinite().all()):
