@@ -87,7 +87,7 @@ def test_the_largest_numbers_do_not_saturate(inner):
 
 def test_without_vnni_weights_of_8_bits_saturate():
     """Why they have 7 there; and the look at the largest numbers sees what is wrong."""
-    if torch.cpu._is_vnni_supported():
+    if kernels._has_vnni():
         pytest.skip("this processor has VNNI")
     for kernel in (kernels.own("avx2"), kernels.onednn()):
         assert not kernels.is_exact(kernel._replace(levels=reference.Levels(255, 127)))
@@ -324,7 +324,7 @@ ISAS = extension.load().available_isas() if extension.load() else []
 def test_every_kernel_by_itself(name, shape, threads):
     """Whatever this machine chooses: few rows share the columns among threads, many the rows."""
     kernel = kernels.onednn() if name == "oneDNN" else kernels.own(name)
-    if name == "oneDNN" and not torch.cpu._is_vnni_supported():
+    if name == "oneDNN" and not kernels._has_vnni():
         kernel = kernel._replace(levels=reference.Levels(255, 64))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -120,6 +121,50 @@ def test_evaluation_never_sees_an_old_weight(foreach, fused):
     part.p_in.data.mul_(2)  # not counted: the next mode begins anew
     made.train()
     assert not torch.allclose(made(x), before)
+
+
+class Descent(torch.optim.Optimizer):
+    """Some optimizers write parameters, others their ``.data``, which nobody counts."""
+
+    def __init__(self, parameters, data: bool):
+        super().__init__(parameters, {})
+        self.data = data
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            (p.data if self.data else p).sub_(p.grad, alpha=0.01)
+
+
+@pytest.mark.parametrize("collects", [False, True])
+def test_optimizers_that_write_data_train_alike(collects):
+    x = torch.randn(4, IN_C, dtype=torch.float64)
+    ends, losses = [], []
+    for data in (False, True):
+        made = copy.deepcopy(layer())  # as unpickled ones, it never ran __init__
+        optimizer = Descent(made.parameters(), data)
+        with collecting(made) if collects else nullcontext():
+            for _ in range(3):
+                loss = made(x).square().mean()
+                loss.backward()
+                send(made)
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+        ends.append(made.weight.detach())
+    assert losses[:3] == losses[3:] and losses[2] < losses[1] < losses[0]
+    assert torch.equal(*ends)
+
+
+def test_steps_of_other_models_are_not_counted():
+    made, x = layer(), torch.randn(2, IN_C, dtype=torch.float64)
+    made(x)
+    other = nn.Linear(2, 2)
+    other(torch.ones(1, 2)).sum().backward()
+    optimizer = Descent(other.parameters(), True)
+    versions = [p._version for p in other.parameters()]
+    optimizer.step()
+    assert [p._version for p in other.parameters()] == versions
 
 
 def test_gradients_that_were_not_sent_are_an_error():

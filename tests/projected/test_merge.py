@@ -124,6 +124,16 @@ def test_training_updates_what_a_merged_model_says():
         assert torch.equal(value, originals[name]), name
 
 
+@pytest.mark.parametrize("start", ["select", "pca"])
+def test_every_matrix_trains_factors_of_its_own(start):
+    """In float64 too, where a start's factors need no conversion."""
+    model = cases.model("llama")
+    parameters = list(cases.project(model, start=start).parameters())
+    taken = {p.data_ptr() for p in model.parameters()}
+    own = {p.data_ptr() for p in parameters}
+    assert len(own) == len(parameters) and not own & taken
+
+
 def test_bf16_by_the_rule():
     """Merged and unmerged alike: at most twice plain PyTorch's error in bf16."""
     model = cases.model("llama")
@@ -157,3 +167,31 @@ def test_copies_and_state_dicts():
 def test_only_projected_models_are_merged():
     with pytest.raises(ValueError, match=r"small must be a model that vk\.project made"):
         vk.merge(cases.model("llama"))
+
+
+def test_a_write_through_data_is_merged():
+    small = cases.project(cases.model("llama", tie_word_embeddings=True), untie=False)
+    inputs = cases.batch(small, 3)
+    before = cases.output(small, inputs)  # W_C is built
+    twin = copy.deepcopy(small)
+    with torch.no_grad():
+        for uncounted, counted in zip(small.parameters(), twin.parameters(), strict=True):
+            uncounted.data.mul_(1.25)
+            counted.mul_(1.25)
+    merged = vk.merge(small)
+    for name, value in vk.merge(twin).state_dict().items():
+        assert torch.equal(value, merged.state_dict()[name]), name
+    expected = cases.output(twin, inputs)
+    assert not torch.allclose(expected, before)
+    torch.testing.assert_close(cases.output(merged, inputs), expected)
+
+
+def test_settings_of_generation_are_its_own():
+    model = cases.model("llama")
+    model.generation_config.max_new_tokens = 5
+    small = cases.project(model)
+    merged = vk.merge(small)
+    small.generation_config.max_new_tokens = 6
+    merged.generation_config.max_new_tokens = 7
+    assert [m.generation_config.max_new_tokens for m in (model, small, merged)] == [5, 6, 7]
+    assert vk.merge(small).generation_config.max_new_tokens == 6

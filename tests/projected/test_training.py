@@ -14,7 +14,7 @@ import transformers
 import variator_kernels as vk
 from tests.projected import cases
 from tests.train import toy
-from variator_kernels.methods.projected import composition, cost, groups
+from variator_kernels.methods.projected import composition, cost, groups, stored
 from variator_kernels.train import ProjectionConfig, ProjectionTrainer
 from variator_kernels.train.__main__ import main
 
@@ -154,6 +154,15 @@ def test_refusals(tmp_path):
     model, small = pair()
     with pytest.raises(ValueError, match=r"model must be what vk\.project made"):
         trainer(tmp_path, vk.merge(small))
+    whole = cases.project(model, 1.0)
+    match = r"must have projections, got a LlamaForCausalLM in which nothing was reduced \(hidden "
+    with pytest.raises(ValueError, match="model " + match):
+        trainer(tmp_path, whole)
+    with pytest.raises(ValueError, match="small " + match):
+        stored.save(whole, tmp_path)
+    assert not (tmp_path / stored.TENSORS).exists()
+    with pytest.raises(ValueError, match=r"small must be what vk\.project made"):
+        stored.save(vk.merge(small), tmp_path)
     with pytest.raises(ValueError, match="teacher_weight must be from 0 to 1, got 2"):
         settings(tmp_path, teacher_weight=2)
     with pytest.raises(ValueError, match="projection_rate must be a finite number > 0, got 0"):

@@ -35,7 +35,7 @@ def sample(found: Found, value: Callable[[Tensor], Tensor]) -> dict[str, list[fl
             seen.add(id(block))
             weights = [value(weight) for weight in _matrices(block)]
             if weights and all(map(_readable, weights)):
-                values = torch.cat([_spread(weight) for weight in weights])
+                values = torch.cat([spread(weight, VALUES) for weight in weights])
                 taken[str(i)] = [float(f"{x:.5g}") for x in values.tolist()]
     return taken
 
@@ -53,6 +53,14 @@ def difference(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequenc
     return (apart / size) ** 0.5 if size else float(apart > 0)
 
 
+def spread(weight: Tensor, count: int) -> Tensor:
+    """``count`` values of ``weight``, evenly spaced in memory's order: ``[count]``, float64 on the
+    CPU."""
+    flat, last = weight.detach().reshape(-1), weight.numel() - 1
+    # By numbers, not by an index tensor, which would be on a default device.
+    return torch.stack([flat[last * i // (count + 1)] for i in range(1, count + 1)]).double().cpu()
+
+
 def _matrices(block: nn.Module) -> list[Tensor]:
     named = (
         (name, weight)
@@ -64,9 +72,3 @@ def _matrices(block: nn.Module) -> list[Tensor]:
 
 def _readable(weight: Tensor) -> bool:
     return is_plain_weight(weight) and weight.is_floating_point() and not weight.is_meta
-
-
-def _spread(weight: Tensor) -> Tensor:
-    flat, step = weight.detach().reshape(-1), weight.numel() / (VALUES + 1)
-    # By numbers, not by an index tensor, which would be on a default device.
-    return torch.stack([flat[int(step * (i + 1))] for i in range(VALUES)]).double().cpu()

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..methods.projected import composition, cost, groups, is_projected, stored
+from ..methods.projected import composition, cost, groups, stored
+from ..methods.projected.project_model import check_projected
 from . import checkpoints
 from .losses import IGNORED
 from .projection_config import ProjectionConfig
@@ -41,7 +42,7 @@ class ProjectionTrainer(ResumableTrainer):
         rest: as for ``transformers.Trainer``.
 
     Raises:
-        ValueError: the model is not projected, or what is asked for is not supported.
+        ValueError: the model has no projections, or what is asked for is not supported.
         FloatingPointError: a loss was not finite, and the step was not taken.
     """
 
@@ -57,10 +58,7 @@ class ProjectionTrainer(ResumableTrainer):
         teacher: Any = None,
         **rest: Any,
     ) -> None:
-        if not is_projected(model):
-            raise ValueError(
-                f"model must be what vk.project made, and not merged, got a {type(model).__name__}"
-            )
+        check_projected(model, "model")
         if args.n_gpu > 1:
             raise ValueError(
                 f"one process must train on one device, got {args.n_gpu}: start one process a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -46,8 +47,9 @@ class Builder:
             module.weight = nn.Parameter(value.detach().clone())
         else:
             made = [
-                None if factor is None else factor.to(place.device, place.dtype).contiguous()
-                for factor in factors
+                # Copies: matrices start with the same P, but each trains its own.
+                None if p is None else p.to(place.device, place.dtype, copy=True).contiguous()
+                for p in factors
             ]
             zero = torch.zeros_like(place) if made[2] is None else made[2]
             composition.attach(module, Composition(frozen, made[0], made[1]), zero)
@@ -156,7 +158,7 @@ def plain(model: Any, config: Any) -> Any:
         torch.set_default_dtype(default)
     made.to(weight.device)
     if getattr(model, "generation_config", None) is not None:
-        made.generation_config = model.generation_config
+        made.generation_config = copy.deepcopy(model.generation_config)
     return made.eval()
 
 

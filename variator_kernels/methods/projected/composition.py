@@ -1,7 +1,8 @@
 """The compressed weight ``W_C = P_out · W · P_in + A``, and how its gradient reaches P and A.
 
-It is built when it is first needed, and again when P, A or W were written since, so a forward never
-sees an old one, in evaluation as in training. Two ways of training:
+It is built when it is first needed, and again when P, A or W were written since, in place or by an
+optimizer's step, so a forward never sees an old one, in evaluation as in training. Two ways of
+training:
 
 - By default W_C is part of the graph: each backward pass sends its gradient through the
   projections.
@@ -11,7 +12,6 @@ sees an old one, in evaluation as in training. Two ways of training:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import is_
@@ -21,21 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
-from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from . import steps
 
 WEIGHT = "weight"
-
-
-def _count_fused(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for group in optimizer.param_groups:
-        if group.get("fused"):
-            torch.autograd.graph.increment_version(group["params"])
-
-
-@functools.cache
-def _count_steps() -> None:
-    """PyTorch's fused optimizers write parameters without counting it."""
-    register_optimizer_step_post_hook(_count_fused)
 
 
 class Composition(nn.Module):
@@ -56,15 +45,16 @@ class Composition(nn.Module):
         stays: bool = False,
     ) -> None:
         super().__init__()
-        _count_steps()
         self.p_in = None if p_in is None else nn.Parameter(p_in)
         self.p_out = None if p_out is None else nn.Parameter(p_out)
         self.frozen = frozen.detach()
         self.stays = stays
         self.collects = False
         self._built: Tensor | None = None
-        self._read: list[Tensor] = []
+        self.read: list[Tensor] = []
+        """What W_C was built of."""
         self._seen: list[Any] = []
+        steps.watch(self)
 
     def forward(self, addition: Tensor) -> Tensor:
         """W_C for ``addition`` A ``[out', in']``."""
@@ -80,12 +70,16 @@ class Composition(nn.Module):
         # Devices and dtypes come and go with new storages; counters tell writes in place. The
         # tensors themselves are held, so that no other can take their place unseen.
         seen = [(t.data_ptr(), t._version, t.dtype) for t in read]
-        if self._built is None or seen != self._seen or not all(map(is_, read, self._read)):
+        if self._built is None or seen != self._seen or not all(map(is_, read, self.read)):
             self._unsent()
-            with torch.inference_mode(False), torch.no_grad():
-                self._built = compose(self.frozen, self.p_out, self.p_in, addition)
-            self._read, self._seen = read, seen
+            self._built = self.fresh(addition)
+            self.read, self._seen = read, seen
         return self._built
+
+    def fresh(self, addition: Tensor) -> Tensor:
+        """W_C of the factors as they are now, without gradients, whoever wrote them how."""
+        with torch.inference_mode(False), torch.no_grad():
+            return compose(self.frozen, self.p_out, self.p_in, addition)
 
     def _unsent(self) -> None:
         if self._built is not None and self._built.grad is not None:
@@ -114,10 +108,10 @@ class Composition(nn.Module):
         self._drop()
 
     def _drop(self) -> None:
-        self._built, self._read, self._seen = None, [], []
+        self._built, self.read, self._seen = None, [], []
 
     def train(self, mode: bool = True) -> Composition:
-        # What is written through .data is not counted; evaluation and training each begin anew.
+        # What is written through .data outside a step is not counted; each mode begins anew.
         if mode != self.training:
             self.forget()
         return super().train(mode)
@@ -129,7 +123,11 @@ class Composition(nn.Module):
         return super()._apply(fn, *args, **kwargs)  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_built": None, "_read": [], "_seen": []}
+        return {**self.__dict__, "_built": None, "read": [], "_seen": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        steps.watch(self)  # a copy, or unpickled
 
     def extra_repr(self) -> str:
         return f"frozen={list(self.frozen.shape)}, stays={self.stays}"

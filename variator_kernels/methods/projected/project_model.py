@@ -19,7 +19,7 @@ from . import calibration_data as data
 from . import constants, importance, sizes
 from .assemble import Builder, copy_buffers, plain, share_alike
 from .closed_form import closed_form
-from .composition import is_composed
+from .composition import WEIGHT, addition_of, composition_of, is_composed
 from .selection import select
 from .sizes import Sizes
 
@@ -172,6 +172,25 @@ def is_projected(model: nn.Module) -> bool:
     return any(is_composed(module) for module in model.modules())
 
 
+def check_projected(small: Any, argument: str) -> Projection:
+    """What :func:`project` made of it.
+
+    Raises:
+        ValueError: ``small`` has no P and A.
+    """
+    made: Projection | None = getattr(small, PROJECTION, None)
+    if made is not None and is_projected(small):
+        return made
+    if made is not None:
+        raise ValueError(
+            f"{argument} must have projections, got a {type(small).__name__} in which nothing was "
+            f"reduced ({made}): project with params below 1, or a smaller hidden or ffn"
+        )
+    raise ValueError(
+        f"{argument} must be what vk.project made, and not merged, got a {type(small).__name__}"
+    )
+
+
 @torch.no_grad()
 def merge(small: Any) -> Any:
     """The plain model that a projected one computes: ``save_pretrained`` writes it, and plain
@@ -189,6 +208,11 @@ def merge(small: Any) -> Any:
     share_alike(small, merged)
     for name, parameter in merged.named_parameters():
         path, _, leaf = name.rpartition(".")
-        parameter.data = getattr(small.get_submodule(path), leaf).detach().clone()
+        module = small.get_submodule(path)
+        if leaf == WEIGHT and is_composed(module):
+            # What forwards use may be older than what was written through .data.
+            parameter.data = composition_of(module).fresh(addition_of(module))
+        else:
+            parameter.data = getattr(module, leaf).detach().clone()
     copy_buffers(small, merged)
     return merged.train(small.training)

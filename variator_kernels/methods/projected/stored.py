@@ -16,9 +16,9 @@ from torch import Tensor
 from ... import files
 from ...sites.layout import layout_of
 from ...version import __version__
-from . import project_model, sizes
+from . import originals, project_model, sizes
 from .assemble import Builder, Factors
-from .project_model import PROJECTION, Projection, is_projected
+from .project_model import Projection
 from .sizes import Sizes
 
 TENSORS, SETTINGS = "projected.safetensors", "projected.json"
@@ -30,11 +30,9 @@ def save(small: Any, folder: str | Path) -> None:
     """Write what is trained of ``small`` into ``folder``; each file appears whole or not at all.
 
     Raises:
-        ValueError: ``small`` is not projected. FloatingPointError: a value is not finite.
+        ValueError: ``small`` has no projections. FloatingPointError: a value is not finite.
     """
-    made = getattr(small, PROJECTION, None)
-    if made is None or not is_projected(small):
-        raise ValueError(f"small must be what vk.project made, got a {type(small).__name__}")
+    made = project_model.check_projected(small, "small")
     tensors = {name: p.detach().cpu().contiguous() for name, p in small.named_parameters()}
     for name, value in tensors.items():
         if not bool(value.isfinite().all()):
@@ -42,7 +40,7 @@ def save(small: Any, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"format": FORMAT, "version": __version__, "class": type(small).__name__}
-    settings |= {"projection": asdict(made)}
+    settings |= {"projection": asdict(made), "frozen": originals.sampled(small)}
     text = json.dumps(settings, indent=1) + "\n"
     files.replace(folder / TENSORS, lambda path: save_file(tensors, path))
     files.replace(folder / SETTINGS, lambda path: path.write_text(text, encoding="utf-8"))
@@ -73,10 +71,10 @@ def load(small: Any, folder: str | Path) -> None:
     """Give ``small`` the values that :func:`save` wrote of a model like it.
 
     Raises:
-        FileNotFoundError, ValueError: there are none, or of a model of other sizes; ``small`` has
-        its old values.
+        FileNotFoundError, ValueError: there are none, or of a model of other sizes or another
+        original; ``small`` has its old values.
     """
-    _, tensors = read(folder)
+    settings, tensors = read(folder)
     own = dict(small.named_parameters())
     shapes = {name: tuple(p.shape) for name, p in own.items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -86,6 +84,8 @@ def load(small: Any, folder: str | Path) -> None:
             f"{folder} must hold the values of this model, {wrong[0]} has shape "
             f"{found.get(wrong[0])} there and {shapes.get(wrong[0])} here"
         )
+    if "frozen" in settings:  # older files have none
+        originals.check(small, settings["frozen"], str(folder))
     for name, parameter in own.items():
         parameter.copy_(tensors[name])
 
@@ -95,7 +95,8 @@ def rebuild(model: Any, folder: str | Path) -> Any:
     """The projected model that :func:`save` wrote, of the original ``model``.
 
     Raises:
-        FileNotFoundError, ValueError: the files are missing, or of another model.
+        FileNotFoundError, ValueError: the files are missing, or of another model: of other sizes,
+        or other values in the matrices that are projected.
     """
     settings, tensors = read(folder)
     fields = settings["projection"]

@@ -72,7 +72,7 @@ class Prepared:
         weights: Any
         if torch.compiler.is_compiling() or tracing():
             check_present(plugin)
-            weights: Any = plugin.weights()
+            weights = plugin.weights()
             sublayer = sublayer._replace(pack=pack, precision=precision)
             return weights, sublayer, _checked(weights, sublayer, x, backend)
         asked = (x.shape[2:], x.dtype, x.device, backend, pack, precision)
