@@ -117,6 +117,31 @@ def test_what_is_too_late_anyhow_costs_nobody_quality(model):
         assert choice.name == "1"
 
 
+def test_what_waits_and_is_too_late_anyhow_costs_nobody_quality(model):
+    """Also when it goes on waiting; but a long queue is worked off for those behind it."""
+    controller, clock = controlled(model)
+    controller.arrive(20)
+    seen = set()
+    for _ in range(20):
+        clock.now += 1.0
+        with controller.batch([controller.arrive(20)]) as choice:
+            clock.now += 0.01
+        seen.add(choice.name)
+    assert seen == {"1"}
+    for _ in range(60):
+        controller.arrive(20)
+    clock.now += 10.0
+    with controller.batch([controller.arrive(20)]) as choice:
+        assert choice.name == "8"
+    for ticket in tuple(controller._policy.waiting.tickets)[1:]:
+        controller.cancel(ticket)
+    for _ in range(3):
+        clock.now += 1.0
+        with controller.batch([controller.arrive(20)]) as choice:
+            clock.now += 0.01
+    assert choice.name == "1", "what is lost keeps no level"
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     st.lists(st.floats(0, 3), min_size=1, max_size=120),

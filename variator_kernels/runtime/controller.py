@@ -54,7 +54,8 @@ class RatioController:
     batches, by times that were measured beforehand and corrected by those that batches really took.
     It takes the least compressed level that keeps ``margin`` of the target and whose throughput is
     above the arrival rate: a more compressed one at once, a less compressed one when it would have
-    done, with more to spare, for ``hold_seconds``. What is too late at every level does not count.
+    done, with more to spare, for ``hold_seconds``. A request that is late at every level does not
+    count; a queue counts by what comes behind it.
 
     It may be used by several threads and by tasks of an event loop; the level of a batch holds in
     the thread or task that is inside :meth:`batch`, as :func:`use_ratio` says. What it does
