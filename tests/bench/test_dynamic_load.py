@@ -158,7 +158,10 @@ def test_bursts_are_bisected():
 
 
 @pytest.mark.parametrize(("growth", "status"), [(0.0, "ok"), (0.1, "failed")])
-def test_a_soak_looks_at_memory(growth, status):
+def test_a_soak_looks_at_memory(growth, status, monkeypatch):
+    monkeypatch.setattr(soak, "LEAST", 0.5)
+    monkeypatch.setattr(soak, "EVERY", 0.025)
+
     class Server:
         looks = 0
 
