@@ -77,12 +77,27 @@ def test_accuracy_is_beside_that_of_dense_on_the_same_sentences():
     assert burst["accuracy"] == pytest.approx(200 / 3, abs=1) and burst["dense_accuracy"] == 100
     assert half["levels"] == again["levels"] == {"1": 1.0, "4": 0.0}
     assert (half["p99"], burst["p50"]) == pytest.approx((0.1, 1.1))
-    assert made["compressed_for"] == 0 and len(made["over_time"]) == 6
+    assert len(made["over_time"]) == 6
     assert table.lost(burst) == pytest.approx(100 / 3, abs=1)
     row = made | {"case": "trace", "arm": "controlled"}
     assert table.note(row) == "missed: late in the burst, points in the burst, points over all"
     assert table.note(row | {"arm": "dense"}) == "misses the target 1.1x, less than 3x"
     assert len(table.tables_of({"rows": [row]})) == 1
+
+
+def test_compressed_until_the_last_such_answer_came():
+    """Wherever its request was sent."""
+    sent = [trace.Request(at, 0, phase) for at, phase in ((0.5, 0), (3.5, 1), (4.5, 2))]
+
+    def compressed_for(*given):
+        some = [
+            r for q, (level, s) in zip(sent, given, strict=True) for r in replies([q], level, s)
+        ]
+        return summary.row(some, TRUTH, "1", PARTS, 1.0)["compressed_for"]
+
+    assert compressed_for(("1", 0.1), ("4", 0.2), ("1", 0.1)) == 0
+    assert compressed_for(("1", 0.1), ("4", 3.0), ("1", 2.5)) == pytest.approx(2.5)
+    assert compressed_for(("1", 0.1), ("4", 0.2), ("4", 2.5)) == pytest.approx(3.0)
 
 
 @pytest.fixture
