@@ -168,6 +168,20 @@ def test_bursts_are_bisected():
     good = bursts.largest(ask, lambda found: "", 100, 3, 1.0, 2.4)
     assert good["status"] == "ok" and good["largest"] == pytest.approx(1.5, abs=0.11)
     assert len(asked) <= 5
+    assert good["bound"] == ""
+    for limit, held, bound in ((0.3, None, "below 0.5"), (0.55, 0.5, ""), (9, 1.2, "1.2 or more")):
+        tried = []
+
+        def up_to(requests, limit=limit, tried=tried):
+            tried.append(round(sum(r.phase == 1 for r in requests) / bursts.BURST / 100, 1))
+            return replies(requests, seconds=0.1 if tried[-1] < limit else 9.0)
+
+        row = bursts.largest(up_to, lambda found: "", 100, 3, 1.0, 1.2)
+        assert (row["largest"], row["bound"]) == (held, bound)
+        assert (held or 0.5) in [round(one["factor"], 6) for one in row["tried"]]
+        row |= {"case": "bursts", "arm": "k=4"}
+        assert table.line(row) == f"bursts k=4, holds {bound or held} x"
+        assert table.tables_of({"rows": [row]})[0].columns[1]._cells == [bound or str(held)]
     bad = bursts.largest(ask, lambda found: "lost", 100, 3, 1.0, 2.4)
     assert bad == {"status": "failed", "reason": "lost"}
 
@@ -206,6 +220,16 @@ def test_a_simulated_controller_needs_fewer_machines():
     controlled = rows[-1]
     assert controlled["p99"] <= 0.15 and 0 < controlled["levels"]["1"] < 1
     assert sum(controlled["levels"].values()) == pytest.approx(1)
+
+
+def test_machines_are_counted_only_where_they_do():
+    hopeless = world()._replace(target=1e-3)
+    rows = simulation.rows(hopeless, simulated.CAPACITY, (1,), 0.5)
+    assert {(row["status"], row["reason"]) for row in rows} == {
+        ("failed", "more than 3 machines are needed")
+    }
+    assert not any("machines" in row for row in rows)
+    assert table.tables_of({"rows": rows})
 
 
 def test_a_simulation_answers_everybody():
