@@ -99,6 +99,17 @@ def test_a_request_has_its_own_level(model):
     assert controller.arrive(5, 2).level == 1
 
 
+def test_what_waits_keeps_to_a_floor_that_was_lowered(model):
+    controller, _ = controlled(model)
+    for most, ran in ((None, "8"), (8, "8"), (4, "4"), (3, "2"), (1, "1")):
+        controller.max_ratio = None
+        ticket = controller.arrive(20, "8")
+        controller.max_ratio = most
+        with controller.batch([ticket]) as choice:
+            assert (choice.name, choice.ratio) == (ran, int(ran))
+            assert states(model)[0].current().uniform == int(ran)
+
+
 def test_learns_that_the_machine_is_slower_than_it_was(model):
     controller, clock = controlled(model)
     arrivals = poisson([(20.0, 0.6 * CAPACITY)])

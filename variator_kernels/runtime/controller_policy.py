@@ -92,14 +92,15 @@ class Policy:
         self._calm_level = 0
 
     def begin(self, now: float, tickets: Sequence[Ticket], fixed: int | None) -> Batch:
-        """A batch of tickets, which no longer wait; ``fixed``: the level that they ask for."""
+        """A batch of tickets, which no longer wait; ``fixed``: the level that they ask for. If it
+        is allowed no more, they get the next less compressed one that is."""
         self.waiting.leave(tickets)
         batch = Batch(now, tickets)
         if fixed is None:
             self._choose(now, batch)
             batch.level = self.level
         else:
-            batch.level = fixed
+            batch.level = self.nearest(fixed)
         batch.predicted = self.times.predict(batch.level, batch.rows, batch.tokens)
         self.running[batch] = None
         return batch
@@ -115,6 +116,10 @@ class Policy:
             ratio = min(max(ratio, self.FASTEST), self.SLOWEST)
             self.slowdown += self.SHARE * (ratio - self.slowdown)
         self._ended = now
+
+    def nearest(self, level: int) -> int:
+        """A level that is allowed: itself, or the last one before it, or else the first."""
+        return max((i for i in self.allowed if i <= level), default=self.allowed[0])
 
     def throughput(self, level: int) -> float:
         """Tokens a second in full batches, by what was measured beforehand."""
@@ -146,8 +151,9 @@ class Policy:
         fixed_seconds = fixed_share = 0.0
         for level, load in enumerate(waiting.fixed):
             if load.rate.value:
-                fixed_seconds += self._drain(level, load.rows, load.tokens)
-                fixed_share += load.rate.read(now) / self.throughput(level)
+                runs = self.nearest(level)
+                fixed_seconds += self._drain(runs, load.rows, load.tokens)
+                fixed_share += load.rate.read(now) / self.throughput(runs)
         rate = waiting.free.rate.read(now)
         oldest, youngest = waiting.oldest(), waiting.youngest()
         return _Outlook(
