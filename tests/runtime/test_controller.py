@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 
@@ -251,6 +252,28 @@ def test_metrics(model):
         pass
     labels = {"controller": "two", "level": "1"}
     assert registry.get_sample_value("variator_requests_total", labels) == 1
+
+
+def test_metrics_of_what_waits_are_of_now(model):
+    """Also when no batch begins."""
+    prometheus = pytest.importorskip("prometheus_client")
+    registry = prometheus.CollectorRegistry()
+    controller, clock = controlled(model, registry=registry)
+    names = ("waiting_requests", "waiting_tokens", "arriving_tokens")
+
+    def read():
+        return [registry.get_sample_value(f"variator_{n}", {"controller": "model"}) for n in names]
+
+    assert read() == [0, 0, 0]
+    tickets = [controller.arrive(5) for _ in range(3)]
+    assert read() == [3, 15, 7.5]
+    controller.cancel(tickets[0])
+    clock.now = 1000.0
+    waiting, tokens, rate = read()
+    assert (waiting, tokens) == (2, 10) and rate < 1e-9
+    del controller
+    gc.collect()
+    assert read() == [0, 0, 0]
 
 
 def test_metrics_need_their_package(model, monkeypatch):

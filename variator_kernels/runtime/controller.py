@@ -127,6 +127,8 @@ class RatioController:
         self._policy = Policy(self.times, settings)
         self.max_ratio = max_ratio
         self._metrics = None if registry is None else Metrics(registry, name, self._names)
+        if self._metrics is not None:
+            self._metrics.watch(self.status)
 
     def _profile(self, profile: Any, sizes: dict[str, Any]) -> LevelTimes:
         if profile is None:
@@ -225,7 +227,7 @@ class RatioController:
             switched = policy.level != before
             rows, tokens = policy.waiting.rows + running.rows, policy.waiting.tokens
             if self._metrics is not None:
-                self._metrics.began(policy, switched, now)
+                self._metrics.began(policy, switched)
         chosen = self._names[running.level]
         if switched:
             log.info(
