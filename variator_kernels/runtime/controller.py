@@ -202,6 +202,7 @@ class RatioController:
     @contextmanager
     def batch(self, tickets: Sequence[Ticket]) -> Iterator[Choice]:
         """Run a batch: inside, the model is at the level that was chosen, in this thread or task.
+        Its time is learned from: on a GPU synchronise before it ends.
 
         Args:
             tickets: of its requests, which waited until now and ask for the same level or for none.
