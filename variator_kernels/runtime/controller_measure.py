@@ -47,7 +47,8 @@ def measure(
     make = inputs or random_inputs(model)
     device = next(model.parameters()).device
     # A GPU's work has only begun when the call returns.
-    finish = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    on_gpu = device.type == "cuda"
+    finish: Callable[[], Any] = partial(torch.cuda.synchronize, device) if on_gpu else lambda: None
     for b in rows:
         found: dict[str, list[float]] = {name: [] for name in levels}
         for n in lengths:

@@ -7,7 +7,7 @@ server.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .controller_queue import Ticket, Waiting
 from .controller_times import LevelTimes
@@ -185,7 +185,7 @@ class Policy:
         s, outlook = self.settings, self._outlook(now, batch)
         held = self.level if self.level in self.allowed else -1
         tried: list[Prediction] = []
-        needed, lost = None, dict[str, float]()
+        needed, lost = None, dict[str, Any]()
         for level in self.allowed:
             made = self.predicted(level, batch, outlook)
             tried.append(made)
@@ -207,14 +207,14 @@ class Policy:
                 break
         self._go_down(now, held, calm, batch)
 
-    def _lost(self, tried: list[Prediction]) -> dict[str, float]:
+    def _lost(self, tried: list[Prediction]) -> dict[str, Any]:
         """The requests that are late at every level, which do not count: compressing more for them
         would only cost the others their quality."""
         limit = self.settings.margin * self.settings.target
         names = ("own", "oldest", "youngest")
         return {n: 0.0 for n in names if all(getattr(made, n) > limit for made in tried)}
 
-    def _least_bad(self, tried: list[Prediction], lost: dict[str, float]) -> int:
+    def _least_bad(self, tried: list[Prediction], lost: dict[str, Any]) -> int:
         """No level does everything. The queue counts by what comes behind it now."""
         limit = self.settings.margin * self.settings.target
         for made in tried:
