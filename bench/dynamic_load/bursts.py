@@ -7,7 +7,7 @@ from .generator import Reply
 from .summary import quantiles
 from .trace import Phase, Request, poisson
 
-STEP = 0.1
+STEP, LEAST = 0.1, 0.5
 CALM, BURST = 3.0, 15.0
 """Seconds at half of the capacity, then of the burst."""
 
@@ -21,9 +21,11 @@ def largest(
     highest: float,
 ) -> Row:
     """The largest multiple of the dense capacity, in steps, at which the burst's 99th percentile
-    is within the target: by bisection between 0.5 and ``highest``. ``check``: why replies do not
+    is within the target: by bisection from 0.5 to ``highest``, both tried where it comes to them.
+    None where not even 0.5 is; ``bound`` says what was not tried. ``check``: why replies do not
     count."""  # fmt: skip
-    low, high = round(0.5 / STEP), round(highest / STEP) + 1
+    least, most = round(LEAST / STEP), round(highest / STEP)
+    low, high = least - 1, most + 1
     tried = []
     while high - low > 1:
         middle = (low + high) // 2
@@ -38,4 +40,6 @@ def largest(
             low = middle
         else:
             high = middle
-    return {"status": "ok", "largest": low * STEP, "tried": tried}
+    bound = f"below {LEAST:g}" if low < least else f"{highest:g} or more" if low == most else ""
+    held = None if low < least else round(low * STEP, 6)
+    return {"status": "ok", "largest": held, "bound": bound, "tried": tried}

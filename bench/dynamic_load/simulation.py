@@ -126,10 +126,10 @@ def holds(found: list[tuple[float, float, int]], target: float) -> bool:
     return float(np.quantile([seconds for _, seconds, _ in found], 0.99)) <= target
 
 
-def fewest(world: World, parts: list[Phase], fixed: int | None, most: int) -> tuple[int, Row]:
-    """The fewest machines on which the 99th percentile of a trace is within the target, and the
-    share of each level there."""
-    low, high = 1, most
+def fewest(world: World, parts: list[Phase], fixed: int | None, most: int) -> Row:
+    """The fewest machines, at most ``most``, on which the 99th percentile of a trace is within the
+    target, and the share of each level there."""
+    low, high = 1, most + 1
     best: list[tuple[float, float, int]] = []
     while low < high:
         middle = (low + high) // 2
@@ -138,11 +138,12 @@ def fewest(world: World, parts: list[Phase], fixed: int | None, most: int) -> tu
             high, best = middle, found
         else:
             low = middle + 1
-    best = best or simulate(world, high, parts, fixed)
+    if not best:
+        return {"status": "failed", "reason": f"more than {most} machines are needed"}
     levels = [level for _, _, level in best]
     shares = {n: levels.count(i) / len(levels) for i, n in enumerate(world.times.names)}
-    seconds = [s for _, s, _ in best]
-    return high, {"p99": float(np.quantile(seconds, 0.99)), "levels": shares}
+    p99 = float(np.quantile([s for _, s, _ in best], 0.99))
+    return {"status": "ok", "machines": high, "p99": p99, "levels": shares}
 
 
 def rows(world: World, capacity: float, sizes: Sequence[int], seconds: float) -> list[Row]:
@@ -161,7 +162,6 @@ def rows(world: World, capacity: float, sizes: Sequence[int], seconds: float) ->
             Phase("half again", seconds, 0.5 * size * capacity),
         ]
         for arm, fixed in arms:
-            machines, more = fewest(world, parts, fixed, 3 * size)
-            row = {"case": "simulation", "status": "ok", "arm": arm, "load": size}
-            made.append(row | {"machines": machines, **more})
+            row = {"case": "simulation", "arm": arm, "load": size}
+            made.append(row | fewest(world, parts, fixed, 3 * size))
     return made

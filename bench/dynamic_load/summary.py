@@ -62,8 +62,8 @@ def row(replies: list[Reply], truth: Truth, dense: str, parts: list[Phase], targ
     seconds = int(sum(phase.seconds for phase in parts) + 0.5)
     made["over_time"] = [_second(replies, truth, s) for s in range(seconds)]
     end = parts[0].seconds + parts[1].seconds
-    after = [r for r in replies if r.request.at >= end and r.answer["level"] != dense]
-    made["compressed_for"] = max((r.request.at - end for r in after), default=0.0)
+    answered = [r.request.at + r.seconds for r in replies if r.answer["level"] != dense]
+    made["compressed_for"] = max([0.0, *(at - end for at in answered)])
     return made
 
 

@@ -21,6 +21,10 @@ def _shares(levels: dict[str, float]) -> str:
     return " ".join(f"{name}:{100 * share:.0f}" for name, share in levels.items() if share)
 
 
+def _holds(row: Row) -> str:
+    return row["bound"] or f"{row['largest']:.1f}"
+
+
 def lost(row: Row) -> float:
     """Points of accuracy, against the dense model on the same requests."""
     return row["dense_accuracy"] - row["accuracy"]
@@ -49,7 +53,7 @@ SIMULATION = [
 ]
 BURSTS = [
     tables.key("arm", "arm"),
-    tables.number("largest burst that holds, x dense capacity", lambda row: row["largest"], ".1f"),
+    tables.Column("largest burst that holds, x dense capacity", lambda row: _holds(row)),
 ]
 SOAK = [
     tables.key("arm", "arm"),
@@ -87,7 +91,7 @@ def line(row: Row) -> str:
     if "phases" in row:
         parts += [f"{p['phase']}: p99 {1e3 * p['p99']:.0f} ms" for p in row["phases"]]
     if "largest" in row:
-        parts.append(f"holds {row['largest']:.1f} x")
+        parts.append(f"holds {_holds(row)} x")
     return ", ".join(parts)
 
 

@@ -52,26 +52,36 @@ class Batcher:
         return taken
 
     async def _run(self) -> None:
+        taken: list[Waiting] = []
+        try:
+            while True:
+                await self._come.wait()
+                taken = self._take()
+                if not self._waiting:
+                    self._come.clear()
+                await self._answer(taken)
+        finally:  # closed, or broken: whoever waits is told
+            self._refuse([*taken, *self._waiting], RuntimeError("the batcher has stopped"))
+            self._waiting.clear()
+
+    async def _answer(self, taken: list[Waiting]) -> None:
         loop = asyncio.get_running_loop()
-        while True:
-            await self._come.wait()
-            taken = self._take()
-            futures = {job.ticket: future for job, future in taken}
-            if not self._waiting:
-                self._come.clear()
-            for batch in cut([job for job, _ in taken], self.engine.settings.batch_tokens):
-                try:
-                    answers: Any = await loop.run_in_executor(
-                        self._thread, self.engine.forward, batch
-                    )
-                except Exception as error:  # of this batch alone
-                    log.exception("a batch of %d requests failed", len(batch))
-                    answers = [RuntimeError(f"the model failed: {error}")] * len(batch)
-                for job, answer in zip(batch, answers, strict=True):
-                    future = futures[job.ticket]
-                    if future.done():
-                        continue
-                    if isinstance(answer, Exception):
-                        future.set_exception(answer)
-                    else:
-                        future.set_result(answer)
+        futures = {job.ticket: future for job, future in taken}
+        for batch in cut([job for job, _ in taken], self.engine.settings.batch_tokens):
+            asked = [(job, futures[job.ticket]) for job in batch]
+            try:
+                answers = await loop.run_in_executor(self._thread, self.engine.forward, batch)
+            except Exception as error:  # of this batch alone
+                log.exception("a batch of %d requests failed", len(batch))
+                self._refuse(asked, RuntimeError(f"the model failed: {error}"))
+                continue
+            for (_, future), answer in zip(asked, answers, strict=True):
+                if not future.done():
+                    future.set_result(answer)
+
+    def _refuse(self, asked: list[Waiting], error: Exception) -> None:
+        """Tickets that never came to a batch would be counted as waiting for ever."""
+        for job, future in asked:
+            self.engine.controller.cancel(job.ticket)
+            if not future.done():
+                future.set_exception(error)

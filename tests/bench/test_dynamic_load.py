@@ -77,12 +77,27 @@ def test_accuracy_is_beside_that_of_dense_on_the_same_sentences():
     assert burst["accuracy"] == pytest.approx(200 / 3, abs=1) and burst["dense_accuracy"] == 100
     assert half["levels"] == again["levels"] == {"1": 1.0, "4": 0.0}
     assert (half["p99"], burst["p50"]) == pytest.approx((0.1, 1.1))
-    assert made["compressed_for"] == 0 and len(made["over_time"]) == 6
+    assert len(made["over_time"]) == 6
     assert table.lost(burst) == pytest.approx(100 / 3, abs=1)
     row = made | {"case": "trace", "arm": "controlled"}
     assert table.note(row) == "missed: late in the burst, points in the burst, points over all"
     assert table.note(row | {"arm": "dense"}) == "misses the target 1.1x, less than 3x"
     assert len(table.tables_of({"rows": [row]})) == 1
+
+
+def test_compressed_until_the_last_such_answer_came():
+    """Wherever its request was sent."""
+    sent = [trace.Request(at, 0, phase) for at, phase in ((0.5, 0), (3.5, 1), (4.5, 2))]
+
+    def compressed_for(*given):
+        some = [
+            r for q, (level, s) in zip(sent, given, strict=True) for r in replies([q], level, s)
+        ]
+        return summary.row(some, TRUTH, "1", PARTS, 1.0)["compressed_for"]
+
+    assert compressed_for(("1", 0.1), ("4", 0.2), ("1", 0.1)) == 0
+    assert compressed_for(("1", 0.1), ("4", 3.0), ("1", 2.5)) == pytest.approx(2.5)
+    assert compressed_for(("1", 0.1), ("4", 0.2), ("4", 2.5)) == pytest.approx(3.0)
 
 
 @pytest.fixture
@@ -153,12 +168,29 @@ def test_bursts_are_bisected():
     good = bursts.largest(ask, lambda found: "", 100, 3, 1.0, 2.4)
     assert good["status"] == "ok" and good["largest"] == pytest.approx(1.5, abs=0.11)
     assert len(asked) <= 5
+    assert good["bound"] == ""
+    for limit, held, bound in ((0.3, None, "below 0.5"), (0.55, 0.5, ""), (9, 1.2, "1.2 or more")):
+        tried = []
+
+        def up_to(requests, limit=limit, tried=tried):
+            tried.append(round(sum(r.phase == 1 for r in requests) / bursts.BURST / 100, 1))
+            return replies(requests, seconds=0.1 if tried[-1] < limit else 9.0)
+
+        row = bursts.largest(up_to, lambda found: "", 100, 3, 1.0, 1.2)
+        assert (row["largest"], row["bound"]) == (held, bound)
+        assert (held or 0.5) in [round(one["factor"], 6) for one in row["tried"]]
+        row |= {"case": "bursts", "arm": "k=4"}
+        assert table.line(row) == f"bursts k=4, holds {bound or held} x"
+        assert table.tables_of({"rows": [row]})[0].columns[1]._cells == [bound or str(held)]
     bad = bursts.largest(ask, lambda found: "lost", 100, 3, 1.0, 2.4)
     assert bad == {"status": "failed", "reason": "lost"}
 
 
 @pytest.mark.parametrize(("growth", "status"), [(0.0, "ok"), (0.1, "failed")])
-def test_a_soak_looks_at_memory(growth, status):
+def test_a_soak_looks_at_memory(growth, status, monkeypatch):
+    monkeypatch.setattr(soak, "LEAST", 0.5)
+    monkeypatch.setattr(soak, "EVERY", 0.025)
+
     class Server:
         looks = 0
 
@@ -188,6 +220,16 @@ def test_a_simulated_controller_needs_fewer_machines():
     controlled = rows[-1]
     assert controlled["p99"] <= 0.15 and 0 < controlled["levels"]["1"] < 1
     assert sum(controlled["levels"].values()) == pytest.approx(1)
+
+
+def test_machines_are_counted_only_where_they_do():
+    hopeless = world()._replace(target=1e-3)
+    rows = simulation.rows(hopeless, simulated.CAPACITY, (1,), 0.5)
+    assert {(row["status"], row["reason"]) for row in rows} == {
+        ("failed", "more than 3 machines are needed")
+    }
+    assert not any("machines" in row for row in rows)
+    assert table.tables_of({"rows": rows})
 
 
 def test_a_simulation_answers_everybody():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -146,16 +147,50 @@ def test_a_crowd_is_told_to_come_back(client: TestClient, made: engine.Engine) -
     assert reply.headers["retry-after"] == "1"
 
 
-def test_a_model_that_fails_harms_its_batch_alone(client, made, monkeypatch) -> None:
-    def fails(jobs):
-        for job in jobs:
-            made.controller.cancel(job.ticket)
-        raise ValueError("of the model")
+@pytest.mark.parametrize("where", ["pad", "model"])
+def test_a_failure_harms_its_batch_alone(client, made, monkeypatch, where) -> None:
+    """Before the controller has seen the batch, or within it: no ticket waits for ever."""
+
+    def fails(*arguments, **named):
+        raise MemoryError("once")
 
     with monkeypatch.context() as patched:
-        patched.setattr(made, "forward", fails)
+        target = (made.tokenizer, "pad") if where == "pad" else (made, "model")
+        patched.setattr(*target, fails)
         assert client.post("/classify", json={"text": "word1"}).status_code == 500
+    assert made.controller.status()["waiting_requests"] == 0
     assert client.post("/classify", json={"text": "word1"}).status_code == 200
+
+
+def test_closing_leaves_nobody_waiting(made, monkeypatch) -> None:
+    """Of a batch that runs, of one that was taken with it, and of those behind."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(jobs):
+        begun.set()
+        assert go_on.wait(10)
+        return []
+
+    monkeypatch.setattr(made, "forward", slow)
+
+    async def ask_and_close():
+        ours = batcher.Batcher(made)
+        asked = [asyncio.create_task(ours.answer(text, 1 + i % 2)) for i, text in enumerate(texts)]
+        while not begun.is_set():
+            await asyncio.sleep(0.005)
+        asked.append(asyncio.create_task(ours.answer("word1")))
+        await asyncio.sleep(0)
+        threading.Timer(0.05, go_on.set).start()
+        await ours.close()
+        done, open_ = await asyncio.wait(asked, timeout=5)
+        assert not open_
+        with pytest.raises(RuntimeError, match="the batcher has stopped"):
+            await ours.answer("word1")
+        return [str(one.exception()) for one in done]
+
+    texts = sentences(6)
+    assert asyncio.run(ask_and_close()) == ["the batcher has stopped"] * 7
+    assert made.controller.status()["waiting_requests"] == 0
 
 
 class Asked:

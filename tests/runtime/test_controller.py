@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 
@@ -99,6 +100,17 @@ def test_a_request_has_its_own_level(model):
     assert controller.arrive(5, 2).level == 1
 
 
+def test_what_waits_keeps_to_a_floor_that_was_lowered(model):
+    controller, _ = controlled(model)
+    for most, ran in ((None, "8"), (8, "8"), (4, "4"), (3, "2"), (1, "1")):
+        controller.max_ratio = None
+        ticket = controller.arrive(20, "8")
+        controller.max_ratio = most
+        with controller.batch([ticket]) as choice:
+            assert (choice.name, choice.ratio) == (ran, int(ran))
+            assert states(model)[0].current().uniform == int(ran)
+
+
 def test_learns_that_the_machine_is_slower_than_it_was(model):
     controller, clock = controlled(model)
     arrivals = poisson([(20.0, 0.6 * CAPACITY)])
@@ -115,6 +127,31 @@ def test_what_is_too_late_anyhow_costs_nobody_quality(model):
     clock.now = 10.0
     with controller.batch([old]) as choice:
         assert choice.name == "1"
+
+
+def test_what_waits_and_is_too_late_anyhow_costs_nobody_quality(model):
+    """Also when it goes on waiting; but a long queue is worked off for those behind it."""
+    controller, clock = controlled(model)
+    controller.arrive(20)
+    seen = set()
+    for _ in range(20):
+        clock.now += 1.0
+        with controller.batch([controller.arrive(20)]) as choice:
+            clock.now += 0.01
+        seen.add(choice.name)
+    assert seen == {"1"}
+    for _ in range(60):
+        controller.arrive(20)
+    clock.now += 10.0
+    with controller.batch([controller.arrive(20)]) as choice:
+        assert choice.name == "8"
+    for ticket in tuple(controller._policy.waiting.tickets)[1:]:
+        controller.cancel(ticket)
+    for _ in range(3):
+        clock.now += 1.0
+        with controller.batch([controller.arrive(20)]) as choice:
+            clock.now += 0.01
+    assert choice.name == "1", "what is lost keeps no level"
 
 
 @settings(max_examples=20, deadline=None)
@@ -215,6 +252,28 @@ def test_metrics(model):
         pass
     labels = {"controller": "two", "level": "1"}
     assert registry.get_sample_value("variator_requests_total", labels) == 1
+
+
+def test_metrics_of_what_waits_are_of_now(model):
+    """Also when no batch begins."""
+    prometheus = pytest.importorskip("prometheus_client")
+    registry = prometheus.CollectorRegistry()
+    controller, clock = controlled(model, registry=registry)
+    names = ("waiting_requests", "waiting_tokens", "arriving_tokens")
+
+    def read():
+        return [registry.get_sample_value(f"variator_{n}", {"controller": "model"}) for n in names]
+
+    assert read() == [0, 0, 0]
+    tickets = [controller.arrive(5) for _ in range(3)]
+    assert read() == [3, 15, 7.5]
+    controller.cancel(tickets[0])
+    clock.now = 1000.0
+    waiting, tokens, rate = read()
+    assert (waiting, tokens) == (2, 10) and rate < 1e-9
+    del controller
+    gc.collect()
+    assert read() == [0, 0, 0]
 
 
 def test_metrics_need_their_package(model, monkeypatch):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import types
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import variator_kernels as vk
 from tests.runtime.simulated import times
@@ -90,6 +92,30 @@ def test_measures_medians_by_its_clock():
     short = measure(model, {"1": 1}, (1, 2), (4, 8), inputs, 1, lambda: now[0], most_tokens=8)
     assert {(b, n) for b, n, _ in seen} == {(1, 4), (1, 8), (2, 4)}
     assert short.seconds[0][1][1] == 2 * short.seconds[0][1][0]
+
+
+def test_measuring_on_a_gpu_waits_for_it(monkeypatch):
+    """Before and after each forward that is timed: a CPU model that says it is on a GPU."""
+    model, seen = tiny.patched("bert"), []
+
+    class There(nn.Module):
+        def parameters(self, recurse=True):
+            yield types.SimpleNamespace(device=torch.device("cuda", 1))
+
+        def forward(self, **given):
+            seen.append("ran")
+            return self.model(**given)
+
+    holder = There().eval()
+    holder.model = model
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append(str(device)))
+
+    def inputs(rows, length):
+        ids, mask = tiny.batch(*[length] * rows)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    measure(holder, {"1": 1}, (1,), (4,), inputs, 2)
+    assert seen[-6:] == ["cuda:1", "ran", "cuda:1"] * 2
 
 
 def test_a_profile_is_measured_once(tmp_path):

@@ -48,6 +48,23 @@ def test_a_patched_model_that_is_added_is_found():
     assert [state.ratio for state in states(both)] == [4, 4]
 
 
+@pytest.mark.parametrize("kind", [nn.ModuleList, lambda modules: nn.Sequential(*modules)])
+def test_a_patched_model_that_is_inserted_is_found(kind, walks):
+    """``insert`` registers nothing; the number of modules may be the one of before."""
+    first, second, third = (tiny.patched() for _ in range(3))
+    some = kind([first, nn.Identity()])
+    vk.set_ratio(some, 2)
+    del some[1]
+    some.insert(1, second)
+    vk.set_ratio(some, 4)
+    some.insert(0, third)
+    with vk.use_ratio(some, 2):
+        assert [state.current().uniform for state in states(some)] == [2, 2, 2]
+    vk.set_ratio(some, 2)
+    assert len(walks) == 3
+    assert [states(model)[0].ratio for model in (first, second, third)] == [2, 2, 2]
+
+
 def test_a_model_that_is_patched_later_is_found():
     both = nn.ModuleDict({"first": tiny.patched(), "second": tiny.model()})
     vk.set_ratio(both, 2)

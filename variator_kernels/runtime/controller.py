@@ -54,7 +54,8 @@ class RatioController:
     batches, by times that were measured beforehand and corrected by those that batches really took.
     It takes the least compressed level that keeps ``margin`` of the target and whose throughput is
     above the arrival rate: a more compressed one at once, a less compressed one when it would have
-    done, with more to spare, for ``hold_seconds``. What is too late at every level does not count.
+    done, with more to spare, for ``hold_seconds``. A request that is late at every level does not
+    count; a queue counts by what comes behind it.
 
     It may be used by several threads and by tasks of an event loop; the level of a batch holds in
     the thread or task that is inside :meth:`batch`, as :func:`use_ratio` says. What it does
@@ -126,6 +127,8 @@ class RatioController:
         self._policy = Policy(self.times, settings)
         self.max_ratio = max_ratio
         self._metrics = None if registry is None else Metrics(registry, name, self._names)
+        if self._metrics is not None:
+            self._metrics.watch(self.status)
 
     def _profile(self, profile: Any, sizes: dict[str, Any]) -> LevelTimes:
         if profile is None:
@@ -199,6 +202,7 @@ class RatioController:
     @contextmanager
     def batch(self, tickets: Sequence[Ticket]) -> Iterator[Choice]:
         """Run a batch: inside, the model is at the level that was chosen, in this thread or task.
+        Its time is learned from: on a GPU synchronise before it ends.
 
         Args:
             tickets: of its requests, which waited until now and ask for the same level or for none.
@@ -224,7 +228,7 @@ class RatioController:
             switched = policy.level != before
             rows, tokens = policy.waiting.rows + running.rows, policy.waiting.tokens
             if self._metrics is not None:
-                self._metrics.began(policy, switched, now)
+                self._metrics.began(policy, switched)
         chosen = self._names[running.level]
         if switched:
             log.info(

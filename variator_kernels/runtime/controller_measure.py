@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +45,10 @@ def measure(
         raise ValueError("rows and lengths must each name at least one")
     table: dict[str, list[list[float]]] = {name: [] for name in levels}
     make = inputs or random_inputs(model)
+    device = next(model.parameters()).device
+    # A GPU's work has only begun when the call returns.
+    on_gpu = device.type == "cuda"
+    finish: Callable[[], Any] = partial(torch.cuda.synchronize, device) if on_gpu else lambda: None
     for b in rows:
         found: dict[str, list[float]] = {name: [] for name in levels}
         for n in lengths:
@@ -57,8 +62,10 @@ def measure(
             for _ in range(repeats):
                 for name, level in levels.items():
                     with torch.no_grad(), use_ratio(model, level):
+                        finish()
                         start = clock()
                         model(**given)
+                        finish()
                         samples[name].append(clock() - start)
             for name, cells in found.items():
                 cells.append(statistics.median(samples[name]))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from .controller_policy import Batch, Policy
@@ -40,9 +42,13 @@ class Metrics:
         self.failed = made(Counter, "failed_batches", "Batches that raised an error")
         self.switches = made(Counter, "switches", "Changes of the level")
         self.level = made(Gauge, "level", "Number of the level, 0 the least compressed")
-        self.waiting = made(Gauge, "waiting_requests", "Requests that wait")
-        self.waiting_tokens = made(Gauge, "waiting_tokens", "Tokens that wait")
-        self.rate = made(Gauge, "arriving_tokens", "Tokens that arrive a second")
+        self.read = {
+            "waiting_requests": made(Gauge, "waiting_requests", "Requests that wait"),
+            "waiting_tokens": made(Gauge, "waiting_tokens", "Tokens that wait"),
+            "arriving_tokens_a_second": made(
+                Gauge, "arriving_tokens", "Tokens that arrive a second"
+            ),
+        }
         self.slowdown = made(Gauge, "slowdown", "What batches take, over what was measured")
         self.seconds = made(
             Histogram,
@@ -51,12 +57,20 @@ class Metrics:
             buckets=BUCKETS,
         )
 
-    def began(self, policy: Policy, switched: bool, now: float) -> None:
-        waiting = policy.waiting
+    def watch(self, status: Callable[[], dict[str, Any]]) -> None:
+        """What changes without a batch is read when it is asked for. ``status``: a bound method;
+        its controller is not kept alive, and where it is gone nothing waits."""
+        found = weakref.WeakMethod(status)
+
+        def read(name: str) -> float:
+            now = found()
+            return 0.0 if now is None else float(now()[name])
+
+        for name, gauge in self.read.items():
+            gauge.set_function(functools.partial(read, name))
+
+    def began(self, policy: Policy, switched: bool) -> None:
         self.level.set(policy.level)
-        self.waiting.set(waiting.rows)
-        self.waiting_tokens.set(waiting.tokens)
-        self.rate.set(waiting.free.rate.read(now) + sum(f.rate.read(now) for f in waiting.fixed))
         if switched:
             self.switches.inc()
 

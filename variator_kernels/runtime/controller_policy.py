@@ -7,7 +7,7 @@ server.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .controller_queue import Ticket, Waiting
 from .controller_times import LevelTimes
@@ -49,20 +49,26 @@ class Batch:
 
 
 class Prediction(NamedTuple):
-    """Seconds from arrival to answer: ``own`` of the batch's oldest request, ``behind`` of the
-    worst placed one of those that wait. ``share``: what arrives, of the level's throughput."""
+    """Seconds from arrival to answer: ``own`` of the batch's oldest request, ``oldest`` and
+    ``youngest`` of those that wait, ``coming`` of one that comes now (0: none waits). ``share``:
+    what arrives, of the level's throughput."""
 
     level: int
     own: float
-    behind: float
+    oldest: float
+    youngest: float
+    coming: float
     share: float
 
+    def seconds(self) -> float:
+        return max(self.own, self.oldest, self.youngest, self.coming)
+
     def within(self, seconds: float, share: float) -> bool:
-        return self.own <= seconds and self.behind <= seconds and self.share <= share
+        return self.seconds() <= seconds and self.share <= share
 
     def __str__(self) -> str:
-        seconds = max(self.own, self.behind)
-        return f"{seconds:.3f} s are predicted, {100 * self.share:.0f} % of its throughput arrives"
+        share = f"{100 * self.share:.0f} %"
+        return f"{self.seconds():.3f} s are predicted, {share} of its throughput arrives"
 
 
 class Policy:
@@ -86,14 +92,15 @@ class Policy:
         self._calm_level = 0
 
     def begin(self, now: float, tickets: Sequence[Ticket], fixed: int | None) -> Batch:
-        """A batch of tickets, which no longer wait; ``fixed``: the level that they ask for."""
+        """A batch of tickets, which no longer wait; ``fixed``: the level that they ask for. If it
+        is allowed no more, they get the next less compressed one that is."""
         self.waiting.leave(tickets)
         batch = Batch(now, tickets)
         if fixed is None:
             self._choose(now, batch)
             batch.level = self.level
         else:
-            batch.level = fixed
+            batch.level = self.nearest(fixed)
         batch.predicted = self.times.predict(batch.level, batch.rows, batch.tokens)
         self.running[batch] = None
         return batch
@@ -109,6 +116,10 @@ class Policy:
             ratio = min(max(ratio, self.FASTEST), self.SLOWEST)
             self.slowdown += self.SHARE * (ratio - self.slowdown)
         self._ended = now
+
+    def nearest(self, level: int) -> int:
+        """A level that is allowed: itself, or the last one before it, or else the first."""
+        return max((i for i in self.allowed if i <= level), default=self.allowed[0])
 
     def throughput(self, level: int) -> float:
         """Tokens a second in full batches, by what was measured beforehand."""
@@ -140,8 +151,9 @@ class Policy:
         fixed_seconds = fixed_share = 0.0
         for level, load in enumerate(waiting.fixed):
             if load.rate.value:
-                fixed_seconds += self._drain(level, load.rows, load.tokens)
-                fixed_share += load.rate.read(now) / self.throughput(level)
+                runs = self.nearest(level)
+                fixed_seconds += self._drain(runs, load.rows, load.tokens)
+                fixed_share += load.rate.read(now) / self.throughput(runs)
         rate = waiting.free.rate.read(now)
         oldest, youngest = waiting.oldest(), waiting.youngest()
         return _Outlook(
@@ -158,21 +170,22 @@ class Policy:
         """What would become of the batch, and of what waits, at a level from now on."""
         slow = self.slowdown
         own = outlook.running + slow * self.times.predict(level, batch.rows, batch.tokens)
-        behind = 0.0
+        oldest = youngest = coming = 0.0
         if outlook.youngest is not None and outlook.oldest is not None:
             free = self.waiting.free
             rest = self._drain(level, free.rows, free.tokens) + outlook.fixed_seconds
-            behind = outlook.youngest + own + slow * rest
-            behind = max(behind, outlook.oldest + own + slow * min(rest, self._full(level)))
+            coming = own + slow * rest
+            youngest = outlook.youngest + coming
+            oldest = outlook.oldest + own + slow * min(rest, self._full(level))
         share = slow * (outlook.rate / self.throughput(level) + outlook.fixed_share)
-        return Prediction(level, outlook.age + own, behind, share)
+        return Prediction(level, outlook.age + own, oldest, youngest, coming, share)
 
     def _choose(self, now: float, batch: Batch) -> None:
         """Up at once, down when less compression has done for a while."""
         s, outlook = self.settings, self._outlook(now, batch)
         held = self.level if self.level in self.allowed else -1
         tried: list[Prediction] = []
-        needed = None
+        needed, lost = None, dict[str, Any]()
         for level in self.allowed:
             made = self.predicted(level, batch, outlook)
             tried.append(made)
@@ -180,7 +193,8 @@ class Policy:
                 needed = level
                 break
         if needed is None:
-            needed = self._least_bad(tried)
+            lost = self._lost(tried)
+            needed = self._least_bad(tried, lost)
         if needed > held:
             self.level, self._calm_since = needed, None
             batch.reason = f"at level {self.times.names[tried[0].level]} {tried[0]}"
@@ -188,31 +202,36 @@ class Policy:
         calm = held
         for level in self.allowed[self.allowed.index(needed) : self.allowed.index(held)]:
             made = tried[-1] if tried[-1].level == level else self.predicted(level, batch, outlook)
-            if made.within(s.calm * s.target, s.calm_utilisation):
+            if made._replace(**lost).within(s.calm * s.target, s.calm_utilisation):
                 calm = level
                 break
         self._go_down(now, held, calm, batch)
 
-    def _least_bad(self, tried: list[Prediction]) -> int:
-        """No level does everything. What is late at every level does not count: compressing more
-        for it would only cost the others their quality."""
+    def _lost(self, tried: list[Prediction]) -> dict[str, Any]:
+        """The requests that are late at every level, which do not count: compressing more for them
+        would only cost the others their quality."""
         limit = self.settings.margin * self.settings.target
-        lost = all(made.own > limit for made in tried)
+        names = ("own", "oldest", "youngest")
+        return {n: 0.0 for n in names if all(getattr(made, n) > limit for made in tried)}
+
+    def _least_bad(self, tried: list[Prediction], lost: dict[str, Any]) -> int:
+        """No level does everything. The queue counts by what comes behind it now."""
+        limit = self.settings.margin * self.settings.target
         for made in tried:
-            kept = made._replace(own=0.0) if lost else made
-            if kept.within(limit, self.settings.utilisation):
+            if made._replace(**lost).within(limit, self.settings.utilisation):
                 return made.level
-        return min(tried, key=lambda made: max(made.own, made.behind)).level
+        return min(tried, key=Prediction.seconds).level
 
     def _go_down(self, now: float, held: int, calm: int, batch: Batch) -> None:
         """To ``calm``, the least compressed level that would do, if it has been so for long."""
         if calm == held:
             self._calm_since = None
             return
-        if self._calm_since is None:
-            # A pause before this batch, in which nothing waited or ran, counts.
-            paused = batch.oldest > self._ended and not self.running
-            self._calm_since, self._calm_level = (self._ended if paused else now), calm
+        # A pause before this batch, in which nothing waited or ran, counts; a long one is enough.
+        paused = batch.oldest > self._ended and not self.running
+        since = self._ended if paused else now
+        if self._calm_since is None or now - since >= self.settings.hold:
+            self._calm_since, self._calm_level = since, calm
         self._calm_level = max(self._calm_level, calm)
         if now - self._calm_since >= self.settings.hold:
             self.level, self._calm_since = self._calm_level, None

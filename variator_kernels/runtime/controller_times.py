@@ -18,7 +18,8 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class LevelTimes:
-    """Seconds of one forward: a table by level, rows and tokens a row.
+    """Seconds of one forward: a table by level, rows and tokens a row. It belongs to the model,
+    machine and number of threads that it was measured with, and knows the levels' names alone.
 
     Raises:
         ValueError: the table does not fit its axes, or holds something else than positive times.

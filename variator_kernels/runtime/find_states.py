@@ -1,14 +1,16 @@
 """The states inside a model, found again without a walk through all its modules.
 
 A switch of levels takes microseconds only if it does not visit hundreds of modules. What a walk
-found holds as long as no module was registered anywhere since, and the way from the model down to
-each state is the same. (A patched module that is written into ``_modules`` by hand, past
-``torch.nn``'s registration, is the one thing that this cannot see.)
+found holds as long as no module was registered anywhere since, the way from the model down to each
+state is the same, and so are the children of ``Sequential`` and ``ModuleList``, whose ``insert``
+registers nothing. (A patched module that is written into another module's ``_modules`` by hand is
+the one thing that this cannot see.)
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from typing import NamedTuple, cast
 
@@ -38,6 +40,8 @@ class _Found(NamedTuple):
     """Parent, name and child: the way to the states."""
     tops: tuple[tuple[weakref.ref[nn.Module], weakref.ref[State]], ...]
     """Of each state the first module that holds it."""
+    containers: tuple[tuple[weakref.ref[nn.Module], tuple[weakref.ref[nn.Module], ...]], ...]
+    """Lists of modules, with their children."""
 
 
 _found: dict[int, _Found] = {}
@@ -63,6 +67,12 @@ def _still_there(known: _Found) -> list[State] | None:
         above = parent()
         if above is None or above._modules.get(name) is not child():
             return None
+    for container, children in known.containers:
+        holder = container()
+        if holder is None or len(holder._modules) != len(children):
+            return None
+        if not all(map(operator.is_, [child() for child in children], holder._modules.values())):
+            return None
     current: list[State] = []
     for top, state in known.tops:
         module, there = top(), state()
@@ -75,7 +85,10 @@ def _still_there(known: _Found) -> list[State] | None:
 def _looked_up(model: nn.Module, changes: int, current: list[State]) -> _Found:
     tops: dict[State, nn.Module] = {}
     links: dict[str, tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]] = {}
+    containers = []
     for path, module in model.named_modules():
+        if isinstance(module, nn.Sequential | nn.ModuleList):
+            containers.append((weakref.ref(module), tuple(map(weakref.ref, module))))
         state = vars(module).get(STATE)
         if state is None or state in tops:
             continue
@@ -88,7 +101,8 @@ def _looked_up(model: nn.Module, changes: int, current: list[State]) -> _Found:
             parent = child
     pairs = tuple((weakref.ref(tops[state]), weakref.ref(state)) for state in current)
     gone = functools.partial(_gone, id(model))
-    return _Found(weakref.ref(model, gone), changes, tuple(links.values()), pairs)
+    ways = tuple(links.values())
+    return _Found(weakref.ref(model, gone), changes, ways, pairs, tuple(containers))
 
 
 def _gone(key: int, model: weakref.ref[nn.Module]) -> None:
