@@ -85,10 +85,12 @@ def _still_there(known: _Found) -> list[State] | None:
 def _looked_up(model: nn.Module, changes: int, current: list[State]) -> _Found:
     tops: dict[State, nn.Module] = {}
     links: dict[str, tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]] = {}
-    containers = []
+    containers: list[tuple[weakref.ref[nn.Module], tuple[weakref.ref[nn.Module], ...]]] = []
     for path, module in model.named_modules():
         if isinstance(module, nn.Sequential | nn.ModuleList):
-            containers.append((weakref.ref(module), tuple(map(weakref.ref, module))))
+            container: nn.Module = module
+            parts = tuple(weakref.ref(part) for part in module)
+            containers.append((weakref.ref(container), parts))
         state = vars(module).get(STATE)
         if state is None or state in tops:
             continue

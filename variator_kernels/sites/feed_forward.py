@@ -246,7 +246,8 @@ def _plain_dropout(layer: nn.Module, family: Family) -> bool:
     dropout = lookup(layer, family.inner_dropout)
     if not isinstance(dropout, nn.Module):
         return True
-    home = kind_of(dropout).forward.__module__.split(".")[0]
+    kind: Any = kind_of(dropout)
+    home = kind.forward.__module__.split(".")[0]
     return untouched(dropout) and home in ("torch", "transformers", family.module.split(".")[0])
 
 
