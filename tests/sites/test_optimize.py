@@ -413,3 +413,14 @@ def test_a_mask_that_a_hook_puts_in_reaches_attention(where):
     vk.patch(model, 1, (2,), 8, placements=("ffn", "attention_kv"), optimize="encoder")
     torch.testing.assert_close(forward(model), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(full, expected, atol=1e-3)
+
+
+def test_hooks_on_every_module_see_those_of_dense_sublayers():
+    model = vk.patch(plain("bert"), 1, (2,), 8, optimize="encoder")
+    expected, seen = forward(model), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(id(m)))
+    try:
+        torch.testing.assert_close(forward(model), expected, rtol=1e-4, atol=1e-4)
+    finally:
+        handle.remove()
+    assert {id(part.intermediate.dense) for part in model.encoder.layer} <= set(seen)

@@ -84,6 +84,8 @@ class Encoder(nn.Module):
             return False
         if torch.compiler.is_compiling() or tracing() or state.local.observer is not None:
             return False
+        if nn.modules.module._has_any_global_hook():  # on every module, those passed by too
+            return False
         if state.method.config.backend not in ("auto", "cpu") or self.variator_family.pads:
             return False
         config: Any = getattr(self, "config", None)
