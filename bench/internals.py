@@ -17,16 +17,19 @@ from variator_kernels import FeedForward, LevelTimes, Plan, PluginWeights
 from variator_kernels.methods.projected import is_projected
 from variator_kernels.methods.projected.composition import collecting, send
 from variator_kernels.methods.projected.cost import counted
-from variator_kernels.methods.projected.groups import parameter_groups, projections
+from variator_kernels.methods.projected.groups import additions, parameter_groups, projections
 from variator_kernels.methods.variator.config import configure
 from variator_kernels.ops import prepack
 from variator_kernels.ops.adapter_decompress import op as decompress_op
 from variator_kernels.ops.arguments import Norm
+from variator_kernels.ops.fused_product import Product
+from variator_kernels.ops.fused_product import runs as product_runs
 from variator_kernels.ops.group_merge import op as merge_op
 from variator_kernels.ops.grouped_attention import DistanceBias
 from variator_kernels.ops.grouped_attention.op import Attention
 from variator_kernels.ops.grouped_attention.reference import Visible
 from variator_kernels.ops.groups import Keep
+from variator_kernels.ops.int8_linear import own_precision
 from variator_kernels.ops.make_groups import make_groups
 from variator_kernels.runtime.controller_policy import Batch as RunningBatch
 from variator_kernels.runtime.controller_policy import Policy as ControllerPolicy
@@ -41,9 +44,9 @@ from variator_kernels.sites.layout import layout_of
 from variator_kernels.sites.merged_cache import MergedLayer
 
 __all__ = [
-    "ControllerPolicy", "ControllerSettings", "DistanceBias", "LevelTimes", "RunningBatch",
-    "Ticket", "collecting", "counted", "describe", "is_projected", "parameter_groups",
-    "projections", "send",
+    "ControllerPolicy", "ControllerSettings", "DistanceBias", "LevelTimes", "Product",
+    "RunningBatch", "Ticket", "additions", "collecting", "counted", "describe", "is_projected",
+    "own_precision", "parameter_groups", "product_runs", "projections", "send",
 ]  # fmt: skip
 
 
@@ -70,6 +73,17 @@ def activation_module(layer: nn.Module) -> Any:
 def ratios(model: nn.Module) -> tuple[int, ...]:
     """The ratios that a patched model has plugins for."""
     return states(model)[0].ratios
+
+
+def singly(model: nn.Module, ratio: int) -> list[dict[str, dict[int, int]]]:
+    """A level for every module that has plugins of ``ratio``, all others dense."""
+    (state,) = states(model)
+    found: dict[int, dict[str, dict[int, int]]] = {}
+    pairs = zip(state.sites, state.owners, strict=True)
+    for (site, owner), k in zip(pairs, state.everywhere(ratio).ratios, strict=True):
+        if k > 1:
+            found.setdefault(owner, {site.placement: {}})[site.placement][site.layer] = k
+    return list(found.values())
 
 
 def everywhere(model: nn.Module, ratio: int) -> Any:
@@ -130,6 +144,16 @@ def using_backend(model: nn.Module, name: str) -> Iterator[None]:
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of the copies of a model's weights that are packed now."""
     return prepack.cache.nbytes(model.parameters())
+
+
+def bf16_multiplies() -> bool:
+    """Whether products of vectors in bf16 are made in bf16, not in fp32, which is faster here."""
+    return prepack.product_dtype(torch.bfloat16) == torch.bfloat16
+
+
+def freeze_weights(model: nn.Module) -> None:
+    """``vk.freeze`` of a model that is not patched and multiplies with packed weights too."""
+    prepack.cache.freeze(model.parameters())
 
 
 @contextmanager

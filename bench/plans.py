@@ -1,16 +1,16 @@
 """Plans against uniform ratios: the loss of the last hidden state over the cost in multiply-adds.
 
-Plugins are calibrated here, or given, on text of other articles than a plan sees; a plan is chosen
-on some paragraphs, and its loss measured on others too. Losses and costs are measured again in
-plain PyTorch and by ``flops.count``; a row that disagrees with its plan has no numbers, and the
-exit code is 1.
+Plugins are calibrated here, or given, on other text than a plan sees; a plan is chosen on some
+rows, and its loss measured on others too. With ``--task`` these are the sentences of a task, and
+the points that its model loses stand beside. Losses and costs are measured again in plain PyTorch
+and by ``flops.count``; a row that disagrees with its plan has no numbers, and the exit code is 1.
 """
 
 import argparse
 import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -23,9 +23,12 @@ from .cases import models
 from .harness import machine, options, results, tables
 from .harness.results import Row
 from .neurons import tokenized
-from .quality import text
+from .quality import originals, tasks, text
 
 Batches = list[dict[str, Tensor]]
+LEAST_TOKENS = 16
+"""Of a sentence that plugins are calibrated and plans chosen on: in shorter ones no group of 8 and
+few of 4 are full."""
 TOLERANCE = 1e-3
 """Relative, of losses: the plan's come from blocks that run one at a time."""
 
@@ -34,42 +37,112 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = options.parser("plans", __doc__)
     made.add_argument("--model", default="minilm", help="minilm, or a folder with a tokenizer")
+    made.add_argument("--task", choices=tuple(tasks.TASKS), help="of a model fine-tuned on it")
     made.add_argument("--plugins", type=Path, help="folder of plugins; default: calibrate some")
     made.add_argument("--placements", type=options.words, default=["ffn"], help="default ffn")
     made.add_argument("--ratios", type=options.ratios, default=[2, 4, 8], help="default 2,4,8")
-    made.add_argument("--data", type=Path, default=machine.DATA, help="folder with wikitext2/")
-    made.add_argument("--calibrate", type=options.count, default=300, help="paragraphs; 300")
-    made.add_argument("--rows", type=options.count, default=32, help="paragraphs a plan sees; 32")
+    made.add_argument(
+        "--data", type=Path, default=machine.DATA, help="folder with wikitext2/, sst2/"
+    )
+    made.add_argument("--calibrate", type=options.count, default=300, help="rows; default 300")
+    made.add_argument("--rows", type=options.count, default=32, help="a plan sees; default 32")
     made.add_argument("--length", type=options.count, default=128, help="tokens a row; default 128")
     made.add_argument("--batch", type=options.count, default=16, help="rows a batch; default 16")
+    made.add_argument(
+        "--fitted", action="store_true", help="each plan's plugins calibrated for it, besides"
+    )
     made.add_argument("--threads", type=options.count, help="default: as many as torch takes")
     options.add_output(made)
     return made
 
 
-def plugged(model: nn.Module, calibration: Batches, args: argparse.Namespace) -> nn.Module:
-    """The model with the plugins that are asked for."""
+class Case(NamedTuple):
+    """A model and its text: what plugins are calibrated on, what a plan sees, other rows, and a
+    task's rows with their answers."""
+
+    model: Any
+    calibration: Batches
+    seen: Batches
+    unseen: Batches
+    tokenizer: Any
+    answers: dict[str, Any]
+    """By split: :class:`Rows`, and what tells a right answer; none without a task."""
+
+
+def paragraphs(args: argparse.Namespace, architecture: Any) -> Case:
+    """Of articles."""
+    training, held_out = text.training(args.data), text.held_out(args.data)
+    long = [line for line in training if len(line.split()) >= text.LEAST_WORDS]
+    step = max(1, len(long) // args.calibrate)
+    parts = long[::step][: args.calibrate], held_out[: args.rows], held_out[-args.rows :]
+    if len(held_out) < 2 * args.rows:
+        raise ValueError(f"rows must be at most {len(held_out) // 2}, got {args.rows}")
+    words = architecture.tokenizer or models.minilm()
+    calibration, seen, unseen = (tokenized(part, words, args.length, args.batch) for part in parts)
+    model = models.encoder(architecture, torch.float32)
+    return Case(model, calibration, seen, unseen, words, {})
+
+
+def sentences(args: argparse.Namespace) -> Case:
+    """Of a task: training rows, and the dev set as the other rows."""
+    task = tasks.TASKS[args.task]
+    model, tokenizer = originals.read(Path(args.model), task=True)
+    train, _ = tasks.load(args.data, task, "train", model, tokenizer, LEAST_TOKENS)
+    picked = train.spread(args.calibrate + args.rows)
+    step = len(picked) // args.rows
+    seen = picked[::step][: args.rows] if step > 1 else []
+    if not seen:
+        raise ValueError(f"rows must be less than half of {len(train)} rows, got {args.rows}")
+    chosen = {id(row) for row in seen}
+    answers = {
+        split: tasks.load(args.data, task, split, model, tokenizer)
+        for split in tasks.held_out(args.data, task)
+    }
+    parts = [row for row in picked if id(row) not in chosen], seen, answers["dev"][0].rows
+    calibration, seen, unseen = (padded(rows, tokenizer, args.batch) for rows in parts)
+    return Case(model, calibration, seen, unseen, tokenizer, answers)
+
+
+def padded(rows: list[Any], tokenizer: Any, batch: int) -> Batches:
+    """Rows of similar length together."""
+    ids = sorted((row["input_ids"] for row in rows), key=len)
+    starts = range(0, len(ids), batch)
+    pad: Any = tokenizer.pad
+    return [dict(pad({"input_ids": ids[i : i + batch]}, return_tensors="pt")) for i in starts]
+
+
+def plugged(case: Case, args: argparse.Namespace) -> None:
+    """Put the plugins that are asked for into the model."""
     if args.plugins:
-        vk.load_plugins(model, args.plugins)
-        return model
-    vk.patch(model, 1, args.ratios, placements=args.placements)
-    vk.calibrate(model, calibration)
-    return model
+        vk.load_plugins(case.model, args.plugins)
+        return
+    vk.patch(case.model, 1, args.ratios, placements=args.placements)
+    vk.calibrate(case.model, case.calibration)
 
 
 @torch.no_grad()
 def loss(model: nn.Module, batches: Batches, level: Any) -> float:
     """The relative squared error of the last hidden state at a level, in plain PyTorch."""
+    encoder: Any = getattr(model, "base_model", model)
     squared = total = 0.0
     for batch in batches:
         real = batch["attention_mask"].bool()
         with vk.use_ratio(model, 1):
-            dense = model(**batch).last_hidden_state[real].double()
+            dense = encoder(**batch).last_hidden_state[real].double()
         with vk.use_ratio(model, level):
-            got = model(**batch).last_hidden_state[real].double()
+            got = encoder(**batch).last_hidden_state[real].double()
         squared += float((got - dense).square().sum())
         total += float(dense.square().sum())
     return squared / total
+
+
+def accuracies(case: Case, level: Any) -> Row:
+    """Percent of right answers, by split."""
+    with vk.use_ratio(case.model, level):
+        return {
+            split: 100 * originals.accuracy(case.model, case.tokenizer, rows, correct)
+            for split, (rows, correct) in case.answers.items()
+        }
 
 
 def cost(model: nn.Module, batches: Batches, level: Any) -> float:
@@ -82,11 +155,13 @@ def cost(model: nn.Module, batches: Batches, level: Any) -> float:
     return used / sum(count.dense_multiply_adds.total for count in counts)
 
 
-def row(model: nn.Module, seen: Batches, unseen: Batches, what: str, level: Any) -> Row:
+def row(case: Case, what: str, level: Any) -> Row:
     """Of one level, measured."""
+    model = case.model
     return {
-        "what": what, "status": "ok", "cost": cost(model, seen, level),
-        "loss": loss(model, seen, level), "unseen": loss(model, unseen, level),
+        "what": what, "status": "ok", "cost": cost(model, case.seen, level),
+        "loss": loss(model, case.seen, level), "unseen": loss(model, case.unseen, level),
+        **accuracies(case, level),
     }  # fmt: skip
 
 
@@ -96,30 +171,64 @@ def agrees(plan: vk.Plan, made: Row) -> bool:
     return near and abs(plan.cost - made["cost"]) <= 1e-9 and made["cost"] <= plan.limit + 1e-9
 
 
-def measure(model: nn.Module, seen: Batches, unseen: Batches, console: Console) -> list[Row]:
+def alone(case: Case, k: int) -> Row:
+    """The loss with one site compressed, of each: where they are alike a plan has little to win."""
+    levels = internals.singly(case.model, k) if k > 1 else []
+    return {"alone": [loss(case.model, case.seen, level) for level in levels]} if levels else {}
+
+
+@torch.no_grad()
+def fitted(case: Case, what: str, plan: vk.Plan) -> Row:
+    """Of a plan whose plugins are calibrated behind one another; they are put back."""
+    plugins = vk.plugin_parameters(case.model)
+    before = [parameter.clone() for parameter in plugins]
+    vk.calibrate(case.model, case.calibration, [plan])
+    found = row(case, what, plan)
+    for parameter, value in zip(plugins, before, strict=True):
+        parameter.copy_(value)
+    return found
+
+
+def compared(found: Row, base: Row | None) -> Row:
+    """With the losses over those of a uniform ratio."""
+    if base is None:
+        return found
+    both = {name: found[of] / base[of] for name, of in RATIOS.items()}
+    return {**found, "against": base["what"], **both}
+
+
+RATIOS = {"ratio": "loss", "unseen_ratio": "unseen"}
+
+
+def measure(case: Case, also_fitted: bool, console: Console) -> list[Row]:
     """Uniform ratios; then a plan at the cost of each of them, and between two."""
+    model = case.model
     ratios = internals.ratios(model)
     uniform = [
-        row(model, seen, unseen, f"k={k}", internals.everywhere(model, k)) for k in (1, *ratios)
+        row(case, f"k={k}", internals.everywhere(model, k)) | alone(case, k) for k in (1, *ratios)
     ]
-    made = uniform[1:]
+    made = uniform[1:] if not case.answers else list(uniform)
     for before, after in pairwise(uniform):
         for limit, base in (((before["cost"] + after["cost"]) / 2, None), (after["cost"], after)):
             limit = min(limit, 1.0)  # plugins of a small model may cost more than they save
-            plan = vk.plan(model, seen, cost=limit, measure="flops")
+            plan = vk.plan(model, case.seen, cost=limit, measure="flops")
             console.print(str(plan), highlight=False)
-            found = row(model, seen, unseen, f"plan at {limit:.3f}", plan)
+            found = row(case, f"plan at {limit:.3f}", plan)
             if not agrees(plan, found):
                 reason = f"the plan says loss {plan.loss:.6g} and cost {plan.cost:.6g}, measured "
                 reason += f"are {found['loss']:.6g} and {found['cost']:.6g}"
                 made.append({"what": found["what"], "status": "failed", "reason": reason})
                 continue
-            found |= {"level": {k: list(v.values()) for k, v in plan.by_placement.items()}}
-            if base is not None:
-                found |= {"against": base["what"], "ratio": found["loss"] / base["loss"]}
-                found |= {"unseen_ratio": found["unseen"] / base["unseen"]}
-            made.append(found)
+            level = {"level": {k: list(v.values()) for k, v in plan.by_placement.items()}}
+            made.append(compared(found | level, base))
+            if also_fitted:
+                found = fitted(case, f"{found['what']}, fitted", plan)
+                made.append(compared(found | level, base))
     return made
+
+
+def _range(found: list[float] | None) -> str:
+    return f"{min(found):.4f} to {max(found):.4f}" if found else ""
 
 
 COLUMNS = [
@@ -127,9 +236,12 @@ COLUMNS = [
     tables.number("cost", lambda row: row["cost"], ".3f"),
     tables.number("loss", lambda row: row["loss"], ".4f"),
     tables.number("on unseen text", lambda row: row["unseen"], ".4f"),
+    tables.Column("one site alone", lambda row: _range(row.get("alone"))),
     tables.Column("against", lambda row: row.get("against", "")),
     tables.number("loss, of that", lambda row: row.get("ratio")),
     tables.number("on unseen text", lambda row: row.get("unseen_ratio")),
+    tables.number("dev, %", lambda row: row.get("dev"), ".1f"),
+    tables.number("test, %", lambda row: row.get("test"), ".1f"),
 ]
 
 
@@ -145,26 +257,18 @@ def main(arguments: list[str] | None = None) -> int:
     console = options.screen()
     try:
         architecture = models.architecture(args.model)
-        model = models.encoder(architecture, torch.float32)
-        training, held_out = text.training(args.data), text.held_out(args.data)
-        long = [line for line in training if len(line.split()) >= text.LEAST_WORDS]
-        step = max(1, len(long) // args.calibrate)
-        parts = long[::step][: args.calibrate], held_out[: args.rows], held_out[-args.rows :]
-        if len(held_out) < 2 * args.rows:
-            raise ValueError(f"rows must be at most {len(held_out) // 2}, got {args.rows}")
-        words = architecture.tokenizer or models.minilm()
-        calibration, seen, unseen = (
-            tokenized(part, words, args.length, args.batch) for part in parts
-        )
-        plugged(model, calibration, args)
-        settings["placements"] = list(internals.placed(model))
+        case = sentences(args) if args.task else paragraphs(args, architecture)
+        plugged(case, args)
+        settings["placements"] = list(internals.placed(case.model))
         content = results.result("plans", settings, options.describe(architecture))
-        content["rows"] = measure(model, seen, unseen, console)
+        content["rows"] = measure(case, args.fitted, console)
     except (ValueError, OSError) as error:
         made.error(str(error))
-    name = "_".join(("plans", architecture.name, *settings["placements"]))
+    named = (args.task, architecture.name) if args.task else (architecture.name,)
+    name = "_".join(("plans", *named, *settings["placements"]))
     path = results.folder(args.output, args.publish) / f"{name}_{settings['plugins']}.json"
-    table = tables.screen("Plans and uniform ratios", COLUMNS, content["rows"])
+    rows = content["rows"]
+    table = tables.screen("Plans and uniform ratios", COLUMNS, rows)
     return options.finish(content, path, console, table, draw=plot.draw)
 
 

@@ -22,6 +22,7 @@ from .harness.style import (
     over_k,
     sheet,
 )  # fmt: skip
+from .methods.figure import methods
 from .peers.figure import peers
 from .projected.figure import projected
 from .quality import figure
@@ -216,6 +217,7 @@ FIGURES: dict[str, Callable[[Row, Path], None]] = {
     "decoder": figure.decoder,
     "gpu_report": gpu,
     "projected": projected,
+    "methods": methods,
 }
 
 

@@ -49,11 +49,12 @@ def parser() -> argparse.ArgumentParser:
     add("--ratios", type=options.ratios, help="default 2,4,8,16,32 (embeddings: 2,4)")
     add("--plugins", nargs="+", default=[], metavar="[LABEL=]FOLDER",
         help="embeddings: more plugins to compare; folders of one label are seeds")  # fmt: skip
-    add("--placements", type=_placements, default=("ffn",),
-        help="of the plugins: some of ffn, attention_kv, attention; default ffn")  # fmt: skip
+    add("--placements", type=_placements, action="append",
+        help="of the plugins: some of ffn, attention_kv, attention, joined by commas; given again: "
+        "one run after another; default ffn")  # fmt: skip
     add("--keep-first", type=_integers,
-        help="first tokens that stay whole; one number, by default as vk.patch does (embeddings: "
-        "several, 0,1)")  # fmt: skip
+        help="first tokens that stay whole, by default as vk.patch does; several: one run after "
+        "another (embeddings: one run, default 0,1)")  # fmt: skip
     add("--rounds", type=options.count, default=7, help="of the timing; default 7")
     add("--threads", type=options.count, default=torch.get_num_threads())
     options.add_output(made)
@@ -83,15 +84,15 @@ def base(name: str) -> str:
     return name
 
 
-def chosen(args: argparse.Namespace) -> list[tuple[Variant, int]]:
-    """Variants with their seeds."""
+def chosen(args: argparse.Namespace, placements: tuple[str, ...]) -> list[tuple[Variant, int]]:
+    """Variants with their seeds, for plugins there."""
     known = list(VARIANTS)
-    if args.placements == ("attention_kv",):
+    if placements == ("attention_kv",):
         known = [n for n in known if n not in recipe.OF_ADAPTERS]
     wanted = args.variants or known
     unknown = [name for name in wanted if name not in known]
     if unknown:
-        where = ", ".join(args.placements)
+        where = ", ".join(placements)
         raise ValueError(f"variants must be of {tuple(known)} at {where}, got {unknown[0]!r}")
     made = []
     for name in wanted:
@@ -116,7 +117,7 @@ def run(args: argparse.Namespace, setup: stages.Setup, task: tasks.Task, console
     console.print(f"{task.name}: the original answers {100 * accuracy:.1f} % right")
     measured = speed.measure(setup, folder, task, tuple(ratios), args.rounds)
     content |= {"task": task.name, "original": accuracy, "costs": measured}
-    wanted = chosen(args)
+    wanted = chosen(args, setup.placements)
     if any(variant.name == "calibrated only" for variant, _ in wanted):
         content["calibration"] = stages.calibration(setup, task, tuple(ratios))
     for variant, seed in wanted:
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace, setup: stages.Setup, task: tasks.Task, console
 
 def recipes(args: argparse.Namespace) -> tuple[Recipe, embedders.Recipe]:
     """The settings of both kinds of tasks."""
-    settings: dict[str, Any] = {"bf16": machine.has_bf16()}
+    settings: dict[str, Any] = {"bf16": machine.bf16_pays()}
     other = dict(settings)
     if args.quick:
         steps = [field.name for field in fields(Recipe) if field.name.endswith("_steps")]
@@ -150,6 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run, print, write JSON and PNG; 1 if a check failed."""
     command = parser()
     args = command.parse_args(arguments)
+    args.placements = args.placements or [("ffn",)]
     classified = [name for name in args.tasks if name != embeddings.NAME]
     name = "quick" if args.quick else Path(args.model).name
     work = args.work or machine.ROOT / "build" / "quality" / name
@@ -161,15 +163,22 @@ def main(arguments: list[str] | None = None) -> int:
         first = args.keep_first
         if first is not None and (not first or min(first) < 0):
             raise ValueError(f"keep_first must be integers >= 0, got {first}")
-        if classified and first is not None and len(first) != 1:
-            raise ValueError(f"keep_first must be one integer for {classified[0]}, got {first}")
-        whole = first[0] if classified and first else None
-        setup = stages.Setup(base(args.model), args.data, work, of_tasks, args.placements, whole)
+        start = base(args.model)
+        setups = [
+            stages.Setup(start, args.data, work, of_tasks, placements, whole)
+            for placements in args.placements
+            for whole in (first or [None])
+        ]
         if classified:
-            chosen(args)
-            stages.claim(work, stages.settings(setup))
+            for placements in args.placements:
+                chosen(args, placements)
+            stages.claim(work, stages.settings(setups[0]))
         if embeddings.NAME in args.tasks:
-            embeddings.check(args, setup.base)
+            if len(args.placements) > 1:
+                raise ValueError(
+                    f"placements must be one set for task {embeddings.NAME}, got {args.placements}"
+                )
+            embeddings.check(args, start)
             stages.claim(work / embeddings.NAME, embedders.settings(of_embeddings))
     except (ValueError, ImportError, FileNotFoundError) as error:
         command.error(str(error))
@@ -177,10 +186,12 @@ def main(arguments: list[str] | None = None) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     console = options.screen()
-    made = [run(args, setup, tasks.TASKS[name], console) for name in classified]
+    made = [run(args, setup, tasks.TASKS[name], console) for name in classified for setup in setups]
+    if len(made) > 1:
+        console.print(summary.side_by_side(made))
     if embeddings.NAME in args.tasks:
         own = work / embeddings.NAME
-        made.append(embeddings.run(args, setup.base, own, of_embeddings, console, plot.draw))
+        made.append(embeddings.run(args, start, own, of_embeddings, console, plot.draw))
     return int(any(row["status"] != "ok" for content in made for row in content["costs"]))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from tests import emulation, interpreter
 
 interpreter.enable()
@@ -9,6 +11,18 @@ emulation.enable()
 
 import pytest  # noqa: E402  (nothing may import Triton before)
 import torch  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first: a worker that begins with one at the end is waited for."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish():
+    """What all these imports made stays for good. Trainers and benchmarks collect garbage at each
+    of their beginnings, and would go through all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ ADAPTER = 6 * zoo.D
 
 
 def counted(model, level, lengths, mask=None):
+    """PyTorch's counter, which fails where a view of a parameter asks for a gradient (DeBERTa)."""
+    model.requires_grad_(False)
     ids, _ = tiny.batch(*lengths)
     with torch.no_grad(), vk.use_ratio(model, level), FlopCounterMode(display=False) as counter:
         encode(model, ids, mask)

@@ -26,7 +26,14 @@ def test_prints_every_backend():
         line = [line for line in lines if line.split()[:1] == [name]][-1]
         never = "never run on a GPU: 'auto' does not pick it" in line
         assert never is not bool(backends.proven_on(name)), line
-    for name in ("torch", "transformers", "threads", "packed weights", "quantised models"):
+    for name in (
+        "torch",
+        "transformers",
+        "threads",
+        "packed weights",
+        "bf16 products",
+        "quantised models",
+    ):
         assert [line for line in lines if line.startswith(name)]
 
 

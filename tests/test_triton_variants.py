@@ -33,9 +33,7 @@ def one_a_kernel(what, call, sizes):
 lengths = random.Random(0).sample(range(1, 2000), 48) + [1, 16]
 """
 # Rows and tokens on both sides of what is few, in every form that groups have.
-SUBLAYERS = (
-    PRELUDE
-    + """
+SUBLAYERS = """
 for form in ("plain", "masked", "packed", "kept"):
     for model, k in (("t5-base", 4), ("bert-base", 16), ("llama-7b", 2)):
         call = lambda size: sublayer(MODELS[model], k, torch.bfloat16, form, size=(*size, 64))
@@ -44,10 +42,7 @@ for form in ("plain", "masked", "packed", "kept"):
         one_a_kernel(f"{model} {form} few", call, [s for s in few if s[0] * s[1] <= 256])
         one_a_kernel(f"{model} {form} many", call, many)
 """
-)
-ATTENTION = (
-    PRELUDE
-    + """
+ATTENTION = """
 for name, model in ATTENTIONS.items():
     call = lambda size: attention(model, torch.bfloat16, size)
     shared = model.heads // model.kv_heads
@@ -55,22 +50,15 @@ for name, model in ATTENTIONS.items():
     one_a_kernel(name, call, long)
     one_a_kernel(f"{name}, a step", call, [(1 + n % 5, 1, n) for n in lengths])
 """
-)
 
 
-def run(script):
+def test_a_kernel_is_compiled_once_a_form_and_class_of_sizes():
     # A process of its own: in this one the kernels are interpreted.
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = PRELUDE + SUBLAYERS + ATTENTION
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True,
                           text=True, timeout=600)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_a_sublayer_is_compiled_once_a_form_and_class_of_sizes():
-    assert "'group_merge_kernel': 1," in run(SUBLAYERS)
-
-
-def test_attention_is_compiled_once_a_form():
-    out = run(ATTENTION)
-    assert "'attention_kernel': 1, 'query_gradient_kernel': 1, 'key_gradient_kernel': 1" in out
+    assert "'group_merge_kernel': 1," in done.stdout
+    attention = "'attention_kernel': 1, 'query_gradient_kernel': 1, 'key_gradient_kernel': 1"
+    assert attention in done.stdout

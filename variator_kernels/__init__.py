@@ -23,16 +23,20 @@ from .runtime.plan import Plan
 from .runtime.warming import warm
 from .sites.attention_paths import AttentionPaths
 from .sites.family import Family
+from .sites.term_paths import DistancePaths, GlobalPaths, PlacePaths
 from .version import __version__
 
 __all__ = [
     "AdapterDecompress",
     "AttentionPaths",
     "CompressedFFN",
+    "DistancePaths",
     "Family",
     "FeedForward",
+    "GlobalPaths",
     "GroupMerge",
     "LevelTimes",
+    "PlacePaths",
     "Plan",
     "Plugin",
     "PluginWeights",

@@ -10,7 +10,7 @@ import torch
 
 from . import __version__, backends, extension
 from .freezing import how_writes_are_noticed
-from .ops import int8_linear
+from .ops import int8_linear, prepack
 
 UNBUILT = (
     "  nothing was recorded: this is a source folder that was not built (an installed package is\n"
@@ -56,6 +56,7 @@ def report() -> str:
         for s in backends.status()
     ]
     text += ["", f"packed weights    {how_writes_are_noticed()}"]
+    text += [f"bf16 products     {prepack.describe()}"]
     text += [f"int8 products     {int8_linear.describe()}"]
     text += [f"quantised models  {int8_linear.describe_stored()}"]
     return "\n".join(text)

@@ -30,9 +30,14 @@ NAMES = (
     "VARIATOR_SANITIZE",
 )
 PARTS = ("cpu", "cuda")
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 _BELOW_VNNI = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE")
-_ONEDNN_WITHOUT = {"vnni": _BELOW_VNNI, "bf16": (*_BELOW_VNNI, "AVX512_CORE_VNNI")}
+_BELOW_BF16 = (*_BELOW_VNNI, "AVX512_CORE_VNNI")
+_ONEDNN_WITHOUT = {
+    "vnni": _BELOW_VNNI,
+    "bf16": _BELOW_BF16,
+    "amx": (*_BELOW_BF16, "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512"),
+}
 _ON, _OFF = ("1", "on", "yes", "true"), ("0", "off", "no", "false")
 
 
@@ -109,7 +114,7 @@ def positive(name: str) -> int | None:
 
 def onednn_allows(instructions: str) -> bool:
     """Whether oneDNN's own limit, ONEDNN_MAX_CPU_ISA or the older DNNL_MAX_CPU_ISA, leaves it these
-    instructions of AVX-512, ``"vnni"`` or ``"bf16"``. What it does not know it ignores."""
+    instructions, ``"vnni"``, ``"bf16"`` or ``"amx"``. What it does not know it ignores."""
     limit = get("ONEDNN_MAX_CPU_ISA") or get("DNNL_MAX_CPU_ISA")
     return limit.upper() not in _ONEDNN_WITHOUT[instructions]
 

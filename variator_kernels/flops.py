@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from . import checks
-from .flops_lora import LowRank, low_rank, low_rank_parts
+from .flops_attention import Core, core, unknown
+from .flops_lora import LowRank, low_rank_parts
+from .flops_modules import outside_blocks, parameters
 from .flops_rows import Prompts, Rows, whole
 from .ops.flop_formulas import decompress_macs, ffn_macs, merge_macs
 from .runtime.kept import WINDOW
@@ -89,10 +91,9 @@ def count(
         ValueError: an argument is out of range, or the family is not known.
     """
     found = find(model)
-    if found.family.uncounted:
+    if why := unknown(found):
         raise ValueError(
-            f"model must be of a family that flops.count knows whole, {found.family.name} has "
-            f"{found.family.uncounted}"
+            f"model must be of a family that flops.count knows whole, {found.family.name} has {why}"
         )
     state = vars(found.encoder).get(STATE)
     if state is None:
@@ -122,19 +123,20 @@ def count(
     if found.family.decoder:
         rows = Prompts(lengths, whole_at, first, state.kept.window if state else WINDOW)
     beside = [low_rank_parts(found, i) for i in range(len(found.layers))]
-    outside = _outside_blocks(found.encoder, len(lengths), rows.longest)
+    cores = [core(found, i, shape.queries) for i in range(len(found.layers))]
+    outside = outside_blocks(found.encoder, len(lengths), rows.longest)
     level = dict(zip(sites, ratios, strict=True))
-    used = _multiply_adds(shape, rows, beside, level, r, outside)
-    dense = _multiply_adds(shape, rows, beside, {}, r, outside)
-    dense_parameters = _dense_parameters(found, shape, beside, state is not None)
+    used = _multiply_adds(shape, rows, beside, cores, level, r, outside)
+    dense = _multiply_adds(shape, rows, beside, cores, {}, r, outside)
+    dense_parameters = _dense_parameters(found, shape, beside, cores, state is not None)
     own = [sites[i] for i, owner in enumerate(owners_of(found, sites)) if i == owner]
     sizes = [plugin_parameters(shape.d, level[s], r, s.placement) for s in own if level[s] > 1]
-    parameters = replace(
+    with_plugins = replace(
         dense_parameters,
         merge=sum(merge for merge, _ in sizes),
         decompress=sum(decompress for _, decompress in sizes),
     )
-    return Count(used, dense, parameters, dense_parameters)
+    return Count(used, dense, with_plugins, dense_parameters)
 
 
 class _Shape(NamedTuple):
@@ -165,11 +167,12 @@ def _multiply_adds(
     shape: _Shape,
     rows: Rows,
     beside: list[LowRank],
+    cores: list[Core],
     level: Mapping[Site, int],
     r: int,
     outside: int,
 ) -> Parts:
-    projections = core = ffn = merge = decompress = 0
+    projections = attention = ffn = merge = decompress = 0
     batch, n = len(rows.lengths), rows.longest
     for i, extra in enumerate(beside):
         k = level.get(Site("ffn", i), 1)
@@ -180,27 +183,34 @@ def _multiply_adds(
         keys, pairs = rows.attention(around, front)
         queries = keys if around > 1 else n
         of_keys = 2 * shape.d * shape.keys + extra.keys.macs
-        of_queries = 2 * shape.d * shape.queries + extra.attention.macs - extra.keys.macs
-        projections += batch * (queries * of_queries + keys * of_keys)
-        core += batch * 2 * pairs * shape.queries
+        of_queries = 2 * shape.d * shape.queries + extra.attention.macs
+        of_queries -= extra.keys.macs + extra.distances.macs
+        further = cores[i].global_keys(n)
+        row, shared = cores[i].cost(queries, keys, pairs, further, around == front == 1)
+        of_row = queries * of_queries + (keys + further) * of_keys
+        projections += batch * of_row + (shared if batch else 0)
+        attention += batch * row
         for x in (k, around):
             if x > 1:
                 merge += merge_macs(rows.merged(x), shape.d, x)
                 decompress += decompress_macs(rows.merged(x), sum(rows.groups(x)), shape.d, r)
         if front > 1:
             merge += merge_macs(rows.merged_keys(front), shape.d, front)
-    return Parts(projections, core, ffn, merge, decompress, outside)
+    return Parts(projections, attention, ffn, merge, decompress, outside)
 
 
-def _dense_parameters(found: Found, shape: _Shape, beside: list[LowRank], patched: bool) -> Parts:
+def _dense_parameters(
+    found: Found, shape: _Shape, beside: list[LowRank], cores: list[Core], patched: bool
+) -> Parts:
     own = [i for i, _ in found.own_layers]  # a shared module runs often and is there once
     size = ffn_macs(shape.d, shape.f, shape.gated)
     weights = sum(size + beside[i].ffn.parameters for i in own)
     plugins = {id(m) for top in attached(found.encoder) for m in top.modules()} if patched else ()
-    base = _parameters(m for m in found.encoder.modules() if id(m) not in plugins)
+    base = parameters(m for m in found.encoder.modules() if id(m) not in plugins)
     blocks = {id(block): i for i, block in enumerate(found.blocks)}.values()
     each = 2 * shape.d * (shape.queries + shape.keys)
-    projections = sum(each + beside[i].attention.parameters for i in blocks)
+    further = (beside[i].attention.parameters + cores[i].parameters for i in blocks)
+    projections = len(blocks) * each + sum(further)
     return Parts(projections, ffn=weights, other=base - projections - weights)
 
 
@@ -209,38 +219,6 @@ def _of(config: Any, name: str) -> int:
     if value is None:
         raise ValueError(f"model's encoder must have config.{name} for flops.count, it has none")
     return value
-
-
-def _outside_blocks(encoder: nn.Module, rows: int, length: int) -> int:
-    """Projections of embeddings (ELECTRA's, ALBERT's), a token, and poolers (BERT's), a row."""
-    found: list[tuple[int, Any]] = [(rows * length, lookup(encoder, path)) for path in _PROJECTIONS]
-    found += [(rows, lookup(encoder, path)) for path in ("pooler.dense", "pooler")]
-    return sum(
-        vectors * (linear.in_features * linear.out_features + low_rank([linear]).macs)
-        for vectors, linear in found
-        if hasattr(linear, "in_features")
-    )
-
-
-_PROJECTIONS = ("embeddings_project", "encoder.embedding_hidden_mapping_in")
-
-
-def _parameters(modules: Iterable[nn.Module]) -> int:
-    """Elements of all weights, each once; of a quantised linear layer those that it stands for."""
-    sizes: dict[int, int] = {}
-    for module in modules:
-        sizes |= {id(p): p.numel() for p in module.parameters(recurse=False)}
-        linear: Any = module
-        weight = getattr(linear, "weight", None)
-        if not (hasattr(linear, "in_features") and hasattr(linear, "out_features")):
-            continue
-        size = linear.in_features * linear.out_features
-        if id(weight) in sizes:  # which may hold several values an element
-            sizes[id(weight)] = size
-        elif callable(weight):  # quantize_dynamic's: weight and bias are packed
-            bias = linear.bias()
-            sizes[id(linear)] = size + (0 if bias is None else bias.numel())
-    return sum(sizes.values())
 
 
 def plugin_parameters(

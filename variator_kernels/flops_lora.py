@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .sites.family import follow
+from .sites.family import follow, lookup
 from .sites.find import Found
 
 
@@ -24,6 +24,8 @@ class LowRank(NamedTuple):
     attention: Beside
     keys: Beside
     """Of ``attention``, what runs on that which becomes keys and values."""
+    distances: Beside
+    """Of ``attention``, what runs on vectors of distances alone."""
     ffn: Beside
 
 
@@ -33,12 +35,18 @@ def low_rank_parts(found: Found, position: int) -> LowRank:
     steps = found.family.steps or ("",)
     ffn = {id(m): m for step in steps for m in follow(layer, step).modules()}
     rest = [m for m in block.modules() if id(m) not in ffn]
-    keys, paths = Beside(0, 0), found.family.attention
+    keys = distances = Beside(0, 0)
+    paths = found.family.attention
     if paths is not None:
-        names = (paths.k, paths.v) if not paths.qkv else ()
-        ends = [follow(found.attentions[position], name) for name in names]
-        keys = low_rank([m for end in ends for m in end.modules()])
-    return LowRank(low_rank(rest), keys, low_rank(ffn.values()))
+        attention, apart = found.attentions[position], paths.distances
+        keys = _ends(attention, (paths.k, paths.v) if not paths.qkv else ())
+        distances = _ends(attention, (apart.k, apart.q) if apart is not None else ())
+    return LowRank(low_rank(rest), keys, distances, low_rank(ffn.values()))
+
+
+def _ends(attention: nn.Module, paths: Iterable[str]) -> Beside:
+    ends = [lookup(attention, path) for path in paths]
+    return low_rank([m for end in ends if end is not None for m in end.modules()])
 
 
 def low_rank(modules: Iterable[nn.Module]) -> Beside:

@@ -18,7 +18,7 @@ from .runtime.state import State
 from .sites.attends import check_attends
 from .sites.decoder_families import DECODER_FAMILIES
 from .sites.decoder_refusals import check_decoder
-from .sites.families import BERT_FAMILIES, FAMILIES, T5_FAMILIES
+from .sites.families import BERT_FAMILIES, FAMILIES, T5_FAMILIES, known
 from .sites.family import Family
 from .sites.find import find, find_all, is_patched, parts_of
 from .sites.install import install, owners_of, remove, sites_of
@@ -306,7 +306,7 @@ def apply(
         if set(config.placements) - {"ffn"}:
             check_attention(found)
         check_unchanged(found, tuple(config.placements))
-        if FAMILIES.get(found.family.name) is not found.family:
+        if not known(found.family):
             check_described(found)
     for found in every:
         backends.resolve(config.backend, found.like(0))
@@ -330,8 +330,7 @@ def apply(
         made.append((found, state, modules))
     for found, state, modules in made:
         install(model, found, state, modules)  # takes off all of the model where it fails
-        foreign = FAMILIES.get(found.family.name) is not found.family
-        if foreign and set(config.placements) - {"ffn"}:
+        if not known(found.family) and set(config.placements) - {"ffn"}:
             try:
                 with own_precision():
                     check_attends(found, state)

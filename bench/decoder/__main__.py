@@ -18,7 +18,6 @@ from rich.console import Console
 from torch import Tensor
 from transformers import logging
 
-from .. import plot
 from ..cases import models
 from ..harness import allocator, child, machine, options, results, tables
 from ..harness.results import Row
@@ -143,6 +142,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.cell:
         print(json.dumps(timing.prefill_memory(args.cell)))
         return 0
+    from .. import plot  # Matplotlib is nothing that a cell needs
+
     memory = allocator.keep_freed_memory()
     try:
         model = settle(args)

@@ -9,6 +9,7 @@ and the exit code is 1.
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,13 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-class Run:
-    """What holds for all parts."""
+class Run(ExitStack):
+    """What holds for all parts; at its end the controlled server is stopped."""
 
     def __init__(self, args: argparse.Namespace, log: Path) -> None:
+        super().__init__()
         self.args, self.log = args, log
+        self._controlled: Server | None = None
         folder = args.folder
         if not (folder / "plugins" / "plugins.json").is_file():
             raise ValueError(
@@ -72,6 +75,13 @@ class Run:
 
     def serving(self, **settings: Any) -> Any:
         return running(self.args.server, self.settings | settings, self.log)
+
+    def controlled(self) -> Server:
+        """The server that keeps the target, one for all parts."""
+        if self._controlled is None:
+            server: Server = self.enter_context(self.serving(target=self.target))
+            self._controlled = server
+        return self._controlled
 
     def ask(self, server: Server, ratio: str | None) -> Any:
         sent = generator.bodies(self.truth.texts, None if ratio is None else int(ratio))
@@ -109,9 +119,8 @@ def traces(run: Run, say: Any) -> list[Row]:
                 run.slowdown = server.health()["slowdown"]
                 if not run.target:
                     return made  # dense failed: there is nothing to compare with
-    with run.serving(target=run.target) as server:
-        made.append(arm(run, server, None, parts))
-        say(made[-1])
+    made.append(arm(run, run.controlled(), None, parts))
+    say(made[-1])
     return made
 
 
@@ -135,26 +144,23 @@ def prepared(run: Run) -> None:
 def all_bursts(run: Run, say: Any) -> list[Row]:
     made = []
     highest = 1.2 if run.args.quick else 2.4
-    with run.serving(target=run.target) as server:
-        for ratio in (*run.args.levels, None):
-            check = lambda replies, r=ratio: summary.wrong(replies, run.truth, r)  # noqa: E731
-            ask = run.ask(server, ratio)
-            row = bursts.largest(
-                ask, check, run.capacity, len(run.truth.texts), run.target, highest
-            )
-            name = "controlled" if ratio is None else f"k={ratio}"
-            made.append({"case": "bursts", "arm": name, **row})
-            say(made[-1])
+    for ratio in (*run.args.levels, None):
+        check = lambda replies, r=ratio: summary.wrong(replies, run.truth, r)  # noqa: E731
+        ask = run.ask(run.controlled(), ratio)
+        row = bursts.largest(ask, check, run.capacity, len(run.truth.texts), run.target, highest)
+        name = "controlled" if ratio is None else f"k={ratio}"
+        made.append({"case": "bursts", "arm": name, **row})
+        say(made[-1])
     return made
 
 
 def soaked(run: Run, say: Any) -> list[Row]:
-    with run.serving(target=run.target) as server:
-        seconds = 6.0 if run.args.quick else run.args.soak
-        rate = run.args.burst * run.capacity
-        made = soak.soak(server, run.ask(server, None), run.truth, run.dense, rate, seconds)
-        say(made)
-        return [made]
+    server = run.controlled()
+    seconds = 2.0 if run.args.quick else run.args.soak
+    rate = run.args.burst * run.capacity
+    made = soak.soak(server, run.ask(server, None), run.truth, run.dense, rate, seconds)
+    say(made)
+    return [made]
 
 
 def simulated(run: Run, say: Any) -> list[Row]:
@@ -171,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = made.parse_args(arguments)
     if unknown := [part for part in args.parts if part not in PARTS]:
         made.error(f"parts must be of {PARTS}, got {unknown[0]!r}")
-    args.seconds = 2.0 if args.quick else args.seconds
+    args.seconds = 1.0 if args.quick else args.seconds
     folder = results.folder(args.output, args.publish)
     names = ("server", "levels", "seconds", "burst", "soak", "threads", "quick", "parts")
     settings = {name: getattr(args, name) for name in names}
@@ -183,18 +189,18 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
 
     try:
-        run = Run(args, folder / "dynamic_load_server.log")
-        if "trace" in args.parts:
-            content["rows"] += traces(run, say)
-        if set(args.parts) - {"trace"} and not any(
-            r["status"] == "failed" for r in content["rows"]
-        ):
-            prepared(run)
-            for part, work in (
-                ("simulation", simulated), ("bursts", all_bursts), ("soak", soaked)
-            ):  # fmt: skip
-                if part in args.parts:
-                    content["rows"] += work(run, say)
+        with Run(args, folder / "dynamic_load_server.log") as run:
+            if "trace" in args.parts:
+                content["rows"] += traces(run, say)
+            if set(args.parts) - {"trace"} and not any(
+                r["status"] == "failed" for r in content["rows"]
+            ):
+                prepared(run)
+                for part, work in (
+                    ("simulation", simulated), ("bursts", all_bursts), ("soak", soaked)
+                ):  # fmt: skip
+                    if part in args.parts:
+                        content["rows"] += work(run, say)
     except (ValueError, RuntimeError, OSError) as error:
         made.error(str(error))
     content |= {"capacity": run.capacity, "target": run.target, "slowdown": run.slowdown}

@@ -13,6 +13,8 @@ import torch
 
 from variator_kernels import extension
 
+from .. import internals
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 DATA = ROOT.parent / "shared" / "data"
@@ -41,6 +43,11 @@ def isa_flags() -> list[str]:
 def has_bf16() -> bool:
     """Whether the processor multiplies bf16 by instructions of its own."""
     return any("bf16" in flag for flag in isa_flags())
+
+
+def bf16_pays() -> bool:
+    """Whether products in bf16 take less time than in fp32."""
+    return has_bf16() and internals.bf16_multiplies()
 
 
 def has_vnni() -> bool:

@@ -18,7 +18,8 @@ def build(source: Source, dtype: str) -> Call:
     if dtype == "int8":
         plain = path / GRAPH
         path = source.kept("openvino-int8", lambda f: _quantise(source, plain, f / GRAPH))
-    narrow = dtype != "fp32" and machine.has_bf16()  # in int8, what stays in floating point
+    # In int8, what stays in floating point.
+    narrow = dtype == "bf16" or (dtype == "int8" and machine.bf16_pays())
     options = {
         "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1",
         "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),

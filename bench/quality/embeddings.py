@@ -74,13 +74,13 @@ def run(
     texts = measured(args.data, args.quick)
     sets = _all(args, base, work, recipe, ratios, console)
     settings = {"threads": args.threads, "rounds": args.rounds, "ratios": list(ratios)}
-    settings["placements"] = list(args.placements)
+    settings["placements"] = list(args.placements[0])
     model = {"name": args.model if args.model == "minilm" else Path(args.model).name}
     content = results.result("quality_embeddings", settings | embedders.settings(recipe), model)
     content["texts"] = {kind: len(lines) for kind, lines in texts.items()}
     console.print(f"{NAME}: comparing {len(sets)} sets of plugins")
     content["rows"] = compared(base, sets, texts, ratios)
-    parts = ("quality_embeddings", model["name"], label(args.placements))
+    parts = ("quality_embeddings", model["name"], label(args.placements[0]))
     path = results.folder(args.output, args.publish) / f"{'_'.join(filter(None, parts))}.json"
     results.write(path, content)
     content["costs"] = encoding.measure(
@@ -103,7 +103,7 @@ def _all(
             for seed in range(seeds):
                 console.print(f"{NAME}: {variant}, keep_first={keep_first}, seed {seed}")
                 options_ = (base, args.data, work, recipe, variant, ratios)
-                made.append(embedders.make(*options_, args.placements, keep_first, seed))
+                made.append(embedders.make(*options_, args.placements[0], keep_first, seed))
     return made + embedders.given(args.plugins)
 
 

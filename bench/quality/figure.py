@@ -21,6 +21,7 @@ SINGLE = {
 PLANS = {
     "k=": {"color": AMBER, "marker": "s", "label": "uniform ratios"},
     "plan": {"color": BLUE, "marker": "o", "label": "plans"},
+    "fitted": {"color": NAVY, "marker": "^", "label": "plans, plugins fitted to them"},
 }
 SHOWN = ("cosine", "spearman", "neighbours")
 
@@ -133,24 +134,37 @@ def plans(content: Row, target: Path) -> None:
     rows = results.pick(content["rows"], status="ok")
     where, title = " + ".join(settings["placements"]), "Plans against uniform ratios"
     caption = (
-        f"{content['model']['name']}, {where}, plugins: {settings['plugins']}; {settings['rows']} "
-        f"paragraphs each, at most {settings['length']} tokens. Commit {commit(content)}."
+        f"{content['model']['name']}, {where}, plugins: {settings['plugins']}; plans chosen on "
+        f"{settings['rows']} rows. Commit {commit(content)}."
     )
     panels = {"loss": "text that plans were chosen on", "unseen": "other text"}
-    with sheet(target, 1, 2, (10.8, 4.6), title, caption) as (line,):
+    panels |= {name: f"{name} set" for name in ("dev", "test") if name in rows[0]}
+    width = 5.4 * len(panels)
+    with sheet(target, 1, len(panels), (width, 4.6), title, caption) as (line,):
         for axes, (name, on) in zip(line, panels.items(), strict=True):
+            error = name in ("loss", "unseen")
             for kind, style in PLANS.items():
-                mine = [row for row in rows if row["what"].startswith(kind)]
+                mine = [row for row in rows if _kind(row["what"]) == kind]
+                mine = [row for row in mine if row["loss"] > 0 or not error]
+                if not mine:
+                    continue
                 mine.sort(key=lambda row: row["cost"])
                 points = [row["cost"] for row in mine], [row[name] for row in mine]
                 axes.plot(*points, **style)
                 for row in mine if kind == "k=" else ():
                     place = row["cost"], row[name]
                     axes.annotate(row["what"], place, (4, 4), textcoords="offset points")
-            axes.set(yscale="log", xlabel="multiply-adds, of the dense encoder's", title=on)
-            axes.set_ylabel("relative squared error of the last hidden state")
+            axes.set(xlabel="multiply-adds, of the dense encoder's", title=on)
+            if error:
+                axes.set_yscale("log")
+            error_name = "relative squared error of the last hidden state"
+            axes.set_ylabel(error_name if error else "right answers, %")
             axes.grid()
             axes.legend()
+
+
+def _kind(what: str) -> str:
+    return "fitted" if what.endswith("fitted") else what[: 2 if what[0] == "k" else 4]
 
 
 def _panel(axes: Any, rows: list[Row], metric: str) -> None:

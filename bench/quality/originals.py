@@ -55,7 +55,7 @@ def original(base: str, task: tasks.Task, data: Path, work: Path) -> tuple[Path,
         scratch = base == SMALL_T5
         model, tokenizer = small_t5(data) if scratch else with_head(Path(base), task)
         settings = FINE_TUNING[task.name] | (FROM_SCRATCH if scratch else {})
-        settings["bf16"] = machine.has_bf16()
+        settings["bf16"] = machine.bf16_pays()
         train, _ = tasks.load(data, task, "train", model, tokenizer, LEAST[task.name])
         finetune(model, tokenizer, train, folder, **settings)
         model, tokenizer = read(folder, task=True)  # what training left computes in its precision

@@ -3,6 +3,8 @@
 import statistics
 from pathlib import Path
 
+from rich.table import Table
+
 from ..harness import results, tables
 from ..harness.results import Row
 from . import speed
@@ -83,3 +85,24 @@ def targets(content: Row) -> dict[int, float]:
     of = (content["model"]["name"], content["task"]) == ("minilm", "sst2")
     places = (results.ABSENT | content["settings"])["placements"]
     return TARGETS.get(tuple(places), {}) if of else {}
+
+
+def side_by_side(contents: list[Row]) -> Table:
+    """What trained plugins lose, of several results."""
+    rows = [
+        row | {"of": named(content)}
+        for content in contents
+        for row in content["summary"]
+        if row["variant"] == "full" or all(r["variant"] != "full" for r in content["summary"])
+    ]
+    shown = [
+        tables.key("result", "of"),
+        tables.key("variant", "variant"),
+        tables.key("k", "k"),
+        tables.number("points lost", lambda row: row["lost"], ".1f"),
+        tables.number("points lost, test set", lambda row: row.get("test_lost"), ".1f"),
+        tables.key("seeds", "seeds"),
+        tables.number("multiply-adds left", lambda row: row["multiply_adds_left"], ".0%"),
+        tables.number("encoder speed-up", lambda row: row["speedup"]),
+    ]
+    return tables.screen("medians over seeds", shown, rows, section="of")

@@ -31,11 +31,14 @@ OTHER_SIZES = (("t5-base", 4), ("t5-base", 16), ("bert-base", 4))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # These multiply no matrices.
 PLAIN_KERNELS = ("weighted_sum_kernel", "score_gradient_kernel", "row_norm_kernel")
-MATRIX_INSTRUCTION = {"sm_80": "HMMA", "sm_90": "HGMMA", "gfx942": "v_mfma"}
-
-
+MATRIX_INSTRUCTION = {
+    "sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA",
+    "gfx942": "v_mfma", "gfx950": "v_mfma",
+}  # fmt: skip
+# Tiles of less than 64 rows, by the settings: mma.sync multiplies them.
+SMALL = (("sm_100", "large heads"),)
 # Scalar registers spill there, into lanes of vector registers.
-LEFT_OUT = (("gfx942", "grouped queries"),)
+LEFT_OUT = (("gfx942", "grouped queries"), ("gfx950", "grouped queries"))
 
 
 def problems(row: dict[str, Any]) -> list[str]:
@@ -45,7 +48,10 @@ def problems(row: dict[str, Any]) -> list[str]:
         found.append(f"{row['spills']} spills, {row['stack']} bytes of stack")
     if row["shared"] > SHARED_LIMIT[row["arch"]]:
         found.append(f"{row['shared']} bytes of shared memory, limit {SHARED_LIMIT[row['arch']]}")
-    few = all(FEW in case.split() for case in row.get("cases", ()))
+    names = [name for arch, name in SMALL if arch == row["arch"]]
+    few = all(
+        FEW in case.split() or any(name in case for name in names) for case in row.get("cases", ())
+    )
     wanted = MATRIX_INSTRUCTION[row["arch"]]
     if row["kernel"] not in PLAIN_KERNELS and not (row["matrix"] and (few or row["by"] == wanted)):
         found.append(f"no {wanted}")
@@ -121,7 +127,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     text = (
         f"Written by `python -m bench.tools.compile_triton`, Triton {triton.__version__}; no"
         " GPU was used. The largest values over all cases; the smallest number of matrix"
-        " instructions (HMMA, HGMMA, v_mfma; kernels with a dash multiply no matrices)."
+        " instructions (HMMA, HGMMA, UTCHMMA, v_mfma; kernels with a dash multiply no matrices)."
     )
     heading = "# Triton kernels, compiled ahead of time"
     return f"{heading}\n\n{text}\n\n{tables.markdown(COLUMNS, worst)}\n"

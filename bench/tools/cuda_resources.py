@@ -40,6 +40,8 @@ class Chip(NamedTuple):
 CHIPS = {
     "sm_80": Chip(shared=164 * 1024, shared_a_block=163 * 1024),
     "sm_90a": Chip(shared=228 * 1024, shared_a_block=227 * 1024),
+    "sm_100": Chip(shared=228 * 1024, shared_a_block=227 * 1024),
+    "sm_120": Chip(threads=1536, blocks=24, shared=100 * 1024, shared_a_block=99 * 1024),
 }
 RESERVED = 1024  # bytes of shared memory that a block has besides
 
@@ -163,7 +165,7 @@ def faults(rows: list[Row]) -> list[str]:
             found.append(f"{where}: no HGMMA")
         if row["kernel"].startswith("gemm_sm90") and row["calls"]:
             found.append(f"{where}: calls a function, so every wgmma is waited for")
-        if row["kernel"] != "weight_gradient_kernel" and not row["hgmma"] + row["hmma"]:
+        if not row["hgmma"] + row["hmma"]:
             found.append(f"{where}: no matrix instructions")
     return found
 
@@ -190,8 +192,9 @@ def table() -> list[Row]:
 def markdown(rows: list[Row], compiler: str) -> str:
     text = (
         f"Compiled with {compiler}, for a bottleneck of 64, by `make cuda-table`. The number of\n"
-        "a variant is the template's: blocks of columns in registers (merge, one launch), or\n"
-        "whether the bottleneck is one chunk. None of these kernels ever ran on a GPU."
+        "a variant is the template's: blocks of columns in registers (merge, one launch), whether\n"
+        "there is a norm (weight gradient), or whether the bottleneck is one chunk. None of these\n"
+        "kernels ever ran on a GPU."
     )
     columns = [tables.key(heading, name) for name, heading in COLUMNS.items()]
     return f"# What the CUDA kernels use\n\n{text}\n\n{tables.markdown(columns, rows)}\n"

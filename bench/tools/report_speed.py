@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import memory, packing, targets
+from bench import keeping, memory, packing, targets
 from bench.decoder import table as decoder
 from bench.harness import tables
 from bench.harness.results import Row, pick, placements, speedup
@@ -151,6 +151,19 @@ def of_packing(found: Machine, folder: Path) -> str:
     )
 
 
+def of_keeping(found: Machine, folder: Path) -> str:
+    """What a first token that stays whole costs a sublayer."""
+    content = found.files.get("keeping")
+    if content is None:
+        return ""
+    here, settings, model = content["machine"], content["settings"], content["model"]
+    table = tables.markdown(keeping.COLUMNS, keeping.shown(content["rows"]))
+    return (
+        f"{here['cpu']}, {here['cores']} cores, {settings['threads']} threads, {model['name']}, "
+        f"{settings['batch']} x {settings['length']}:\n\n{table}"
+    )
+
+
 def of_decoder(found: Machine, folder: Path) -> str:
     """A row a level of every run of ``bench.decoder``."""
     parts = []
@@ -197,6 +210,7 @@ TABLES: dict[str, Callable[[Machine, Path], str]] = {
     "machine": caption, "figure": figure, "sublayer": _of_cells("sublayer", SUBLAYER),
     "small": _of_cells("small", SMALL), "encoder": encoder, "placements": with_placements,
     "backward": _of_cells("backward", BACKWARD), "ragged": _of_cells("ragged", RAGGED),
-    "memory": of_memory, "packing": of_packing, "targets": of_targets, "decoder": of_decoder,
+    "memory": of_memory, "packing": of_packing, "keeping": of_keeping,
+    "targets": of_targets, "decoder": of_decoder,
     "decoder-figure": decoder_figure, "peers": of_peers,
 }  # fmt: skip

@@ -7,6 +7,7 @@ from bench import training_speed
 from bench.harness import tables
 from bench.harness.results import Row, pick
 from bench.harness.tables import key, number
+from bench.methods import figure as of_methods
 from bench.quality import embeddings as of_embeddings
 from bench.quality import summary
 from bench.quality.recipe import ABLATED
@@ -94,6 +95,25 @@ def embeddings_figure(found: Machine, folder: Path) -> str:
     return "\n".join(found.picture(name, text, folder) for name in names)
 
 
+def methods(found: Machine, folder: Path) -> str:
+    """Every run of ``bench.methods``: what was equal, a row a method and setting, the picture."""
+    parts = []
+    for name, content in sorted(found.files.items()):
+        if not name.startswith("methods_"):
+            continue
+        settings, here = content["settings"], content["machine"]
+        parts += [
+            f"**{content['model']['name']}, {content['task']}**: {settings['steps']} steps of "
+            f"{settings['batch']} rows, medians of {settings['seeds']} seeds where trained; "
+            f"{here['cpu']}, {settings['threads']} threads, kernels {here['kernels_isa']}.",
+            found.picture(name, f"{content['score'].capitalize()} against measured speed", folder),
+            tables.markdown(
+                of_methods.columns(content["score"]), pick(content["summary"], status="ok")
+            ),
+        ]
+    return "\n\n".join(parts)
+
+
 def step(found: Machine, folder: Path) -> str:
     """Time and memory of a training step."""
     return tables.markdown(training_speed.COLUMNS, pick(found.rows("training_speed"), status="ok"))
@@ -106,5 +126,6 @@ TABLES: dict[str, Callable[[Machine, Path], str]] = {
     "calibration": calibration,
     "embeddings": embeddings,
     "embeddings-figure": embeddings_figure,
+    "methods": methods,
     "training-step": step,
 }

@@ -30,7 +30,8 @@ ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 # d, k, r: rows in registers (1 to 4 blocks a warp) or read again, one launch of both kinds, a
 # bottleneck of one chunk, of several, and of more shared memory than a kernel has unasked.
-SIZES = ((72, 4, 64), (264, 3, 64), (520, 4, 64), (776, 2, 64), (104, 5, 130), (40, 32, 512))
+SIZES = ((72, 4, 64), (264, 3, 64), (520, 4, 64), (776, 2, 64), (104, 5, 130), (1032, 6, 64),
+         (40, 32, 512))  # fmt: skip
 # rows, columns, inner: a product that takes the large tile on a GPU of 132 multiprocessors
 LARGE_PRODUCT = (1024, 1536, 64)
 

@@ -6,6 +6,7 @@ started. So what is checked is what would run: same settings, same specialisatio
 
 import contextlib
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import triton
+from torch import Tensor
+from torch.nn import functional
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, compute_cache_key
 
@@ -23,11 +26,24 @@ from variator_kernels.triton_kernels import launch
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
 # Shared memory a program can have, bytes.
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
-PROCESSORS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024, "gfx950": 160 * 1024,
+}  # fmt: skip
+PROCESSORS = {
+    "sm_80": 108,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_120": 188,
+    "gfx942": 304,
+    "gfx950": 256,
+}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -79,18 +95,44 @@ def compiling(arch: str) -> Iterator[list[Launched]]:
         yield found
 
 
+SIZES = {"i1": 1, "i32": 4, "u32": 4, "fp32": 4}  # others: 8 bytes
+
+
+def parameters(launch: Launched) -> bytes:
+    """A launch's parameters as the machine code finds them; tensors lie at made-up addresses."""
+    source, packed, place = launch.kernel.src, b"", 0x7F0000000000
+    for name in source.fn.arg_names:
+        kind, value = source.signature[name], launch.arguments[name]
+        if kind == "constexpr":
+            continue
+        size = SIZES.get(kind, 8)
+        if kind.startswith("*"):
+            place += 1 << 32
+            value = place
+        elif kind == "fp32":
+            value = struct.unpack("<i", struct.pack("<f", value))[0]
+        number = int(value) % (1 << 8 * size)
+        packed += b"\0" * (-len(packed) % size) + number.to_bytes(size, "little")
+    return packed + b"\0" * (-len(packed) % 8 + 16)  # behind them, memory that Triton may ask for
+
+
 @contextlib.contextmanager
 def stubbed(arch: str) -> Iterator[list[str]]:
     """Inside, launches do nothing but add their kernel's name; backend ``"triton"`` takes tensors
-    on the CPU."""
+    on the CPU. PyTorch's product, which is cuBLAS's there, is one of them: ``"linear"``."""
     found: list[str] = []
 
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         found.append(self.fn.__name__)
 
+    def linear(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        found.append("linear")
+        return a.new_empty(a.shape[0], weight.shape[0])
+
     with (
         compiling(arch),
         mock.patch.object(JITFunction, "run", note),
+        mock.patch.object(functional, "linear", linear),
         mock.patch.object(backends, "resolve", lambda backend, x: backend),
     ):
         yield found
@@ -124,9 +166,9 @@ def _read(arch: str, kernel: Any) -> dict[str, Any]:
     if "cubin" in kernel.asm:
         usage = _tool("cuobjdump", "--dump-resource-usage", kernel.asm["cubin"])
         code = sass(kernel.asm["cubin"])
-        # Hopper multiplies tiles of less than 64 rows as Ampere does.
-        wide = arch == "sm_90" and "HGMMA" in code
-        matrix, pattern = "HGMMA" if wide else "HMMA", r"\b{}:(\d+)"
+        # Tiles of less than 64 rows are multiplied as on Ampere.
+        wide = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(arch, "HMMA")
+        matrix, pattern = wide if wide in code else "HMMA", r"\b{}:(\d+)"
         names = ("REG", "STACK")
     else:
         usage = code = kernel.asm["amdgcn"]

@@ -1,13 +1,12 @@
 // The Python module: addresses, sizes and strides in, nothing else. The Python side checks shapes,
 // dtypes and contiguity and owns all memory.
-#include <pybind11/pybind11.h>
+#include "bindings.h"
+
 #include <pybind11/stl.h>
 
 #include <array>
 #include <map>
-#include <stdexcept>
 
-#include "dispatch.h"
 #include "fork.h"
 #include "group_lists.h"
 #include "memory.h"
@@ -16,23 +15,6 @@ namespace py = pybind11;
 using namespace variator;
 
 namespace {
-
-using Address = uintptr_t;
-template <class T = void>
-T* pointer(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
-using Quiet = py::call_guard<py::gil_scoped_release>;
-
-// The norm in front of a merge, as Python hands it over.
-struct NormParams {
-    Norm kind;
-    const void* weight;
-    const void* bias;
-    double eps;
-    bool folded;
-};
 
 using HeadRowsGiven = std::array<int64_t, 4>;  // address, and strides of row, token and head
 HeadRows head_rows(const HeadRowsGiven& t) {
@@ -143,14 +125,7 @@ PYBIND11_MODULE(_cpu, m) {
              py::arg("count"), py::arg("k"))
         .def_readonly("count", &Groups::count)
         .def_readonly("k", &Groups::k)
-        .def(
-            "part",
-            [](Groups g, int64_t first, int64_t count) {
-                g.start += first, g.span += first, g.count = count;
-                if (g.kept) g.kept += first;
-                return g;
-            },
-            py::arg("first"), py::arg("count"))
+        .def("part", &part, py::arg("first"), py::arg("count"))
         .def("held", &held, py::arg("tokens"), Quiet())
         .def(
             "compact",
@@ -217,62 +192,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("int8_weight_levels", [](const std::string& isa) {
         return find_kernels(isa, DType::float32).int8_weight_levels;
     });
-    py::class_<Call<Int8LinearParams>>(m, "Int8Linear")
-        .def(
-            py::init([](const std::string& isa, int dtype, int threads, int64_t rows, int64_t inner,
-                        int64_t columns, Address x, int64_t x_stride, Address packed, Address sums,
-                        Address scales, Address bias, int activation, const NormParams& norm,
-                        Address other, Address residual, Address y) {
-                Int8LinearParams p{};
-                p.dtype = static_cast<DType>(dtype), p.threads = threads;
-                p.rows = rows, p.inner = inner, p.columns = columns;
-                p.x = pointer(x), p.x_stride = x_stride;
-                p.packed = pointer<const int8_t>(packed);
-                p.sums = pointer<const int32_t>(sums);
-                p.scales = pointer<const float>(scales), p.bias = pointer<const float>(bias);
-                p.activation = static_cast<Activation>(activation);
-                p.norm = norm.kind, p.eps = norm.eps;
-                p.norm_weight = static_cast<const float*>(norm.weight);
-                p.norm_bias = static_cast<const float*>(norm.bias);
-                p.other = pointer(other), p.residual = pointer(residual), p.y = pointer(y);
-                if (p.dtype == DType::float64)
-                    throw std::invalid_argument(
-                        "dtype must be float32, bfloat16 or float16 in int8 products, got float64");
-                return Call(p, isa);
-            }),
-            py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("threads"), py::arg("rows"),
-            py::arg("inner"), py::arg("columns"), py::arg("x"), py::arg("x_stride"),
-            py::arg("packed"), py::arg("sums"), py::arg("scales"), py::arg("bias"),
-            py::arg("activation"), py::arg("norm"), py::arg("other"), py::arg("residual"),
-            py::arg("y"))
-        .def(
-            "run", [](const Call<Int8LinearParams>& call) { call.run(&Kernels::int8_linear); },
-            Quiet());
-
-    py::class_<Call<RowsLinearParams>>(m, "RowsLinear")
-        .def(py::init([](const std::string& isa, int dtype, int threads, int64_t rows,
-                         int64_t inner, int64_t columns, Address x, int64_t x_stride,
-                         Address packed, Address bias, int activation, const NormParams& norm,
-                         Address other, Address residual, Address y) {
-                 RowsLinearParams p{};
-                 p.dtype = static_cast<DType>(dtype), p.threads = threads;
-                 p.rows = rows, p.inner = inner, p.columns = columns;
-                 p.x = pointer(x), p.x_stride = x_stride, p.packed = pointer(packed);
-                 p.bias = pointer<const float>(bias);
-                 p.activation = static_cast<Activation>(activation);
-                 p.norm = norm.kind, p.eps = norm.eps;
-                 p.norm_weight = static_cast<const float*>(norm.weight);
-                 p.norm_bias = static_cast<const float*>(norm.bias);
-                 p.other = pointer(other), p.residual = pointer(residual), p.y = pointer(y);
-                 return Call(p, isa);
-             }),
-             py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("threads"), py::arg("rows"),
-             py::arg("inner"), py::arg("columns"), py::arg("x"), py::arg("x_stride"),
-             py::arg("packed"), py::arg("bias"), py::arg("activation"), py::arg("norm"),
-             py::arg("other"), py::arg("residual"), py::arg("y"))
-        .def(
-            "run", [](const Call<RowsLinearParams>& call) { call.run(&Kernels::rows_linear); },
-            Quiet());
+    bind_sublayers(m);
     py::class_<Call<NormRowsParams>>(m, "NormRows")
         .def(py::init([](const std::string& isa, int dtype, int threads, int64_t rows, int64_t d,
                          Address x, int64_t x_stride, const NormParams& norm, Address y) {

@@ -20,6 +20,9 @@ Kernels avx2_kernels();
 #ifdef VARIATOR_HAVE_AVX512
 Kernels avx512_kernels();
 #endif
+#ifdef VARIATOR_HAVE_AVX512_VNNI
+Kernels avx512_vnni_kernels();
+#endif
 #ifdef VARIATOR_HAVE_AVX512_BF16
 Kernels avx512_bf16_kernels();
 #endif
@@ -67,14 +70,19 @@ const std::vector<Kernels>& available() {
         const bool avx512 =
             __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#ifdef VARIATOR_HAVE_AVX512_VNNI
+        const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+#endif
 #ifdef VARIATOR_HAVE_AVX512_BF16
         // Intel's instruction for pairs has half the throughput of the two for fp32 products.
-        const bool bf16 =
-            avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+        const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
         const bool slow = __builtin_cpu_is("intel") != 0;
         if (bf16 && slow) found.push_back(avx512_bf16_kernels());
 #endif
         if (avx512) found.push_back(avx512_kernels());
+#ifdef VARIATOR_HAVE_AVX512_VNNI
+        if (vnni) found.push_back(avx512_vnni_kernels());
+#endif
 #ifdef VARIATOR_HAVE_AVX512_BF16
         if (bf16 && !slow) found.push_back(avx512_bf16_kernels());
 #ifdef VARIATOR_HAVE_AMX

@@ -63,6 +63,12 @@ void list_kept_groups(const KeptRows& rows, int64_t count, int64_t* start, int64
     }
 }
 
+Groups part(Groups groups, int64_t first, int64_t count) {
+    groups.start += first, groups.span += first, groups.count = count;
+    if (groups.kept) groups.kept += first;
+    return groups;
+}
+
 void list_groups(const uint8_t* mask, int64_t rows, int64_t n, int64_t k, int64_t* start,
                  int64_t* span) {
     const int64_t groups = (n + k - 1) / k;

@@ -6,6 +6,9 @@
 
 namespace variator {
 
+// `count` groups from the `first` on.
+Groups part(Groups groups, int64_t first, int64_t count);
+
 // Start and span of ceil(n / k) groups for each of `rows` rows of n tokens, from a row's first real
 // token to its last; `mask` has a byte a token. Groups behind the last token have a span of 0.
 void list_groups(const uint8_t* mask, int64_t rows, int64_t n, int64_t k, int64_t* start,

@@ -14,10 +14,11 @@ constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 constexpr int64_t tiles(int64_t groups) { return ceil_div(groups, group_tile); }
 
-// How many column blocks of a row each warp of the merge keeps in registers; 0 if they do not fit.
-constexpr int resident_blocks(int64_t k, int64_t d) {
+// How many column blocks of four rows each warp of the merge keeps in registers; 0 if they do not
+// fit.
+constexpr int resident_blocks(int64_t d) {
     const int64_t each = ceil_div(ceil_div(d, column_block), warps_a_block);
-    return k <= 4 && each <= 4 ? static_cast<int>(each) : 0;
+    return each <= 4 ? static_cast<int>(each) : 0;
 }
 
 // How many column blocks one thread block of the decompress writes. Few groups would leave
@@ -48,12 +49,20 @@ constexpr int64_t one_launch_blocks(int64_t groups, int64_t d, int64_t f, int64_
     return larger(smaller(larger(units, tiles(groups)), at_once), 1);
 }
 
-// Split-K of a weight gradient: enough parts for two thread blocks per multiprocessor, each a sum
-// over at least 64 groups.
-constexpr int64_t weight_gradient_parts(int64_t groups, int64_t left, int64_t d,
-                                        int64_t multiprocessors) {
-    const int64_t tiles_a_part = ceil_div(left, 64) * ceil_div(d, 128);
-    return larger(smaller(2 * multiprocessors / larger(tiles_a_part, 1), groups / 64), 1);
+// A weight gradient's thread block has up to 9 tiles of 8 left columns: 64 of a bottleneck and the
+// scores of 8 slots. More are cut into pieces of equal size.
+constexpr int gradient_tiles = 9, gradient_columns = 128;
+constexpr int64_t gradient_pieces(int64_t left) { return ceil_div(left, 8 * gradient_tiles); }
+constexpr int64_t gradient_tiles_a_piece(int64_t left) {
+    return ceil_div(ceil_div(left, 8), larger(gradient_pieces(left), 1));
+}
+
+// How many shares of the groups a weight gradient is split into: one thread block for every
+// multiprocessor, each a sum over at least 128 rows.
+constexpr int64_t gradient_shares(int64_t groups, int64_t left, int64_t d, int64_t slots,
+                                  int64_t multiprocessors) {
+    const int64_t a_share = gradient_pieces(left) * ceil_div(d, gradient_columns) * slots;
+    return larger(smaller(multiprocessors / larger(a_share, 1), groups / 128), 1);
 }
 
 // Whether a GEMM on Hopper takes the large tile [128, 192], which reads fewer bytes per FLOP, or

@@ -11,11 +11,23 @@
 
 namespace variator::cuda {
 
+// More shared memory than 48 KiB has to be asked for, before a launch and before occupancy is
+// known.
+template <class Kernel>
+cudaError_t allow_shared(Kernel kernel, size_t shared) {
+    if (shared <= 48 * 1024) return cudaSuccess;
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    return error == cudaErrorInvalidValue ? cudaErrorLaunchOutOfResources : error;  // too much
+}
+
 // How many thread blocks of a kernel the current device runs at once.
 template <class Kernel>
 cudaError_t blocks_at_once(Kernel kernel, int threads, size_t shared, int& blocks) {
     int multiprocessors = 0;
     cudaError_t error = count_multiprocessors(multiprocessors);
+    if (error == cudaSuccess) error = allow_shared(kernel, shared);
     if (error == cudaSuccess)
         error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared);
     blocks *= multiprocessors;
@@ -34,13 +46,8 @@ cudaError_t launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
     if (grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff)
         return cudaErrorInvalidConfiguration;
-    if (shared > 48 * 1024) {
-        const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                       static_cast<int>(shared));
-        if (error == cudaErrorInvalidValue) return cudaErrorLaunchOutOfResources;  // too much
-        if (error != cudaSuccess) return error;
-    }
+    const cudaError_t error = allow_shared(kernel, shared);
+    if (error != cudaSuccess) return error;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;

@@ -19,7 +19,8 @@ cudaError_t merge_backward(const MergeBackwardParams& p, cudaStream_t stream);
 cudaError_t decompress_backward(const DecompressBackwardParams& p, cudaStream_t stream);
 cudaError_t weight_gradient(const WeightGradientParams& p, cudaStream_t stream);
 cudaError_t gemm(const GemmParams& p, cudaStream_t stream);
-cudaError_t one_launch(const OneLaunchParams& p, cudaStream_t stream);
+cudaError_t one_launch(const LayerParams& p, cudaStream_t stream);
+cudaError_t launches(const LayerParams& p, cudaStream_t stream);
 
 // Dynamic shared memory of a kernel by name, for a bottleneck of r; -1: no such kernel was built.
 int64_t shared_bytes(const std::string& kernel, int64_t r);

@@ -88,7 +88,7 @@ struct NormParams {
 struct MergeParams {
     DType dtype;
     Groups groups;
-    int64_t d, r;   // r: a multiple of 64, zero rows below; 0: no projection wanted
+    int64_t d, r;   // r: a multiple of 64, zero rows below; 0 without `projected`
     const void* x;  // T [tokens, d], rows x_stride apart
     int64_t x_stride;
     NormParams norm;
@@ -162,23 +162,23 @@ struct DecompressBackwardParams {
     float* d_q;          // out [groups, projected_columns]: gradient of W_1u u + b_1
 };
 
-// out[s] = Σ left[m]ᵀ right[m] over part s of the rows m: the slots of the groups, all of them or
-// slot `slot` of each. To be summed over the parts, which are ranges of groups.
+// out[s] = Σ left[m]ᵀ right[m] over part s of the rows m: one slot of a share of the groups, or the
+// groups themselves. To be added up over shares and, but for the scores' columns, over slots.
 struct WeightGradientParams {
     DType dtype;
     Groups groups;
-    int64_t slot;                        // -1: all slots
-    bool left_by_group, right_by_group;  // rows belong to groups, else to tokens
-    const float* left;                   // [.., left_stride]
-    int64_t left_stride;
-    int64_t left_columns;  // left_stride, or one more for a column of ones
-    const void* right;     // T [.., d], rows right_stride apart, under a norm
+    bool by_group;      // rows belong to groups, one each, else to tokens
+    const float* left;  // [tokens or groups, left_columns], or null without columns
+    int64_t left_columns;
+    const float* scores;  // [groups, score_columns]: columns behind those of `left`, or null
+    int64_t score_columns;
+    bool ones;          // a last column of ones
+    const void* right;  // T [tokens or groups, d], rows right_stride apart, under a norm
     int64_t right_stride, d;
     NormParams norm;
-    const float* moments;  // [groups, k, 2] for the norm, or null where there is none
-    int64_t parts;
-    float* out;  // [parts, left_columns, out_stride], d columns of each row
-    int64_t out_stride;
+    const float* moments;  // [groups, k, 2] for the norm; null if there is none
+    int64_t shares;
+    float* out;  // [shares, slots, columns, d]; one slot where rows are groups
 };
 
 // out [rows, columns] = activation(a · weightᵀ + bias) [* factor].
@@ -193,8 +193,8 @@ struct GemmParams {
     void* out;           // T [rows, columns]
 };
 
-// The whole sublayer in one launch, for r = 64. Weights, norm, x, y: as above.
-struct OneLaunchParams {
+// The whole sublayer, in one launch (for r = 64) or in several. Weights, norm, x, y: as above.
+struct LayerParams {
     MergeParams merge;  // merged, projected: workspace; weights: null
     int64_t f;
     const void* w_in;    // T [f, d]
@@ -204,11 +204,13 @@ struct OneLaunchParams {
     const void* b_gate;  // T [f] or null
     const void* b_out;   // T [d] or null
     Activation activation;
-    void* inner;     // workspace T [groups, f]
-    float* partial;  // workspace [splits, groups, d]
-    int64_t splits;  // parts that the down projection's sum over f is split into
-    void* u;         // workspace T [groups, d]
+    void* inner;  // workspace T [groups, f]
+    void* gated;  // workspace T [groups, f]: several launches with a gate; else null
+    void* u;      // workspace T [groups, d]
     DecompressParams decompress;
+    // Of one launch:
+    float* partial;         // workspace [splits, groups, d]
+    int64_t splits;         // parts that the down projection's sum over f is split into
     int64_t blocks_a_part;  // column blocks that a thread block decompresses at a time
 };
 

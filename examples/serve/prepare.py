@@ -10,8 +10,6 @@ import argparse
 import csv
 import importlib.util
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+
+from variator_kernels.train.__main__ import main as train_plugins
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data" / "sst2"
@@ -129,8 +129,7 @@ def plugins(args: argparse.Namespace, original: Path, bf16: bool) -> None:
     for stage in stages:
         words = [str(word) for pair in (common | stage).items() for word in pair]
         ratios = ["--ratios", *map(str, args.ratios)]
-        command = [sys.executable, "-m", "variator_kernels.train", "adapt", *words, *ratios]
-        subprocess.run(command, cwd=ROOT, check=True)
+        train_plugins(["adapt", *words, *ratios])  # python -m variator_kernels.train
 
 
 def main(arguments: list[str] | None = None) -> None:

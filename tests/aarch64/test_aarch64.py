@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [*ROOT.glob("csrc/cpu/*.cpp"), Path(__file__).with_name("kernels.cpp")]
-X86 = ("avx2", "avx512", "avx512_bf16", "amx")
+X86 = ("avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 LEFT_OUT = ("bindings.cpp", *(f"isa_{name}.cpp" for name in X86))
 # As CMakeLists.txt has them; static, so that the emulator needs no libraries.
 FLAGS = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-fno-math-errno", "-static"]

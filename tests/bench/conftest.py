@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.methods.test_calibration import few_steps  # noqa: F401 - a fixture
+
 TINY = {
     "model_type": "t5",
     "d_model": 64,
@@ -47,6 +49,11 @@ def written(tmp_path: Path, config: dict) -> str:
 def tiny(tmp_path: Path, request: pytest.FixtureRequest) -> str:
     """A folder that holds a configuration and no weights."""
     return written(tmp_path, {**TINY, "feed_forward_proj": request.param})
+
+
+# Of what does not depend on the FFN or the family: files, refusals, rows without a number.
+one_ffn = pytest.mark.parametrize("tiny", ["relu"], indirect=True)
+one_bert = pytest.mark.parametrize("tiny_bert", [BERT], indirect=True, ids=["bert"])
 
 
 @pytest.fixture(params=[BERT, DISTILBERT], ids=lambda config: config["model_type"])

@@ -15,7 +15,7 @@ from bench import internals
 from bench.decoder import __main__ as command
 from bench.decoder import check, levels, perplexity, setup, timing
 from bench.decoder.levels import Level
-from bench.harness import results
+from bench.harness import child, results
 from bench.tools import report, smollm2
 
 BOTH = "attention_kv+ffn/2"
@@ -107,7 +107,7 @@ def test_a_wrong_level_has_no_number(run, monkeypatch: pytest.MonkeyPatch) -> No
         return made
 
     monkeypatch.setattr(setup, "patched", wrong)
-    code, rows = run()
+    code, rows = run("--places", f"{BOTH},ffn")
     assert code == 1 and rows[""]["status"] == "ok"
     for where in (BOTH, "ffn"):
         assert rows[where]["status"] == "failed" and "allowed" in rows[where]["reason"]
@@ -136,7 +136,7 @@ def test_the_rule_of_errors() -> None:
 def test_another_cache_than_specified_has_no_number(run, monkeypatch: pytest.MonkeyPatch) -> None:
     real = internals.cache_entries
     monkeypatch.setattr(internals, "cache_entries", lambda cache: [n + 1 for n in real(cache)])
-    code, rows = run()
+    code, rows = run("--places", f"{BOTH},ffn")
     assert code == 1 and rows["ffn"]["status"] == "ok"
     assert "entries behind 48 tokens, not" in rows[BOTH]["reason"] and "first" not in rows[BOTH]
 
@@ -153,7 +153,7 @@ def test_without_a_baseline_nothing_has_numbers(run, monkeypatch: pytest.MonkeyP
 def test_a_memory_cell_that_fails(run, monkeypatch: pytest.MonkeyPatch) -> None:
     failing = {"status": "failed", "reason": "killed"}
     monkeypatch.setattr(command, "in_child", lambda cell: failing)
-    code, rows = run()
+    code, rows = run("--places", BOTH)
     assert code == 1 and rows[BOTH]["reason"] == "killed"
 
 
@@ -162,7 +162,11 @@ def test_memory_in_a_process_of_its_own(tiny_llama: str) -> None:
     row = command.in_child(cell | {"model": tiny_llama})
     assert row["status"] == "ok", row
     assert row["peak_bytes"] >= 0 and row["packed_bytes"] >= 0
-    assert command.in_child(cell | {"model": "none"})["status"] == "failed"
+
+
+def test_a_process_that_fails() -> None:
+    row = child.measured("no_such_benchmark", {})
+    assert row["status"] == "failed" and "no_such_benchmark" in row["reason"]
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,14 @@ import torch
 
 from bench import dtypes
 from bench.cases import models
+from tests.bench.conftest import one_ffn
+
+QUICK = ("--quick", "--rounds", "3")
 
 
-def test_every_case_is_measured_and_checked(tmp_path):
-    assert dtypes.main(["--quick", "--rounds", "3", "--output", str(tmp_path)]) == 0
+@one_ffn
+def test_every_case_is_measured_and_checked(tiny, tmp_path):
+    assert dtypes.main(["--model", tiny, *QUICK, "--output", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "dtypes.json").read_text())["rows"]
     assert [(row["case"], row["arm"]) for row in rows] == [
         (case, arm) for case in dtypes.CASES for arm in dtypes.ARMS
@@ -21,7 +25,8 @@ def test_every_case_is_measured_and_checked(tmp_path):
         assert row["arm"] != "fp32" or row["over_fp32"]["median"] == 1
 
 
-def test_a_wrong_output_has_no_number(tmp_path, monkeypatch):
+@one_ffn
+def test_a_wrong_output_has_no_number(tiny, tmp_path, monkeypatch):
     real = dtypes.Work.call
 
     def wrong(self, case, arm, module, x):
@@ -30,7 +35,7 @@ def test_a_wrong_output_has_no_number(tmp_path, monkeypatch):
         return (out[0] + 1, *out[1:]) if broken else out
 
     monkeypatch.setattr(dtypes.Work, "call", wrong)
-    assert dtypes.main(["--quick", "--rounds", "3", "--output", str(tmp_path)]) == 1
+    assert dtypes.main(["--model", tiny, *QUICK, "--output", str(tmp_path)]) == 1
     rows = json.loads((tmp_path / "dtypes.json").read_text())["rows"]
     (bad,) = [row for row in rows if row["status"] != "ok"]
     assert (bad["case"], bad["arm"]) == ("inference", "bf16") and "samples" not in bad

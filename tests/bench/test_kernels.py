@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bench import internals, kernels
+from tests.bench.conftest import one_ffn
 from variator_kernels import extension
 
 KERNELS = pytest.mark.skipif(extension.load() is None, reason="the kernels are not built")
@@ -30,7 +31,7 @@ def test_every_kernel_under_every_instruction_set(tiny, tmp_path):
 
 
 @KERNELS
-@pytest.mark.parametrize("tiny", ["relu"], indirect=True)
+@one_ffn
 def test_a_wrong_kernel_has_no_number(tiny, tmp_path, monkeypatch):
     right = internals.adapter_decompress
     monkeypatch.setattr(internals, "adapter_decompress", lambda *args: right(*args) + 1e-3)

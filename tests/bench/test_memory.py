@@ -10,8 +10,7 @@ import torch
 
 from bench import memory
 from bench.harness import allocations, machine
-
-ONE = pytest.mark.parametrize("tiny", ["relu"], indirect=True)
+from tests.bench.conftest import one_ffn
 
 
 def test_profiled_counts_temporaries_and_outputs() -> None:
@@ -30,7 +29,7 @@ def test_profiled_counts_temporaries_and_outputs() -> None:
     assert taken.peak == 20_000
 
 
-@ONE
+@one_ffn
 def test_cell(tiny: str) -> None:
     cell = {"model": tiny, "arm": "hf", "k": None, "direction": "forward", "dtype": "fp32"}
     sizes = {"batch": 2, "length": 64, "bottleneck": 8, "threads": 1}
@@ -42,7 +41,7 @@ def test_cell(tiny: str) -> None:
         assert row["peak_bytes"] >= row["largest_bytes"] > 0
 
 
-@ONE
+@one_ffn
 def test_writes_json(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "in_child", lambda cell: memory.measure(cell))
     monkeypatch.setattr(memory, "PLUGGED", ("reference",))
@@ -59,7 +58,7 @@ def test_writes_json(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch)
     }
 
 
-@ONE
+@one_ffn
 def test_child_process(tiny: str) -> None:
     row = memory.in_child({"model": tiny, "arm": "none of them"})
     assert row["status"] == "failed" and "KeyError" in row["reason"]

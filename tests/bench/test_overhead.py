@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from bench import internals, overhead
+from tests.bench.conftest import one_bert, one_ffn
 from variator_kernels import extension
 
 KERNELS = pytest.mark.skipif(extension.load() is None, reason="the kernels are not built")
@@ -38,12 +39,14 @@ def test_measures_a_bert(tiny_bert, tmp_path):
 
 
 @KERNELS
+@one_ffn
 def test_other_outputs_have_no_number(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(internals, "ffn_sublayers", lambda model: [lambda x: x + 1])
     code, (row,) = sublayers(run(tiny, tmp_path))
     assert code == 1 and row["status"] == "failed" and "median" not in row
 
 
+@one_bert
 def test_switches_are_timed_beside_a_thread(tiny_bert, tmp_path):
     code, rows = run(tiny_bert, tmp_path)
     switches = [row for row in rows if row["case"] == "switch"]
@@ -55,6 +58,7 @@ def test_switches_are_timed_beside_a_thread(tiny_bert, tmp_path):
         assert row["tensors"] == 0 and row["limit"] == 20.0
 
 
+@one_bert
 def test_a_switch_to_another_level_has_no_number(tiny_bert, tmp_path, monkeypatch):
     monkeypatch.setattr(internals, "level", lambda model: (1, 1))
     code, rows = run(tiny_bert, tmp_path)

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 
 from bench import packing
+from tests.bench.conftest import one_ffn
 from variator_kernels.ops.packed import PackCache
 
-ONE = pytest.mark.parametrize("tiny", ["relu"], indirect=True)
 
-
-@ONE
+@one_ffn
 def test_writes_json(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "in_child", lambda cell: packing.CELLS[cell["case"]](cell))
     monkeypatch.setattr(packing, "SIZES", ((2, 64),))
@@ -30,7 +29,7 @@ def test_writes_json(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch)
     assert memory["unpatched"]["packed"] > 0
 
 
-@ONE
+@one_ffn
 def test_a_rule_that_misses_a_write_has_no_number(
     tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,7 +50,7 @@ def test_a_rule_that_misses_a_write_has_no_number(
     assert failed["read"] == "a write was missed"
 
 
-@ONE
+@one_ffn
 def test_memory_does_not_grow_with_the_lengths_met(tiny: str) -> None:
     """In a process of its own; a product of each number of rows would take a MiB and more."""
     cell = {"case": "lengths", "model": tiny, "dtype": "fp32", "k": 4, "threads": 2}

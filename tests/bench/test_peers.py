@@ -29,6 +29,8 @@ MODULES = {
     "torchao": "torchao", "torchao-pt2e": "torchao",
 }  # fmt: skip
 CONFIGS = {"t5": TINY, "gated": {**TINY, "feed_forward_proj": "gated-gelu"}, "bert": BERT}
+# Inductor's code takes seconds a model: a pre-norm and a post-norm one are between the two arms.
+COMPILED = {"torchao": "bert", "torchao-pt2e": "t5"}
 
 
 def run(config: dict, folder: Path, *more: str) -> tuple[int, dict]:
@@ -41,8 +43,10 @@ def run(config: dict, folder: Path, *more: str) -> tuple[int, dict]:
     return code, json.loads((folder / "peers_tiny.json").read_text())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("arm", MODULES)
+@pytest.mark.parametrize(
+    ("arm", "name"),
+    [(arm, name) for arm in MODULES for name in CONFIGS if COMPILED.get(arm, name) == name],
+)
 def test_a_runtime_computes_the_same(arm: str, name: str, tmp_path: Path) -> None:
     pytest.importorskip(MODULES[arm], reason=f"{MODULES[arm]} is not installed")
     code, content = run(CONFIGS[name], tmp_path, "--arms", f"hf-sdpa,{arm}", "--dtype", "fp32,int8")

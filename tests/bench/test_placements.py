@@ -16,7 +16,7 @@ from bench.cases.encoder import Encoder
 from bench.harness import options, results
 from bench.tools import report
 from bench.tools.report_speed import Machine
-from tests.bench.conftest import BERT
+from tests.bench.conftest import BERT, one_ffn
 from variator_kernels import extension
 
 KERNELS = pytest.mark.skipif(extension.load() is None, reason="the kernels are not built")
@@ -191,6 +191,7 @@ def test_a_table_of_every_file_with_placements(tmp_path: Path) -> None:
     assert "bert" not in report.TABLES["encoder"](found, tmp_path)
 
 
+@one_ffn
 def test_a_name_for_the_result(tiny: str, tmp_path: Path) -> None:
     run(tiny, tmp_path, "--arms", "hf")
     (tmp_path / "speed_vs_k.json").rename(tmp_path / "before")

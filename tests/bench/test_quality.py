@@ -15,7 +15,7 @@ from bench.tools import report_training
 from bench.tools.report_speed import Machine
 from tests.train import toy
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("few_steps")]
 
 
 @pytest.fixture
@@ -169,7 +169,6 @@ def test_refuses_what_it_does_not_know(folder, capsys):
         (["--model", "x"], "folder"),
         (["--placements", "keys"], "placements must be among"),
         (["--placements", "attention,attention_kv"], "not hold both"),
-        (["--keep-first", "0,1"], "keep_first must be one integer"),
         (["--keep-first", "-1"], "keep_first must be integers >= 0"),
     )
     for more, message in wrong:
@@ -211,6 +210,27 @@ def test_placements_are_kept_apart(folder):
     assert (folder / "out" / f"{PLACED}.png").stat().st_size > 10_000
 
 
+def test_one_command_compares_placements_and_kept_tokens(folder, capsys):
+    """And goes on where it was: a second one makes nothing again."""
+    more = ("--variants", "untrained,without pre-training", "--ratios", "4", "--keep-first", "0,1")
+    places = ("attention_kv", "attention")
+    for where in places:
+        more += ("--placements", where)
+    labels = [f"{place}_keep{kept}" for place in places for kept in "01"]
+    first = run(folder, *more, name=f"quality_vs_k_model_sst2_{labels[0]}")
+    for label in labels:
+        content = json.loads((folder / "out" / f"quality_vs_k_model_sst2_{label}.json").read_text())
+        assert "_".join(content["settings"]["placements"]) in label
+        assert label.endswith(f"keep{content['settings']['keep_first']}")
+        assert {row["status"] for row in content["costs"]} == {"ok"}
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "medians over seeds" in shown
+    stamps = {p: p.stat().st_mtime_ns for p in (folder / "work").rglob("*") if p.is_file()}
+    again = run(folder, *more, name=f"quality_vs_k_model_sst2_{labels[0]}")
+    assert again["rows"] == first["rows"]
+    assert stamps == {p: p.stat().st_mtime_ns for p in (folder / "work").rglob("*") if p.is_file()}
+
+
 def test_keys_alone_have_no_adapter_to_ablate(folder, capsys):
     more = ("--placements", "attention_kv")
     for wrong in ("copy", "r=40"):
@@ -218,7 +238,7 @@ def test_keys_alone_have_no_adapter_to_ablate(folder, capsys):
             run(folder, "--variants", wrong, *more)
         assert "variants must be of" in capsys.readouterr().err
     args = quality_vs_k.parser().parse_args(more)
-    names = [variant.name for variant, _ in quality_vs_k.chosen(args)]
+    names = [variant.name for variant, _ in quality_vs_k.chosen(args, args.placements[0])]
     assert "mean pooling" in names and not {"copy", "r=40"} & set(names)
 
 

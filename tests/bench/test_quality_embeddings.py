@@ -17,7 +17,7 @@ from tests.train import toy
 
 pytest.importorskip("scipy")
 pytest.importorskip("sentence_transformers")
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("few_steps")]
 
 
 def random_rows(*shape, seed=0):

@@ -110,3 +110,18 @@ def test_targets_match_the_issue() -> None:
     assert targets.SUBLAYER["fp32"] == {2: 1.9, 4: 3.5, 8: 6.2, 16: 9.5, 32: 13.0}
     assert targets.SUBLAYER["bf16"] == {2: 1.85, 4: 3.4, 8: 6.0, 16: 9.3, 32: 12.5}
     assert targets.ENCODER == {"fp32": 1.85, "bf16": 1.5}
+
+
+def test_every_run_of_methods(folder: Path) -> None:
+    content = result([]) | {"task": "sst2", "score": "accuracy"}
+    content["settings"] |= {"steps": 600, "batch": 16, "seeds": 3}
+    made = {"method": "plugins", "setting": "k=4", "dev": 0.88, "test": None, "seeds": 3}
+    made |= {"added": 0.01, "multiply_adds": 0.5, "speedup": {"median": 1.5}, "status": "ok"}
+    made |= {"weights_bytes": 2**20, "peak_bytes": 2**21}
+    content["summary"] = [made, made | {"method": "student", "status": "failed"}]
+    path = folder / "results" / "a-cpu" / "methods_minilm_sst2.json"
+    path.write_text(json.dumps(content))
+    _, text = run(folder, README.format("methods", ""))
+    assert "600 steps of 16 rows, medians of 3 seeds" in text
+    assert "| plugins | k=4 | 88.0 |" in text and "student" not in text
+    assert "methods_minilm_sst2.png" in text

@@ -11,6 +11,7 @@ import torch
 from bench import plot, speed_vs_k
 from bench.cases import Arm, Case, Key, models, sublayer
 from bench.harness import checks, clock, runner
+from tests.bench.conftest import one_ffn
 from variator_kernels import extension
 
 PLAIN = "hf,dense-packed,reference"
@@ -23,6 +24,7 @@ def run(model: str, output: Path, *more: str) -> tuple[int, dict]:
     return code, json.loads((output / "speed_vs_k.json").read_text())
 
 
+@one_ffn
 def test_writes_json_and_png(tiny: str, tmp_path: Path) -> None:
     code, content = run(tiny, tmp_path, "--arms", PLAIN, "--ratios", "2,4", "--length", "37")
     assert code == 0
@@ -69,6 +71,7 @@ def test_a_bert(tiny_bert: str, tmp_path: Path) -> None:
     assert content["model"]["d_ff"] == 128 and content["model"]["weights"] == "random"
 
 
+@one_ffn
 def test_a_wrong_arm_has_no_number(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

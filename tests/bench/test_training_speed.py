@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bench import internals, training_speed
+from tests.bench.conftest import one_ffn
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -27,12 +28,14 @@ def test_measures_both_arms(tiny, tmp_path):
     assert rows[0]["over_reference"]["median"] == 1
 
 
+@one_ffn
 def test_dtypes_that_training_does_not_take_are_refused(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit):
         training_speed.main(["--model", tiny, "--dtype", "fp16", "--output", str(tmp_path)])
     assert "dtype must be of fp32, bf16, got 'fp16'" in capsys.readouterr().err
 
 
+@one_ffn
 def test_a_wrong_gradient_has_no_number(tiny, tmp_path, monkeypatch):
     real = training_speed.Arm.gradients
 

@@ -100,3 +100,23 @@ def test_few_tiles_share_out_their_columns(tiles, programs):
 def test_a_kernel_without_a_row_is_an_error():
     with pytest.raises(LookupError, match="no row for kernel 'unknown'"):
         launch.settings("unknown")
+
+
+def test_an_architecture_has_the_rows_of_the_one_that_it_is_like(monkeypatch):
+    wide = {"d": 768, "k": 4, "dtype": "bfloat16", "rows": "many", "r": 512}
+
+    def settings(kernel, arch):
+        return launch.settings(kernel, arch=arch, **wide)
+
+    assert settings("group_merge", "gfx950") == settings("group_merge", "gfx942")
+    assert settings("merge_backward", "sm_89") == settings("merge_backward", "sm_80")
+    assert settings("merge_backward", "sm_80") != settings("merge_backward", "sm_90")
+    # 110,656 bytes of shared memory on sm_80: more than these have.
+    small = settings("adapter_decompress", "sm_120")
+    assert small != settings("adapter_decompress", "sm_80")
+    for arch in ("sm_86", "sm_89", "sm_121"):
+        assert settings("adapter_decompress", arch) == small
+    monkeypatch.setattr(launch, "LIKE", {})
+    launch.settings.cache_clear()
+    assert settings("adapter_decompress", "sm_121") != small
+    launch.settings.cache_clear()

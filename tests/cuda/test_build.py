@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,8 @@ def choose(tmp_path: Path, wanted: str, gpus: str = "") -> str:
         ("90-real;sm_90a", "", "90a-real|90a-real|"),
         ("90a;90-virtual", "", "90a-real;90-virtual|90a-real|90-virtual"),
         ("100f-real", "", "100f-real||100f-real"),
+        ("80;90a;100;120", "", "80;90a-real;100;120|90a-real|80;100;120"),
+        ("", "10.0\\n12.0\\n", "100;120||100;120"),
     ],
 )
 def test_architectures(tmp_path, wanted, gpus, chosen):
@@ -58,6 +63,38 @@ def test_architectures(tmp_path, wanted, gpus, chosen):
 )  # fmt: skip
 def test_architectures_that_are_refused(tmp_path, wanted, gpus, why):
     assert why in choose(tmp_path, wanted, gpus)
+
+
+def test_what_each_file_is_compiled_for(tmp_path):
+    """wgmma for sm_90a alone; Blackwell has none, so its GEMMs are those with mma.sync."""
+    nvcc = shutil.which("nvcc")
+    if CMAKE is None or nvcc is None:
+        pytest.skip("CMake or nvcc is not installed")
+    pybind11 = pytest.importorskip("pybind11").get_cmake_dir()
+    done = subprocess.run(
+        [CMAKE, "-S", CSRC, "-B", tmp_path, "-G", "Ninja","-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
+         f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DPython_EXECUTABLE={sys.executable}",
+         f"-Dpybind11_DIR={pybind11}", "-DVARIATOR_CUDA_ARCHS=80;90a;100;120",
+         f"-DVARIATOR_CUTLASS={tmp_path}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    commands = json.loads((tmp_path / "compile_commands.json").read_text())
+    found = {
+        Path(each["file"]).stem: re.findall(r"code=\[(\S+?)\]", each["command"])
+        for each in commands
+        if each["file"].endswith(".cu")
+    }
+    both = ["compute_80,sm_80", "compute_100,sm_100", "compute_120,sm_120"]
+    for name, codes in found.items():
+        if name.startswith("gemm_sm90"):
+            assert codes == ["sm_90a"], name
+        elif name.startswith("gemm_sm80"):
+            assert codes == both, name
+        else:
+            assert codes == [both[0], "sm_90a", *both[1:]], name
+    gemms = {name.split("_")[1] for name in found if name.startswith("gemm_")}
+    assert gemms == {"sm80", "sm90"} and {"merge", "decompress", "backward"} <= set(found)
 
 
 def test_the_gemms_files_are_what_the_script_writes():

@@ -20,11 +20,10 @@ def heuristics():
 
 
 @pytest.mark.parametrize(
-    ("k", "d", "blocks"),
-    [(2, 8, 1), (4, 256, 1), (4, 512, 2), (4, 768, 3), (4, 1024, 4), (4, 1032, 0), (5, 256, 0)],
+    ("d", "blocks"), [(8, 1), (256, 1), (264, 2), (512, 2), (768, 3), (1024, 4), (1032, 0)]
 )
-def test_rows_in_registers(heuristics, k, d, blocks):
-    assert heuristics.resident_blocks(k, d) == blocks
+def test_rows_in_registers(heuristics, d, blocks):
+    assert heuristics.resident_blocks(d) == blocks
 
 
 def test_tiles(heuristics):
@@ -52,10 +51,22 @@ def test_blocks_of_one_launch(heuristics):
     assert heuristics.one_launch_blocks(1, 8, 8, 1, H200) == 1
 
 
-def test_parts_of_a_weights_gradient(heuristics):
-    assert heuristics.weight_gradient_parts(4096, 64, 768, H200) == 44
-    assert heuristics.weight_gradient_parts(64, 64, 768, H200) == 1
-    assert heuristics.weight_gradient_parts(0, 1, 8, H200) == 1
+@pytest.mark.parametrize(
+    ("columns", "tiles"), [(1, 1), (68, 9), (72, 9), (73, 5), (96, 6), (130, 9), (544, 9)]
+)
+def test_left_columns_of_a_weights_gradient(heuristics, columns, tiles):
+    """Of pieces of at most 72 columns none is much smaller than the others."""
+    assert heuristics.gradient_tiles_a_piece(columns) == tiles
+    assert 0 <= -(-columns // 72) * tiles - -(-columns // 8) < -(-columns // 72)
+
+
+def test_shares_of_a_weights_gradient(heuristics):
+    assert heuristics.gradient_shares(4096, 68, 768, 4, H200) == 5  # 120 thread blocks
+    assert heuristics.gradient_shares(4096, 64, 768, 1, H200) == 22
+    assert heuristics.gradient_shares(2048, 68, 4096, 4, H200) == 1
+    assert heuristics.gradient_shares(512, 96, 768, 32, H200) == 1
+    assert heuristics.gradient_shares(128, 64, 768, 1, H200) == 1
+    assert heuristics.gradient_shares(0, 1, 8, 1, H200) == 1
 
 
 def test_the_large_tile_needs_enough_rows(heuristics):
@@ -67,7 +78,7 @@ def test_the_large_tile_needs_enough_rows(heuristics):
 
 
 def test_the_sanitizer_meets_every_kernel(heuristics):
-    kernels = {heuristics.resident_blocks(k, d) for d, k, _ in sanitize.SIZES}
+    kernels = {heuristics.resident_blocks(d) for d, _, _ in sanitize.SIZES}
     assert kernels == {0, 1, 2, 3, 4}
     assert heuristics.large_gemm_tile(*sanitize.LARGE_PRODUCT[:2], H200)
 
@@ -87,6 +98,11 @@ def test_the_sanitizer_meets_every_kernel(heuristics):
         ((10, 3), "100f-real", True),
         ((10, 3), "100a-real", False),
         ((12, 0), "100f-virtual", False),
+        ((12, 0), "80;90a-real", True),  # by PTX
+        ((10, 0), "80-real;90a-real", False),
+        ((10, 3), "90a-real;100-real;120-real", True),
+        ((12, 1), "90a-real;100-real;120-real", True),
+        ((11, 0), "90a-real;100-real;120-real", False),
     ],
 )
 def test_which_gpus_an_architecture_fits(capability, architectures, runs):

@@ -67,16 +67,29 @@ def test_packed_input(cuda, way, dtype, lengths, outside):
     assert torch.equal(y[int(cu[-1]) :], x[int(cu[-1]) :])
 
 
-# Rows in registers (1 to 4 blocks a warp), rows read again, bottlenecks of one chunk and more.
+# Rows in registers (1 to 4 blocks a warp) or read by blocks, groups of one quad of slots and of
+# several, bottlenecks of one chunk and more.
 @pytest.mark.parametrize(
     ("d", "k", "r"),
     [(8, 2, 1), (264, 4, 64), (520, 3, 64), (776, 4, 64), (1032, 4, 20), (1288, 2, 64),
-     (264, 5, 130), (40, 32, 512)],
+     (264, 5, 130), (40, 32, 512), (520, 17, 64), (776, 9, 7), (1032, 10, 130)],
 )  # fmt: skip
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_sizes_that_choose_a_kernel(cuda, d, k, r, norm):
     p, ffn = plugin(d, k, r, BF16), feed_forward(d, 40, BF16, "t5" if norm == "rms" else "bert")
     check(torch.randn(1, 37, d).to(BF16), p, ffn._replace(post_norm=False))
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("weight", ["narrow", "wide", "none"])
+@pytest.mark.parametrize("d", [72, 1032])
+def test_where_rstd_scales_sums_or_elements(cuda, dtype, weight, d):
+    """Large rows: in fp16 x times the weight would overflow before it is divided."""
+    p, ffn = plugin(d, 6, 8, dtype), feed_forward(d, 40, dtype, "t5")
+    given = {"narrow": 9 * ffn.norm_weight, "wide": 9 * ffn.norm_weight.float(), "none": None}
+    ffn = ffn._replace(norm_weight=given[weight])
+    x = torch.randn(1, 23, d) * torch.logspace(-2, 4, 23)[None, :, None]
+    check(x.to(dtype), p, ffn)
 
 
 def test_order_of_threads(cuda, order, way):

@@ -22,6 +22,7 @@ TINY_SOURCES = {
     "isa_portable.cpp": "int kernel() { return 42; }\n",
     "isa_avx2.cpp": "",
     "isa_avx512.cpp": "",
+    "isa_avx512_vnni.cpp": "",
     "isa_avx512_bf16.cpp": "",
     "isa_amx.cpp": "",
 }

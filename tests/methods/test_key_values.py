@@ -6,8 +6,8 @@ import torch
 import variator_kernels as vk
 from tests.sites import tiny, zoo
 from variator_kernels.methods.variator.calibration.key_values import KeyValues
-from variator_kernels.sites.attention import reach_of
 from variator_kernels.sites.find import find
+from variator_kernels.sites.reach import reach_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -28,7 +28,9 @@ def model(name, *placements, spread=2.0):
     return vk.patch(made, 2, (2,), 6, placements=placements, keep_first=1)
 
 
-@pytest.mark.parametrize("name", ["bert", "t5", "bart", "nomic_bert"])
+@pytest.mark.parametrize(
+    "name", ["bert", "t5", "longt5-global", "bart", "nomic_bert", "deberta-v2"]
+)
 def test_lowers_the_error(name):
     if name not in zoo.NAMES:
         pytest.skip(f"this version of transformers has no {name}")
@@ -40,7 +42,7 @@ def test_lowers_the_error(name):
     assert "attention_kv" in str(table)
 
 
-@pytest.mark.parametrize("name", ["bert", "t5", "bart", "nomic_bert"])
+@pytest.mark.parametrize("name", ["bert", "t5", "bart", "nomic_bert", "deberta-v2"])
 def test_lowers_the_error_around_attention(name):
     if name not in zoo.NAMES:
         pytest.skip(f"this version of transformers has no {name}")
@@ -65,7 +67,7 @@ def test_beside_ffns_each_in_its_turn(place):
 
 def test_received_attention_is_that_of_transformers():
     """The closed form's target, against the attention weights that the model itself returns."""
-    for name in ("bert", "t5", "modernbert"):
+    for name in ("bert", "t5", "modernbert", "roformer", "deberta", "deberta-v2"):
         if name not in zoo.NAMES:
             continue
         made = zoo.plain(name, "eager")
@@ -93,6 +95,15 @@ def test_received_attention_is_that_of_transformers():
             got = site._received(h, mask > 0, torch.arange(9)[None])
         expected = torch.where(mask[:, None, :, None] > 0, given, 0).sum((1, 2))
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("place", ["attention", "attention_kv"])
+def test_refuses_terms_of_places(place):
+    made = model("layoutlmv3", place)
+    before = [p.clone() for p in vk.plugin_parameters(made)]
+    with pytest.raises(ValueError, match=r"calibrate must be of placements .*position_ids, bbox"):
+        vk.calibrate(made, batches())
+    assert all(map(torch.equal, vk.plugin_parameters(made), before))
 
 
 def test_without_merge_nothing_moves():

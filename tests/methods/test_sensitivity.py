@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 import variator_kernels as vk
-from tests.methods.test_calibration import batches
+from tests.methods.test_calibration import batches, few_steps  # noqa: F401
 from tests.sites import tiny
 from variator_kernels.methods.variator.calibration import inputs, sensitivity
 
@@ -181,7 +181,7 @@ class Wrapper(nn.Module):
         return self.encoder(input_ids=ids, attention_mask=mask)
 
 
-def test_a_wrapper_with_a_forward_of_its_own_is_calibrated():
+def test_a_wrapper_with_a_forward_of_its_own_is_calibrated(few_steps):  # noqa: F811
     made = vk.patch(Wrapper(tiny.model("bert", "gelu")), 2, (2,), bottleneck=4)
     table = vk.calibrate(made, batches())
     assert table.rows[-1].after < table.rows[-1].before
@@ -209,7 +209,7 @@ def test_where_no_gradient_passes_a_warning_says_so(monkeypatch):
         vk.calibrate(made, batches())  # the descent needs one too
 
 
-def test_inside_inference_mode():
+def test_inside_inference_mode(few_steps):  # noqa: F811
     made = vk.patch(tiny.model("bert", "gelu"), 2, (2,), bottleneck=4)
     with torch.inference_mode():
         table = vk.calibrate(made, batches())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.cases import masked, moved
+from tests.ops.remember import remembered
 from variator_kernels import functional as vf
 from variator_kernels.ops.groups import Keep, slots
 from variator_kernels.ops.make_groups import make_groups
@@ -101,13 +102,30 @@ def gradients(
     return [g.cpu() for g in torch.autograd.grad(out, leaves, d_out)]
 
 
+@remembered
+def expected_gradients(
+    inputs: list[Tensor], given: dict[str, Any], d_out: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """In float64, and in plain PyTorch."""
+    truths = gradients(inputs, "reference", given, d_out, torch.double)
+    return truths, gradients(inputs, "reference", given, d_out)
+
+
+@remembered
+@torch.no_grad()
+def expected_output(inputs: list[Tensor], given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The output in float64, and of plain PyTorch."""
+    wide = [t.double() for t in inputs]
+    truth = vf.grouped_attention(*wide, backend="reference", **given)
+    return truth, vf.grouped_attention(*inputs, backend="reference", **given)
+
+
 def check_gradients(
     inputs: list[Tensor], backend: str, given: dict[str, Any], d_out: Tensor, what: str
 ) -> None:
     """The project's rule for each of :func:`gradients`."""
     d_out = d_out.to(inputs[0].dtype)  # what all are given
-    truths = gradients(inputs, "reference", given, d_out, torch.double)
-    plain = gradients(inputs, "reference", given, d_out)
+    truths, plain = expected_gradients(inputs, given, d_out)
     found = gradients(inputs, backend, given, d_out)
     for name, *each in zip("qkvb", found, plain, truths, strict=False):
         given_dtype = given["bias"].dtype if name == "b" else inputs[0].dtype

@@ -8,11 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from variator_kernels import backends, extension
+from variator_kernels import backends, environment, extension
 from variator_kernels.ops.feed_forward import FeedForward, PluginWeights
 
 CPU = extension.load()
-ISAS = CPU.available_isas() if CPU is not None else []
+# Where one is asked for (`make test-weaker`), it alone: the others are run without it.
+ASKED = environment.choice("VARIATOR_CPU_ISA", environment.INSTRUCTION_SETS)
+INT8_ISAS = [ASKED] if CPU and ASKED else CPU.available_isas() if CPU else []
+# Beside int8 the kernels of avx512_vnni are those of avx512.
+ISAS = [isa for isa in INT8_ISAS if isa != "avx512_vnni" or isa == ASKED]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 RATIOS = [2, 3, 4, 5, 8, 16, 32]
 needs_cpu = pytest.mark.skipif(CPU is None, reason=f"no CPU kernels: {extension.why_missing()}")
@@ -152,6 +156,12 @@ def skip_unknown(dtype: torch.dtype, kernels: str) -> None:
 
 def interpreted(kernels: str) -> bool:
     return kernels == "triton" and not GPU
+
+
+def skip_interpreted(kernels: str, when: bool, what: str) -> None:
+    """Leaves out ``when`` other cases test the same, and this one costs the interpreter seconds."""
+    if when and interpreted(kernels):
+        pytest.skip(f"interpreted, others are enough: {what}")
 
 
 def shapes_of(kernels: str, dtype: torch.dtype) -> list[tuple[int, int, int]]:

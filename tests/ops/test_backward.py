@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.cases import (
+    ISAS,
     KEPT,
     MASKS,
     assert_close,
@@ -24,8 +25,10 @@ from tests.ops.cases import (
     moved,
     needs_cpu,
     plugin,
+    skip_interpreted,
     skip_unknown,
 )
+from tests.ops.remember import remembered
 from variator_kernels import functional as vf
 
 
@@ -47,14 +50,20 @@ def gradients(x, p, ffn, dtype, backend, dy, **options):
     return dict(zip(tensors, found, strict=True))
 
 
+@remembered
+def expected(x, p, ffn, dy, options):
+    """The gradients in float64, and in plain PyTorch."""
+    truth = gradients(x, p, ffn, torch.double, "reference", dy, **options)
+    return truth, gradients(x, p, ffn, x.dtype, "reference", dy, **options)
+
+
 def check(backend, x, p, ffn, **options):
     x, p, ffn = moved((x, p, ffn), backend)
     options = {name: moved(value, backend) for name, value in options.items()}
     dy = torch.randn(x.shape).to(x)
     if options.get("mask") is not None:
         dy = dy * options["mask"][..., None]
-    truth = gradients(x, p, ffn, torch.double, "reference", dy, **options)
-    plain = gradients(x, p, ffn, x.dtype, "reference", dy, **options)
+    truth, plain = expected(x, p, ffn, dy, options)
     out = gradients(x, p, ffn, x.dtype, backend, dy, **options)
     for names in PARTS:
         names = [name for name in names if name in truth]
@@ -102,6 +111,8 @@ def assert_gradient(out: Tensor, plain: Tensor, truth: Tensor, what: str) -> Non
 @pytest.mark.parametrize("mask_kind", MASKS)
 def test_gradients(kernels, dtype, mask_kind):  # noqa: F811
     skip_unknown(dtype, kernels)
+    if dtype != torch.float32:  # as in test_forward.py
+        skip_interpreted(kernels, mask_kind not in ("none", "holes"), "16 bits at other masks")
     cases = [
         (2, 37, 50, 4, "t5"),
         (3, 61, 33, 8, "v1.1"),
@@ -122,6 +133,21 @@ def test_gradients(kernels, dtype, mask_kind):  # noqa: F811
         check(kernels, torch.randn(rows, n, d).to(dtype), p, ffn, mask=masked(mask_kind, rows, n))
 
 
+@pytest.mark.parametrize("kernels", ISAS, indirect=True)
+@pytest.mark.parametrize("threads", [2, 5], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_shared_among_threads(kernels, threads, dtype):  # noqa: F811
+    """Those of weights are sums over what each thread has seen."""
+    for rows, n in ((3, 301), (1, 9)):
+        p, ffn = plugin(40, 4, 9, dtype), feed_forward(40, 64, dtype, "v1.1")
+        mask = masked("holes", rows, n)
+        check(kernels, torch.randn(rows, n, 40).to(dtype), p, ffn, mask=mask)
+
+
+INTERPRETED_MASK = {"first": "none", "ends": "left", "any": "holes", "all": "left", "more": "none"}
+"""The one of a kind of kept tokens; the forward pass is tested with every one."""
+
+
 @every_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mask_kind", ["none", "left", "holes"])
@@ -129,6 +155,10 @@ def test_gradients(kernels, dtype, mask_kind):  # noqa: F811
 def test_gradients_of_kept_tokens(kernels, dtype, mask_kind, kind):  # noqa: F811
     """They bring none to the adapter, and their own whole to the FFN."""
     skip_unknown(dtype, kernels)
+    # Which tokens stay whole and which there are is in the lists of groups, which know no dtype.
+    if dtype != torch.float32:
+        skip_interpreted(kernels, (kind, mask_kind) != ("any", "holes"), "16 bits of other lists")
+    skip_interpreted(kernels, mask_kind != INTERPRETED_MASK[kind], "other masks")
     cases = [(2, 37, 20, 4, "v1.1"), (2, 23, 24, 3, "bert")]
     for rows, n, d, k, ffn_kind in cases[:1] if interpreted(kernels) else cases:
         d = hidden_of(kernels, d)
@@ -156,6 +186,7 @@ def test_kept_tokens_alone_give_a_plugin_no_gradient(backend):
 
 
 @every_kernel
+@pytest.mark.usefixtures("threads")
 def test_gradients_of_many_groups(kernels):  # noqa: F811
     """More groups than one chunk holds, more tokens than one block."""
     n = 71 if interpreted(kernels) else 301

@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.cases import needs_cpu
-from variator_kernels import extension
-from variator_kernels.ops import dense, int8_linear, prepack, rows_linear
+from tests.ops import cases
+from tests.ops.cases import ISAS, needs_cpu
+from tests.ops.remember import remembered
+from variator_kernels import functional
+from variator_kernels.ops import dense, int8_linear, prepack, prepacked_linear, rows_linear
 from variator_kernels.ops.arguments import NO_NORM, Norm
+from variator_kernels.ops.compressed_ffn import cpu as compressed
+from variator_kernels.ops.fast_norm import normalize_fast
 from variator_kernels.ops.feed_forward import FeedForward, activate, normalize
 from variator_kernels.ops.fused_product import Product, runs
 
@@ -16,7 +20,8 @@ pytestmark = needs_cpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NORMS = ["none", "rms", "layer"]
 # (rows, in, outs): beside the vectors' widths, one row, odd lengths, more rows than go together.
-SHAPES = [(1, 40, (24,)), (7, 33, (20, 9, 64)), (130, 100, (70, 30)), (300, 64, (130,))]
+# Of one row so many outputs that the largest error of plain PyTorch is no luck.
+SHAPES = [(1, 40, (200,)), (7, 33, (20, 9, 64)), (130, 100, (70, 30)), (300, 64, (130,))]
 
 
 def draw(*shape, dtype, scale=1.0):
@@ -47,8 +52,14 @@ def wide(value):
     return value.double() if isinstance(value, torch.Tensor) else value
 
 
+@remembered
+def expected(given):
+    """In float64, and by plain PyTorch."""
+    return plain(*map(wide, given)), plain(*given)
+
+
 def check(found, given):
-    exact, own = plain(*map(wide, given)), plain(*given)
+    exact, own = expected(given)
     assert found.dtype == own.dtype and found.shape == own.shape
     allowed = 2 * (own.double() - exact).abs().max() + 1e-6
     assert (found.double() - exact).abs().max() <= allowed
@@ -83,9 +94,6 @@ def test_is_the_product_that_it_stands_for(shape, dtype, kind):
         check(product(x, norm, residual=residual), given)
 
 
-ISAS = extension.load().available_isas() if extension.load() else []
-
-
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("shape", [*SHAPES, (97, 79, (100,))], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
@@ -99,8 +107,8 @@ def test_every_kernel_by_itself(isa, shape, threads, monkeypatch):
         for dtype, kind in zip(DTYPES, NORMS, strict=True):
             x, weights, biases, norm = case(shape, dtype, kind)
             factor, residual = (draw(shape[0], sum(shape[2]), dtype=dtype) for _ in range(2))
-            product = rows_linear.stacked(weights, biases, dtype)
-            assert product.isa == isa
+            product = rows_linear.stacked(weights, biases, dtype, isa)
+            assert product.kernel.isa == isa
             for activation in ("none", "gelu_tanh", "silu"):
                 given = (x, weights, biases, norm, activation, factor, residual)
                 check(product(x, activation, factor, norm, residual), given)
@@ -109,6 +117,35 @@ def test_every_kernel_by_itself(isa, shape, threads, monkeypatch):
             check(product(strided, "none", None, NO_NORM, None), given)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("most", [0, rows_linear.ANY])
+@pytest.mark.parametrize("kind", ["t5", "v1.1", "bert"])
+def test_a_compressed_sublayer_takes_this_kernel_wherever_it_is_the_faster_one(
+    most, kind, monkeypatch
+):
+    """Then of any number of groups at once, an odd one here; elsewhere oneDNN's."""
+    torch.manual_seed(2)
+    taken = {(prepack.instruction_set(), torch.float32): most}
+    monkeypatch.setattr(rows_linear, "MOST", taken)
+    packed, steps = [], []
+    stacked, in_steps = rows_linear.stacked, compressed._in_steps
+    monkeypatch.setattr(rows_linear, "stacked", lambda *a: packed.append(a) or stacked(*a))
+    monkeypatch.setattr(compressed, "_in_steps", lambda *a: steps.append(a) or in_steps(*a))
+    x = torch.randn(3, 411, 48)
+    ffn = cases.feed_forward(48, 300, torch.float32, kind)
+    plugin = cases.plugin(48, 4, 16, torch.float32)
+    with torch.no_grad():
+        y, plain = (
+            functional.compressed_ffn(x, plugin, ffn, backend=name) for name in ("cpu", "reference")
+        )
+    truth = functional.compressed_ffn(
+        x.double(), cases.cast(plugin, torch.float64), cases.cast(ffn, torch.float64),
+        backend="reference",
+    )  # fmt: skip
+    cases.assert_close(y, plain, truth)
+    products = 2 if ffn.w_gate is None else 3
+    assert (len(packed), len(steps)) == ((products, 0) if most else (0, 1))
 
 
 @pytest.mark.parametrize("kind", NORMS)
@@ -181,3 +218,39 @@ def test_feed_forward_in_pieces(gated, post_norm, dtype, monkeypatch):
     found = dense.feed_forward(x, ffn)
     assert (found.double() - exact).abs().max() <= 2 * (own.double() - exact).abs().max() + 1e-6
     assert dense.feed_forward(x, ffn._replace(dropout_inner=0.1)) is None
+
+
+def test_negated_memory_is_read_with_its_sign():
+    """By kernels that are called past PyTorch's dispatcher, which would apply it."""
+    torch.manual_seed(3)
+    x = torch._neg_view(draw(40, 64, dtype=torch.float32))
+    weight, norm = torch.randn(64, 64), norm_of("rms", 64, torch.float32)
+    assert not runs(x, (weight,)) and runs(x.resolve_neg(), (weight,))
+    with torch.no_grad():
+        for found, made in (
+            (normalize_fast(x, norm), normalize_fast(x.resolve_neg(), norm)),
+            (prepacked_linear.packed(x, weight), torch.nn.functional.linear(x, weight)),
+        ):
+            torch.testing.assert_close(found, made, atol=1e-4, rtol=1e-4)
+
+
+def test_one_packed_form_serves_all_numbers_of_rows(monkeypatch):
+    """Of few rows and of many, and together with what training packs."""
+    isa = prepack.instruction_set()
+    for most, kinds in ((64, {"linear"}), (rows_linear.ANY, {"rows"})):
+        monkeypatch.setattr(rows_linear, "MOST", {(isa, torch.float32): most})
+        model, made = torch.nn.Linear(512, 512, bias=False).requires_grad_(False), []
+        get = prepack.cache.get
+
+        def spy(sources, form, pack, get=get, made=made):
+            made.append(form[0])
+            return get(sources, form, pack)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(prepack.cache, "get", spy)
+            for rows in (600, 32):
+                prepacked_linear.packed(draw(rows, 512, dtype=torch.float32), model.weight)
+        assert set(made) == kinds
+        with prepacked_linear.FrozenProducts(model):
+            assert prepacked_linear.shares()
+        assert not prepacked_linear.shares()

@@ -12,6 +12,7 @@ from tests.ops.attention_cases import (
     KINDS,
     PATHS,
     SHAPES,
+    expected_output,
     of_tokens,
     options,
     qkv,
@@ -35,8 +36,16 @@ every_backend = pytest.mark.parametrize(
     "backend", ["reference", pytest.param("cpu", marks=needs_cpu)]
 )
 every_path = pytest.mark.parametrize("path", PATHS, indirect=True)
+# The path is the CPU kernel's alone: nothing else runs twice for it.
+EVERY_WAY = [
+    ("reference", "packed"),
+    *(pytest.param("cpu", path, marks=needs_cpu) for path in PATHS),
+]
+every_way = pytest.mark.parametrize(("backend", "path"), EVERY_WAY, indirect=["path"])
 and_triton = pytest.mark.parametrize(
-    "backend", ["reference", pytest.param("cpu", marks=needs_cpu), on_triton]
+    ("backend", "path"),
+    [*EVERY_WAY, pytest.param("triton", "packed", marks=list(on_triton.marks))],
+    indirect=["path"],
 )
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -55,15 +64,13 @@ def run(inputs, backend, given, dtype=None):
 def test_forward(kernels, dtype, kind, path):  # noqa: F811
     for shape in SHAPES:
         inputs, given = qkv(shape, dtype), options(kind, shape)
-        truth = run(inputs, "reference", given, torch.double)
-        plain = run(inputs, "reference", given)
+        truth, plain = expected_output(inputs, given)
         out = run(inputs, kernels, given)
         assert out.dtype == dtype
         assert_close(out, plain, truth, f"{kind} {shape}")
 
 
-@every_path
-@every_backend
+@every_way
 @pytest.mark.parametrize("kept", [NOTHING_KEPT, Keep(2, 1)], ids=["merged", "kept"])
 @pytest.mark.parametrize("mask_kind", MASKS)
 @pytest.mark.parametrize("ratio", [1, 2, 4, 5])
@@ -130,7 +137,6 @@ def test_ratio_1_is_the_attention_of_t5(bidirectional):
         torch.testing.assert_close(out.transpose(1, 2), expected, rtol=1e-4, atol=1e-5)
 
 
-@every_path
 @and_triton
 @pytest.mark.parametrize("window", [0, 1, 3, 8, 100])
 @pytest.mark.parametrize("ratio", [1, 2, 3])
@@ -179,7 +185,6 @@ def test_huge_logits_and_far_positions(kernels, path):  # noqa: F811
         assert_close(out, run((q, k, v), "reference", given), truth)
 
 
-@every_path
 @and_triton
 def test_nan_of_invisible_keys_and_other_rows_harms_nothing(backend, path):
     shape = (3, 20, 40, 2, 2, 16)
@@ -195,8 +200,7 @@ def test_nan_of_invisible_keys_and_other_rows_harms_nothing(backend, path):
     assert torch.equal(out, clean)
 
 
-@every_path
-@every_backend
+@every_way
 def test_memory_layouts(backend, path):
     q, k, v = qkv((2, 21, 30, 4, 2, 16))
     expected = run((q, k, v), backend, {})
@@ -275,7 +279,6 @@ def test_flops_are_those_of_the_products():
     assert counts[0] == counts[1] == 2 * 2 * flop_formulas.attention_macs(19, 12, 4 * 16)
 
 
-@every_path
 @and_triton
 def test_positions_that_are_no_numbers_harm_nobody_else(backend, path):
     """A group without a token: its mean position is 0 / 0, and nobody sees it or asks for it."""

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from tests.ops.attention_cases import KINDS, PATHS, options, qkv
+from tests.ops.attention_cases import KINDS, PATHS, expected_output, options, qkv
 from tests.ops.cases import DTYPES, ISAS, assert_close, kernels, needs_cpu  # noqa: F401
 from variator_kernels import functional as vf
 from variator_kernels.ops.grouped_attention import cpu, op
@@ -26,8 +26,8 @@ def run(inputs, backend, given, dtype=None):
 
 
 def check(inputs, given, what):
-    truth = run(inputs, "reference", given, torch.double)
-    assert_close(run(inputs, "cpu", given), run(inputs, "reference", given), truth, what)
+    truth, plain = expected_output(list(inputs), given)
+    assert_close(run(inputs, "cpu", given), plain, truth, what)
 
 
 def cached(shape, dtype, length=None):
@@ -113,6 +113,7 @@ def test_nan_in_one_chunk_reaches_those_who_see_it(kernels, dtype):  # noqa: F81
 
 @needs_cpu
 @every_dtype
+@pytest.mark.usefixtures("threads")
 def test_the_same_every_time_in_any_company(dtype):
     inputs = cached((3, 2, 1500, 9, 3, 64), dtype)
     before, bias = torch.get_num_threads(), torch.zeros(3, 1500)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.ops.attention_cases import PATHS, options, qkv, t5_table
+from tests.ops.attention_cases import PATHS, expected_output, options, qkv, t5_table
 from tests.ops.cases import CPU, DTYPES, ISAS, assert_close, kernels, needs_cpu  # noqa: F401
 from variator_kernels import extension
 from variator_kernels import functional as vf
@@ -32,8 +32,8 @@ def run(inputs, backend, given, dtype=None):
 
 
 def check(inputs, given, what):
-    truth = run(inputs, "reference", given, torch.double)
-    assert_close(run(inputs, "cpu", given), run(inputs, "reference", given), truth, what)
+    truth, plain = expected_output(list(inputs), given)
+    assert_close(run(inputs, "cpu", given), plain, truth, what)
 
 
 @needs_cpu
@@ -205,6 +205,7 @@ def test_steps_of_keys_and_of_queries(kernels, step, path):  # noqa: F811
 
 @needs_tiles
 @sixteen_bits
+@pytest.mark.usefixtures("threads")
 def test_the_librarys_tiles_stay_as_they_are(dtype):
     """oneDNN's products before, after and beside ours, in the same threads and in others."""
     before = CPU.active_isa()

@@ -59,6 +59,9 @@ class Job:
     def calls(self) -> Iterable[tuple[Tensor, ...]]:
         x, plugin, groups = self.x, self.plugin, self.groups
         yield (functional.compressed_ffn(x, plugin, self.ffn, backend="cpu"),)
+        rounded = self.ffn._replace(precision="int8")
+        with torch.no_grad():
+            yield (functional.compressed_ffn(x, plugin, rounded, backend="cpu"),)
         yield merge.group_merge(*self.merge)
         gradients = (self.merged, self.projected, self.softmax)
         yield merge.group_merge_backward(*gradients, *self.merge)
@@ -114,6 +117,7 @@ def test_a_switch_after_each_look_into_the_cache(monkeypatch, dtype, ratio):
         job.check()
 
 
+@pytest.mark.usefixtures("threads")
 def test_a_thread_that_switches_while_others_run():
     jobs = [Job(dtype, ratio) for dtype in cases.DTYPES for ratio in (4, 16)]
     done, failures = threading.Event(), []

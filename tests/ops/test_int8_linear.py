@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.ops.cases import needs_cpu
+from tests.ops.cases import INT8_ISAS, ISAS, needs_cpu
+from tests.ops.remember import remembered
 from variator_kernels import extension
 from variator_kernels.ops import int8_linear, prepack
 from variator_kernels.ops.feed_forward import FFN_ACTIVATIONS, activate
@@ -40,8 +41,11 @@ def levels():
     return int8_linear.kernel().levels
 
 
+defined = remembered(reference.int8_linear)
+
+
 def truth(x, weight, bias=None, **options):
-    return reference.int8_linear(x, weight, bias, levels=levels(), **options)
+    return defined(x, weight, bias, levels=levels(), **options)
 
 
 def check(found, expected, dtype):
@@ -237,6 +241,7 @@ def test_the_kernel_refuses_fp64():
         product.multiply(torch.randn(3, 8, dtype=torch.float64), "none")
 
 
+@pytest.mark.usefixtures("threads")
 def test_threads_at_once():
     x, weight, bias = case(40, 100, 60)
     expected, found = packed(weight, bias)(x), []
@@ -315,10 +320,7 @@ def test_says_why_nothing_runs(monkeypatch, fresh_choice):
     assert "the CPU kernels are missing" in int8_linear.describe()
 
 
-ISAS = extension.load().available_isas() if extension.load() else []
-
-
-@pytest.mark.parametrize("name", ["oneDNN", *ISAS])
+@pytest.mark.parametrize("name", ["oneDNN", *INT8_ISAS])
 @pytest.mark.parametrize("shape", [*SHAPES, (97, 260, 100), (24, 3072, 33)], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_every_kernel_by_itself(name, shape, threads):
@@ -333,17 +335,17 @@ def test_every_kernel_by_itself(name, shape, threads):
             x, weight, bias = case(*shape, dtype)
             other = torch.randn(shape[0], shape[2]).to(dtype)
             options = {"activation": activation, "other": other}
-            expected = reference.int8_linear(x, weight, bias, levels=kernel.levels, **options)
+            expected = defined(x, weight, bias, levels=kernel.levels, **options)
             product = kernel.round_and_pack(weight, bias)
             check(product.multiply(x, **options), expected, dtype)
             wide = torch.randn(shape[0], 2 * shape[1]).to(dtype)[:, : shape[1]]
-            expected = reference.int8_linear(wide, weight, bias, levels=kernel.levels)
+            expected = defined(wide, weight, bias, levels=kernel.levels)
             check(product.multiply(wide, "none"), expected, dtype)
     finally:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", INT8_ISAS)
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
 def test_activations_of_the_kernel(isa, activation):
     """Alone, far out and at 0."""

@@ -65,7 +65,7 @@ def test_vectors_are_not_rounded_where_weights_alone_are_small(dtype, rows):
 @pytest.mark.skipif("avx2" not in ISAS, reason="the kernel of 7 bits is for AVX2")
 def test_without_vnni_numbers_of_8_bits_are_packed_in_the_models_dtype(monkeypatch):
     seven = kernels.Choice(kernels.own("avx2"))
-    monkeypatch.setattr(kernels, "choice", lambda: seven)
+    monkeypatch.setattr(kernels, "choice", lambda *_: seven)
     for most, rounds in ((64, True), (128, False)):
         x, weight, bias = case(most=most)
         assert int8_linear.bears(weight.numbers) == rounds
@@ -77,7 +77,7 @@ def test_without_vnni_numbers_of_8_bits_are_packed_in_the_models_dtype(monkeypat
 
 
 def test_where_nothing_multiplies_in_int8(monkeypatch):
-    monkeypatch.setattr(kernels, "choice", lambda: kernels.Choice(None, "a test"))
+    monkeypatch.setattr(kernels, "choice", lambda *_: kernels.Choice(None, "a test"))
     x, weight, bias = case()
     found = op.stored_linear(x, weight, bias, True)
     torch.testing.assert_close(found, exact(x, weight, bias).float())

@@ -22,7 +22,7 @@ from variator_kernels import extension
 from variator_kernels.ops import prepack
 from variator_kernels.ops.packed import PackCache, cache
 
-pytestmark = needs_cpu
+pytestmark = [needs_cpu, pytest.mark.usefixtures("threads")]
 ROWS, COLUMNS = 160, 176  # 110 KiB: whole pages inside, and bytes at both ends outside of them
 
 

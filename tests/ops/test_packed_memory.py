@@ -19,7 +19,7 @@ from variator_kernels import extension
 from variator_kernels.ops import packed
 from variator_kernels.ops.packed import PackCache, cache
 
-pytestmark = needs_cpu
+pytestmark = [needs_cpu, pytest.mark.usefixtures("threads")]
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.mmap.restype = ctypes.c_void_p
 LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]

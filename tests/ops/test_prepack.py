@@ -17,7 +17,7 @@ from variator_kernels.ops.feed_forward import FeedForward
 from variator_kernels.ops.group_merge.op import group_merge
 from variator_kernels.ops.make_groups import make_groups
 
-pytestmark = needs_cpu
+pytestmark = [needs_cpu, pytest.mark.usefixtures("threads")]
 D, F, K = 24, 40, 4
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import variator_kernels as vk
 from tests.ops.cases import assert_close, needs_cpu
 from tests.sites import tiny
-from variator_kernels.ops import prepack, prepacked_linear
+from variator_kernels.ops import prepack, prepacked_linear, rows_linear
 from variator_kernels.sites.feed_forward import describe
 from variator_kernels.sites.find import find
 
@@ -167,6 +167,7 @@ def test_second_derivatives():
 def fp32_products(monkeypatch):
     """A processor without products in 16 bits."""
     monkeypatch.setattr(prepack, "EMULATED", frozenset({torch.bfloat16, torch.float16}))
+    monkeypatch.setattr(prepack, "NARROW_ROWS", 0)
 
 
 @pytest.fixture
@@ -234,22 +235,64 @@ def test_compiled_without_16_bit_products(fp32_products):
 
 
 @pytest.mark.parametrize(
-    ("limit", "avx512", "bf16_instructions", "expected"),
+    ("limit", "avx512", "bf16_instructions", "slow", "tiles", "expected"),
     [
-        ("", True, True, True),
-        ("", True, False, False),
-        ("avx512_core", True, True, False),
-        ("AVX512_CORE_VNNI", True, True, False),
-        ("AVX512_CORE_BF16", True, True, True),
-        ("", False, False, True),  # bf16 conversions beside AVX2
+        ("", True, True, False, False, True),
+        ("", True, False, False, False, False),
+        ("avx512_core", True, True, False, False, False),
+        ("AVX512_CORE_VNNI", True, True, False, False, False),
+        ("AVX512_CORE_BF16", True, True, False, False, True),
+        ("", False, False, False, False, True),  # bf16 conversions beside AVX2
+        ("", True, True, True, False, False),
+        ("", True, True, True, True, True),
+        ("AVX512_CORE_BF16", True, True, True, True, False),
     ],
 )
-def test_where_bf16_is_emulated(monkeypatch, limit, avx512, bf16_instructions, expected):
+def test_where_bf16_is_emulated(
+    monkeypatch, limit, avx512, bf16_instructions, slow, tiles, expected
+):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16_instructions)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(prepack, "_slow_pairs", lambda: slow)
     assert (torch.bfloat16 not in prepack._emulated()) == expected
+
+
+@pytest.mark.parametrize(("rows", "narrow"), [(1, True), (8, True), (9, False)])
+@torch.no_grad()
+def test_few_vectors_keep_bf16_where_more_take_fp32(monkeypatch, fp32_products, rows, narrow):
+    if narrow and not prepack._has_bf16():
+        pytest.skip("oneDNN has no products of bf16 here")
+    monkeypatch.setattr(prepack, "NARROW_ROWS", 8)
+    monkeypatch.setattr(rows_linear, "MOST", {})
+    linear, x = layer(dtype=torch.bfloat16), torch.randn(rows, IN).bfloat16()
+    plain, dtypes = prepack.PackedLinear.__call__, []
+
+    def call(self, x):
+        dtypes.append((x.dtype, self.weight.dtype))
+        return plain(self, x)
+
+    monkeypatch.setattr(prepack.PackedLinear, "__call__", call)
+    found = prepacked_linear.packed(x, linear.weight, linear.bias)
+    assert dtypes == [(torch.bfloat16 if narrow else torch.float32,) * 2]
+    truth = nn.functional.linear(*(t.double() for t in (x, linear.weight, linear.bias)))
+    assert_close(found, linear(x), truth, "product")
+
+
+@pytest.mark.parametrize(("rows", "converted"), [(127, False), (128, True)])
+def test_weights_are_converted_in_each_call_where_it_pays(
+    monkeypatch, fp32_products, multiplied, rows, converted
+):
+    monkeypatch.setattr(prepack, "NARROW_ROWS", 8)
+    linear, x = layer(dtype=torch.bfloat16), torch.randn(rows, IN).bfloat16()
+    found = prepacked_linear.unpacked(x, linear.weight, linear.bias)
+    assert multiplied == [torch.float32 if converted else torch.bfloat16]
+    assert found.dtype == torch.bfloat16
+    compiled = torch.compile(prepacked_linear.unpacked, backend="eager", fullgraph=True)
+    plain = nn.functional.linear(x, linear.weight, linear.bias)
+    assert torch.equal(compiled(x, linear.weight, linear.bias), plain)
 
 
 def test_ignored_weights_are_left_alone(packed):

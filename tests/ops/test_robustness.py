@@ -10,16 +10,19 @@ import pytest
 import torch
 
 from tests.ops.cases import (
+    cast,
     every_kernel_backend,
     feed_forward,
+    kernel_backends,
     masked,
     moved,
     needs_cpu,
+    on_cuda,
     plugin,
 )
 from variator_kernels import extension
 from variator_kernels import functional as vf
-from variator_kernels.ops import cpu_arguments
+from variator_kernels.ops import listed
 from variator_kernels.ops.make_groups import make_groups
 
 D, K, N = 24, 4, 19
@@ -117,6 +120,7 @@ def test_one_thread_and_many_give_the_same():
 
 
 @needs_cpu
+@pytest.mark.usefixtures("threads")
 def test_concurrent_calls():
     inputs = [torch.randn(3, 40 + i, D) for i in range(4)]
     expected = [run(x) for x in inputs]
@@ -139,23 +143,26 @@ FORK = """
 import os, torch
 from variator_kernels import extension
 from variator_kernels import functional as vf
+torch.set_num_threads(2)
 x, w, b = torch.randn(64, 64, 32), torch.randn(4, 128), torch.randn(4)
 expected = vf.group_merge(x, w, b, backend="cpu")   # the parent's threads are running now
-child = os.fork()
-if child == 0:
-    torch.set_num_threads(1)                       # what PyTorch's own data loader does
-    ok = torch.equal(vf.group_merge(x, w, b, backend="cpu"), expected)
-    os._exit(0 if ok else 1)
-_, status = os.waitpid(child, 0)
-raise SystemExit(os.waitstatus_to_exitcode(status))
+for limit in (True, False):
+    child = os.fork()
+    if child == 0:
+        if limit:
+            torch.set_num_threads(1)               # what PyTorch's own data loader does
+        ok = torch.equal(vf.group_merge(x, w, b, backend="cpu"), expected)
+        os._exit(0 if ok else 1)
+    _, status = os.waitpid(child, 0)
+    if status:
+        raise SystemExit(f"one thread: {limit}, exit code {os.waitstatus_to_exitcode(status)}")
 """
 
 
 @needs_cpu
-@pytest.mark.parametrize("limit", [True, False], ids=["one thread", "threads as they were"])
-def test_fork(limit):
-    code = FORK if limit else FORK.replace("    torch.set_num_threads(1)", "    pass")
-    done = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
+def test_fork():
+    """Into one thread, and into as many as there were."""
+    done = subprocess.run([sys.executable, "-c", FORK], timeout=120, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -272,9 +279,25 @@ def test_the_ops_themselves_refuse_what_does_not_fit(backend):
     torch.testing.assert_close(half, op(*good), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("backend", [*kernel_backends, on_cuda])
+def test_the_fused_op_itself_refuses_what_does_not_fit(backend):
+    """The public function checks, and calls a backend without its op."""
+    op, dtype = torch.ops.variator.compressed_ffn, torch.bfloat16
+    p, ffn = cast(P, dtype), cast(FFN, dtype)
+    tensors = (X.to(dtype), *p[:6], *ffn[:6], ffn.norm_weight, ffn.norm_bias)
+    tensors = moved(tensors, backend)
+    groups = make_groups(tensors[0], K, backend=backend)
+    rest = (*groups, ffn.activation, ffn.norm, ffn.eps, False, True, "tanh", backend)
+    assert op(*tensors, *rest).shape == X.shape
+    for place in (1, 2, 3, 4, 5, 6, 7, 8, 13):
+        wrong = tensors[place][..., 1:]
+        with pytest.raises(ValueError, match="does not fit"):
+            op(*tensors[:place], wrong, *tensors[place + 1 :], *rest)
+
+
 @needs_cpu
 def test_sizes_are_64_bit():
     """Of tokens and groups, up to the addresses that are made of them."""
     start, span = torch.tensor([0, 2**33]), torch.tensor([4, 3])
-    groups = cpu_arguments._kernel((start, span, None, None), 2, 4)
+    groups = listed._kernel((start, span, None, None), 2, 4)
     assert groups.held(2**33 + 3) == 7 and groups.held(2**33 + 2) == -1

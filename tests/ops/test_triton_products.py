@@ -12,7 +12,9 @@ from variator_kernels.ops.feed_forward import activate
 if not TRITON.usable:
     pytest.skip(f"no Triton kernels: {TRITON.detail}", allow_module_level=True)
 
-from variator_kernels.ops.compressed_ffn.triton import linear
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from variator_kernels.ops.compressed_ffn.triton import descriptor, linear
 from variator_kernels.triton_kernels import launch
 
 pytestmark = [pytest.mark.gpu] if GPU else []
@@ -64,3 +66,14 @@ def test_no_rows(monkeypatch):
     settings(monkeypatch, tma=True)
     a, w, b, *_ = operands(0, 40, 56, torch.float32)
     assert linear("linear_in", a, w, b, "relu", case={}).shape == (0, 56)
+
+
+def test_descriptors_are_those_of_triton():
+    """They are made without Triton's checks, and must have every field that it knows."""
+    for matrix in moved((torch.zeros(33, 40).bfloat16(), torch.zeros(8, 64)[:, :32]), "triton"):
+        ours, theirs = (
+            dict(vars(made))
+            for made in (descriptor(matrix, 16, 32), TensorDescriptor.from_tensor(matrix, [16, 32]))
+        )
+        assert ours.pop("base") is theirs.pop("base") is matrix
+        assert ours == theirs

@@ -30,4 +30,7 @@ def test_wide_bottlenecks(kernels, r):  # noqa: F811
 def test_gradients_of_wide_bottlenecks(kernels, r):  # noqa: F811
     dtype = torch.bfloat16 if kernels == "cuda" else torch.float32
     x = torch.randn(1, 21, 24, dtype=dtype)
-    check(kernels, x, plugin(24, 4, r, dtype), feed_forward(24, 40, dtype, "t5"))
+    p, ffn = plugin(24, 4, r, dtype), feed_forward(24, 40, dtype, "t5")
+    if dtype == torch.bfloat16:  # a unit of ReLU near 0 may flip, as in test_backward.py
+        ffn = ffn._replace(activation="gelu")
+    check(kernels, x, p, ffn)

@@ -10,6 +10,7 @@ from tests.sites import tiny, zoo
 from variator_kernels.sites.find import find
 
 NAMES = ["bert", "t5", "umt5", "mpnet", "modernbert", "bart", "distilbert", "eurobert"]
+NAMES += ["longt5", "longt5-global", "roformer", "esm", "deberta", "deberta-v2", "layoutlmv3"]
 every = pytest.mark.parametrize("name", NAMES)
 placed = pytest.mark.parametrize("placement", ["attention_kv", "attention"])
 
@@ -43,16 +44,34 @@ def encode(model, ids, mask=None, **given):
     return encoder(ids, attention_mask=mask, **given).last_hidden_state
 
 
+def turned(model, x, number=0):
+    """What a block gives its self-attention besides: cosines and sines of the tokens' columns."""
+    reach = find(model).attentions[number].variator_reach
+    if reach.rotary is None:
+        return {}
+    if reach.paths.sines:
+        return {reach.paths.turned: reach.rotary.weight[None, None, : x.shape[1]].to(x.dtype)}
+    found = reach.rotation(x, torch.arange(x.shape[1])[None])
+    return {reach.paths.turned: (found.cos, found.sin)}
+
+
+def places(x, seed=0):
+    """On a page, of ``x [B, n, d]``: as LayoutLMv3's encoder gets them, boxes of any order and
+    columns that begin anew, as behind a text."""
+    rows, n = x.shape[:2]
+    generator = torch.Generator().manual_seed(seed)
+    boxes = torch.randint(0, 200, (rows, n, 4), generator=generator)
+    columns = torch.arange(n).remainder(max(1, 2 * n // 3)).expand(rows, -1)
+    return {"bbox": boxes, "position_ids": columns}
+
+
 def sublayer(model, x, mask, number=0, ratio=3):
     """The self-attention sublayer on ``x [B, n, d]``, in a forward over tokens of ``mask``."""
     found = find(model)
     layer, state = found.attentions[number], found.encoder.variator_state
-    extra = {}
-    if layer.variator_reach.rotary is not None:
-        place = torch.arange(x.shape[1])[None]
-        turned = layer.variator_reach.rotation(x, place)
-        extra = {"position_embeddings": (turned.cos, turned.sin)}
+    extra = turned(model, x, number)
     state.local.context = state.context(state.check(ratio), mask)
+    state.local.context.carried = places(x)
     try:
         y = layer(x, attention_mask=None, **extra)
     finally:

@@ -112,10 +112,10 @@ def test_a_model_patched_for_more_keeps_the_rest(placement, tmp_path):
 
 def test_families_without_attention_refuse(tmp_path):
     vk.save_plugins(patched("bert", "attention_kv"), tmp_path)
-    rewritten(tmp_path, family="deberta")
-    model = zoo.plain("deberta")
+    rewritten(tmp_path, family="convbert")
+    model = zoo.plain("convbert")
     before = tiny.snapshot(model)
-    with pytest.raises(ValueError, match=r"placements must be \('ffn',\) for deberta"):
+    with pytest.raises(ValueError, match=r"placements must be \('ffn',\) for convbert"):
         vk.load_plugins(model, tmp_path)
     assert tiny.snapshot(model) == before
 

@@ -56,7 +56,9 @@ def test_kernels_and_reference_agree(name, placement, left):
 
 
 @placed
-@pytest.mark.parametrize("name", ["bert", "t5", "modernbert", "bart", "eurobert"])
+@pytest.mark.parametrize(
+    "name", ["bert", "t5", "modernbert", "bart", "eurobert", "deberta-v2", "layoutlmv3"]
+)
 def test_gradcheck(name, placement):
     model = patched(name, placement, keep_first=1).double().requires_grad_(False)
     x, mask = ragged()
@@ -80,8 +82,8 @@ def test_gradcheck(name, placement):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(name, placement, reentrant):
     """The same loss and gradients, the level of the forward, though it is another in backward."""
-    if name == "mpnet":
-        pytest.skip("transformers itself has no checkpointing for MPNet")
+    if name in ("mpnet", "layoutlmv3"):
+        pytest.skip(f"transformers itself has no checkpointing for {name}")
     found = []
     ids, mask = tiny.batch(9, 4)
     for checkpointed in (False, True):
@@ -116,6 +118,7 @@ def test_dropout_drops(name, placement):
     own = {
         "t5": {"config_dropout_rate": 0.5},
         "umt5": {"config_dropout_rate": 0.5},
+        "longt5": {"config_dropout_rate": 0.5},
         "bart": {"config_attention_dropout": 0.5, "config_dropout": 0.0},
         "distilbert": {"config_attention_dropout": 0.5, "config_dropout": 0.0},
         "eurobert": {"config_attention_dropout": 0.5},
@@ -133,9 +136,11 @@ def test_dropout_drops(name, placement):
         assert found[-1].isfinite().all()
     assert torch.equal(found[0], found[1])
     assert not torch.allclose(found[0], found[2], atol=1e-3)
-    torch.manual_seed(0)
-    many = torch.stack([sublayer(model, x, mask)[mask].detach() for _ in range(300)])
     if not find(model).family.attention.post_norm:  # a norm behind moves the mean
+        torch.manual_seed(0)
+        times = mask.repeat(300, 1)  # rows drop on their own
+        many = sublayer(model, x.repeat(300, 1, 1), times)[times].detach()
+        many = many.view(300, *expected.shape)
         error = many.mean(0) - expected
         assert (error.abs() < 6 * many.std(0) / 300**0.5 + 1e-4).float().mean() > 0.99
     model.eval()

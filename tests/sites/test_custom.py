@@ -295,3 +295,29 @@ def test_a_family_without_attention_has_no_placement_there():
     family = dataclasses.replace(OWN, attention=None)
     with pytest.raises(ValueError, match=r"placements must be \('ffn',\) for own"):
         vk.patch(OwnEncoder(), 2, (2,), 4, placements=("attention_kv",), family=family)
+
+
+PLACE = vk.PlacePaths("weight", "boxes", max_distance="most")
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"distances": "vectors"}, TypeError, "distances must be DistancePaths, got 'vectors'"),
+        ({"places": ("boxes",)}, TypeError, "places must be PlacePaths"),
+        ({"places": (PLACE,)}, ValueError, "places need carrier and carrier_class"),
+        ({"carrier": "inner"}, ValueError, "carrier_class, which need places"),
+        ({"rotary": "turn", "sines": "table"}, ValueError, "must have rotary or sines, got both"),
+        ({"global_keys": "size"}, TypeError, "global_keys must be GlobalPaths, got 'size'"),
+        (
+            {"global_keys": vk.GlobalPaths("size", "norm", "table"), "places": (PLACE,)}
+            | {"carrier": "inner", "carrier_class": "Inner"},
+            ValueError,
+            "global_keys do not go with distances or places",
+        ),
+        ({"inner": "self"}, ValueError, "inner and inner_class go together"),
+    ],
+)
+def test_fields_that_do_not_fit_together(fields, error, message):
+    with pytest.raises(error, match=rf"family\.attention.*{message}"):
+        dataclasses.replace(OWN.attention, **fields)

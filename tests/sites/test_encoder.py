@@ -211,17 +211,16 @@ def compiled_check(model, compiler):
 
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
 def test_compiles_as_one_graph(variant, fresh_compiler):
-    compiled_check(tiny.patched(*variant), "eager")()
+    """A second layer is for T5's table of distances, which the first one makes."""
+    layers = 2 if variant == tiny.T5_VARIANTS[0] else 1
+    compiled_check(tiny.patched(*variant, num_layers=layers), "eager")()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["t5", "bert"])
-def test_compiles_with_inductor(family, fresh_compiler):
-    model = tiny.patched(family, num_layers=1)
-    check = compiled_check(model, "inductor")
-    four = check()
-    with vk.use_ratio(model, 2):
-        assert not torch.allclose(check(), four, atol=1e-3)
+def test_compiles_with_inductor(fresh_compiler):
+    """One family, whose sublayer is one op to it, at one ratio: another is another graph, whatever
+    compiles it (the test below)."""
+    compiled_check(tiny.patched("t5", num_layers=1), "inductor")()
 
 
 @pytest.mark.parametrize("family", ["t5", "distilbert"])

@@ -18,7 +18,7 @@ from tests.sites import tiny
 from variator_kernels.sites.family import follow
 from variator_kernels.sites.find import find
 
-MODELS = [("bert", "gelu"), ("t5", "relu"), ("distilbert", "gelu")]
+MODELS = BERT, T5, DISTILBERT = ("bert", "gelu"), ("t5", "relu"), ("distilbert", "gelu")
 every_model = pytest.mark.parametrize("variant", MODELS)
 every_choice = pytest.mark.parametrize("backend", ["auto", "reference"])
 # Fewer tokens than k, whole groups, a ragged one, padding on either side, one row.
@@ -74,19 +74,32 @@ def check(found, model, tolerance=2e-5, mask=True):
             torch.testing.assert_close(out[where], expected[where], atol=tolerance, rtol=1e-4)
 
 
-@every_model
-@every_choice
-@pytest.mark.parametrize("strict", [False, True])
+# An export takes seconds, and model, backend and exporter do not know of each other: every pair of
+# them is here, not every triple. A strict one takes most, a layer like the other.
+@pytest.mark.parametrize(
+    ("variant", "backend", "strict"),
+    [
+        (BERT, "auto", False),
+        (BERT, "reference", True),
+        (T5, "auto", True),
+        (T5, "reference", False),
+        (DISTILBERT, "auto", False),
+        (DISTILBERT, "reference", True),
+    ],
+)
 def test_exports_with_dynamic_sizes(variant, backend, strict):
-    model = patched(variant, backend=backend)
+    layers = 1 if strict else 2
+    model = patched(variant, backend=backend, num_layers=layers)
     program = export(model, strict)
     check(program.module(), model)
     fused = backend == "auto" and CPU is not None
-    assert ops(program) == (Counter(compressed_ffn=2) if fused else Counter())
+    assert ops(program) == (Counter(compressed_ffn=layers) if fused else Counter())
 
 
-@every_model
-@pytest.mark.parametrize("size", [Dim.AUTO, Dim.DYNAMIC], ids=["AUTO", "DYNAMIC"])
+@pytest.mark.parametrize(
+    ("variant", "size"),
+    [*((variant, Dim.DYNAMIC) for variant in MODELS), (BERT, Dim.AUTO)],  # AUTO refuses less
+)
 def test_exports_without_a_mask(variant, size):
     model = patched(variant)
     program = export(model, shapes=({0: size, 1: size},))
@@ -109,7 +122,9 @@ def test_an_exported_program_can_be_kept_and_trained(variant):
     found = {name: p.grad for name, p in module.named_parameters()}
     for name, parameter in model.named_parameters():
         if ".plugins.4." in name:
-            torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-4)
+            # Sums over all tokens, some of which cancel: rounding is that of the largest ones.
+            most = 1e-6 * float(parameter.grad.abs().max())
+            torch.testing.assert_close(found[name], parameter.grad, atol=most, rtol=1e-4)
 
 
 @every_model
@@ -131,7 +146,7 @@ def test_exports_replaced_linears_and_levels(variant):
 
 @every_model
 def test_compiled_with_dynamic_sizes_it_is_the_fused_op(variant):
-    model = patched(variant)
+    model = patched(variant, num_layers=1)
     seen = []
 
     def keep(graph, _):
@@ -140,7 +155,7 @@ def test_compiled_with_dynamic_sizes_it_is_the_fused_op(variant):
 
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=keep)
     check(compiled, model)
-    assert CPU is None or set(seen) == {2}
+    assert CPU is None or set(seen) == {1}
 
 
 @pytest.fixture
@@ -176,14 +191,24 @@ def as_onnx(model, folder, dynamo):
 
 
 @needs_onnx
-@every_model
-@pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
-@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize(
+    ("variant", "backend", "dynamo"),
+    [  # The newer exporter takes longest: each model and backend once, BERT and "auto" below.
+        pytest.param(T5, "reference", True, marks=pytest.mark.slow),
+        pytest.param(DISTILBERT, "cpu", True, marks=pytest.mark.slow),
+        (BERT, "reference", False),
+        (BERT, "cpu", False),
+        (T5, "auto", False),
+        (T5, "cpu", False),
+        (DISTILBERT, "auto", False),
+        (DISTILBERT, "reference", False),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_is_right_at_every_length(variant, backend, dynamo, tmp_path, quiet):
     if backend == "cpu" and CPU is None:
         pytest.skip("no CPU kernels")
-    model = patched(variant, backend=backend)
+    model = patched(variant, backend=backend, num_layers=1 if dynamo else 2)
     check(as_onnx(model, tmp_path, dynamo), model)
 
 
@@ -269,9 +294,9 @@ KEPT = {"keep_first": 2, "keep_last": 1, "keep": (5, 9)}
 
 @pytest.mark.parametrize(("variant", "backend"), [(MODELS[0], "auto"), (MODELS[1], "reference")])
 def test_exports_kept_tokens(variant, backend):
-    model = patched(variant, backend=backend, **KEPT)
+    model = patched(variant, backend=backend, num_layers=1, **KEPT)
     check(export(model).module(), model)
-    first = patched(variant, backend=backend, keep_first=1)
+    first = patched(variant, backend=backend, num_layers=1, keep_first=1)
     check(export(first).module(), first)
 
 
@@ -284,13 +309,13 @@ def test_traces_kept_tokens(variant, kept):
 
 
 def test_compiles_kept_tokens_with_dynamic_sizes():
-    model = patched(MODELS[0], **KEPT)
+    model = patched(MODELS[0], num_layers=1, **KEPT)
     check(torch.compile(model, fullgraph=True, dynamic=True, backend="eager"), model)
 
 
 @needs_onnx
-@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("dynamo", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_knows_kept_tokens(dynamo, tmp_path, quiet):
-    model = patched(MODELS[0], **KEPT)
+    model = patched(MODELS[0], num_layers=1, **KEPT)
     check(as_onnx(model, tmp_path, dynamo), model)

@@ -154,8 +154,8 @@ def test_refuses_what_it_does_not_know():
 
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_names_exist_in_transformers(name):
-    made, family = zoo.plain(name), FAMILIES[name]
-    assert made.config.model_type == name
+    made, family = zoo.plain(name), zoo.family(name)
+    assert made.config.model_type == family.name
     for part, kind in find(made).parts():
         assert type(part).__name__ == kind
         assert type(part).__module__ == family.module

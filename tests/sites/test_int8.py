@@ -255,7 +255,7 @@ def test_compiled(name):
         lambda ids, mask: forward(model, ids, mask), fullgraph=True, backend="aot_eager"
     )
     full = torch.ones_like(mask)  # what forward picks has the size of the mask's sum
-    for level in (2, 1):
+    for level in (2, 1) if name == "bert" else (2,):  # each is a graph, and takes seconds
         with vk.use_ratio(model, {"ffn": level, "attention_kv": 3 if level > 1 else 1}):
             found, expected = compiled(ids, full), forward(model, ids, full)
             assert distance(found, expected.double()) < OFF

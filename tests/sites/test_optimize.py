@@ -256,6 +256,7 @@ def test_copies_pickles_and_frozen_weights():
     for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
         assert torch.equal(forward(made), expected)
     vk.freeze(model)
+    assert torch.equal(forward(model), expected)  # and packs what was not packed before
     weight = find(model).blocks[0].attention.self.query.weight
     weight.data.mul_(3)  # against the promise: nobody looks
     assert torch.equal(forward(model), expected)

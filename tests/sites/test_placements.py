@@ -4,24 +4,26 @@ import copy
 import dataclasses
 import inspect
 import pickle
+import sys
 
 import pytest
 import torch
 
 import variator_kernels as vk
 from tests.sites import attention_cases, tiny, zoo
-from tests.sites.attention_cases import patched, placed
-from variator_kernels.sites.families import FAMILIES
+from tests.sites.attention_cases import patched, placed, places
 from variator_kernels.sites.find import find
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-NAMES = [name for name in zoo.NAMES if FAMILIES[name].attention is not None]
+NAMES = [name for name in zoo.NAMES if zoo.family(name).attention is not None]
 every = pytest.mark.parametrize("name", NAMES)
 # Of families that differ in the names of their classes alone, the first.
 FORMS = {
-    dataclasses.replace(FAMILIES[name].attention, layer="one"): name for name in reversed(NAMES)
+    dataclasses.replace(zoo.family(name).attention, layer="one"): name for name in reversed(NAMES)
 }
-each_form = pytest.mark.parametrize("name", [name for name in NAMES if name in FORMS.values()])
+each_form = pytest.mark.parametrize(
+    "name", [name for name in NAMES if name in FORMS.values() or name in zoo.FORMS]
+)
 encode = torch.no_grad()(attention_cases.encode)
 
 
@@ -95,7 +97,13 @@ def test_in_16_bits(name, placement, dtype):
     assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
 
 
-@pytest.mark.parametrize("name", ["t5", "umt5", "bert", "mpnet", "modernbert", "bart"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("t5", "umt5", "bert", "mpnet", "modernbert", "bart"),
+        *("longt5", "longt5-global", "deberta", "deberta-v2", "layoutlmv3"),
+    ],
+)
 @pytest.mark.parametrize("left", [False, True])
 def test_equal_tokens_are_seen_as_all_of_them(name, left):
     """Where a group's tokens have one hidden vector, the merged key weighs as they do together:
@@ -131,6 +139,24 @@ def test_equal_tokens_are_seen_as_all_of_them(name, left):
         additive = additive.masked_fill(far, -1e30)
     if name == "mpnet":
         extra = {"position_bias": found.encoder.encoder.compute_position_bias(x)}
+    if name == "longt5":
+        module, size = sys.modules[found.family.module], layer.LocalSelfAttention.block_len
+        additive = module._get_local_attention_mask(mask, size, mask.device)
+    if name == "longt5-global":
+        if left:
+            pytest.skip("transformers counts its blocks from column 0: padding in front moves them")
+        additive = mask.long()
+    if name.startswith("deberta"):
+        inner = found.encoder.encoder
+        extra = {"rel_embeddings": inner.get_rel_embedding(), "relative_pos": inner.get_rel_pos(x)}
+        additive = mask[:, None, None] & mask[:, None, :, None]
+    carried = places(x)
+    if name == "layoutlmv3":
+        inner = found.encoder.encoder
+        extra = {
+            "rel_pos": inner._cal_1d_pos_emb(carried["position_ids"]),
+            "rel_2d_pos": inner._cal_2d_pos_emb(carried["bbox"]),
+        }
     inner = getattr(layer, "SelfAttention", layer)
     if "cache_position" in inspect.signature(inner.forward).parameters:  # transformers 4.57
         extra["cache_position"] = torch.arange(11)
@@ -138,6 +164,7 @@ def test_equal_tokens_are_seen_as_all_of_them(name, left):
     with torch.no_grad():
         for level in (1, 3):
             state.local.context = state.context(state.check(level), mask)
+            state.local.context.carried = carried
             y = layer(x, attention_mask=additive if level == 1 else None, **extra)
             y = y[0] if isinstance(y, tuple) else y
             if level == 1:
@@ -151,7 +178,7 @@ def test_equal_tokens_are_seen_as_all_of_them(name, left):
 
 
 @placed
-@pytest.mark.parametrize("name", ["t5", "umt5"])
+@pytest.mark.parametrize("name", ["t5", "umt5", "longt5", "longt5-global"])
 def test_t5_makes_its_bias_wherever_a_dense_layer_needs_it(name, placement):
     """The first block's table is the bias of all; that block may be the compressed one."""
     model = patched(name, placement)
@@ -166,8 +193,20 @@ def test_t5_makes_its_bias_wherever_a_dense_layer_needs_it(name, placement):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"placements must be \('ffn',\) for deberta-v2: relative"):
-        vk.patch(zoo.plain("deberta-v2"), placements=("attention_kv",))
+    with pytest.raises(ValueError, match=r"placements must be \('ffn',\) for lilt: two streams"):
+        vk.patch(zoo.plain("lilt"), placements=("attention_kv",))
+    for name, settings, why in (
+        ("big_bird", {"attention_type": "block_sparse"}, "attention is a BigBirdBlockSparseAtt"),
+        ("deberta", {"talking_head": True}, "whose self.head_logits_proj is"),
+        ("roformer", {"rotary_value": True}, "whose config.rotary_value is True"),
+    ):
+        start = r"placements must be \('ffn',\)"
+        with pytest.raises(ValueError, match=rf"{start} (for|where) a {name}.*{why}"):
+            vk.patch(zoo.plain(name, **settings), placements=("attention_kv",))
+    prompted = zoo.plain("mvp")
+    prompted.encoder.use_prompt = True  # transformers 5 does not pass the configuration's on
+    with pytest.raises(ValueError, match="for a mvp whose use_prompt is True"):
+        vk.patch(prompted, placements=("attention_kv",))
     model = patched("bert", "ffn", "attention_kv")
     ids, mask = tiny.batch(5)
     with pytest.raises(ValueError, match="output_attentions must be off"):
@@ -200,3 +239,35 @@ def test_attention_alone_leaves_the_ffn_as_it_was():
         model = patched(name, "attention_kv")
         assert all(not hasattr(layer, "plugins") for layer in find(model).layers)
         encode(model, *tiny.batch(9, 4))
+
+
+@placed
+@pytest.mark.parametrize("image", [False, True])
+@torch.no_grad()
+def test_places_on_a_page_count(placement, image):
+    """LayoutLMv3: boxes reach the keys, and patches of an image are tokens of every row."""
+    sizes = {"visual_embed": True, "input_size": 8, "patch_size": 4} if image else {}
+    model = patched("layoutlmv3", "ffn", placement, **{f"config_{k}": v for k, v in sizes.items()})
+    ids, mask = tiny.batch(9, 4)
+    boxes = torch.randint(0, 500, (2, 9, 4), generator=torch.Generator().manual_seed(0)).sort(-1)[0]
+    given = {"bbox": boxes}
+    if image:
+        given["pixel_values"] = torch.randn(2, 3, 8, 8)
+    patches = 5 if image else 0
+    real = torch.cat((mask, mask.new_ones(2, patches)), 1)
+
+    def run(rows=slice(None), length=9):
+        few = {k: v[rows, :length] if k == "bbox" else v[rows] for k, v in given.items()}
+        got = model(ids[rows, :length], attention_mask=mask[rows, :length], **few)
+        return got.last_hidden_state
+
+    with vk.use_ratio(model, 1):
+        expected = run()[real > 0]
+    with vk.keep(model, torch.ones_like(real)):
+        torch.testing.assert_close(run()[real > 0], expected, atol=1e-5, rtol=1e-5)
+    got = run()
+    alone = run(slice(1, 2), 4)[0]
+    if not image:  # patches follow the padding: a group of both would have a hole
+        torch.testing.assert_close(got[1][real[1] > 0], alone, atol=2e-5, rtol=1e-4)
+    given["bbox"] = torch.zeros_like(boxes)
+    assert not torch.allclose(run()[real > 0], got[real > 0], atol=1e-3)

@@ -336,7 +336,7 @@ def test_describe_says_what_runs(how):
 def test_without_vnni(how, monkeypatch):
     """Numbers of 8 bits with activations in int8 stay modules; those of 7 bits need not."""
     seven = kernels.Choice(kernels.own("avx2"))
-    monkeypatch.setattr(kernels, "choice", lambda: seven)
+    monkeypatch.setattr(kernels, "choice", lambda *_: seven)
     model, _ = ready("bert", how)
     theirs = as_modules(model, monkeypatch)
     assert torch.equal(forward(model, *BATCH), theirs) == ("weights" not in how)

@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.sites import tiny
 from variator_kernels.sites.families import BART_FAMILIES, FAMILIES, T5_FAMILIES
+from variator_kernels.sites.family import Family
 
 D, F, LAYERS, HEADS, VOCABULARY = 24, 40, 2, 4, 40
 IDS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -74,6 +75,13 @@ OWN = {
     "eurobert": {"num_key_value_heads": 2, "mask_token_id": 3},
 }
 """What a family's configuration calls by other names, or has besides."""
+FORMS = {
+    "longt5-global": (
+        "longt5",
+        {"encoder_attention_type": "transient-global", "global_block_size": 2},
+    ),
+}
+"""Further models of families: other attention, by configuration."""
 ABSOLUTE = {"bart", "mbart", "plbart", "mvp", "led", "bigbird_pegasus", "marian", "pegasus"} | {
     "blenderbot",
     "blenderbot-small",
@@ -95,27 +103,47 @@ GIVEN = {
     ),
 }
 """Positions are absolute and can be given."""
+BLOCKS = {"longt5-global"}
+"""Where attention is dense, blocks of tokens are those of columns: left padding moves a row."""
 LEAKS = {"convbert": "its convolutions read padding"}
 """Where a row of the dense model depends on its padding already."""
 
 
+def family(name: str) -> Family:
+    """The row of a family or a form."""
+    return FAMILIES[FORMS.get(name, (name,))[0]]
+
+
 def config(name: str, **settings):
-    row = FAMILIES[name]
+    row, more = family(name), FORMS.get(name, (name, {}))[1]
+    name, settings = row.name, more | settings
     base = T5 if row in T5_FAMILIES else BART if row in BART_FAMILIES else BERT
     base = {} if name == "distilbert" else base
     return transformers.AutoConfig.for_model(name, **base | OWN.get(name, {}) | settings)
 
 
+def one_layer(name: str) -> dict[str, int]:
+    """Settings for a compiler that takes seconds a layer."""
+    row = FAMILIES[name]
+    if name == "albert":
+        return {"num_hidden_layers": 1, "num_hidden_groups": 1}
+    if name == "distilbert":
+        return {"n_layers": 1}
+    if row in T5_FAMILIES:
+        return {"num_layers": 1}
+    return {"encoder_layers" if row in BART_FAMILIES else "num_hidden_layers": 1}
+
+
 def installed(name: str) -> bool:
     """Whether this version of transformers has the family."""
     try:
-        transformers.AutoConfig.for_model(name)
+        transformers.AutoConfig.for_model(family(name).name)
     except ValueError:
         return False
     return True
 
 
-NAMES = [name for name, row in FAMILIES.items() if not row.decoder and installed(name)]
+NAMES = [name for name in (*FAMILIES, *FORMS) if not family(name).decoder and installed(name)]
 
 
 def plain(name: str, attention: str | None = None, **settings) -> nn.Module:
@@ -128,6 +156,8 @@ def plain(name: str, attention: str | None = None, **settings) -> nn.Module:
         model = transformers.AutoModel.from_config(made, attn_implementation=attention)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
+            if name == "roformer" and "embed_positions" in key:
+                continue  # sines and cosines
             if "norm" in key.lower() and parameter.dim() == 1:
                 low = -0.5 if key.endswith("bias") else 0.5
                 parameter.uniform_(low, low + 1)
@@ -142,11 +172,8 @@ def plain(name: str, attention: str | None = None, **settings) -> nn.Module:
 def runs(name: str, dtype: torch.dtype) -> bool:
     """Whether the plain model runs in ``dtype``."""
     model, ids = plain(name).to(dtype), torch.full((1, 3), 5)
-    encoder = (
-        getattr(model, "encoder", model)
-        if FAMILIES[name] in (*BART_FAMILIES, *T5_FAMILIES)
-        else model
-    )
+    row = family(name)
+    encoder = getattr(model, "encoder", model) if row in (*BART_FAMILIES, *T5_FAMILIES) else model
     try:
         encoder(ids)
     except RuntimeError:

@@ -9,7 +9,7 @@ import variator_kernels as vk
 from tests.ops.cases import needs_cpu
 from tests.sites import tiny
 from tests.train.test_trainer import plugins, trainer
-from variator_kernels.ops import prepack, prepacked_linear
+from variator_kernels.ops import prepack, prepacked_linear, rows_linear
 
 pytestmark = [needs_cpu, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -27,6 +27,13 @@ def products(monkeypatch):
             return plain(weight, *rest, **more)
 
         monkeypatch.setattr(prepack, name, noted)
+    own = rows_linear.stacked
+
+    def stacked(weights, *rest):
+        found.extend(("rows", weight) for weight in weights)
+        return own(weights, *rest)
+
+    monkeypatch.setattr(rows_linear, "stacked", stacked)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,18 @@ class Norm(NamedTuple):
 
 
 NO_NORM = Norm()
+
+
+def norm_of(norm: Norm, copies: Sequence[Tensor]) -> Norm:
+    """The same of copies of those vectors that it has."""
+    found = iter(copies)
+    weight, bias = (None if t is None else next(found) for t in norm[1:3])
+    return norm._replace(weight=weight, bias=bias)
+
+
+def norm_form(norm: Norm) -> tuple[Hashable, ...]:
+    """What there is to know but for the vectors' numbers."""
+    return norm.name, norm.weight is None, norm.bias is None, norm.eps
 
 
 class MergeWeights(NamedTuple):

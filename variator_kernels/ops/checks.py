@@ -43,6 +43,20 @@ def floating(tensor: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be a floating point tensor, got {tensor.dtype}")
 
 
+def parameter(tensor: Tensor, expected: tuple[int, ...], x: Tensor, name: str) -> None:
+    """A floating tensor of a shape, on x's device."""
+    # One expression is all that a good one costs: every call of an op looks at a dozen.
+    if not (
+        isinstance(tensor, Tensor)
+        and tensor.shape == expected
+        and tensor.device == x.device
+        and tensor.is_floating_point()
+    ):
+        shape(tensor, expected, name)
+        same_device(tensor, x, name)
+        floating(tensor, name)
+
+
 def hidden(x: Tensor, cu_seqlens: Tensor | None, name: str = "x") -> None:
     """A floating ``[B, n, d]``, or ``[T, d]`` with ``cu_seqlens``."""
     if not isinstance(x, Tensor):
@@ -102,10 +116,8 @@ def merge_parameters(weight: Tensor, bias: Tensor, x: Tensor) -> int:
         got = list(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
         raise ValueError(f"merge bias must have shape [ratio] with ratio >= 2, got {got}")
     k = bias.shape[0]
-    shape(weight, (k, k * x.shape[-1]), "merge weight")
-    for tensor, name in ((weight, "merge weight"), (bias, "merge bias")):
-        same_device(tensor, x, name)
-        floating(tensor, name)
+    parameter(weight, (k, k * x.shape[-1]), x, "merge weight")
+    parameter(bias, (k,), x, "merge bias")
     return k
 
 
@@ -118,15 +130,10 @@ def adapter_parameters(
     if not isinstance(b1, Tensor) or b1.dim() != 1 or b1.shape[0] < 1:
         raise ValueError("b1 must have shape [bottleneck] with bottleneck >= 1")
     r = b1.shape[0]
-    for tensor, expected, name in (
-        (w1, (r, 2 * d), "w1"),
-        (b1, (r,), "b1"),
-        (w2, (d, r), "w2"),
-        (b2, (d,), "b2"),
-    ):
-        shape(tensor, expected, name)
-        same_device(tensor, x, name)
-        floating(tensor, name)
+    parameter(w1, (r, 2 * d), x, "w1")
+    parameter(b1, (r,), x, "b1")
+    parameter(w2, (d, r), x, "w2")
+    parameter(b2, (d,), x, "b2")
     return r
 
 
@@ -149,9 +156,7 @@ def feed_forward(ffn: FeedForward, x: Tensor) -> None:
     for name, size in expected.items():
         tensor = getattr(ffn, name)
         if tensor is not None:
-            shape(tensor, size, name)
-            same_device(tensor, x, name)
-            floating(tensor, name)
+            parameter(tensor, size, x, name)
 
 
 def compressed_ffn(

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from .arguments import AdapterWeights, MergeWeights, Norm, require
-from .groups import Groups
+from .arguments import NO_NORM, AdapterWeights, MergeWeights, Norm
 from .library import accumulator
 
 
@@ -49,79 +48,25 @@ def folded(weight: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
     return (wide.view(wide.shape[0], wide.shape[1] // d, d) * norm.weight).view(wide.shape)
 
 
-class Listed(NamedTuple):
-    """Groups as the kernels read them; the tensors keep their memory alive."""
-
-    kernel: Any
-    """The extension's own ``Groups``."""
-    tensors: tuple[Tensor | None, ...]
-    covers_all: bool
-    """Whether every token lies in a group."""
-
-
-def listed(groups: Groups, tokens: int, *, compact: bool = False) -> Listed:
-    """Groups of a flat list of ``tokens``; ``compact`` leaves out those without a slot.
-
-    Raises:
-        ValueError: a group lies outside of the list, or on another: the kernels would read memory
-            of others, or write a token twice.
-    """
-    start, span, mask, kept = groups.start, groups.span, groups.mask, groups.kept
-    require(groups.form == "listed", f"the CPU kernels read listed groups, got {groups.form!r}")
-    assert start is not None and span is not None
-    require(groups.owned is None, "groups with owned tokens are a GPU's")
-    require(mask is None or mask.numel() == tokens, "the mask's size")
-    require(mask is None or mask.dtype == torch.bool, "the mask must be bool")
-    require(kept is None or kept.dtype == torch.bool, "kept must be bool")
-    require(all(t is None or t.is_cpu for t in (start, span, mask, kept)), "groups are on the CPU")
-    start, span = start.contiguous(), span.contiguous()
-    mask, kept = (None if t is None else t.contiguous() for t in (mask, kept))
-    require(start.dtype == span.dtype == torch.int64, "start and span must be int64")
-    require(start.numel() == span.numel(), "start and span are of one size")
-    require(kept is None or kept.numel() == start.numel(), "start and kept are of one size")
-    kernel = _kernel((start, span, mask, kept), start.numel(), groups.ratio)
-    held = kernel.held(tokens)
-    require(held >= 0, "groups must lie within the tokens, one after another")
-    covers_all = mask is None and held == tokens
-    if compact and not covers_all:
-        used = torch.empty(2, start.numel(), dtype=torch.int64)
-        used_kept = None if kept is None else torch.empty_like(kept)
-        count = kernel.compact(
-            start=used[0].data_ptr(), span=used[1].data_ptr(), kept=address(used_kept)
-        )
-        start, span, kept = used[0], used[1], used_kept
-        kernel = _kernel((start, span, mask, kept), count, groups.ratio)
-    return Listed(kernel, (start, span, mask, kept), covers_all)
-
-
-def _kernel(lists: tuple[Tensor | None, ...], count: int, k: int) -> Any:
-    start, span, mask, kept = map(address, lists)
-    return extension.load().Groups(start=start, span=span, mask=mask, kept=kept, count=count, k=k)
-
-
-def copy_outside(groups: Listed, x: Tensor, y: Tensor) -> None:
-    """Copies to flat ``y [tokens, d]`` the rows of ``x`` that no group holds; same dtype."""
-    require(x.dtype == y.dtype, f"x is {x.dtype}, y is {y.dtype}")
-    if groups.covers_all:
-        return
-    groups.kernel.copy_outside(
-        tokens=x.shape[0],
-        x=x.data_ptr(),
-        x_stride=x.stride(0),
-        y=y.data_ptr(),
-        d=x.shape[1],
-        element_size=x.element_size(),
-    )
-
-
 def wide_norm(norm: Norm, dtype: torch.dtype) -> Norm:
     """A norm whose vectors are in the accumulator dtype."""
+    if norm is NO_NORM:
+        return norm
     weight, bias = (optional_accumulator(v, dtype) for v in (norm.weight, norm.bias))
     return norm._replace(weight=weight, bias=bias)
 
 
 def norm_kernel(norm: Norm) -> Any:
     """The result of :func:`wide_norm` as the kernels read it."""
+    return _no_norm() if norm is NO_NORM else _norm_kernel(norm)
+
+
+@functools.cache
+def _no_norm() -> Any:
+    return _norm_kernel(NO_NORM)
+
+
+def _norm_kernel(norm: Norm) -> Any:
     return extension.load().Norm(
         kind=extension.enum_value("cpu", "norms", norm.name),
         weight=address(norm.weight),

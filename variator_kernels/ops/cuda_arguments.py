@@ -19,7 +19,8 @@ BOTTLENECK_CHUNK = 64
 
 def dtype_code(dtype: torch.dtype) -> int:
     """The kernels' number for a storage type."""
-    require(dtype in DTYPES, f"the CUDA kernels take {[*DTYPES]}, got {dtype}")
+    if dtype not in DTYPES:
+        require(False, f"the CUDA kernels take {[*DTYPES]}, got {dtype}")
     return code("dtypes", str(dtype).removeprefix("torch."))
 
 
@@ -91,7 +92,6 @@ def _padded(tensor: Tensor, sizes: tuple[int, ...]) -> Tensor:
 
 def as_vector(vector: Tensor, dtype: torch.dtype, size: int = 0) -> Tensor:
     """A bias in fp32 or the storage type ``dtype``, with zeros up to ``size``."""
-    vector = vector.detach()
     if vector.dtype not in (torch.float32, dtype):
         vector = vector.float()
     return aligned(_padded(vector, (0, size - vector.shape[0])))
@@ -124,10 +124,10 @@ def chunks(bottleneck: int) -> int:
 def pad_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``weight [r, d]`` with rows of zeros up to :func:`chunks`."""
     missing = chunks(weight.shape[0]) - weight.shape[0]
-    return aligned_rows(_padded(weight.detach().to(dtype), (0, 0, 0, missing)))
+    return aligned_rows(_padded(weight.to(dtype), (0, 0, 0, missing)))
 
 
 def pad_columns(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``weight [d, r]``, contiguous, with columns of zeros up to :func:`chunks`."""
     missing = chunks(weight.shape[1]) - weight.shape[1]
-    return aligned(_padded(weight.detach().to(dtype), (0, missing)))
+    return aligned(_padded(weight.to(dtype), (0, missing)))

@@ -20,12 +20,14 @@ from .cuda_arguments import (
 from .gpu_arguments import GpuGroups
 
 
-class Side(NamedTuple):
-    """A factor of the sum: ``rows [tokens or groups, c]`` with unit stride; ``by_group`` says
-    which."""
+class Left(NamedTuple):
+    """The left factor's columns, side by side; fp32, contiguous."""
 
-    rows: Tensor
-    by_group: bool = False
+    rows: Tensor | None = None
+    """``[tokens or groups, r]``."""
+    scores: Tensor | None = None
+    """``[groups, k]``: a group's row is that of each of its tokens."""
+    ones: bool = False
 
 
 class NormedRows(NamedTuple):
@@ -38,45 +40,58 @@ class NormedRows(NamedTuple):
 AS_THEY_ARE = NormedRows()
 
 
+class Sums(NamedTuple):
+    """In fp32: ``rows`` ``[r, d]``; ``scores`` ``[k (slot), k (score), d]``; ``ones`` ``[1, d]``.
+
+    What the left factor does not have is empty.
+    """
+
+    rows: Tensor
+    scores: Tensor
+    ones: Tensor
+
+
 def weight_gradient(
-    left: Side,
-    right: Side,
+    left: Left,
+    right: Tensor,
     groups: GpuGroups,
     *,
-    slot: int = -1,
-    ones: bool = False,
+    by_group: bool = False,
     normed: NormedRows = AS_THEY_ARE,
-) -> Tensor:
-    """``Σ left[m]ᵀ norm(right[m])`` over the slots m that hold a token: ``[left's columns, d]``.
+) -> Sums:
+    """``Σ left[m]ᵀ norm(right[m])`` over the tokens m that the groups merge, in one launch.
 
     Args:
-        left: fp32, contiguous.
-        right: in a storage type.
-        slot: only this slot of each group; -1: all of them.
-        ones: adds a row, the sum of ``right`` itself.
+        left: its rows belong to tokens, or to groups.
+        right: ``[tokens or groups, d]`` in a storage type, unit stride.
+        by_group: a group is one row of both.
         normed: what ``right`` goes through first.
     """
-    columns, d = left.rows.shape[1] + ones, right.rows.shape[1]
+    rows, scores, ones = left
+    r = 0 if rows is None else rows.shape[1]
+    score_columns = 0 if scores is None else scores.shape[1]
+    columns, d = r + score_columns + ones, right.shape[1]
+    slots = 1 if by_group else groups.ratio
     cuda = extension.load("cuda")
-    parts = cuda.weight_gradient_parts(groups.total, columns, d, multiprocessors(right.rows))
-    out = right.rows.new_empty(parts, columns, d, dtype=torch.float32)
+    shares = cuda.gradient_shares(groups.total, columns, d, slots, multiprocessors(right))
+    out = right.new_empty(shares, slots, columns, d, dtype=torch.float32)
     cuda.weight_gradient(
-        target(right.rows),
-        dtype=dtype_code(right.rows.dtype),
+        target(right),
+        dtype=dtype_code(right.dtype),
         groups=groups_kernel(groups),
-        slot=slot,
-        left_by_group=left.by_group,
-        right_by_group=right.by_group,
-        left=left.rows.data_ptr(),
-        left_stride=left.rows.shape[1],
-        left_columns=columns,
-        right=right.rows.data_ptr(),
-        right_stride=right.rows.stride(0),
+        by_group=by_group,
+        left=address(rows),
+        left_columns=r,
+        scores=address(scores),
+        score_columns=score_columns,
+        ones=ones,
+        right=right.data_ptr(),
+        right_stride=right.stride(0),
         d=d,
         norm=norm_kernel(normed.norm),
-        moments=0 if normed.norm.name == "none" else address(normed.moments),
-        parts=parts,
+        moments=address(normed.moments),
+        shares=shares,
         out=out.data_ptr(),
-        out_stride=d,
     )
-    return out.sum(0)
+    of_rows, of_scores, of_ones = out.split([r, score_columns, int(ones)], 2)
+    return Sums(of_rows.sum((0, 1)), of_scores.sum(0), of_ones.sum((0, 1)))

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .arguments import NO_NORM, flat
-from .fast_norm import normalize_fast
+from .. import extension
+from . import own_products, prepack
+from .arguments import NO_NORM, check_ffn, flat, norm_form, norm_of
+from .cpu_arguments import dtype_code, norm_kernel, wide_norm
+from .fast_norm import in_one_pass, normalize_fast
 from .feed_forward import FeedForward
 from .fused_product import Product, runs
 
@@ -23,7 +26,10 @@ def feed_forward(x: Tensor, ffn: FeedForward) -> Tensor | None:
         return None
     if not (ffn.pack and runs(x, (*ffn[:6], ffn.norm_weight, ffn.norm_bias))):
         return None
-    rows = flat(x)
+    rows, whole = flat(x), _whole(x, ffn)
+    if whole is not None:
+        y = run(whole, rows)
+        return normalize_fast(y.view(x.shape), ffn.any_norm) if ffn.post_norm else y.view(x.shape)
     return together(_pass(rows[first:last], ffn) for first, last in pieces(len(rows), PIECE)).view(
         x.shape
     )
@@ -40,6 +46,50 @@ def _pass(rows: Tensor, ffn: FeedForward) -> Tensor:
     residual = rows if ffn.residual else None
     y = Product((ffn.w_out,), (ffn.b_out,), precision)(inner, residual=residual)
     return normalize_fast(y, ffn.any_norm) if ffn.post_norm else y
+
+
+def _whole(x: Tensor, ffn: FeedForward) -> own_products.Own | None:
+    """What runs the sublayer up to its residual; None where a product is not this package's own."""
+    norm, dtype, d, isa = ffn.pre_norm, x.dtype, x.shape[-1], prepack.instruction_set()
+    vectors = tuple(t for t in (norm.weight, norm.bias) if t is not None)
+    if ffn.precision is None:
+        if not own_products.takes((x.numel() // d,), own_products.weights(ffn), dtype, isa):
+            return None
+        # PyTorch's norm goes in front of two products.
+        if ffn.w_gate is not None and norm is not NO_NORM and not in_one_pass(norm, dtype):
+            return None
+
+    def make(*copies: Tensor) -> own_products.Own | None:
+        check_ffn(d, ffn[:6], norm)
+        products = own_products.products(ffn, dtype, isa)
+        if products is None:
+            return None
+        its = wide_norm(norm_of(norm, copies[len(copies) - len(vectors) :]), dtype)
+        kernel = extension.load().DenseFfn(
+            isa=isa,
+            dtype=dtype_code(dtype),
+            products=products.kernel,
+            norm=norm_kernel(its),
+            residual=ffn.residual,
+        )
+        return own_products.Own(kernel, its, products)
+
+    form = "dense", dtype, d, *norm_form(norm), isa, *own_products.form(ffn)
+    return prepack.cache.get((*own_products.sources(ffn), *vectors), form, make)
+
+
+def run(whole: own_products.Own, rows: Tensor) -> Tensor:
+    """An object that reads and gives ``rows [T, d]``."""
+    rows = rows.contiguous()  # as residuals are
+    y = torch.empty_like(rows)
+    whole.kernel.run(
+        threads=torch.get_num_threads(),
+        rows=rows.shape[0],
+        x=rows.data_ptr(),
+        x_stride=rows.stride(0),
+        y=y.data_ptr(),
+    )
+    return y
 
 
 def pieces(count: int, most: int) -> Iterator[tuple[int, int]]:

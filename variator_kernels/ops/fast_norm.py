@@ -26,11 +26,10 @@ def normalize_fast(x: Tensor, norm: Norm) -> Tensor:
     if torch.is_grad_enabled() or not fits or not is_plain(x):
         return normalize(x, norm.name, norm.weight, norm.bias, norm.eps)
     assert weight is not None
-    # PyTorch's own sums 16-bit rows in fp32 too, and is the faster one in fp32.
-    if norm.name == "layer" and (x.dtype == torch.float32 or extension.load() is None):
-        return F.layer_norm(x, x.shape[-1:], weight, norm.bias, norm.eps)
-    if extension.load() is not None and norm.name != "none":
+    if extension.load() is not None and in_one_pass(norm, x.dtype):
         return _in_one_pass(x, norm)
+    if norm.name == "layer":
+        return F.layer_norm(x, x.shape[-1:], weight, norm.bias, norm.eps)
     if norm.name != "rms" or norm.bias is not None:
         return normalize(x, norm.name, norm.weight, norm.bias, norm.eps)
     wide = x.float()
@@ -39,6 +38,14 @@ def normalize_fast(x: Tensor, norm: Norm) -> Tensor:
     if x.dtype == torch.float32:
         return (wide * scale).mul_(weight)
     return wide.mul_(scale).mul_(weight.float()).to(x.dtype)  # one array of fp32, rounded once
+
+
+def in_one_pass(norm: Norm, dtype: torch.dtype) -> bool:
+    """Whether this package's kernel makes it. PyTorch's own sums 16-bit rows in fp32 too, and is
+    the faster one in fp32."""
+    if norm.weight is None or norm.name == "none":
+        return False
+    return norm.name != "layer" or dtype != torch.float32
 
 
 def _in_one_pass(x: Tensor, norm: Norm) -> Tensor:

@@ -68,11 +68,12 @@ class Product(NamedTuple):
             quantised = int8.stacked(self.weights, self.biases)
             if quantised is not None:
                 return quantised.fused(rows, activation, factor, norm, residual)
-        if rows_linear.takes(rows):
-            few = rows_linear.stacked(self.weights, self.biases, rows.dtype)
+        isa = prepack.instruction_set()
+        if rows_linear.takes(rows.shape[0], rows.dtype, isa):
+            few = rows_linear.stacked(self.weights, self.biases, rows.dtype, isa)
             if few is not None:
                 return few(rows, activation, factor, norm, residual)
-        h, dtype = normalize_fast(rows, norm), prepack.product_dtype(rows.dtype)
+        h, dtype = normalize_fast(rows, norm), prepack.product_dtype(rows.dtype, rows.shape[0])
         packed = None
         if rows.shape[0] > FEW:
             packed = prepack.stacked(self.weights, self.biases, dtype, rows.shape[0])

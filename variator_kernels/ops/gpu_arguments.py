@@ -103,7 +103,7 @@ def contiguous(vector: Tensor | None) -> Tensor | None:
 
 def contiguous_norm(norm: Norm) -> Norm:
     """The norm with vectors of unit stride."""
-    return norm._replace(weight=contiguous(norm.weight), bias=contiguous(norm.bias))
+    return Norm(norm.name, contiguous(norm.weight), contiguous(norm.bias), norm.eps)
 
 
 def unit_rows(matrix: Tensor) -> Tensor:

@@ -16,32 +16,70 @@ WORTH_READING = 128
 """Rows from which a packed product gains more than it takes to read the whole weight before."""
 
 
+def _has_bf16() -> bool:
+    """Whether oneDNN multiplies bf16 by instructions of the processor."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    has = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if has and torch.cpu._is_avx512_supported():
+        return environment.onednn_allows("bf16") and torch.cpu._is_avx512_bf16_supported()
+    return bool(has)
+
+
 def _emulated() -> frozenset[torch.dtype]:
-    """The 16-bit dtypes in which oneDNN has no product of its own on this processor.
+    """The 16-bit dtypes in which oneDNN has no product on this processor that pays.
 
     PyTorch's check follows ``ONEDNN_MAX_CPU_ISA``, but is content with AVX-512. Without the bf16
-    instructions oneDNN widens there on the way, and takes four times as long as in fp32.
+    instructions oneDNN widens there on the way, and takes four times as long as in fp32. Intel's
+    instruction for pairs, where there are no tiles, has half the throughput of two in fp32: 86
+    GFLOP/s on a core of Sapphire Rapids that made 155 in fp32.
     """
     if not torch.backends.mkldnn.is_available():
         return frozenset()
-    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    bf16 = _has_bf16()
     if torch.cpu._is_avx512_supported():
-        bf16 = bf16 and environment.onednn_allows("bf16") and torch.cpu._is_avx512_bf16_supported()
+        tiles = torch.cpu._is_amx_tile_supported() and environment.onednn_allows("amx")
+        bf16 = bf16 and (tiles or not _slow_pairs())
     fp16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()
     native = {torch.bfloat16: bf16, torch.float16: fp16}
     return frozenset(dtype for dtype, has in native.items() if not has)
 
 
+def _slow_pairs() -> bool:
+    """Whether the kernels prefer two products in fp32 to one of a pair in bf16 (dispatch.cpp)."""
+    kernels = extension.load()
+    sets = kernels.available_isas() if kernels else []
+    return "avx512_bf16" in sets and sets.index("avx512_bf16") < sets.index("avx512")
+
+
 EMULATED = _emulated()
+NARROW_ROWS = 8 if _has_bf16() and torch.bfloat16 in EMULATED else 0
+"""So few vectors are bound by the weight's bytes, of which bf16 has half: on that Sapphire Rapids a
+packed product made 19, 73 and 83 GFLOP/s of 1, 8 and 32 vectors in bf16, and 12, 68 and 124 in
+fp32."""
 
 
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the CPU multiplies what is stored in ``dtype``: its own, or fp32.
+def narrow(rows: int | None, dtype: torch.dtype) -> bool:
+    """Whether so few vectors multiply in bf16 though more of them take fp32."""
+    return rows is not None and rows <= NARROW_ROWS and dtype == torch.bfloat16
+
+
+def product_dtype(dtype: torch.dtype, rows: int | None = None) -> torch.dtype:
+    """The dtype in which the CPU multiplies ``rows`` vectors stored in ``dtype``: its own, or fp32.
 
     The one rule for inference, training and autocast: fp32 where the processor has no product in
-    ``dtype``. What is stored, and the result, keep their dtype.
+    ``dtype`` that pays. What is stored, and the result, keep their dtype.
     """
-    return torch.float32 if dtype in EMULATED else dtype
+    return torch.float32 if dtype in EMULATED and not narrow(rows, dtype) else dtype
+
+
+def describe() -> str:
+    """In which dtype bf16 multiplies here, and why, in words."""
+    if torch.bfloat16 not in EMULATED:
+        return "in bf16"
+    if NARROW_ROWS:
+        return f"in fp32 from {NARROW_ROWS + 1} vectors on: the processor's in bf16 are slower"
+    return "in fp32: the processor has none in bf16"
 
 
 def result_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
@@ -133,7 +171,7 @@ def linear(
     product. None too if they are so few that looking whether the weight has changed would take
     longer than packing saves.
     """
-    dtype = product_dtype(weight.dtype) if dtype is None else dtype
+    dtype = product_dtype(weight.dtype, rows) if dtype is None else dtype
     few = rows is not None and rows < WORTH_READING and dtype == weight.dtype
     if few and cache.reads_much(weight):
         return None

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import extension
-from . import prepack
+from . import prepack, rows_linear
 from .frozen_linear import LEAST, FrozenLinear, is_plain_class
 from .transforms import is_plain, tracing, transformed
 
@@ -76,6 +76,12 @@ class FrozenProducts:
                 del vars(layer)["forward"]
 
 
+def shares() -> bool:
+    """Whether this thread is inside :class:`FrozenProducts`: its products use oneDNN's packed
+    forms, and whoever takes them too needs no other."""
+    return _local.packed
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``, shapes, dtypes and errors alike, with a fast product.
 
@@ -114,11 +120,16 @@ def packed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     stored = prepack.result_dtype(x, weight, bias)
     if stored is None or weight.numel() < LEAST or extension.load() is None:
         return linear(x, weight, bias)
-    rows, dtype = x.reshape(-1, weight.shape[1]), prepack.product_dtype(stored)
-    multiply = prepack.linear(weight, bias, dtype, rows.shape[0])
+    rows = x.reshape(-1, weight.shape[1])
+    dtype, isa = prepack.product_dtype(stored, rows.shape[0]), prepack.instruction_set()
+    own = None
+    if not shares() and stored == weight.dtype and rows_linear.takes_any(len(rows), stored, isa):
+        own = rows_linear.stacked((weight,), (bias,), stored, isa)
+    multiply = own or prepack.linear(weight, bias, dtype, rows.shape[0])
     if multiply is None:
         return linear(x, weight, bias)
-    return multiply(rows.to(dtype)).to(stored).view(*x.shape[:-1], weight.shape[0])
+    y = multiply(rows.to(dtype if own is None else stored)).to(stored)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _few() -> int:
@@ -154,13 +165,22 @@ def unpacked(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _converted(x: Tensor, weight: Tensor, bias: Tensor | None, stored: torch.dtype) -> Tensor:
-    """``F.linear`` by the product of another dtype, where that of ``stored`` is slow."""
+    """``F.linear`` by the product of another dtype, where that of ``stored`` is so slow that
+    converting the weight in each call pays."""
     dtype = prepack.product_dtype(stored)
-    if dtype == stored:
+    if dtype == stored or not _repays(x, stored):
         return F.linear(x, weight, bias)
     with torch.autocast("cpu", enabled=False):
         wide_bias = None if bias is None else bias.to(dtype)
         return F.linear(x.to(dtype), weight.to(dtype), wide_bias).to(stored)
+
+
+def _repays(x: Tensor, stored: torch.dtype) -> bool:
+    """Whether the faster product of ``x [..., in]`` saves more than converting a weight costs."""
+    if stored != torch.bfloat16 or not prepack.NARROW_ROWS:  # there is no product in it at all
+        return True
+    compiled = torch.compiler.is_compiling() or tracing()  # where sizes are not looked at
+    return not compiled and x.numel() >= prepack.WORTH_READING * x.shape[-1]
 
 
 def _stays(weight: Tensor, bias: Tensor | None) -> bool:

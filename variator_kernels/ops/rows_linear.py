@@ -1,103 +1,98 @@
-"""Products of few rows in floating point by the kernel of this package (csrc/cpu/rows_linear.h).
+"""Products in floating point by the kernel of this package (csrc/cpu/rows_linear.h).
 
 A call of oneDNN's through PyTorch takes tens of microseconds beside the product, which few rows
-notice, and knows a few numbers of rows; here any number goes, with the norm in front.
+notice, and knows a few numbers of rows; here any number goes, with the norm in front. With AVX2
+alone this kernel is the faster one for many rows too.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import extension
 from . import prepack
-from .arguments import Norm
-from .cpu_arguments import address, dtype_code, norm_kernel, pack_columns, wide_norm
+from .arguments import NO_NORM, Norm
+from .cpu_arguments import address, pack_columns
+from .own_linear import multiply, padded
 
-VECTOR = 16
-"""Output channels whose biases a kernel reads at once, at most."""
-
-
+ANY = 1 << 62
 MOST = {
     ("avx512_bf16", torch.bfloat16): 128,
     ("avx512_bf16", torch.float32): 64,
+    ("avx512_vnni", torch.float32): 32,
+    ("avx512_vnni", torch.bfloat16): ANY,
     ("avx512", torch.float32): 32,
-    ("avx2", torch.float32): 32,
+    ("avx512", torch.bfloat16): ANY,
+    ("avx2", torch.float32): ANY,
 }
 """Rows up to which a product goes this way. Of T5-base's shapes on a core of Zen 4 this kernel took
 0.68 to 0.87 of oneDNN's time for one row, 0.79 to 0.92 for 8, 0.87 to 1.0 for 32, 0.98 to 1.0 for
-128 (fp32: 0.98 to 1.08) and 0.98 to 1.1 for 1024. AVX2 in fp32: 0.56 to 0.84, 0.84 to 0.99, 1.0 and
-1.03 to 1.14."""
+128 (fp32: 0.98 to 1.08) and 0.98 to 1.1 for 1024. On two cores of Zen 3 it made 157, 159, 154 and
+138 GFLOP/s of 1,024 rows where oneDNN made 140, 136, 136 and 138, and 117, 171, 129 and 149 of
+4,096 rows where that made 118, 145, 112 and 123 (768 to 3072, 3072 to 768, 768 to 2304, 768 to 768
+numbers; medians in turns). Without the instruction for pairs, or where it is slow, vectors of bf16
+are widened on the way: 111 to 155 GFLOP/s of 32 to 4,096 rows on a core of Sapphire Rapids, where
+oneDNN made 83 to 87 in bf16, and 108 to 167 in fp32 beside converting the vectors."""
 
 
-def takes(x: Tensor) -> bool:
-    """Whether so few ``x [rows, in]`` go this way on this processor."""
-    return x.shape[0] <= MOST.get((prepack.instruction_set(), x.dtype), 0)
+def takes_any(rows: int, dtype: torch.dtype, isa: str) -> bool:
+    """Whether products of every number of rows from this one on go this way: one packed form then
+    serves all."""
+    return takes(rows, dtype, isa) and takes(ANY, dtype, isa)
+
+
+def takes(rows: int, dtype: torch.dtype, isa: str) -> bool:
+    """Whether a product of so many rows goes this way with this instruction set."""
+    return rows <= MOST.get((isa, dtype), 0) and not prepack.narrow(rows, dtype)
 
 
 class RowsLinear(NamedTuple):
     """Weights in panels for one instruction set and dtype, and the bias, padded."""
 
-    isa: str
-    inner: int
     outputs: int
     panels: Tensor
     bias: Tensor | None
+    kernel: Any
+    """The extension's own ``Linear``, of these tensors' memory."""
 
     def __call__(
         self,
         x: Tensor,
-        activation: str,
-        factor: Tensor | None,
-        norm: Norm,
-        residual: Tensor | None,
+        activation: str = "none",
+        factor: Tensor | None = None,
+        norm: Norm = NO_NORM,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """``activation(norm(x) · weightᵀ + bias) [* factor] [+ residual]`` for ``x [rows, in]``."""
-        norm = wide_norm(norm, x.dtype)
-        x = x if x.stride(1) == 1 or self.inner == 1 else x.contiguous()
-        factor, residual = (None if t is None else t.contiguous() for t in (factor, residual))
-        y = x.new_empty(x.shape[0], self.outputs)
-        extension.load().RowsLinear(
-            isa=self.isa,
-            dtype=dtype_code(x.dtype),
-            threads=torch.get_num_threads(),
-            rows=x.shape[0],
-            inner=self.inner,
-            columns=self.outputs,
-            x=x.data_ptr(),
-            x_stride=x.stride(0),
-            packed=self.panels.data_ptr(),
-            bias=address(self.bias),
-            activation=extension.enum_value("cpu", "ffn_activations", activation),
-            norm=norm_kernel(norm),
-            other=address(factor),
-            residual=address(residual),
-            y=y.data_ptr(),
-        ).run()
-        return y
+        return multiply(self.kernel, self.outputs, x, activation, factor, norm, residual)
 
 
 def stacked(
-    weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], dtype: torch.dtype
+    weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], dtype: torch.dtype, isa: str
 ) -> RowsLinear | None:
     """Of matrices ``[out, in]`` one below the other, with a bias or None for each, for vectors of
     ``dtype``; None where they are not finite, or every look at them would read them whole."""
     if any(map(prepack.cache.reads_much, weights)):
         return None
-    isa, inner = prepack.instruction_set(), weights[0].shape[1]
+    inner = weights[0].shape[1]
 
     def pack(*copies: Tensor) -> RowsLinear | None:
         weight, bias = prepack.stack(copies, len(weights), biases)
         if not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
             return None
-        outputs = weight.shape[0]
-        if bias is not None:
-            padded = torch.zeros(-(-outputs // VECTOR) * VECTOR)
-            padded[:outputs] = bias
-            bias = padded
-        return RowsLinear(isa, inner, outputs, pack_columns(weight, dtype, isa, bf16=True), bias)
+        outputs, shift = weight.shape[0], None if bias is None else padded(bias.float())
+        panels = pack_columns(weight, dtype, isa, bf16=True)
+        kernel = extension.load().Linear(
+            isa=isa,
+            inner=inner,
+            columns=outputs,
+            packed=panels.data_ptr(),
+            bias=address(shift),
+        )
+        return RowsLinear(outputs, panels, shift, kernel)
 
     absent = tuple(bias is None for bias in biases)
     sources = (*weights, *(bias for bias in biases if bias is not None))

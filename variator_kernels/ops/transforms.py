@@ -28,13 +28,15 @@ def transformed() -> bool:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether ``x`` is memory, and what is made now will be: nothing stands in between."""
+    """Whether ``x`` is memory, and what is made now will be: nothing stands in between, not even a
+    sign that is still to be applied."""
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
         and not tracing()
         and _get_current_dispatch_mode() is None
         and not _functorch.is_functorch_wrapped_tensor(x)
+        and not x.is_neg()
     )
 
 

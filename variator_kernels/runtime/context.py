@@ -15,6 +15,7 @@ from ..ops.kept_groups import with_rest
 from ..ops.make_groups import make_groups
 from ..ops.transforms import is_plain
 from .level import Level
+from .packed import Packed
 
 Made = TypeVar("Made")
 
@@ -23,9 +24,9 @@ class Context:
     """Made when an encoder's forward begins; its sublayers read it until the forward ends.
 
     ``mask`` is bool ``[B, n]`` or None (no padding), checked; ``level`` has the ratio of each site;
-    ``keep`` says which tokens stay whole. ``pads``: the
-    encoder appends padding of its own, which no mask speaks of. Groups are made once for each ratio
-    (and device: a model may be spread over several).
+    ``keep`` says which tokens stay whole. ``pads``: the encoder appends padding of its own, of
+    which no mask speaks; ``appends``: tokens. Groups are made once for each ratio (and device: a
+    model may be spread over several).
     """
 
     def __init__(
@@ -41,10 +42,15 @@ class Context:
         self.dense = level.is_dense
         self.keep = keep
         self.pads = False
+        self.appends = False
         self.fuses = False
         """Whether dense sublayers run in few passes where they can (``optimize="encoder"``)."""
         self.causal = False
         """Whether it is a decoder's forward: a last group that is not whole stays dense."""
+        self.packed: Packed | None = None
+        """Of a forward over sequences without padding, whose padded form the mask is of."""
+        self.carried: dict[str, Tensor] = {}
+        """What a module on the way to the blocks got that sublayers need: places on a page."""
         self.past = 0
         """Tokens of a row that a cache holds from before."""
         self.position_ids: Any = None
@@ -65,8 +71,8 @@ class Context:
             return None
         batch, n = x.shape[:2]
         rows, columns = self.mask.shape
-        if self.pads and columns < n and rows == batch:
-            return F.pad(self.mask, (0, n - columns)).to(x.device)
+        if (self.pads or self.appends) and columns < n and rows == batch:
+            return F.pad(self.mask, (0, n - columns), value=self.appends).to(x.device)
         if rows != batch or columns < n:
             raise ValueError(
                 f"attention_mask must have shape [{batch}, {n}] (or more columns, of which the "
@@ -83,10 +89,20 @@ class Context:
         mask = self.keep.mask
         if mask is None:
             return self.keep
-        if self.pads and mask.dim() == 2 and mask.shape[1] < x.shape[1]:
+        if (self.pads or self.appends) and mask.dim() == 2 and mask.shape[1] < x.shape[1]:
             mask = F.pad(mask, (0, x.shape[1] - mask.shape[1]))
         check_kept(mask, x)
         return self.keep._replace(mask=mask.to(x.device))
+
+    def packed_of(self, x: Tensor) -> Packed | None:
+        """How the hidden states ``x`` of this forward are packed; None: they are a padded batch.
+
+        ``[T, d]`` are the tokens of the mask alone: the encoder took its padding out by itself.
+        """
+        if self.packed is not None or x.dim() != 2 or self.mask is None:
+            return self.packed
+        count = int(self.mask.sum())
+        return Packed(self.mask, count) if count == x.shape[0] else None
 
     def positions(self, x: Tensor) -> Tensor:
         """Of the tokens of ``x [B, n, d]``: ``[B or 1, n]``."""

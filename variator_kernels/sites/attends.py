@@ -64,7 +64,8 @@ def check_attends(found: Found, state: State) -> None:
             f"family.attention of {found.family.name!r} does not describe what "
             f"{type(encoder).__name__} computes: with all tokens whole the output is off by "
             f"{off:.2g} of its norm. Compare with its forward: q, k and v, scale, norm and "
-            "residual, table, rotary, window, and terms of positions that have no field"
+            "residual, table, rotary or sines, window, distances, places, and terms of positions "
+            "that have no field"
         )
 
 

@@ -5,60 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.int8_linear.module import StoredProduct
-from ..ops.self_attention import Projections, Rotation, SelfAttention, Table
+from ..ops.self_attention import GlobalKeys, OfDistances, Projections, SelfAttention
 from ..ops.transforms import tracing
 from .attention_paths import AttentionPaths
 from .described import Described, memory_of
-from .family import REACH, ROW, Family, follow, lookup
+from .family import ROW, Family, follow, lookup
 from .feed_forward import check_bypassed, probability
-from .plain import plain_embedding, plain_linear
+from .plain import plain_linear
 from .quantised import stored_product, watch_stored
 from .watch import Watch
 from .wrappers import check_present
-
-
-class Reach(NamedTuple):
-    """What a sublayer needs of the encoder that it is in: looked up when it is, for somebody may
-    replace it."""
-
-    owner: Any
-    """What the paths begin at."""
-    table_path: str = ""
-    max_distance: int = 128
-    rotary_path: str = ""
-    rotary_kind: str | None = None
-
-    @property
-    def table(self) -> Any:
-        """The embedding of T5's distances."""
-        return follow(self.owner, self.table_path) if self.table_path else None
-
-    @property
-    def rotary(self) -> Any:
-        """The module that turns positions into cosines and sines."""
-        return follow(self.owner, self.rotary_path) if self.rotary_path else None
-
-    def distances(self, like: Tensor, table: Any = None) -> Table | None:
-        """T5's table on the device of ``like``; as it is looked up, where it is not a plain one.
-        ``table``: :attr:`table`, of a caller that has it."""
-        table = self.table if table is None else table
-        if table is None:
-            return None
-        weight = table.weight
-        if not plain_embedding(table):
-            weight = table(torch.arange(weight.shape[0], device=weight.device))
-        return Table(weight.to(like.device), self.max_distance)
-
-    def rotation(self, x: Tensor, positions: Tensor) -> Rotation:
-        """Of ``positions [B, m]``, which need not be whole numbers."""
-        extra = () if self.rotary_kind is None else (self.rotary_kind,)
-        return Rotation(*self.rotary(x, positions, *extra))
 
 
 class DescribedAttention(Described[SelfAttention]):
@@ -88,29 +51,17 @@ def paths_of(layer: nn.Module) -> AttentionPaths:
     return family.attention
 
 
-def reach_of(layer: nn.Module) -> Reach:
-    """What a patched sublayer needs of its encoder."""
-    return vars(layer)[REACH]
-
-
-def reach(encoder: Any, block: Any, number: int, paths: AttentionPaths) -> Reach:
-    """What the sublayer of ``block``, the ``number``th, needs."""
-    found = Reach(
-        encoder,
-        paths.table.format(layer=number),
-        getattr(encoder.config, "relative_attention_max_distance", 128),
-        paths.rotary,
-        lookup(block, paths.rotary_kind),
-    )
-    _ = found.table, found.rotary  # they are there
-    return found
-
-
 def _watched(layer: nn.Module, paths: AttentionPaths) -> Watch:
     watch = Watch()
     products = (paths.q, paths.k, paths.v, paths.qkv, paths.o)
     norms = paths.norm, paths.q_norm, paths.k_norm
-    named = {*products, *norms, paths.dropout, paths.outer_dropout, *paths.bypassed} - {""}
+    others = [paths.dropout, paths.outer_dropout, paths.q_bias, paths.v_bias]
+    if paths.distances is not None:
+        apart = paths.distances
+        others += [path for path in (apart.k, apart.q, apart.dropout) if lookup(layer, path)]
+    if paths.global_keys is not None:
+        others.append(paths.global_keys.norm)
+    named = {*products, *norms, *others, *paths.bypassed} - {""}
     ends = [watch.path(layer, path) for path in sorted(named)]
     for path in (paths.dropout, paths.outer_dropout, *paths.numbers):
         owner, name = _owner(layer, path)
@@ -142,6 +93,12 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
     assert paths is not None
     check_present(layer)
     check_bypassed(layer, paths.bypassed, family.module)
+    inner = type(follow(layer, paths.inner)).__name__
+    if paths.inner and inner != paths.inner_class:
+        raise TypeError(
+            f"{paths.inner} must be a {paths.inner_class} where attention is compressed, got a "
+            f"{inner}"
+        )
     size = follow(layer, paths.head_size)
     o = follow(layer, paths.o)
     norm = lookup(layer, paths.norm)
@@ -150,7 +107,7 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
     found = SelfAttention(
         *(stand_in,) * 4,
         head_size=size,
-        scale=lookup(layer, paths.scaling) or paths.scale or 1 / math.sqrt(size),
+        scale=_scale(layer, paths, size),
         post_norm=paths.post_norm,
         residual=paths.adds,
         dropout_weights=probability(*_owner(layer, paths.dropout)),
@@ -158,6 +115,8 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
         q_norm=_norm(lookup(layer, paths.q_norm), size),
         k_norm=_norm(lookup(layer, paths.k_norm), size),
         window=None if window is None else (window - 1, window - 1),
+        of_distances=_of_distances(layer, paths),
+        global_keys=_global_keys(layer, paths),
     )
     if norm is not None:
         found = found._replace(
@@ -167,20 +126,80 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
             eps=next(getattr(norm, name) for name in paths.eps if hasattr(norm, name)),
         )
     products = [follow(layer, path) for path in (paths.q, paths.k, paths.v, paths.qkv) if path]
+    beside = [lookup(layer, path) for path in (paths.q_bias, "", paths.v_bias)]
+    if paths.qkv_heads:
+        parts = (_of_heads(products[0], size, number) for number in range(3))
+        return found._replace(modules=_with_biases(Projections._make([*parts, o]), beside))
     if not all(map(plain_linear, (*products, o))):
-        return found._replace(modules=_modules(*_stored(layer, products, o), o.in_features))
+        modules = _modules(*_stored(layer, products, o), o.in_features)
+        return found._replace(modules=_with_biases(modules, beside))
     weights = [product.weight for product in products]
     biases = [product.bias for product in products]
     if paths.qkv:
         sizes = _split(weights[0].shape[0], o.in_features)
         weights = list(weights[0].split(sizes))
         biases = [None] * 3 if biases[0] is None else list(biases[0].split(sizes))
+    biases = [one if more is None else more for one, more in zip(biases, beside, strict=True)]
     return found._replace(
         **dict(zip(("w_q", "w_k", "w_v"), weights, strict=True)),
         **dict(zip(("b_q", "b_k", "b_v"), biases, strict=True)),
         w_o=o.weight,
         b_o=o.bias,
     )
+
+
+def _scale(layer: nn.Module, paths: AttentionPaths, size: int) -> float:
+    apart = paths.distances
+    kinds = () if apart is None else lookup(layer, apart.kinds) or ()
+    if apart is not None and not apart.counts_all:
+        kinds = {"c2p", "p2c"} & {*kinds}
+    return lookup(layer, paths.scaling) or paths.scale or 1 / math.sqrt(size * (1 + len(kinds)))
+
+
+def _of_distances(layer: nn.Module, paths: AttentionPaths) -> OfDistances | None:
+    apart = paths.distances
+    if apart is None or not lookup(layer, apart.used):
+        return None
+    kinds = lookup(layer, apart.kinds) or ()
+    if not {"c2p", "p2c"} & {*kinds}:
+        return None
+    k, q = (lookup(layer, path) for path in (apart.k, apart.q))
+    k, q = lookup(layer, paths.k) if k is None else k, lookup(layer, paths.q) if q is None else q
+    dropout = probability(layer, apart.dropout)
+    return OfDistances(k if "c2p" in kinds else None, q if "p2c" in kinds else None, dropout)
+
+
+def _global_keys(layer: nn.Module, paths: AttentionPaths) -> GlobalKeys | None:
+    where = paths.global_keys
+    if where is None:
+        return None
+    norm = follow(layer, where.norm)
+    eps = next(getattr(norm, name) for name in paths.eps if hasattr(norm, name))
+    return GlobalKeys(norm.weight, eps, follow(layer, where.size))
+
+
+def _of_heads(product: Any, size: int, number: int) -> Callable[[Tensor], Tensor]:
+    """Queries (0), keys or values of a product that has them head by head. No view has their
+    weights as a matrix: they are gathered at each call, which costs little beside the product."""
+
+    def rows(found: Tensor) -> Tensor:
+        return found.unflatten(0, (-1, 3, size))[:, number].flatten(0, 1)
+
+    def project(x: Tensor) -> Tensor:
+        if not plain_linear(product):
+            return product(x).unflatten(-1, (-1, 3, size))[..., number, :].flatten(-2)
+        bias = None if product.bias is None else rows(product.bias)
+        return F.linear(x, rows(product.weight), bias)
+
+    return project
+
+
+def _with_biases(modules: Projections, beside: list[Any]) -> Projections:
+    def beyond(project: Any, bias: Any) -> Any:
+        return project if bias is None else lambda x: project(x) + bias
+
+    parts = (beyond(*both) for both in zip(modules[:3], beside, strict=True))
+    return Projections._make([*parts, modules.o])
 
 
 def _split(outputs: int, queries: int) -> list[int]:

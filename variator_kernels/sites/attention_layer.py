@@ -8,10 +8,11 @@ from torch import Tensor
 
 from ..ops.self_attention import Rotation, SelfAttention
 from . import dense
-from .attention import DescribedAttention, paths_of, reach_of
+from .attention import DescribedAttention, paths_of
 from .attention_refusals import check_no_mask
 from .family import follow
 from .mixins import AtSite
+from .reach import reach_of
 
 
 class AttentionLayer(AtSite):
@@ -20,6 +21,8 @@ class AttentionLayer(AtSite):
     variator_described: DescribedAttention
     variator_bare: bool
     """Whether ``forward`` gives a tensor alone."""
+    variator_turned: int
+    """Where among the arguments behind the hidden states cosines and sines are."""
 
     def self_attention(self) -> SelfAttention:
         """What the sublayer consists of now."""
@@ -36,9 +39,15 @@ class AttentionLayer(AtSite):
             return self._given(y, kwargs)
         if state.local.context is None:
             check_no_mask(args, kwargs)
-        rotation = self._rotation(args, kwargs)
-        y = state.method.attention(self, hidden_states, ratio, self._context(), rotation)
-        return self._given(y, kwargs)
+        rotation, context = self._rotation(args, kwargs), self._context()
+        packed = context.packed_of(hidden_states)
+        if packed is None:
+            y = state.method.attention(self, hidden_states, ratio, context, rotation)
+            return self._given(y, kwargs)
+        if rotation is not None:
+            rotation = rotation._replace(cos=packed.pad(rotation.cos), sin=packed.pad(rotation.sin))
+        y = state.method.attention(self, packed.pad(hidden_states), ratio, context, rotation)
+        return self._given(packed.unpad(y, hidden_states), kwargs)
 
     def _dense(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """In few passes; None: as it was."""
@@ -49,11 +58,13 @@ class AttentionLayer(AtSite):
         return dense.attention(self, described, x, context, self._rotation(args, kwargs))
 
     def _rotation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rotation | None:
-        paths = paths_of(self)
-        turned = kwargs.get("position_embeddings") if paths.rotary else None
-        if paths.rotary and turned is None:
-            turned = args[0]  # where it is not given by name, it comes first
-        return Rotation(turned[0], turned[1]) if turned is not None else None
+        paths, place = paths_of(self), self.variator_turned
+        if not (paths.rotary or paths.sines):
+            return None
+        turned = kwargs.get(paths.turned)
+        if turned is None and 0 <= place < len(args):
+            turned = args[place]
+        return reach_of(self).given_rotation(turned)
 
     def _given(self, y: Tensor, kwargs: dict[str, Any]) -> Any:
         """As the original gives it."""
@@ -62,10 +73,10 @@ class AttentionLayer(AtSite):
         return (y, *(kwargs.get(name) for name in paths_of(self).returns))
 
     def _lend(self) -> None:
-        """The table that this layer makes a bias of in the place of the first one is the table that
-        is there now."""
+        """The tables that this layer makes a bias of in the place of the first one are those that
+        are there now."""
         paths = paths_of(self)
-        name = paths.table.rpartition(".")[2]
         own = vars(follow(self, paths.table_of)) if paths.table_of else {}
-        if name in own and own[name] is not reach_of(self).table:
-            own[name] = reach_of(self).table
+        for name, table in reach_of(self).lent.items():
+            if name in own and own[name] is not table:
+                own[name] = table

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from .fields import CHOICES, check_type
+from .term_paths import DistancePaths, GlobalPaths, PlacePaths
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class AttentionPaths:
     v: str = ""
     qkv: str = ""
     """Instead: to one product for all three, in this order."""
+    qkv_heads: bool = False
+    """Whether that one has them head by head."""
+    q_bias: str = ""
+    """To biases beside it."""
+    v_bias: str = ""
     scale: float = 0.0
     """Of the scores; 0: one over the root of the head's size."""
     scaling: str = ""
@@ -56,21 +62,60 @@ class AttentionPaths:
     """From the encoder to the module that turns positions into cosines and sines (RoPE)."""
     rotary_kind: str = ""
     """From the block to what that module wants besides."""
+    sines: str = ""
+    """Instead of ``rotary``: to a table with a row a position, sines and behind them cosines, by
+    which neighbours in a head turn (RoFormer)."""
+    turned: str = "position_embeddings"
+    """The argument of the sublayer that brings cosines and sines, or rows of the table."""
     turns: str = ""
     """To whether the sublayer does turn, where not every one of a model does."""
     window: str = ""
     """To the number of tokens on either side, its own place included, that a query sees."""
+    local_block: str = ""
+    """To the number of tokens of a block, where queries of the dense sublayer meet the keys of
+    their block and of its two neighbours alone (LongT5); :mod:`~variator_kernels.flops` counts
+    so."""
     sliding: str = ""
     """Of a decoder: to the number of tokens that a query sees; a layer in which there is one stays
     dense."""
+    distances: DistancePaths | None = None
+    """Terms of content and distance."""
+    global_keys: GlobalPaths | None = None
+    """Keys of blocks of tokens."""
+    places: tuple[PlacePaths, ...] = ()
+    """Tables over places that are not columns."""
+    carrier: str = ""
+    """From the encoder to the module on the way to the blocks that gets ``places``, its class."""
+    carrier_class: str = ""
+    inner: str = ""
+    """To a module of the sublayer that may be of several classes, and the one that fits."""
+    inner_class: str = ""
+    mixes: tuple[str, ...] = ()
+    """To products over the heads that each pair of a query and a key goes through, where a model
+    has them (talking heads): merged keys do not know them."""
     absent: tuple[str, ...] = ()
-    """What must be None or not there: merged keys do not know it."""
+    """What must be None, False or not there: merged keys do not know it."""
+    encoder_absent: tuple[str, ...] = ()
+    """The same of paths from the encoder."""
     returns: tuple[str, ...] = ("",)
     """What the sublayer's ``forward`` gives behind its output: arguments of its own by name, or
-    nothing. One that is annotated to return a tensor gives that alone."""
+    nothing. One that is annotated to return a tensor gives that alone; so does one with an empty
+    ``returns`` that nobody can ask for weights (``output_attentions``)."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.distances, DistancePaths | None):
+            raise TypeError(
+                f"family.attention.distances must be DistancePaths, got {self.distances!r}"
+            )
+        if not isinstance(self.global_keys, GlobalPaths | None):
+            raise TypeError(
+                f"family.attention.global_keys must be GlobalPaths, got {self.global_keys!r}"
+            )
+        if not all(isinstance(place, PlacePaths) for place in self.places):
+            raise TypeError(f"family.attention.places must be PlacePaths, got {self.places!r}")
         for field in fields(self):
+            if field.name == "places":
+                continue
             check_type(f"family.attention.{field.name}", str(field.type), getattr(self, field.name))
         for name in ("sublayer", "layer", "head_size", "o"):
             if not getattr(self, name):
@@ -79,6 +124,16 @@ class AttentionPaths:
             raise ValueError(
                 "family.attention must have q, k and v, or qkv, one product for all three"
             )
+        if len({bool(self.places), bool(self.carrier), bool(self.carrier_class)}) > 1:
+            raise ValueError(
+                "family.attention.places need carrier and carrier_class, which need places"
+            )
+        if self.global_keys and (self.distances or self.places):
+            raise ValueError("family.attention.global_keys do not go with distances or places")
+        if bool(self.inner) != bool(self.inner_class):
+            raise ValueError("family.attention: inner and inner_class go together")
+        if self.rotary and self.sines:
+            raise ValueError("family.attention must have rotary or sines, got both")
         if self.norm_kind not in CHOICES["norm_kind"]:
             raise ValueError(
                 f"family.attention.norm_kind must be one of {CHOICES['norm_kind']}, got "
@@ -97,4 +152,13 @@ class AttentionPaths:
     @property
     def numbers(self) -> tuple[str, ...]:
         """Paths of what is no module."""
-        return self.head_size, self.window, self.scaling, self.sliding, self.turns, *self.absent
+        apart = self.distances
+        of_distances = () if apart is None else (apart.kinds, apart.used)
+        numbers = [self.head_size, self.window, self.scaling, self.sliding, self.turns]
+        numbers += [] if self.global_keys is None else [self.global_keys.size]
+        return (*numbers, *of_distances, *self.mixes, *self.absent)
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """The arguments of ``carrier`` that sublayers need."""
+        return tuple(dict.fromkeys(place.places for place in self.places))

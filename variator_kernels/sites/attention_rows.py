@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from .attention_paths import AttentionPaths
+from .term_paths import DistancePaths, GlobalPaths, PlacePaths
 
 
 def t5(prefix: str, **own: Any) -> AttentionPaths:
@@ -38,6 +39,37 @@ def umt5(prefix: str) -> AttentionPaths:
     return t5(prefix, table=table, table_of="", returns=("",))
 
 
+def _longt5(kind: str, **own: Any) -> AttentionPaths:
+    inner = f"{kind}SelfAttention"
+    return t5(
+        "LongT5",
+        layer=f"LongT5Layer{inner}",
+        **{part: f"{inner}.{part}" for part in "qkvo"},
+        head_size=f"{inner}.key_value_proj_dim",
+        dropout=f"{inner}.dropout",
+        bypassed=("layer_norm", "dropout", inner, *own.pop("bypassed", ())),
+        table=f"block.0.layer.0.{inner}.relative_attention_bias",
+        table_of=inner,
+        window=f"{inner}.block_len",
+        local_block=f"{inner}.block_len",
+        returns=("position_bias",),
+        **own,
+    )
+
+
+LONGT5 = _longt5("Local")
+_GLOBAL = "TransientGlobalSelfAttention"
+LONGT5_GLOBAL = _longt5(
+    "TransientGlobal",
+    bypassed=(f"{_GLOBAL}.global_input_layer_norm",),
+    global_keys=GlobalPaths(
+        size=f"{_GLOBAL}.global_block_size",
+        norm=f"{_GLOBAL}.global_input_layer_norm",
+        table=f"block.0.layer.0.{_GLOBAL}.global_relative_attention_bias",
+    ),
+)
+
+
 def bert(prefix: str, **own: Any) -> AttentionPaths:
     row = AttentionPaths(
         sublayer="attention",
@@ -62,6 +94,79 @@ def pre_norm(prefix: str, norm: str) -> AttentionPaths:
     return bert(prefix, norm=norm, post_norm=False, bypassed=bypassed)
 
 
+BIG_BIRD = bert("BigBird", inner="self", inner_class="BigBirdSelfAttention")
+ROFORMER = bert(
+    "RoFormer",
+    sines="encoder.embed_positions",
+    turned="sinusoidal_pos",
+    encoder_absent=("config.rotary_value",),
+)
+ESM = dataclasses.replace(pre_norm("Esm", "LayerNorm"), rotary="rotary_embeddings", returns=())
+_DISTANCES = DistancePaths(
+    vectors="encoder.get_rel_embedding",
+    kinds="self.pos_att_type",
+    used="self.relative_attention",
+    k="self.pos_key_proj",
+    q="self.pos_query_proj",
+    dropout="self.pos_dropout",
+    buckets="self.position_buckets",
+    max_distance="self.max_relative_positions",
+)
+DEBERTA_V2 = bert(
+    "DebertaV2",
+    q="self.query_proj",
+    k="self.key_proj",
+    v="self.value_proj",
+    distances=_DISTANCES,
+    encoder_absent=("config.z_steps",),
+)
+DEBERTA = bert(
+    "Deberta",
+    q="",
+    k="",
+    v="",
+    qkv="self.in_proj",
+    qkv_heads=True,
+    q_bias="self.q_bias",
+    v_bias="self.v_bias",
+    eps=("variance_epsilon", "eps"),
+    distances=dataclasses.replace(
+        _DISTANCES,
+        k="self.pos_proj",
+        q="self.pos_q_proj",
+        buckets="",
+        max_distance="",
+        of_row=True,
+        counts_all=True,
+    ),
+    mixes=("self.head_logits_proj", "self.head_weights_proj"),
+)
+LAYOUTLMV3 = bert(
+    "LayoutLMv3",
+    places=(
+        PlacePaths(
+            "encoder.rel_pos_bias.weight",
+            "position_ids",
+            max_distance="encoder.max_rel_pos",
+            used=("encoder.has_relative_attention_bias",),
+        ),
+        *(
+            PlacePaths(
+                f"encoder.rel_pos_{axis}_bias.weight",
+                "bbox",
+                column,
+                max_distance="encoder.max_rel_2d_pos",
+                used=("encoder.has_relative_attention_bias", "encoder.has_spatial_attention_bias"),
+            )
+            for axis, column in (("x", 0), ("y", 3))
+        ),
+    ),
+    carrier="encoder",
+    carrier_class="LayoutLMv3Encoder",
+    returns=(),
+)
+
+
 def rotary(prefix: str, sublayer: str = "self_attn", **own: Any) -> AttentionPaths:
     """Its block norms and adds the residual around the module."""
     row = AttentionPaths(
@@ -82,6 +187,7 @@ def bart(prefix: str) -> AttentionPaths:
     return rotary(prefix, o="out_proj", dropout="dropout", rotary="")
 
 
+MVP = dataclasses.replace(bart("Mvp"), encoder_absent=("use_prompt",))
 DISTILBERT = AttentionPaths(
     sublayer="attention",
     layer="DistilBertSelfAttention",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .attention_layer import AttentionLayer
 from .attention_refusals import UNREAD
+from .carrier import Carrier
 from .decoder import CausalAttentionLayer, Decoder
 from .families import FAMILIES
 from .family import ORIGINAL, ROW, Family
@@ -47,6 +48,8 @@ def _roles(family: Family) -> dict[str, type[nn.Module]]:
     if family.attention is not None:
         kind = CausalAttentionLayer if family.decoder else AttentionLayer
         roles[family.attention.layer] = kind
+        if family.attention.carrier:
+            roles[family.attention.carrier_class] = Carrier
     if family.block_norm_class:
         roles[family.block_norm_class] = BlockNorm
     if family.called:
@@ -100,8 +103,16 @@ def patched_class(family: Family, name: str) -> type[nn.Module]:
         body[family.method] = _method(original, family.method)
     if mixin is AttentionLayer:
         # Some give a tensor in one version of transformers and a tuple in another.
-        gives = inspect.signature(original.forward).return_annotation
-        body["variator_bare"] = gives in (Tensor, "torch.Tensor", "Tensor")
+        called, paths = inspect.signature(original.forward), family.attention
+        assert paths is not None
+        names = list(called.parameters)[2:]
+        bare = called.return_annotation in (Tensor, "torch.Tensor", "Tensor")
+        body["variator_bare"] = bare or not (paths.returns or "output_attentions" in names)
+        body["variator_turned"] = names.index(paths.turned) if paths.turned in names else -1
+    if mixin is Carrier:
+        assert family.attention is not None
+        names = list(inspect.signature(original.forward).parameters)[1:]
+        body[_POSITIONS] = {name: names.index(name) for name in family.attention.carried}
     if mixin is BlockInline:
         dropouts = (family.outer_dropout, family.inner_dropout)
         body |= attributes(family.called, dropouts)

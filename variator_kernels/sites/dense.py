@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..ops import dense, int8_linear, self_attention
 from ..runtime.context import Context
-from .attention import DescribedAttention, reach_of
+from .attention import DescribedAttention
 from .described import Described
+from .reach import reach_of
 
 
 def feed_forward(
@@ -39,16 +40,18 @@ def attention(
     if not context.fuses or x.dim() != 3:
         return None
     found = _described(described, layer)
-    if found is None:
-        return None
     reach = reach_of(layer)
+    if found is None or found.of_distances is not None or reach.paths.places:
+        return None
+    if found.global_keys is not None:
+        return None
     table = reach.table
     if not self_attention.fuses(x, found, None if table is None else table.weight):
         return None
 
     def keys() -> self_attention.Keys:
-        given = reach.distances(x, table)
-        return self_attention.plain_keys(x, context.mask_of(x), given, found.window)
+        terms = reach.terms(x, found, {}, table)
+        return self_attention.plain_keys(x, context.mask_of(x), terms)
 
     key = "plain keys", x.dtype, table, found.window
     made = context.once(key, x, keys)

@@ -117,7 +117,6 @@ def _bart(name: str, prefix: str, **own: Any) -> Family:
 
 
 _CALLED = ("intermediate", "output")
-_RELATIVE = "relative positions that depend on the content"
 _SPARSE = "sparse attention"
 
 
@@ -167,7 +166,12 @@ T5_FAMILIES = (
     _t5("t5", "T5"),
     _t5("mt5", "MT5"),
     _t5("umt5", "UMT5", attention=attention.umt5("UMT5")),
-    _t5("longt5", "LongT5", uncounted="local attention", **_none("local attention")),
+    _t5(
+        "longt5",
+        "LongT5",
+        attention=attention.LONGT5,
+        other_attention=(attention.LONGT5_GLOBAL,),
+    ),
 )
 BERT_FAMILIES = (
     _bert("bert", "Bert"),
@@ -184,16 +188,16 @@ BERT_FAMILIES = (
     ),
     _bert("bert-generation", "BertGeneration", encoder="BertGenerationEncoder"),
     _bert("rembert", "RemBert"),
-    _bert("roc_bert", "RoCBert", uncounted="what makes its embeddings"),
-    _bert("roformer", "RoFormer", **_none("rotations of another form")),
+    _bert("roc_bert", "RoCBert"),
+    _bert("roformer", "RoFormer", attention=attention.ROFORMER),
     _bert("splinter", "Splinter"),
     _bert("layoutlm", "LayoutLM"),
-    _bert("layoutlmv3", "LayoutLMv3", **_none("terms of positions on the page")),
-    _bert("markuplm", "MarkupLM", uncounted="what makes its embeddings"),
+    _bert("layoutlmv3", "LayoutLMv3", appends=True, attention=attention.LAYOUTLMV3),
+    _bert("markuplm", "MarkupLM"),
     _bert("lilt", "Lilt", uncounted="the stream of the layout", **_none("two streams")),
     _bert("tapas", "Tapas"),
     _bert("convbert", "ConvBert", uncounted="convolutions", **_none("convolutions")),
-    _bert("big_bird", "BigBird", pads="block_size", uncounted=_SPARSE, **_none(_SPARSE)),
+    _bert("big_bird", "BigBird", pads="block_size", attention=attention.BIG_BIRD),
     _bert(
         "longformer",
         "Longformer",
@@ -209,10 +213,9 @@ BERT_FAMILIES = (
         called=_CALLED,
         norm_class="DebertaLayerNorm",
         eps=("variance_epsilon", "eps"),
-        uncounted=_RELATIVE,
-        **_none(_RELATIVE),
+        attention=attention.DEBERTA,
     ),
-    _bert("deberta-v2", "DebertaV2", called=_CALLED, uncounted=_RELATIVE, **_none(_RELATIVE)),
+    _bert("deberta-v2", "DebertaV2", called=_CALLED, attention=attention.DEBERTA_V2),
     _ALBERT,
     _pre_norm(
         "megatron-bert", "MegatronBert", "ln", attention=attention.pre_norm("MegatronBert", "ln")
@@ -230,7 +233,7 @@ BERT_FAMILIES = (
         "LayerNorm",
         act="",
         activation="gelu",
-        **_none("rotations inside of its attention"),
+        attention=attention.ESM,
     ),
     _pre_norm(
         "roberta-prelayernorm",
@@ -270,7 +273,7 @@ BART_FAMILIES = (
     _bart("bart", "Bart"),
     _bart("mbart", "MBart"),
     _bart("plbart", "PLBart"),
-    _bart("mvp", "Mvp", **_none("prompts inside of its attention")),
+    _bart("mvp", "Mvp", attention=attention.MVP),
     _bart("marian", "Marian"),
     _bart("m2m_100", "M2M100"),
     _bart("pegasus", "Pegasus"),
@@ -290,6 +293,13 @@ FAMILIES = {
     family.name: family
     for family in (*T5_FAMILIES, *BERT_FAMILIES, *BART_FAMILIES, *DECODER_FAMILIES)
 }
+
+
+def known(family: Family) -> bool:
+    """Whether it is of the table."""
+    row = FAMILIES.get(family.name)
+    return row is not None and family in row.forms()
+
 
 REFUSED = {
     "switch_transformers": "its FFNs are mixtures of experts, and which tokens fit depends on all",

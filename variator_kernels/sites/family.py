@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .attention_paths import AttentionPaths
@@ -87,9 +87,12 @@ class Family:
     """The argument of the encoder's ``forward`` that is 1 for tokens and 0 for padding."""
     pads: str = ""
     """Where the configuration has what the encoder pads rows to a multiple of, if it does."""
+    appends: bool = False
+    """Whether the encoder puts real tokens of its own behind those of the mask (image patches)."""
     uncounted: str = ""
     """What :func:`flops.count` does not know of the encoder, in words: it refuses then. It knows
-    embeddings, full attention and what lies around."""
+    embeddings, what ``attention`` describes (full attention, where there is none) and what lies
+    around."""
     keep_first: int = 0
     """How many first tokens of a row new plugins keep whole, where nobody says."""
     block_norms: tuple[str, ...] = ()
@@ -101,6 +104,8 @@ class Family:
     a prompt alone then, and merged keys are as causal as plain ones."""
     attention: AttentionPaths | None = None
     """Its self-attention sublayers, for the placements ``attention`` and ``attention_kv``."""
+    other_attention: tuple[AttentionPaths, ...] = ()
+    """The same of models that are configured to sublayers of another class."""
     no_attention: str = ""
     """Why it has none that these placements could work at, in words."""
 
@@ -108,9 +113,15 @@ class Family:
         if isinstance(self.w_in, str):
             object.__setattr__(self, "w_in", (self.w_in,))
         for field in fields(self):
+            if field.name == "other_attention":
+                continue
             check_type(f"family.{field.name}", str(field.type), getattr(self, field.name))
         if not isinstance(self.attention, AttentionPaths | None):
             raise TypeError(f"family.attention must be AttentionPaths, got {self.attention!r}")
+        if not all(isinstance(paths, AttentionPaths) for paths in self.other_attention):
+            raise TypeError(
+                f"family.other_attention must be AttentionPaths, got {self.other_attention!r}"
+            )
         for name in ("name", "module", "encoder", "block", "layer", "w_out", "method", "mask"):
             if not getattr(self, name):
                 raise ValueError(f"family.{name} must not be empty")
@@ -140,6 +151,11 @@ class Family:
             )
         if inside and self.sublayer:
             raise ValueError(f"family.sublayer must be empty: block {self.block!r} is the layer")
+
+    def forms(self) -> tuple[Family, ...]:
+        """The family, one for each kind of attention that its models may have."""
+        others = (replace(self, attention=p, other_attention=()) for p in self.other_attention)
+        return self, *others
 
     @property
     def adds(self) -> bool:

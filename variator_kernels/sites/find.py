@@ -75,6 +75,9 @@ class Found(NamedTuple):
             parts += [(layer, family.layer) for layer in self.layers]
         if family.attention is not None and set(placements) - {"ffn"}:
             parts += [(layer, family.attention.layer) for layer in self.attentions]
+            if family.attention.carrier:
+                carrier = follow(self.encoder, family.attention.carrier)
+                parts.append((carrier, family.attention.carrier_class))
         return parts
 
     def like_at(self, site: Site) -> Tensor:
@@ -196,7 +199,20 @@ def parts_of(family: Family, encoder: Any) -> Found:
             ) from error
         _check_class(layers[-1], family, "layer", position)
         _check_paths(layers[-1], family, position)
-    return Found(family, encoder, blocks, layers)
+    return Found(_form(family, blocks), encoder, blocks, layers)
+
+
+def _form(family: Family, blocks: list[Any]) -> Family:
+    """With the attention that the blocks have."""
+    for form in family.forms()[1:]:
+        assert form.attention is not None
+        try:
+            sublayers = [follow(block, form.attention.sublayer) for block in blocks]
+        except (AttributeError, IndexError, TypeError):
+            continue
+        if all(is_a(layer, form, form.attention.layer) for layer in sublayers):
+            return form
+    return family
 
 
 def _check_class(part: Any, family: Family, field: str, position: int) -> None:

@@ -12,7 +12,7 @@ from ..ops.frozen_linear import FrozenLinear, is_plain_class
 from ..ops.int8_linear import module as int8
 from ..runtime.site import Site
 from ..runtime.state import STATE, State, states
-from .attention import DescribedAttention, reach
+from .attention import DescribedAttention
 from .classes import patched_class, when_patched
 from .family import ORIGINAL, REACH, follow, lookup
 from .feed_forward import DescribedFeedForward
@@ -21,6 +21,7 @@ from .loading import ATTACHED
 from .mixins import DESCRIBED, SITE, SitePosition
 from .plain import plain_linear
 from .quantised import stored_product
+from .reach import reach
 from .unchanged import check_attention, check_unchanged, module_of
 
 
@@ -186,15 +187,14 @@ def _reach(found: Found) -> None:
     assert paths is not None
     for number, (block, layer) in enumerate(zip(found.blocks, found.attentions, strict=True)):
         needs = vars(layer)[REACH] = reach(found.encoder, block, number, paths)
-        inner = follow(layer, paths.table_of)
-        name = paths.table.rpartition(".")[2]
-        if paths.table_of and name not in inner._modules:
+        inner, lent = follow(layer, paths.table_of), needs.lent
+        if lent and not lent.keys() & inner._modules.keys():
             # A T5 makes its bias in the first block. Where that is compressed, another must.
-            vars(inner).update({name: needs.table, f"has_{name}": True, _LENT: name})
+            vars(inner).update(lent | {f"has_{next(iter(lent))}": True, _LENT: tuple(lent)})
 
 
 _LENT = "variator_lent"
-"""Attribute of a module that holds another's table: the table's name."""
+"""Attribute of a module that holds another's tables: their names; ``has_`` the first: it has."""
 
 
 def remove(model: nn.Module) -> None:
@@ -227,9 +227,10 @@ def _remove(model: nn.Module) -> None:
     for module in list(model.modules()):
         own = vars(module)
         if _LENT in own:
-            name = own.pop(_LENT)
-            own.pop(name, None)
-            own[f"has_{name}"] = False
+            names = own.pop(_LENT)
+            own[f"has_{names[0]}"] = False
+            for name in names:
+                own.pop(name, None)
         if isinstance(module, FrozenLinear):
             module.__class__ = nn.Linear  # type: ignore[assignment]
         if STATE not in own and SITE not in own:

@@ -15,6 +15,7 @@ from ..ops.feed_forward import FeedForward
 from ..ops.transforms import is_plain, tracing
 from ..runtime.context import Context, is_token_mask, token_mask
 from ..runtime.level import Level
+from ..runtime.packed import Packed, check_one_sequence, packed_sequences
 from ..runtime.site import Site
 from ..runtime.state import State
 from . import dense as fused
@@ -27,6 +28,8 @@ from .loading import check_loaded
 
 SITE = "variator_site"
 """The attribute under which a patched sublayer has its :class:`SitePosition`."""
+PACKED = "cu_seq_lens_q"
+"""The argument by which packed sequences come (the one of transformers' flash attention)."""
 DESCRIBED = "variator_described"
 """The attribute under which it keeps its :class:`~.described.Described`."""
 
@@ -53,18 +56,25 @@ class Encoder(nn.Module):
             self.variator_family,
         )
         local, level = state.local, self._level(args, kwargs)
-        mask = ids = None
+        mask = ids = tokens = packed = None
         fuses = self._fuses(args, kwargs)
         if fuses or not level.is_dense or local.observer is not None:
-            mask = token_mask(_argument(family.mask, positions, args, kwargs))
-            ids = _argument("input_ids", positions, args, kwargs)
+            mask = token_mask(argument(family.mask, positions, args, kwargs))
+            ids = argument("input_ids", positions, args, kwargs)
+            tokens = argument("inputs_embeds", positions, args, kwargs) if ids is None else ids
             if mask is None and family.pads:
-                tokens = _argument("inputs_embeds", positions, args, kwargs) if ids is None else ids
                 mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        context = state.context(level, mask, ids)
-        context.pads = bool(family.pads)
+            if not family.decoder:  # which refuse them by themselves
+                packed = packed_sequences(kwargs.get(PACKED), tokens, mask)
+                if packed is None and mask is None:
+                    places = argument("position_ids", positions, args, kwargs)
+                    check_one_sequence(places, attention_of(self))
+        context = state.context(level, mask if packed is None else packed.mask, ids)
+        context.pads, context.appends = bool(family.pads), family.appends
         context.fuses = fuses
         args, kwargs = self._arranged(context, args, kwargs)
+        if packed is not None:
+            _pack(context, packed, tokens)
         if not (self.training or state.warned or torch.compiler.is_compiling() or tracing()):
             _warn_if_untrained(self, level.ratios)
         outer = local.context
@@ -94,7 +104,8 @@ class Encoder(nn.Module):
         asked = self._given("output_attentions", args, kwargs)
         if getattr(config, "output_attentions", False) if asked is None else asked:
             return False
-        if any(self._given(name, args, kwargs) is not None for name in UNREAD):
+        unread = (self._given(name, args, kwargs) for name in UNREAD)
+        if any(given is not None for given in (kwargs.get(PACKED), *unread)):
             return False
         mask = self._given(self.variator_family.mask, args, kwargs)
         return is_token_mask(mask) and self._hands_masks_on()
@@ -127,7 +138,7 @@ class Encoder(nn.Module):
         """Something to note behind a forward."""
 
     def _given(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _argument(name, self.variator_positions, args, kwargs)
+        return argument(name, self.variator_positions, args, kwargs)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         check_loaded(self, state_dict, prefix)
@@ -216,12 +227,13 @@ class AtSite(nn.Module):
         site, number = self.variator_site
         ratio = context.level.ratios[number]
         if state.local.observer is not None and state.local.observed == site.placement:
-            state.local.observer(self, x, context.mask_of(x), ratio)
-        if ratio > 1 and x.dim() != 3:
+            packed = context.packed_of(x)
+            shown = x if packed is None else packed.pad(x)
+            state.local.observer(self, shown, context.mask_of(shown), ratio)
+        if ratio > 1 and x.dim() != 3 and context.packed_of(x) is None:
             raise ValueError(
-                f"hidden states must be [batch, length, hidden] at a ratio above 1, got "
-                f"{list(x.shape)}: where flash attention runs without padding, load the model with "
-                'attn_implementation="sdpa"'
+                f"hidden states must be [batch, length, hidden] at a ratio above 1, or the tokens "
+                f"[tokens, hidden] of an attention_mask that the encoder got, got {list(x.shape)}"
             )
         return ratio
 
@@ -243,8 +255,13 @@ class Sublayer(AtSite):
             y = fused.feed_forward(self, self.variator_described, x, self._context())
             return dense(x) if y is None else y
         whole_rows(self)
-        state = self.variator_state
-        return state.method.feed_forward(self, x, ratio, self._context(), dense)
+        state, context = self.variator_state, self._context()
+        packed = context.packed_of(x)
+        if packed is None:
+            return state.method.feed_forward(self, x, ratio, context, dense)
+        return packed.unpad(
+            state.method.feed_forward(self, packed.pad(x), ratio, context, dense), x
+        )
 
 
 class Layer(Sublayer):
@@ -262,7 +279,24 @@ class BlockInline(Block, Inline, Sublayer):
     """A block whose ``forward`` calls the parts of its FFN."""
 
 
-def _argument(
+def attention_of(encoder: Any) -> str:
+    """The name of the attention that ``transformers`` runs; empty where there is none."""
+    return str(getattr(getattr(encoder, "config", None), "_attn_implementation", ""))
+
+
+def _pack(context: Context, packed: Packed, tokens: Tensor | None) -> None:
+    """What is known of packed tokens, as of the padded batch."""
+    assert tokens is not None
+    context.packed = packed
+    if context.keep.mask is not None:
+        context.keep = context.keep._replace(mask=packed.pad(context.keep.mask))
+    places = context.position_ids
+    if places is None:
+        places = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    context.position_ids = packed.pad(places)
+
+
+def argument(
     name: str, positions: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """What a call gave for ``name``, or None."""

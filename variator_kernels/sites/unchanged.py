@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.feed_forward import FeedForward, normalize, products
-from .attention import reach
 from .family import Family, follow, lookup
 from .feed_forward import describe
 from .find import Found, full_name, replaced, whole_rows
 from .loading import ATTACHED
+from .reach import reach
 
 
 def check_unchanged(found: Found, placements: tuple[str, ...] = ("ffn",)) -> None:
@@ -75,31 +75,46 @@ def check_attention(found: Found) -> None:
         raise ValueError(
             f"placements must be ('ffn',) for {family.name}: {why}; got one around attention"
         )
+    expected = f"{family.module}.{paths.layer}"
     for number, block in enumerate(found.blocks):
         try:
             layer = follow(block, paths.sublayer)
+            got = full_name(type(layer))
+            if got != expected:
+                raise ValueError(
+                    f"placements must be ('ffn',) where a {family.name}'s attention is a {got}: "
+                    f"family.attention says {expected} (another version of transformers may have "
+                    'it, or attn_implementation="eager")'
+                )
             reach(found.encoder, block, number, paths)
             for name in ("q", "k", "v", "qkv", "o", "head_size", "norm", "table_of", "window"):
                 follow(layer, getattr(paths, name))
-            for name in ("q_norm", "k_norm", "scaling", "sliding", "turns"):
+            for name in ("q_norm", "k_norm", "scaling", "sliding", "turns", "q_bias", "v_bias"):
                 follow(layer, getattr(paths, name))
+            if paths.distances is not None:
+                follow(layer, paths.distances.kinds)
+                follow(layer, paths.distances.used)
+            if paths.global_keys is not None:
+                follow(layer, paths.global_keys.size)
+                follow(layer, paths.global_keys.norm)
         except (AttributeError, IndexError, TypeError, KeyError) as error:
             raise ValueError(
                 f"model's block {number} lacks what family.attention says of {family.name} "
                 f"(another version of transformers may have it): {error}"
             ) from error
-        got, expected = full_name(type(layer)), f"{family.module}.{paths.layer}"
-        if got != expected:
+        inner = follow(layer, paths.inner)
+        if paths.inner and type(inner).__name__ != paths.inner_class:
             raise ValueError(
-                f"placements must be ('ffn',) where a {family.name}'s attention is a {got}: "
-                f"family.attention says {expected} (another version of transformers may have it, "
-                'or attn_implementation="eager")'
+                f"placements must be ('ffn',) where a {family.name}'s attention is a "
+                f"{type(inner).__name__}: family.attention says {paths.inner_class}"
             )
-        for name in paths.absent:
-            if lookup(layer, name) is not None:
+        places = [(layer, name) for name in (*paths.mixes, *paths.absent)]
+        for owner, name in places + [(found.encoder, name) for name in paths.encoder_absent]:
+            value = lookup(owner, name)
+            if value is not None and value is not False:
                 raise ValueError(
-                    f"placements must be ('ffn',) for a {family.name} whose {name} is "
-                    f"{lookup(layer, name)!r}: merged keys do not know it"
+                    f"placements must be ('ffn',) for a {family.name} whose {name} is {value!r}: "
+                    "merged keys do not know it"
                 )
         if any(hasattr(module, "distance_embedding") for module in layer.modules()):
             raise ValueError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import fields
+import logging
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,43 @@ from .. import files
 from . import checkpoints
 
 SETTINGS, METRICS = "run.json", "metrics.json"
+LOG = logging.getLogger(__name__)
+
+
+def settings_of(job: Any, fingerprint: dict[str, Any], **read: Any) -> dict[str, Any]:
+    """What a run is known by: the job, the trainer's ``fingerprint``, and digests of the files that
+    it reads, ``read`` among them."""
+    digests = {name: digest(getattr(job, name)) for name in ("data", "eval_data")} | read
+    found = {**asdict(job), **fingerprint, "sha256": digests}
+    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+
+
+def finished(
+    output: Path, settings: dict[str, Any], kinds: tuple[Any, ...]
+) -> dict[str, float] | None:
+    """The metrics of the run of ``settings``, where ``output`` holds it to its end.
+
+    Raises:
+        ValueError: as :func:`check_same`.
+    """
+    check_same(output, settings, kinds)
+    if not (output / METRICS).is_file():
+        return None
+    LOG.info("%s holds this run, finished: there is nothing to do", output)
+    return json.loads((output / METRICS).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def goes_on_by_itself(config: Any) -> None:
+    """A run finds its newest checkpoint; the trainer's configuration may name none.
+
+    Raises:
+        ValueError: it names one.
+    """
+    if config.resume_from_checkpoint:
+        raise ValueError(
+            "resume_from_checkpoint must not be given: a run goes on from output's newest "
+            f"checkpoint by itself, got {config.resume_from_checkpoint!r}"
+        )
 
 
 def digest(source: str | None) -> str | None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from . import checkpoints, noise, prompts, rows
 from .collate import batches, collator
 from .data import TEXT, Row, read
 from .decoders import is_decoder
-from .output import METRICS, SETTINGS, check_same, digest, write
+from .output import METRICS, SETTINGS, finished, goes_on_by_itself, settings_of, write
 from .projection import ProjectionTrainer
 from .projection_config import ProjectionConfig, fingerprint
 
@@ -64,18 +63,11 @@ def run(job: ProjectionJob, config: ProjectionConfig) -> dict[str, float]:
         FileNotFoundError, ValueError: a file or an argument does not fit, or ``output`` holds
         another run. FloatingPointError: a loss was not finite. Checkpoints stay as they were.
     """
-    if config.resume_from_checkpoint:
-        raise ValueError(
-            "resume_from_checkpoint must not be given: a run goes on from output's newest "
-            f"checkpoint by itself, got {config.resume_from_checkpoint!r}"
-        )
+    goes_on_by_itself(config)
     output = Path(job.output)
-    digests = {name: digest(getattr(job, name)) for name in ("data", "eval_data")}
-    settings = json.loads(json.dumps({**asdict(job), **fingerprint(config), "sha256": digests}))
-    check_same(output, settings, (ProjectionJob, ProjectionConfig))
-    if (output / METRICS).is_file():
-        LOG.info("%s holds this run, finished: there is nothing to do", output)
-        return json.loads((output / METRICS).read_text(encoding="utf-8"))
+    settings = settings_of(job, fingerprint(config))
+    if (done := finished(output, settings, (ProjectionJob, ProjectionConfig))) is not None:
+        return done
     seeded(config.seed)
     model, tokenizer = load(job)
     train = rows_of(job, job.data, model, tokenizer, config.seed)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from transformers import set_seed
 
@@ -17,7 +14,7 @@ from .collate import batches, collator
 from .config import DistillationConfig, fingerprint
 from .embeddings import MODULES, is_embedder
 from .job import Job
-from .output import METRICS, SETTINGS, check_same, digest, write
+from .output import METRICS, SETTINGS, digest, finished, goes_on_by_itself, settings_of, write
 from .trainer import DistillationTrainer
 
 LOG = logging.getLogger(__name__)
@@ -50,21 +47,12 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
             "splice must be 0 with task_weight, the labels of spliced rows do not hold, got "
             f"{job.splice} and {config.task_weight}"
         )
-    if config.resume_from_checkpoint:
-        raise ValueError(
-            "resume_from_checkpoint must not be given: a run goes on from output's newest "
-            f"checkpoint by itself, got {config.resume_from_checkpoint!r}"
-        )
+    goes_on_by_itself(config)
     output = Path(job.output)
-    digests: dict[str, Any] = {name: digest(getattr(job, name)) for name in ("data", "eval_data")}
-    if job.plans:
-        digests["plans"] = [digest(path) for path in job.plans]
-    settings = {**asdict(job), **fingerprint(config), "sha256": digests}
-    settings = json.loads(json.dumps(settings))
-    check_same(output, settings, (Job, DistillationConfig))
-    if (output / METRICS).is_file():
-        LOG.info("%s holds this run, finished: there is nothing to do", output)
-        return json.loads((output / METRICS).read_text(encoding="utf-8"))
+    plans = {"plans": [digest(path) for path in job.plans]} if job.plans else {}
+    settings = settings_of(job, fingerprint(config), **plans)
+    if (done := finished(output, settings, (Job, DistillationConfig))) is not None:
+        return done
     set_seed(config.seed)
     model, tokenizer, pooler = prepare.load(job)
     prepare.plugged(model, job)

@@ -6,7 +6,8 @@ A row has a kernel's name, what it is for (any of ``arch``, ``d``, ``f``, ``k``,
 two classes, so that a kernel is compiled twice at most whatever sizes come. Of attention ``d`` is
 the head size, padded to a power of two, and ``terms`` whether distances have some. The row that
 names most of what a launch is for wins, of equals the later one; a row without conditions is the
-fallback. Nothing is tuned at run time.
+fallback. An architecture has the rows of the one that it is like, too (:data:`LIKE`). Nothing is
+tuned at run time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,16 @@ from torch import Tensor
 TABLE = Path(__file__).with_name("launch.json")
 INTERPRETER = "interpreter"
 TOKENS_A_TILE = 64
+# sm_120, Ada and the smaller Amperes multiply as sm_80 does, with 99 KiB of shared memory for a
+# program instead of 163.
+LIKE = {
+    "sm_86": "sm_120",
+    "sm_89": "sm_120",
+    "sm_103": "sm_100",
+    "sm_120": "sm_80",
+    "sm_121": "sm_120",
+    "gfx950": "gfx942",
+}
 
 
 _rows: list[dict[str, Any]] | None = None
@@ -55,6 +66,14 @@ def arch(x: Tensor) -> str:
     return _arch(x.device) if x.device.type == "cuda" else INTERPRETER
 
 
+def _is(case: dict[str, Any], name: str, wanted: Any) -> bool:
+    value = case.get(name)
+    if name == "arch":
+        while value != wanted and value in LIKE:
+            value = LIKE[value]
+    return value == wanted
+
+
 @functools.cache
 def settings(kernel: str, **case: Any) -> dict[str, Any]:
     """The settings of ``kernel`` for a case: values by the names above."""
@@ -64,7 +83,7 @@ def settings(kernel: str, **case: Any) -> dict[str, Any]:
         if row["kernel"] != kernel:
             continue
         wanted = row["case"]
-        if len(wanted) >= most and all(case.get(name) == value for name, value in wanted.items()):
+        if len(wanted) >= most and all(_is(case, name, of) for name, of in wanted.items()):
             best, most = row["settings"], len(wanted)
     if most < 0:
         raise LookupError(f"{TABLE.name} has no row for kernel {kernel!r} in {case}")
@@ -111,6 +130,7 @@ def precision(x: Tensor) -> str:
     return "tf32x3" if arch(x).startswith("sm_") else "ieee"
 
 
+@functools.cache
 def name(dtype: torch.dtype) -> str:
     """A dtype as the table names it."""
     return str(dtype).removeprefix("torch.")

@@ -24,7 +24,8 @@ void bind_merge(py::module_& m) {
                          int64_t projected_columns, Address merged, Address projected,
                          Address weights) {
                  MergeParams p{};
-                 p.dtype = dtype_of(dtype), p.groups = groups, p.d = d, p.r = r;
+                 p.dtype = dtype_of(dtype), p.groups = groups, p.d = d;
+                 p.r = projected != 0 ? r : 0;
                  p.x = at(x), p.x_stride = x_stride, p.norm = norm;
                  p.merge_weight = at(merge_weight), p.merge_bias = merge_bias;
                  p.projection = at(projection), p.projection_stride = projection_stride;
@@ -61,7 +62,7 @@ void bind_decompress(py::module_& m) {
         });
 }
 
-void bind_gemms(py::module_& m) {
+void bind_gemm(py::module_& m) {
     m.def(
         "gemm",
         [](const Target& to, int dtype, int64_t rows, int64_t columns, int64_t inner, Address a,
@@ -74,24 +75,30 @@ void bind_gemms(py::module_& m) {
         },
         py::arg("target"), py::kw_only(), "dtype"_a, "rows"_a, "columns"_a, "inner"_a, "a"_a,
         "weight"_a, "bias"_a, "activation"_a, "factor"_a, "out"_a);
+}
+
+// The sublayer in one call, whether it is one launch or several.
+void bind_layer(py::module_& m, const char* name,
+                cudaError_t (*kernels)(const LayerParams&, cudaStream_t)) {
     m.def(
-        "one_launch",
-        [](const Target& to, const MergeParams& merge, const DecompressParams& decompress,
-           int64_t f, Address w_in, Address w_gate, Address w_out, Address b_in, Address b_gate,
-           Address b_out, int activation, Address inner, Address partial, int64_t splits, Address u,
-           int64_t blocks_a_part) {
-            OneLaunchParams p{};
+        name,
+        [name, kernels](const Target& to, const MergeParams& merge,
+                        const DecompressParams& decompress, int64_t f, Address w_in, Address w_gate,
+                        Address w_out, Address b_in, Address b_gate, Address b_out, int activation,
+                        Address inner, Address gated, Address partial, int64_t splits, Address u,
+                        int64_t blocks_a_part) {
+            LayerParams p{};
             p.merge = merge, p.decompress = decompress, p.f = f;
             p.w_in = at(w_in), p.w_gate = at(w_gate), p.w_out = at(w_out);
             p.b_in = at(b_in), p.b_gate = at(b_gate), p.b_out = at(b_out);
             p.activation = static_cast<Activation>(activation);
-            p.inner = at(inner), p.partial = at(partial), p.splits = splits;
-            p.u = at(u), p.blocks_a_part = blocks_a_part;
-            run(one_launch, "one_launch", p, to);
+            p.inner = at(inner), p.gated = at(gated), p.u = at(u);
+            p.partial = at(partial), p.splits = splits, p.blocks_a_part = blocks_a_part;
+            run(kernels, name, p, to);
         },
         py::arg("target"), py::arg("merge"), py::arg("decompress"), py::kw_only(), "f"_a, "w_in"_a,
         "w_gate"_a, "w_out"_a, "b_in"_a, "b_gate"_a, "b_out"_a, "activation"_a, "inner"_a,
-        "partial"_a, "splits"_a, "u"_a, "blocks_a_part"_a);
+        "gated"_a, "partial"_a, "splits"_a, "u"_a, "blocks_a_part"_a);
 }
 
 // Sizes that callers allocate by, and choices that tests check.
@@ -110,7 +117,8 @@ void bind_heuristics(py::module_& m) {
     m.def("blocks_a_part", &heuristics::blocks_a_part);
     m.def("splits", &heuristics::splits);
     m.def("one_launch_blocks", &heuristics::one_launch_blocks);
-    m.def("weight_gradient_parts", &heuristics::weight_gradient_parts);
+    m.def("gradient_tiles_a_piece", &heuristics::gradient_tiles_a_piece);
+    m.def("gradient_shares", &heuristics::gradient_shares);
     m.def("large_gemm_tile", &heuristics::large_gemm_tile);
 }
 
@@ -153,6 +161,8 @@ PYBIND11_MODULE(_cuda, m) {
     bind_merge(m);
     bind_decompress(m);
     bind_backward(m);
-    bind_gemms(m);
+    bind_gemm(m);
+    bind_layer(m, "one_launch", one_launch);
+    bind_layer(m, "launches", launches);
     bind_heuristics(m);
 }

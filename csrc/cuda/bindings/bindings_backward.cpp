@@ -50,22 +50,21 @@ void bind_backward(py::module_& m) {
         "d_q"_a);
     m.def(
         "weight_gradient",
-        [](const Target& to, int dtype, const Groups& groups, int64_t slot, bool left_by_group,
-           bool right_by_group, Address left, int64_t left_stride, int64_t left_columns,
-           Address right, int64_t right_stride, int64_t d, const NormParams& norm, Address moments,
-           int64_t parts, Address out, int64_t out_stride) {
+        [](const Target& to, int dtype, const Groups& groups, bool by_group, Address left,
+           int64_t left_columns, Address scores, int64_t score_columns, bool ones, Address right,
+           int64_t right_stride, int64_t d, const NormParams& norm, Address moments, int64_t shares,
+           Address out) {
             WeightGradientParams p{};
-            p.dtype = dtype_of(dtype), p.groups = groups, p.slot = slot;
-            p.left_by_group = left_by_group, p.right_by_group = right_by_group;
-            p.left = at(left), p.left_stride = left_stride, p.left_columns = left_columns;
+            p.dtype = dtype_of(dtype), p.groups = groups, p.by_group = by_group;
+            p.left = at(left), p.left_columns = left_columns;
+            p.scores = at(scores), p.score_columns = score_columns, p.ones = ones;
             p.right = at(right), p.right_stride = right_stride, p.d = d;
-            p.norm = norm, p.moments = at(moments);
-            p.parts = parts, p.out = at(out), p.out_stride = out_stride;
+            p.norm = norm, p.moments = at(moments), p.shares = shares, p.out = at(out);
             run(weight_gradient, "weight_gradient", p, to);
         },
-        py::arg("target"), py::kw_only(), "dtype"_a, "groups"_a, "slot"_a, "left_by_group"_a,
-        "right_by_group"_a, "left"_a, "left_stride"_a, "left_columns"_a, "right"_a,
-        "right_stride"_a, "d"_a, "norm"_a, "moments"_a, "parts"_a, "out"_a, "out_stride"_a);
+        py::arg("target"), py::kw_only(), "dtype"_a, "groups"_a, "by_group"_a, "left"_a,
+        "left_columns"_a, "scores"_a, "score_columns"_a, "ones"_a, "right"_a, "right_stride"_a,
+        "d"_a, "norm"_a, "moments"_a, "shares"_a, "out"_a);
 }
 
 }  // namespace variator::cuda

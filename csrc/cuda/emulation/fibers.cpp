@@ -7,6 +7,7 @@
 #include <csetjmp>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -37,6 +38,14 @@ struct Block {
     std::vector<char> shared;
 };
 
+// What a thread copies in the background; `group` counts its commits.
+struct Copy {
+    void* to;
+    const void* from;  // null: zeros
+    size_t bytes;
+    uint64_t group;
+};
+
 struct Fiber {
     Block* block;
     int thread;
@@ -45,6 +54,8 @@ struct Fiber {
     bool started = false, done = false;
     const Meeting* waits = nullptr;  // until its round is past `round`
     uint64_t round = 0;
+    std::deque<Copy> copies;
+    uint64_t committed = 0;
     std::unique_ptr<char[]> stack;
 };
 
@@ -149,6 +160,22 @@ int64_t grid_x() { return grid_size.x; }
 char* shared_memory() { return current->block->shared.data(); }
 void block_sync() { meet(current->block->meeting); }
 void grid_sync() { meet(whole_grid); }
+
+void copy_later(void* to, const void* from, size_t bytes) {
+    current->copies.push_back({to, from, bytes, current->committed});
+}
+void copies_commit() { ++current->committed; }
+void wait_for_copies(size_t groups) {
+    std::deque<Copy>& copies = current->copies;
+    while (!copies.empty() && copies.front().group + groups < current->committed) {
+        const Copy& copy = copies.front();
+        if (copy.from != nullptr)
+            std::memcpy(copy.to, copy.from, copy.bytes);
+        else
+            std::memset(copy.to, 0, copy.bytes);
+        copies.pop_front();
+    }
+}
 
 const char* exchange(const void* mine, size_t bytes) {
     Warp& warp = current->block->warps[current->thread / 32];

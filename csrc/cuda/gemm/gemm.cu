@@ -21,6 +21,7 @@ GemmKernel hopper_kernel(const GemmParams& p, int multiprocessors) {
 template <DType dtype>
 cudaError_t gemm_of(const GemmParams& p, int major, int multiprocessors, cudaStream_t stream) {
 #if defined(VARIATOR_CUDA_SM90)
+    // No later architecture has wgmma: Blackwell takes mma.sync.
     if (major == 9) return hopper_kernel<dtype>(p, multiprocessors).run(p, multiprocessors, stream);
 #endif
 #if defined(VARIATOR_CUDA_SM80)

@@ -6,19 +6,18 @@
 namespace variator::cuda {
 
 constexpr int bottleneck_chunk = 64;
-constexpr int pass_slots = 8, pass_rows = pass_slots * tile_groups;
 
 // The row stride, in elements, of T [rows, r] in shared memory. A quarter of a warp reads 64 bytes
 // of two rows at once; a stride of a multiple of 128 bytes plus 64 puts them into different banks.
 VARIATOR_HD int64_t bottleneck_stride(int64_t r) { return r + 32; }
 
 struct GroupHalfShared {
-    float partial[warps][bottleneck_chunk][tile_groups];
+    float partial[warps][tile_groups][bottleneck_chunk + 4];  // stored without bank conflicts
 };
 
 static_assert(sizeof(GroupHalfShared) % 16 == 0, "rows of 16-byte vectors follow");
 
-// q [r, tile_groups] = W_1u u + b_1 for the tile's groups. Each warp sums over its own columns,
+// q [tile_groups, r] = W_1u u + b_1 for the tile's groups. Each warp sums over its own columns,
 // then the warps' sums are added up. Called by all threads.
 template <class T>
 VARIATOR_DEVICE void group_half(const Lane& at, const Groups& groups, int64_t first, int64_t d,
@@ -27,31 +26,44 @@ VARIATOR_DEVICE void group_half(const Lane& at, const Groups& groups, int64_t fi
     const int64_t group = first + at.row;
     const BlockRange range =
         BlockRange::of_warp(at.warp, 0, static_cast<int>(ceil_div(d, block_columns)));
+    const int stride = static_cast<int>(w1u_stride);
     for (int64_t n = 0; n < r; n += bottleneck_chunk) {
-        float acc[4][4] = {};
+        float acc[8][4] = {};
+        const void* weight = element(w1u, (n + spread(0, at.row)) * w1u_stride);
         for (int block = range.first; block < range.last; ++block) {
-            const int64_t column = static_cast<int64_t>(block) * block_columns + 8 * at.part;
+            const int column = at.column(block);
             const bool inside = column < d;
-            const Vec16 right =
-                load16_if(inside && group < groups.count, element(u, group * d + column));
+            const Pair left =
+                Pair::of(load16_if(inside && group < groups.count, element(u, group * d + column)),
+                         zero16());
             VARIATOR_UNROLL
-            for (int m = 0; m < 4; ++m) {
-                const int64_t low = n + 16 * m + at.row;
-                multiply<T>(acc[m], load16_if(inside, element(w1u, low * w1u_stride + column)),
-                            load16_if(inside, element(w1u, (low + 8) * w1u_stride + column)),
-                            right);
+            for (int tile = 0; tile < 8; ++tile) {
+                const int row = tile / 4 * block_columns + tile % 4 * 2;
+                multiply<T>(acc[tile], left,
+                            load16(element(weight, row * stride + (inside ? column : 0))));
             }
         }
         VARIATOR_UNROLL
-        for (int m = 0; m < 4; ++m) VARIATOR_UNROLL
-        for (int i = 0; i < 4; ++i)
-            shared.partial[at.warp][16 * m + i / 2 * 8 + at.row][2 * at.part + i % 2] = acc[m][i];
+        for (int tile = 0; tile < 8; tile += 2) {
+            const float four[4] = {acc[tile][0], acc[tile][1], acc[tile + 1][0], acc[tile + 1][1]};
+            store4(&shared.partial[at.warp][at.row]
+                                  [tile / 4 * block_columns + 8 * at.part + tile % 4 * 2],
+                   four);
+        }
         block_sync();
-        for (int i = thread_index(); i < bottleneck_chunk * tile_groups; i += threads) {
-            float sum = load1<T>(b1, n + i / tile_groups);
-            for (int warp = 0; warp < warps; ++warp)
-                sum += shared.partial[warp][i / tile_groups][i % tile_groups];
-            q[n * tile_groups + i] = sum;
+        const int of = thread_index() / 16, column = thread_index() % 16 * 4;
+        if (of < tile_groups) {
+            float sum[4];
+            VARIATOR_UNROLL
+            for (int i = 0; i < 4; ++i) sum[i] = load1<T>(b1, n + column + i);
+            VARIATOR_UNROLL
+            for (int warp = 0; warp < warps; ++warp) {
+                float part[4];
+                load4(&shared.partial[warp][of][column], part);
+                VARIATOR_UNROLL
+                for (int i = 0; i < 4; ++i) sum[i] += part[i];
+            }
+            store4(q + of * r + n + column, sum);
         }
         block_sync();
     }

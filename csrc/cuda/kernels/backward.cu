@@ -24,6 +24,18 @@ cudaError_t decompress_backward_of(const DecompressBackwardParams& p, cudaStream
                   decompress_backward_shared_bytes(p.r), stream, false, p);
 }
 
+template <class T>
+cudaError_t weight_gradient_of(const WeightGradientParams& p, cudaStream_t stream) {
+    const int64_t columns = p.left_columns + p.score_columns + p.ones;
+    const int64_t slots = p.by_group ? 1 : p.groups.k;
+    const Grid grid{heuristics::ceil_div(p.d, gradient_columns),
+                    heuristics::gradient_pieces(columns), p.shares * slots};
+    const auto kernel = p.norm.kind == Norm::none ? weight_gradient_kernel<T, false>
+                                                  : weight_gradient_kernel<T, true>;
+    return launch(kernel, grid, threads, sizeof(WeightGradientShared), stream, false, p,
+                  heuristics::gradient_tiles_a_piece(columns));
+}
+
 }  // namespace
 
 cudaError_t merge_backward(const MergeBackwardParams& p, cudaStream_t stream) {
@@ -37,11 +49,8 @@ cudaError_t decompress_backward(const DecompressBackwardParams& p, cudaStream_t 
 }
 
 cudaError_t weight_gradient(const WeightGradientParams& p, cudaStream_t stream) {
-    const Grid grid{heuristics::ceil_div(p.d, gradient_tile_n),
-                    heuristics::ceil_div(p.left_columns, gradient_tile_m), p.parts};
-    const auto kernel =
-        p.dtype == DType::bfloat16 ? weight_gradient_kernel<BF16> : weight_gradient_kernel<F16>;
-    return launch(kernel, grid, threads, sizeof(WeightGradientShared), stream, false, p);
+    return p.dtype == DType::bfloat16 ? weight_gradient_of<BF16>(p, stream)
+                                      : weight_gradient_of<F16>(p, stream);
 }
 
 }  // namespace variator::cuda

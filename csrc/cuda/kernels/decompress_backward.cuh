@@ -11,6 +11,7 @@
 namespace variator::cuda {
 
 struct DecompressBackwardShared {
+    TileTokens tokens;
     union {
         float partial[partial_floats];
         GroupHalfShared half;
@@ -20,7 +21,8 @@ struct DecompressBackwardShared {
 
 static_assert(sizeof(DecompressBackwardShared) % 16 == 0, "rows of 16-byte vectors follow");
 
-// After the struct: q and dq [r, tile_groups], dq as T [tile_groups, bottleneck_stride(r)].
+// After the struct: q [tile_groups, r], dq [r, tile_groups], dq as T [tile_groups,
+// bottleneck_stride(r)].
 VARIATOR_HD int64_t decompress_backward_shared_bytes(int64_t r) {
     return static_cast<int64_t>(sizeof(DecompressBackwardShared)) + 2 * r * tile_groups * 4 +
            tile_groups * bottleneck_stride(r) * 2;
@@ -45,11 +47,12 @@ struct DecompressBackwardTile {
     VARIATOR_DEVICE int column(int block) const { return at.column(block); }
 
     VARIATOR_DEVICE void run() {
+        shared.tokens.find(p.groups, first, false);
         group_half<T>(at, p.groups, first, p.d, p.r, p.u, p.w1u, p.w1u_stride, p.b1, shared.half,
                       q);
         for (int64_t i = thread_index(); i < p.r * tile_groups; i += threads) dq[i] = 0;
         for (int slot = 0; slot < k; slot += quad) {
-            const QuadRows rows = QuadRows::find(p.groups, group, slot);
+            const QuadRows rows = QuadRows::of(shared.tokens, at.row, slot);
             for (int n = 0; n < p.r; n += block_columns) through_adapter(rows, slot, n);
         }
         block_sync();
@@ -65,7 +68,7 @@ struct DecompressBackwardTile {
 
     // dt, then dz, in columns n .. n+31 of the bottleneck for a quad's rows.
     VARIATOR_DEVICE void through_adapter(const QuadRows& rows, int slot, int n) {
-        float acc[2][4][4] = {};
+        float acc[4][2][4] = {};  // tile, pair
         for (int block = range.first; block < range.last; ++block) {
             const bool inside = column(block) < p.d;
             Vec16 dy[quad];
@@ -74,21 +77,24 @@ struct DecompressBackwardTile {
             for (int tile = 0; tile < 4; ++tile) {
                 const int64_t c = n + spread(tile, at.row);
                 const Vec16 w = load16_if(inside, element(p.w2_transpose, c * p.d + column(block)));
-                multiply<T>(acc[0][tile], dy[0], dy[1], w);
-                multiply<T>(acc[1][tile], dy[2], dy[3], w);
+                multiply<T>(acc[tile][0], dy[0], dy[1], w);
+                multiply<T>(acc[tile][1], dy[2], dy[3], w);
             }
         }
-        add_warps(at, acc, shared.partial, [&](int row, int at_column, const float (&dt)[4]) {
+        VARIATOR_UNROLL
+        for (int tile = 0; tile < 4; tile += 2)
+            put_partial(at, tile, acc[tile], acc[tile + 1], shared.partial);
+        add_warps(shared.partial, [&](int row, int at_column, const float (&dt)[4]) {
             const int g = row % tile_groups;
-            const Groups::Slot found = p.groups.slot(first + g, slot + row / tile_groups);
-            const bool adapted = found.real && !p.groups.whole(first + g);
+            const int code = shared.tokens.code[slot + row / tile_groups][g];
+            const int64_t token = TileTokens::owned(code);
+            const bool adapted = code >= 0 && !p.groups.whole(first + g);
             VARIATOR_UNROLL
             for (int i = 0; i < 4; ++i) {
-                const int64_t c = n + at_column + i, here = found.token * p.projected_columns + c;
+                const int64_t c = n + at_column + i, here = token * p.projected_columns + c;
                 float dz = 0;
-                if (found.token >= 0 && c < p.projected_columns) {
-                    const float t =
-                        adapted ? phi(p.projected[here] + q[c * tile_groups + g], p.phi) : 0.0f;
+                if (token >= 0 && c < p.projected_columns) {
+                    const float t = adapted ? phi(p.projected[here] + q[g * p.r + c], p.phi) : 0.0f;
                     if (adapted) dz = dt[i] * phi_slope(t, p.phi);
                     p.d_projected[here] = dz;
                     p.bottleneck[here] = t;
@@ -114,7 +120,7 @@ struct DecompressBackwardTile {
         for (int i = 0; i < 8; ++i) du[i] = acc[i / 2][i % 2];
         for (int slot = 0; slot < k; slot += quad) {
             Vec16 dy[quad];
-            QuadRows::find(p.groups, group, slot)
+            QuadRows::of(shared.tokens, at.row, slot)
                 .load(p.dy, p.dy_stride, column(block), inside, dy);
             VARIATOR_UNROLL
             for (int i = 0; i < quad; ++i) {

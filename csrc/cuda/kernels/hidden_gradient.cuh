@@ -8,6 +8,7 @@
 namespace variator::cuda {
 
 struct MergeBackwardShared {
+    TileTokens tokens;
     Moments moments[warps * tile_rows];
     float mean[max_ratio][tile_groups], rstd[max_ratio][tile_groups];
     float weight[max_ratio][tile_groups], ds[max_ratio][tile_groups];
@@ -40,8 +41,7 @@ struct HiddenGradient {
         if (p.d_projected == nullptr) return;
         block_sync();
         for (int row = at.warp; row < tile_rows; row += warps) {
-            const int64_t token =
-                p.groups.token(first + row % tile_groups, slot + row / tile_groups);
+            const int64_t token = shared.tokens.code[slot + row / tile_groups][row % tile_groups];
             for (int64_t c = thread_index() % 32; c < p.r; c += 32)
                 dp[row * bottleneck_stride(p.r) + c] =
                     T::narrow(token >= 0 && c < p.projected_columns

@@ -12,7 +12,7 @@ cudaError_t merge_of(const MergeParams& p, cudaStream_t stream) {
     auto run = [&](auto kernel) {
         return launch(kernel, grid, threads, sizeof(MergeShared), stream, false, p);
     };
-    switch (heuristics::resident_blocks(p.groups.k, p.d)) {
+    switch (heuristics::resident_blocks(p.d)) {
         case 1:
             return run(merge_kernel<T, 1>);
         case 2:

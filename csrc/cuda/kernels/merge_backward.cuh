@@ -33,6 +33,8 @@ struct MergeBackwardTile {
     VARIATOR_DEVICE bool inside(int block) const { return column(block) < p.d; }
 
     VARIATOR_DEVICE void run() {
+        shared.tokens.find(p.groups, first, false);
+        block_sync();
         for (int slot = 0; slot < k; slot += quad) {
             statistics(slot);
             dots(slot);
@@ -45,7 +47,7 @@ struct MergeBackwardTile {
     }
 
     VARIATOR_DEVICE QuadRows rows_of(int slot) const {
-        QuadRows rows = QuadRows::find(p.groups, group, slot);
+        QuadRows rows = QuadRows::of(shared.tokens, at.row, slot);
         VARIATOR_UNROLL
         for (int i = 0; i < quad; ++i) {
             rows.mean[i] = shared.mean[slot + i][at.row];
@@ -55,7 +57,7 @@ struct MergeBackwardTile {
     }
 
     VARIATOR_DEVICE void statistics(int slot) {
-        QuadRows rows = QuadRows::find(p.groups, group, slot);
+        QuadRows rows = QuadRows::of(shared.tokens, at.row, slot);
         if (p.norm.kind != Norm::none) {
             Moments mine[quad] = {};
             for (int block = range.first; block < range.last; ++block) {
@@ -106,7 +108,7 @@ struct MergeBackwardTile {
         block_sync();
         const int slot = thread_index() % 32;
         const int64_t mine = first + at.warp;
-        const bool exists = slot < k && p.groups.token(mine, slot) >= 0;
+        const bool exists = slot < k && shared.tokens.code[slot][at.warp] >= 0;
         float da = 0, a = 0;
         if (exists) {
             for (int warp = 0; warp < warps; ++warp) da += shared.dots[warp][slot][at.warp];
@@ -191,10 +193,10 @@ struct MergeBackwardTile {
         normalised(rows, block, n, weight);
         VARIATOR_UNROLL
         for (int i = 0; i < quad; ++i) {
-            const Groups::Slot found = p.groups.slot(group, slot + i);
-            if (found.token < 0) continue;
+            const int64_t token = TileTokens::owned(rows.token[i]);
+            if (token < 0) continue;
             float dx[8] = {};
-            if (found.real) {
+            if (rows.token[i] >= 0) {
                 VARIATOR_UNROLL
                 for (int c = 0; c < 8; ++c) {
                     d_weight[c] += dh[i][c] * n[i][c];
@@ -205,8 +207,7 @@ struct MergeBackwardTile {
                                       (dh[i][c] * weight[c] - mean_e[i] - n[i][c] * mean_en[i]);
                 }
             }
-            if (inside(block))
-                store16(element(p.dx, found.token * p.d + column(block)), narrow<T>(dx));
+            if (inside(block)) store16(element(p.dx, token * p.d + column(block)), narrow<T>(dx));
         }
         add_to_norm(p.d_norm_weight, slot, block, d_weight);
         add_to_norm(p.d_norm_bias, slot, block, d_bias);

@@ -53,6 +53,12 @@ VARIATOR_DEVICE Vec16 zero16() { return {{0, 0, 0, 0}}; }
 VARIATOR_DEVICE Vec16 load16_if(bool holds, const void* p) { return holds ? load16(p) : zero16(); }
 
 template <class T>
+VARIATOR_DEVICE Vec16 ones16() {
+    const uint32_t ones = T::pack(1.0f, 1.0f);
+    return {{ones, ones, ones, ones}};
+}
+
+template <class T>
 VARIATOR_DEVICE void widen(const Vec16& v, float (&x)[8]) {
     VARIATOR_UNROLL
     for (int i = 0; i < 4; ++i) T::unpack(v.word[i], x[2 * i], x[2 * i + 1]);
@@ -83,53 +89,75 @@ VARIATOR_DEVICE float load1(const Vector& v, int64_t at) {
                   : T::widen(static_cast<const typename T::Element*>(v.data)[at]);
 }
 
-// c += (low, high) · rightᵀ over the 32 columns of a block.
+// Rows `low` and `high` in the order of the left operand. Rows that are multiplied more than once
+// are kept so: their words change places once.
+struct Pair {
+    uint32_t step[2][4];
+
+    static VARIATOR_DEVICE Pair of(const Vec16& low, const Vec16& high) {
+        Pair pair;
+        VARIATOR_UNROLL
+        for (int i = 0; i < 4; ++i) pair.word(0, i) = low.word[i], pair.word(1, i) = high.word[i];
+        return pair;
+    }
+    VARIATOR_DEVICE uint32_t& word(int row, int i) { return step[i / 2][i % 2 * 2 + row]; }
+    VARIATOR_DEVICE Vec16 row(int row) const {
+        Vec16 v;
+        VARIATOR_UNROLL
+        for (int i = 0; i < 4; ++i) v.word[i] = step[i / 2][i % 2 * 2 + row];
+        return v;
+    }
+};
+
+// c += left · rightᵀ over the 32 columns of a block.
+template <class T>
+VARIATOR_DEVICE void multiply(float (&c)[4], const Pair& left, const Vec16& right) {
+    VARIATOR_UNROLL
+    for (int step = 0; step < 2; ++step) {
+        const uint32_t b[2] = {right.word[2 * step], right.word[2 * step + 1]};
+        T::mma(c, left.step[step], b);
+    }
+}
 template <class T>
 VARIATOR_DEVICE void multiply(float (&c)[4], const Vec16& low, const Vec16& high,
                               const Vec16& right) {
+    multiply<T>(c, Pair::of(low, high), right);
+}
+
+// Which row of the right operand this lane loads for tile `tile` of 4. The rows are permuted such
+// that a lane's results over all tiles are 8 adjacent columns, starting at 8·part: c[tile][i] is
+// column 2·tile + i of them.
+VARIATOR_DEVICE int spread(int tile, int row) { return 8 * (row / 2) + 2 * tile + row % 2; }
+
+// Partial results [32 rows, 32 columns] of each warp in shared memory, to be added up.
+constexpr int partial_stride = 36;  // so that a quarter of a warp stores without bank conflicts
+
+// A warp's results of tiles `tile` and tile + 1, by pair of slots, with the columns in `spread`
+// order.
+VARIATOR_DEVICE void put_partial(const Lane& at, int tile, const float (&even)[2][4],
+                                 const float (&odd)[2][4], float* partial) {
+    float* to = partial + at.warp * tile_rows * partial_stride + 8 * at.part + 2 * tile;
     VARIATOR_UNROLL
-    for (int step = 0; step < 2; ++step) {
-        const uint32_t a[4] = {low.word[2 * step], high.word[2 * step], low.word[2 * step + 1],
-                               high.word[2 * step + 1]};
-        const uint32_t b[2] = {right.word[2 * step], right.word[2 * step + 1]};
-        T::mma(c, a, b);
+    for (int slot = 0; slot < quad; ++slot) {
+        const int pair = slot / 2, i = slot % 2 * 2;
+        const float four[4] = {even[pair][i], even[pair][i + 1], odd[pair][i], odd[pair][i + 1]};
+        store4(to + (slot * tile_groups + at.row) * partial_stride, four);
     }
 }
 
-// Which row of the right operand this lane loads for tile `tile` of `tiles`. The rows are permuted
-// such that a lane's results over all tiles are 2·tiles adjacent columns, starting at 2·tiles·part:
-// c[tile][i] is column 2·tile + i of them.
-template <int tiles = 4>
-VARIATOR_DEVICE int spread(int tile, int row) {
-    return 2 * tiles * (row / 2) + 2 * tile + row % 2;
-}
-
-// Adds up the warps' partial results [32 rows, 8·tiles columns], given as acc[pair of
-// slots][tile][4] with the columns in `spread` order, and calls store(row, column, sums of `tiles`
-// adjacent columns). Called by all threads.
-template <int tiles, class Store>
-VARIATOR_DEVICE void add_warps(const Lane& at, const float (&acc)[2][tiles][4], float* partial,
-                               Store store) {
-    // 16 or 36, so that a quarter of a warp stores without bank conflicts.
-    constexpr int mine = tiles, stride = 8 * tiles + (tiles == 4 ? 4 : 0);
-    float* to = partial + at.warp * tile_rows * stride + 2 * tiles * at.part;
-    VARIATOR_UNROLL
-    for (int slot = 0; slot < quad; ++slot) VARIATOR_UNROLL
-    for (int tile = 0; tile < tiles; tile += 2) {
-        const int i = slot % 2 * 2;
-        const float (&even)[4] = acc[slot / 2][tile];
-        const float (&odd)[4] = acc[slot / 2][tile + 1];
-        const float four[4] = {even[i], even[i + 1], odd[i], odd[i + 1]};
-        store4(to + (slot * tile_groups + at.row) * stride + 2 * tile, four);
-    }
+// Calls store(row, column, sums of 4 adjacent columns) of what all warps have put. Called by all
+// threads.
+template <class Store>
+VARIATOR_DEVICE void add_warps(const float* partial, Store store) {
     block_sync();
-    const int row = thread_index() / 8, column = thread_index() % 8 * mine;
-    float sum[mine] = {};
+    const int row = thread_index() / 8, column = thread_index() % 8 * 4;
+    float sum[4] = {};
     VARIATOR_UNROLL
     for (int warp = 0; warp < warps; ++warp) {
-        const float* from = partial + (warp * tile_rows + row) * stride + column;
+        float part[4];
+        load4(partial + (warp * tile_rows + row) * partial_stride + column, part);
         VARIATOR_UNROLL
-        for (int i = 0; i < mine; ++i) sum[i] += from[i];
+        for (int i = 0; i < 4; ++i) sum[i] += part[i];
     }
     store(row, column, sum);
     block_sync();
@@ -141,12 +169,15 @@ VARIATOR_DEVICE float row_sum(float x) {
     return x + shuffle_xor(x, 2);
 }
 
-// Stores to row [columns] from `column` on, but not past its end.
-template <int count>
-VARIATOR_DEVICE void store_up_to(float* row, int64_t column, int64_t columns,
-                                 const float (&values)[count]) {
+// Stores 4 values to row [columns] from `column` on, a multiple of 4, but not past its end. Rows
+// lie behind one another.
+VARIATOR_DEVICE void store_up_to(float* row, int column, int columns, const float (&values)[4]) {
+    if (columns % 4 == 0) {
+        if (column < columns) store4(row + column, values);
+        return;
+    }
     VARIATOR_UNROLL
-    for (int i = 0; i < count; ++i)
+    for (int i = 0; i < 4; ++i)
         if (column + i < columns) row[column + i] = values[i];
 }
 

@@ -1,20 +1,20 @@
 // RMSNorm and LayerNorm of the rows in a quad of slots: their addresses, statistics, normed values.
 #pragma once
 
-#include "kernels/mma_tile.cuh"
+#include "kernels/tokens.cuh"
 
 namespace variator::cuda {
 
 // The rows of this lane's group, one per slot.
 struct QuadRows {
-    int token[quad];  // -1: no token
+    int token[quad];  // negative: no token to be merged
     float mean[quad], rstd[quad];
 
-    static VARIATOR_DEVICE QuadRows find(const Groups& groups, int64_t group, int first_slot) {
+    static VARIATOR_DEVICE QuadRows of(const TileTokens& tokens, int group, int first_slot) {
         QuadRows rows;
         VARIATOR_UNROLL
         for (int i = 0; i < quad; ++i) {
-            rows.token[i] = static_cast<int>(groups.token(group, first_slot + i));
+            rows.token[i] = tokens.code[first_slot + i][group];
             rows.mean[i] = 0, rows.rstd[i] = 1;
         }
         return rows;
@@ -79,6 +79,22 @@ VARIATOR_DEVICE void norm_quad(const NormParams& norm, const QuadRows& rows, int
     for (int i = 0; i < quad; ++i)
         if (rows.token[i] >= 0) x[i] = normed<T>(x[i], rows.mean[i], rows.rstd[i], weight, bias);
 }
+
+// A sum of squares by tensor cores: the diagonal of x · xᵀ, with two words of a row's four as row
+// `low` and two as row `high`, as they lie. Two instructions do the work of sixteen.
+struct Squares {
+    float low[4] = {}, high[4] = {};
+
+    template <class T>
+    VARIATOR_DEVICE void add(const Vec16& x) {
+        T::mma(low, x.word, {x.word[0], x.word[2]});
+        T::mma(high, x.word, {x.word[1], x.word[3]});
+    }
+    // In the lane whose part is row / 2.
+    VARIATOR_DEVICE float sum(const Lane& at) const {
+        return at.row % 2 == 0 ? low[0] + high[2] : low[1] + high[3];
+    }
+};
 
 template <class T>
 VARIATOR_DEVICE void join_moments(const NormParams& norm, const Vec16 (&x)[quad], bool inside,

@@ -7,8 +7,8 @@ namespace variator::cuda {
 namespace {
 
 template <class T>
-cudaError_t one_launch_of(const OneLaunchParams& p, cudaStream_t stream) {
-    const bool resident = heuristics::resident_blocks(p.merge.groups.k, p.merge.d) == 3;
+cudaError_t one_launch_of(const LayerParams& p, cudaStream_t stream) {
+    const bool resident = heuristics::resident_blocks(p.merge.d) == 3;
     const auto kernel = resident ? one_launch_kernel<T, 3> : one_launch_kernel<T, 0>;
     const size_t shared = one_launch_shared_bytes(p.merge.r);
     int at_once = 0;
@@ -21,7 +21,7 @@ cudaError_t one_launch_of(const OneLaunchParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t one_launch(const OneLaunchParams& p, cudaStream_t stream) {
+cudaError_t one_launch(const LayerParams& p, cudaStream_t stream) {
     return p.merge.dtype == DType::bfloat16 ? one_launch_of<BF16>(p, stream)
                                             : one_launch_of<F16>(p, stream);
 }

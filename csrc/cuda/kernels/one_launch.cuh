@@ -20,7 +20,7 @@ VARIATOR_HD int64_t one_launch_shared_bytes(int64_t r) {
 
 template <class T, int resident>
 struct OneLaunch {
-    const OneLaunchParams& p;
+    const LayerParams& p;
     const int64_t groups = p.merge.groups.count, d = p.merge.d;
     SkinnyGemmShared& shared = *reinterpret_cast<SkinnyGemmShared*>(shared_memory());
 
@@ -147,7 +147,7 @@ struct OneLaunch {
 
 template <class T, int resident>
 VARIATOR_KERNEL(threads, 1)
-one_launch_kernel(const OneLaunchParams p) {
+one_launch_kernel(const LayerParams p) {
     OneLaunch<T, resident>{p}.run();
 }
 

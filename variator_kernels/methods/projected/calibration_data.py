@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...sites.residual import Layout
 
@@ -67,6 +68,35 @@ def tokens(value: Tensor, mask: Tensor | None) -> Tensor:
     """``[T, width]`` of ``[B, n, width]``: the real ones, in float64."""
     flat = value.flatten(0, -2) if mask is None else value[mask]
     return flat.double()
+
+
+class Forwards:
+    """A model's forwards over batches, watched by hooks."""
+
+    def __init__(self, model: Any, layout: Layout) -> None:
+        self.model, self.layout = model, layout
+        self.mask: Tensor | None = None
+        """Where the tokens of the stack that runs are real, ``[B, n]`` bool; None: everywhere."""
+
+    def run(self, batches: list[Batch], hooks: list[RemovableHandle]) -> None:
+        """All of them; ``hooks``, which may ask for :attr:`mask`, are removed behind the last."""
+        current: list[Tensor | None] = []
+        for position, stack in enumerate(self.layout.stacks):
+            root = self.model.get_submodule(stack.root) if stack.root else self.model
+
+            def begin(module: nn.Module, args: Any, position: int = position) -> None:
+                self.mask = current[position]
+
+            hooks.append(root.register_forward_pre_hook(begin))
+        try:
+            for batch in batches:
+                given = arguments(self.model, self.layout, batch)
+                current[:] = masks(self.layout, given)
+                self.mask = current[0]
+                self.model(**given)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 @contextmanager

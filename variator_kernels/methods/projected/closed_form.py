@@ -44,35 +44,20 @@ def principal(model: Any, layout: Layout, batches: list[Batch], size: int) -> Te
     """``[d, size]`` in float64: principal components of what the norms' inputs are, divided by
     their root mean squares, over all norms and tokens."""
     total: Tensor | None = None
-    mask: Tensor | None = None
+    forwards = data.Forwards(model, layout)
 
     def add(module: nn.Module, args: Any) -> None:
         nonlocal total
-        x = data.tokens(args[0], mask)
+        x = data.tokens(args[0], forwards.mask)
         x = x * x.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
         moments = x.mT @ x
         total = moments if total is None else total + moments
 
-    handles = []
-    for position, stack in enumerate(layout.stacks):
-        root = model.get_submodule(stack.root) if stack.root else model
-
-        def begin(module: Any, args: Any, position: int = position) -> None:
-            nonlocal mask
-            mask = current[position]
-
-        handles.append(root.register_forward_pre_hook(begin))
+    hooks = []
+    for stack in layout.stacks:
         norms = {part.norm for block in stack.blocks for part in block.sublayers} | {stack.norm}
-        handles += [model.get_submodule(n).register_forward_pre_hook(add) for n in sorted(norms)]
-    try:
-        for batch in batches:
-            given = data.arguments(model, layout, batch)
-            current = data.masks(layout, given)
-            mask = current[0]
-            model(**given)
-    finally:
-        for handle in handles:
-            handle.remove()
+        hooks += [model.get_submodule(n).register_forward_pre_hook(add) for n in sorted(norms)]
+    forwards.run(batches, hooks)
     assert total is not None
     if not bool(torch.isfinite(total).all()):
         raise FloatingPointError("the model's hidden states on batches are not finite")

@@ -88,10 +88,10 @@ def _by_activation(model: Any, layout: Layout, kind: str, batches: list[Batch]) 
     """Mean absolute values, over all tokens, of what norms give (summed over norms); and of what an
     FFN's first layer gives, or of what its last one reads, the product of both halves."""
     sums: dict[str, Tensor] = {}
-    mask: Tensor | None = None
+    forwards = data.Forwards(model, layout)
 
     def add(name: str, value: Tensor) -> None:
-        found = data.tokens(value, mask).abs()
+        found = data.tokens(value, forwards.mask).abs()
         sums[name] = sums.get(name, 0.0) + found.sum(0)  # type: ignore[operator]
 
     def outputs(name: str) -> Callable[..., None]:
@@ -100,35 +100,19 @@ def _by_activation(model: Any, layout: Layout, kind: str, batches: list[Batch]) 
     def inputs(name: str) -> Callable[..., None]:
         return lambda module, args: add(name, args[0])
 
-    handles, stacks = [], []
-    for position, stack in enumerate(layout.stacks):
+    hooks = []
+    for stack in layout.stacks:
         norms = {part.norm for block in stack.blocks for part in block.sublayers}
         for name in sorted(norms | {stack.norm}) if layout.residual is not None else ():
-            handles.append(model.get_submodule(name).register_forward_hook(outputs(HIDDEN)))
+            hooks.append(model.get_submodule(name).register_forward_hook(outputs(HIDDEN)))
         for part in (part for block in stack.blocks for part in block.sublayers if part.inner):
             if kind == GATED:
                 last = model.get_submodule(part.writes)
-                handles.append(last.register_forward_pre_hook(inputs(part.writes)))
+                hooks.append(last.register_forward_pre_hook(inputs(part.writes)))
             else:
                 first = model.get_submodule(part.reads[0])
-                handles.append(first.register_forward_hook(outputs(part.writes)))
-        stacks.append((position, model.get_submodule(stack.root) if stack.root else model))
-    for position, root in stacks:
-        # Hooks of the blocks below see this stack's tokens.
-        def begin(module: Any, args: Any, position: int = position) -> None:
-            nonlocal mask
-            mask = current[position]
-
-        handles.append(root.register_forward_pre_hook(begin))
-    try:
-        for batch in batches:
-            given = data.arguments(model, layout, batch)
-            current = data.masks(layout, given)
-            mask = current[0]
-            model(**given)
-    finally:
-        for handle in handles:
-            handle.remove()
+                hooks.append(first.register_forward_hook(outputs(part.writes)))
+    forwards.run(batches, hooks)
     hidden = sums.pop(HIDDEN, None)
     if not all(bool(torch.isfinite(score).all()) for score in sums.values()):
         raise FloatingPointError("the model's activations on batches are not finite")

@@ -30,10 +30,10 @@ from ...ops.transforms import fitting
 from ...runtime.context import Context
 from ...runtime.level import Level
 from ...runtime.state import states
-from ...sites.attention import reach_of
 from ...sites.install import attached, patched_sublayers
 from ...sites.loading import ATTACHED
 from ...sites.mixins import SITE
+from ...sites.reach import reach_of
 from ...sites.wrappers import check_present
 from .config import VariatorConfig
 from .plugin import KeyValuePlugin, Plugin
@@ -202,16 +202,17 @@ def _merged_keys(
     tokens = context.once(("members", here), x, lambda: members(listed, x))
     reach, placement = reach_of(layer), layer.variator_site.site.placement
     embedding, window = reach.table, attention.window
-    table = reach.distances(x, embedding)
+    terms = reach.terms(x, attention, context.carried, embedding)
     make = whole_queries if placement == "attention_kv" else merged_queries
 
     def keys() -> Keys:
-        return make(tokens, x, table, window)
+        return make(tokens, x, terms)
 
-    if table is not None and table.weight.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in terms.weights):
         found = keys()  # part of the graph of this call alone
     else:
-        found = context.once(("keys", placement, here, x.dtype, embedding, window), x, keys)
+        key = "keys", placement, here, x.dtype, embedding, window, reach.global_table
+        found = context.once(key, x, keys)
     if reach.rotary is None:
         return found, None
 

@@ -11,19 +11,17 @@ from ... import extension
 from .. import prepack
 from ..arguments import AdapterWeights, check_decompress, flat, require
 from ..cpu_arguments import (
-    Listed,
     PrepackedAdapter,
     address,
     as_accumulator,
-    copy_outside,
     dtype_code,
-    listed,
     pack_columns,
     pack_rows,
     prepack_adapter,
 )
 from ..groups import Groups
 from ..library import accumulator
+from ..listed import Listed, copy_outside, listed
 
 
 class Inputs(NamedTuple):

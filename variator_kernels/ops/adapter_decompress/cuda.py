@@ -24,7 +24,7 @@ from ..cuda_arguments import (
     target,
     vector,
 )
-from ..cuda_weight_gradient import Side, weight_gradient
+from ..cuda_weight_gradient import Left, weight_gradient
 from ..gpu_arguments import (
     DecompressInputs,
     GpuGroups,
@@ -39,9 +39,15 @@ class Decompress:
     """One launch of the decompress kernel; keeps alive what it reads."""
 
     def __init__(
-        self, inputs: DecompressInputs, groups: GpuGroups, adapter: AdapterWeights, y: Tensor
+        self,
+        inputs: DecompressInputs,
+        groups: GpuGroups,
+        adapter: AdapterWeights,
+        y: Tensor,
+        kernel: Any = None,
     ) -> None:
-        """Writes flat ``y [tokens, d]``."""
+        """Writes flat ``y [tokens, d]``; ``kernel`` is of :func:`groups_kernel` if the caller has
+        it."""
         u, projected, residual, _ = inputs
         dtype, d, r = y.dtype, y.shape[1], projected.shape[1]
         check_sizes(d, groups.ratio, r)
@@ -51,7 +57,7 @@ class Decompress:
         self.kept = (u, groups, projected, w1u, b1, w2, b2, residual)
         self.params: Any = extension.load("cuda").Decompress(
             dtype=dtype_code(dtype),
-            groups=groups_kernel(groups),
+            groups=kernel or groups_kernel(groups),
             d=d,
             r=chunks(r),
             phi=code("adapter_activations", adapter.activation),
@@ -128,7 +134,7 @@ def adapter_decompress_backward(
         bottleneck=t.data_ptr(),
         d_q=d_q.data_ptr(),
     )
-    by_group = Side(d_q, by_group=True), Side(u, by_group=True)
-    d_w1u = weight_gradient(*by_group, launched, slot=0)
-    d_w2, d_b2 = weight_gradient(Side(t), Side(dy), launched.adapted(), ones=True).split([r, 1])
-    return du, d_projected, d_w1u, d_q.sum(0), d_w2.t().contiguous(), d_b2.view(d)
+    d_w1u = weight_gradient(Left(d_q), u, launched, by_group=True).rows
+    sums = weight_gradient(Left(t, ones=True), dy, launched.adapted())
+    d_w2, d_b2 = sums.rows.t().contiguous(), sums.ones.view(d)
+    return du, d_projected, d_w1u, d_q.sum(0), d_w2, d_b2

@@ -79,8 +79,10 @@ def run(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups, back
         ffn = (stored.as_it_runs(ffn.stored, ffn.precision) if runs else None) or ffn
     if _fits_one_op(x, plugin, ffn):
         # PyTorch's dispatcher takes longer than all of our own Python before a GPU's first launch.
-        tensors = (t for t in (x, *plugin, *ffn, *groups) if isinstance(t, Tensor))
-        if backend in ("triton", "cuda") and nothing_between(tensors):
+        norm = ffn.norm_weight, ffn.norm_bias
+        if backend in ("triton", "cuda") and nothing_between(
+            (x, *plugin[:6], *ffn[:6], *norm, *groups[:5])
+        ):
             return backend_module(__package__, backend).compressed_ffn(x, plugin, ffn, groups)
         return op.compressed_ffn(x, plugin, ffn, groups, backend)
     return layered.compressed_ffn(x, plugin, ffn, groups, backend)
@@ -94,8 +96,8 @@ def _fits_one_op(x: Tensor, plugin: PluginWeights, ffn: FeedForward) -> bool:
         return False
     if not torch.is_grad_enabled() or exporting():
         return True
-    tensors = [t for t in (x, *plugin, *ffn) if isinstance(t, Tensor)]
-    return not any(t.requires_grad for t in tensors)
+    tensors = (x, *plugin[:6], *ffn[:6], ffn.norm_weight, ffn.norm_bias)
+    return not any(t is not None and t.requires_grad for t in tensors)
 
 
 def _described(ffn: Any) -> FeedForward:

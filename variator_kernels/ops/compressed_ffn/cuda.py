@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import extension
 from ..adapter_decompress.cuda import Decompress
-from ..arguments import check_ffn, check_merge, flat, require
+from ..arguments import flat, require
 from ..cuda_arguments import (
     BOTTLENECK_CHUNK,
     DTYPES,
@@ -18,6 +18,7 @@ from ..cuda_arguments import (
     code,
     cuda_norm,
     dtype_code,
+    groups_kernel,
     multiprocessors,
     target,
 )
@@ -72,57 +73,56 @@ def _cast(ffn: FeedForward, dtype: torch.dtype) -> FeedForward:
     names = ("w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate")
     found = {name: getattr(ffn, name) for name in names}
     cast: dict[str, Any] = {
-        name: aligned(t.detach().to(dtype)) for name, t in found.items() if t is not None
+        name: aligned(t.to(dtype)) for name, t in found.items() if t is not None
     }
     return ffn._replace(**cast)
 
 
 def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups) -> Tensor:
+    """Of arguments whose sizes were checked."""
     dtype = torch.promote_types(x.dtype, ffn.w_out.dtype)
-    both = f"x is {x.dtype} and w_out {ffn.w_out.dtype}"
-    require(dtype in DTYPES, f"{both}, the CUDA kernels compute in one of {[*DTYPES]}")
+    if dtype not in DTYPES:
+        both = f"x is {x.dtype} and w_out {ffn.w_out.dtype}"
+        require(False, f"{both}, the CUDA kernels compute in one of {[*DTYPES]}")
     f = ffn.w_in.shape[0]
     require(f % 8 == 0, f"inner size is {f}, the CUDA kernels take multiples of 8")
     x = x.to(dtype)
-    check_merge(x, plugin.merge, groups, ffn.pre_norm)
-    check_ffn(x.shape[-1], ffn[:6], ffn.any_norm)
     launched, d, r = gpu_groups(groups, x), x.shape[-1], plugin.b1.shape[0]
     rows, y = flat(x), x.new_empty(x.shape)
     merged = x.new_empty(launched.total, d)
     projected = x.new_empty(rows.shape[0], r, dtype=torch.float32)
     cast = _cast(ffn, dtype)
     out = MergeOutputs(merged, projected, None)
-    merge = Merge(rows, launched, plugin.merge, cuda_norm(ffn.pre_norm, dtype), out)
+    kernel = groups_kernel(launched)
+    norm = cuda_norm(ffn.pre_norm, dtype)
+    merge = Merge(rows, launched, plugin.merge, norm, out, kernel)
+    u = torch.empty_like(merged)
+    inputs = DecompressInputs(u, projected, rows if ffn.residual else None)
+    decompress = Decompress(inputs, launched, plugin.adapter, y.view(-1, d), kernel)
     most = ONE_LAUNCH_GROUPS
     if most is None:
         most = one_launch_groups(d, f, 2 if ffn.w_gate is None else 3, multiprocessors(x))
-    one_launch = 0 < launched.total <= most and r <= BOTTLENECK_CHUNK
-    if one_launch:
-        u = torch.empty_like(merged)
-    else:
-        merge.run(x)
-        inner = linear(merged, cast.w_in, cast.b_in, ffn.activation)
-        if cast.w_gate is not None:
-            inner = linear(merged, cast.w_gate, cast.b_gate, "none", inner)
-        u = linear(inner, cast.w_out, cast.b_out, "none")
-    inputs = DecompressInputs(u, projected, rows if ffn.residual else None)
-    decompress = Decompress(inputs, launched, plugin.adapter, y.view(-1, d))
-    if one_launch:
-        _run_at_once(x, merge, decompress, u, cast)
-    else:
-        decompress.run(x)
+    _run(x, merge, decompress, u, cast, 0 < launched.total <= most and r <= BOTTLENECK_CHUNK)
     return normalize_real(y, ffn.any_norm, groups) if ffn.post_norm else y
 
 
-def _run_at_once(
-    x: Tensor, merge: Merge, decompress: Decompress, u: Tensor, ffn: FeedForward
+def _run(
+    x: Tensor, merge: Merge, decompress: Decompress, u: Tensor, ffn: FeedForward, one_launch: bool
 ) -> None:
+    """All of the sublayer in one call: one launch, or several."""
     cuda = extension.load("cuda")
     count, d = u.shape
-    f, processors = ffn.w_in.shape[0], multiprocessors(x)
-    splits = cuda.splits(count, d, f, processors)
-    inner, partial = u.new_empty(count, f), u.new_empty(splits, count, d, dtype=torch.float32)
-    cuda.one_launch(
+    f = ffn.w_in.shape[0]
+    inner, gated, partial = u.new_empty(count, f), None, None
+    splits = blocks_a_part = 0
+    if one_launch:
+        processors = multiprocessors(x)
+        splits = cuda.splits(count, d, f, processors)
+        partial = u.new_empty(splits, count, d, dtype=torch.float32)
+        blocks_a_part = cuda.blocks_a_part(count, d, processors)
+    elif ffn.w_gate is not None:
+        gated = torch.empty_like(inner)
+    (cuda.one_launch if one_launch else cuda.launches)(
         target(x),
         merge.params,
         decompress.params,
@@ -135,8 +135,9 @@ def _run_at_once(
         b_out=address(ffn.b_out),
         activation=code("ffn_activations", ffn.activation),
         inner=inner.data_ptr(),
-        partial=partial.data_ptr(),
+        gated=address(gated),
+        partial=address(partial),
         splits=splits,
         u=u.data_ptr(),
-        blocks_a_part=cuda.blocks_a_part(count, d, processors),
+        blocks_a_part=blocks_a_part,
     )

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import check_adapter, check_ffn, check_merge
 from ..feed_forward import FeedForward, PluginWeights
 from ..groups import FIELDS, SCHEMA, Groups
 from ..library import LIBRARY, backend_module, define, refuse_second_derivatives
@@ -90,6 +91,11 @@ def compressed_ffn(
 @torch.library.impl(LIBRARY, "compressed_ffn", "CompositeExplicitAutograd")
 def _forward(*arguments):
     call = _bundle(arguments)
+    # Anyone may call the op; what comes by the public function was checked there.
+    if call.backend in ("triton", "cuda"):
+        check_merge(call.x, call.plugin.merge, call.groups, call.ffn.pre_norm)
+        check_adapter(call.plugin.adapter, call.x.shape[-1], call.plugin.b1.shape[0])
+        check_ffn(call.x.shape[-1], call.ffn[:6], call.ffn.any_norm)
     return backend_module(__package__, call.backend).compressed_ffn(*call[:4])
 
 

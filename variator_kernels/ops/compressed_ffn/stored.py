@@ -27,12 +27,12 @@ def as_it_runs(ffn: FeedForward, precision: str | None) -> FeedForward | None:
     return ffn if ffn.precision is None else None
 
 
-def packed(ffn: FeedForward, dtype: torch.dtype) -> list[Any]:
-    """What multiplies in the place of ``w_in``, ``w_out``, ``w_gate``, for vectors of ``dtype``;
-    None where nothing does."""
+def packed(ffn: FeedForward, dtype: torch.dtype, isa: str) -> list[Any]:
+    """What multiplies in the place of ``w_in``, ``w_out``, ``w_gate``, for vectors of ``dtype``,
+    with the kernels of ``isa``; None where nothing does."""
     dynamic, dtype = ffn.precision == "int8", prepack.product_dtype(dtype)
     return [
-        None if w is None else stored.product(w, scales, b, dtype, dynamic)
+        None if w is None else stored.product(w, scales, b, dtype, dynamic, isa)
         for w, b, scales in _products_of(ffn)
     ]
 

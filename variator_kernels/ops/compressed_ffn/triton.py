@@ -5,6 +5,7 @@ The products are Triton's or cuBLAS's (through PyTorch), as the launch table say
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ...triton_kernels import launch
 from ...triton_kernels.linear import linear_kernel
 from ...triton_kernels.row_norm import row_norm_kernel
 from ..adapter_decompress.triton import run as run_decompress
-from ..arguments import check_ffn, check_merge, flat
+from ..arguments import AdapterWeights, MergeWeights, flat
 from ..feed_forward import FeedForward, PluginWeights, activate, products
 from ..gpu_arguments import (
     DecompressInputs,
@@ -52,15 +53,16 @@ def linear(
     if out.numel() == 0:
         return out
     w, w_gate = unit_rows(w), None if w_gate is None else unit_rows(w_gate)
-    operands = [a, w, w_gate, out]
+    operands: tuple[Any, ...] = a, w, w_gate, out
     bm, bn, bk = row["bm"], row["bn"], row["bk"]
-    tma = row["tma"] and all(_describable(t) for t in operands if t is not None)
+    tma = row["tma"] and all(t is None or _describable(t) for t in operands)
     if tma:
-        blocks = [[bm, bk], [bn, bk], [bn, bk], [bm, bn]]
-        operands = [
-            None if t is None else TensorDescriptor.from_tensor(t, block)
-            for t, block in zip(operands, blocks, strict=True)
-        ]
+        operands = (
+            descriptor(a, bm, bk),
+            descriptor(w, bn, bk),
+            None if w_gate is None else descriptor(w_gate, bn, bk),
+            descriptor(out, bm, bn),
+        )
     tiles = launch.cdiv(a.shape[0], bm) * launch.cdiv(w.shape[0], bn)
     programs = min(tiles, launch.processors(a) * row["persistent"] or tiles)
     linear_kernel[(programs,)](
@@ -77,6 +79,20 @@ def linear(
 def _describable(matrix: Tensor) -> bool:
     """Whether the copy engine takes this matrix: 16-byte aligned rows."""
     return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+
+
+@functools.cache
+def _template(rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(torch.empty(rows, columns), [rows, columns])
+
+
+def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """``TensorDescriptor.from_tensor`` of a matrix that is :func:`_describable`, without its checks
+    of that and of the block at every launch."""
+    made = object.__new__(TensorDescriptor)
+    vars(made).update(vars(_template(rows, columns)))
+    made.base, made.shape, made.strides = matrix, matrix.shape, matrix.stride()
+    return made
 
 
 def fused_products(g: Tensor, ffn: FeedForward, k: int) -> Tensor:
@@ -117,23 +133,24 @@ def _normalize(y: Tensor, groups: GpuGroups, ffn: FeedForward) -> None:
 
 
 def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups) -> Tensor:
+    """Of arguments whose sizes were checked."""
     dtype = torch.promote_types(x.dtype, ffn.w_out.dtype)
     x = x.to(dtype)
-    merge, norm = plugin.merge, ffn.pre_norm
-    check_merge(x, merge, groups, norm)
-    check_ffn(x.shape[-1], ffn[:6], ffn.any_norm)
+    # `plugin.merge` and `plugin.adapter`, with one operation for both halves of W_1.
+    w1u, w1h = plugin.w1.chunk(2, 1)
+    merge = MergeWeights(plugin.merge_weight, plugin.merge_bias.contiguous(), w1h)
+    adapter = AdapterWeights(w1u, plugin.b1, plugin.w2, plugin.b2, plugin.activation)
     launched, d = gpu_groups(groups, x), x.shape[-1]
     rows, y = flat(x), x.new_empty(x.shape)
     merged = x.new_empty(launched.total, d)
     softmax = x.new_empty(launched.total, plugin.ratio, dtype=torch.float32)
     projected = x.new_empty(rows.shape[0], merge.bottleneck, dtype=torch.float32)
-    merge = merge._replace(bias=merge.bias.contiguous())
     with launch.device_of(x):
         out = MergeOutputs(merged, projected, softmax)
-        run_merge(rows, launched, merge, contiguous_norm(norm), out)
+        run_merge(rows, launched, merge, contiguous_norm(ffn.pre_norm), out)
         u = fused_products(merged, ffn, plugin.ratio)
         inputs = DecompressInputs(u, projected, rows if ffn.residual else None, softmax)
-        run_decompress(inputs, launched, plugin.adapter, y.view(-1, d))
+        run_decompress(inputs, launched, adapter, y.view(-1, d))
         if ffn.post_norm and ffn.norm != "none":
             _normalize(y.view(-1, d), launched, ffn)
     return y

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import extension
 from .. import prepack
-from ..arguments import MergeWeights, Norm, check_merge, check_merge_backward, flat
+from ..arguments import (
+    MergeWeights,
+    Norm,
+    check_merge,
+    check_merge_backward,
+    flat,
+    norm_form,
+    norm_of,
+)
 from ..cpu_arguments import (
-    Listed,
     PrepackedMerge,
     address,
     dtype_code,
-    listed,
     norm_kernel,
     pack_merge_rows,
     pack_rows,
@@ -24,6 +30,7 @@ from ..cpu_arguments import (
 )
 from ..groups import Groups
 from ..library import accumulator
+from ..listed import Listed, listed
 
 
 class Outputs(NamedTuple):
@@ -77,22 +84,38 @@ def group_merge(
 def merged(x: Tensor, merge: MergeWeights, groups: Groups, norm: Norm) -> Tensor:
     """The merged vectors alone, in inference: what is made of weights is kept from call to call."""
     check_merge(x, merge, groups, norm)
-    rows, dtype, isa = flat(x), x.dtype, prepack.instruction_set()
+    rows = flat(x)
     lists = listed(groups, rows.shape[0])
-    given = (norm.weight, norm.bias)
-    sources = (merge.weight, merge.bias, *(t for t in given if t is not None))
-
-    def make(weight: Tensor, bias: Tensor, *vectors: Tensor) -> PrepackedMerge:
-        found = iter(vectors)
-        scale, shift = (None if t is None else next(found) for t in given)
-        its = Norm(norm.name, scale, shift, norm.eps)
-        return prepack_merge(MergeWeights(weight, bias), its, dtype, isa)
-
-    form = ("merge", dtype, norm.name, norm.weight is None, norm.eps, isa)
-    packed = prepack.cache.get(sources, form, make)
     out = x.new_empty(*groups.shape(x), x.shape[-1])
+    packed = prepacked(merge, norm, x.dtype, prepack.instruction_set())
     run(rows, lists, packed, Outputs(out))
     return out
+
+
+def prepacked(merge: MergeWeights, norm: Norm, dtype: torch.dtype, isa: str) -> PrepackedMerge:
+    """Without a projection; kept."""
+    vectors = tuple(t for t in (norm.weight, norm.bias) if t is not None)
+
+    def make(weight: Tensor, bias: Tensor, *copies: Tensor) -> PrepackedMerge:
+        its = norm_of(norm, copies)
+        return prepack_merge(MergeWeights(weight, bias), its, dtype, isa)
+
+    form = ("merge", dtype, *norm_form(norm), isa)
+    return prepack.cache.get((merge.weight, merge.bias, *vectors), form, make)
+
+
+def known(merge: PrepackedMerge, dtype: torch.dtype, ratio: int, d: int) -> Any:
+    """What the extension knows of a merge before a call; it reads ``merge``'s memory."""
+    return extension.load().MergeWeights(
+        dtype=dtype_code(dtype),
+        k=ratio,
+        d=d,
+        r=merge.bottleneck,
+        norm=merge.norm_kernel,
+        weight=merge.weight.data_ptr(),
+        bias=merge.bias.data_ptr(),
+        projection=address(merge.projection),
+    )
 
 
 def group_merge_backward(

@@ -24,7 +24,7 @@ from ..cuda_arguments import (
     target,
     vector,
 )
-from ..cuda_weight_gradient import NormedRows, Side, weight_gradient
+from ..cuda_weight_gradient import Left, NormedRows, weight_gradient
 from ..gpu_arguments import GpuGroups, MergeOutputs, gpu_groups, merge_outputs
 from ..groups import Groups
 
@@ -39,18 +39,20 @@ class Merge:
         merge: MergeWeights,
         norm: Norm,
         out: MergeOutputs,
+        kernel: Any = None,
     ) -> None:
-        """Of flat ``x [tokens, d]``; ``norm`` is of :func:`cuda_norm`."""
+        """Of flat ``x [tokens, d]``; ``norm`` is of :func:`cuda_norm`, ``kernel`` of
+        :func:`groups_kernel` if the caller has it."""
         d, r = x.shape[1], merge.bottleneck
         check_sizes(d, groups.ratio, r)
         x = aligned_rows(x)
-        weight = aligned(merge.weight.detach().to(x.dtype))
+        weight = aligned(merge.weight.to(x.dtype))
         bias = as_vector(merge.bias, x.dtype)
         projection = None if merge.projection is None else pad_rows(merge.projection, x.dtype)
         self.kept = (x, groups, weight, bias, norm, projection)
         self.params: Any = extension.load("cuda").Merge(
             dtype=dtype_code(x.dtype),
-            groups=groups_kernel(groups),
+            groups=kernel or groups_kernel(groups),
             d=d,
             r=0 if projection is None else projection.shape[0],
             x=x.data_ptr(),
@@ -98,7 +100,7 @@ def group_merge_backward(
     rows, softmax = aligned_rows(flat(x)), aligned(softmax)
     d_merged = aligned(d_merged.to(x.dtype))
     d_projected = aligned(d_projected.float())
-    merge_weight = aligned(merge.weight.detach().to(x.dtype))
+    merge_weight = aligned(merge.weight.to(x.dtype))
     transpose = None
     if merge.projection is not None:
         transpose = pad_columns(merge.projection.t(), x.dtype)
@@ -130,18 +132,14 @@ def group_merge_backward(
         d_norm_weight=0 if norm.weight is None else d_norm_weight.data_ptr(),
         d_norm_bias=0 if norm.bias is None else d_norm_bias.data_ptr(),
     )
-    hidden, scores = NormedRows(vectors, moments), Side(d_scores, by_group=True)
-    slots = [weight_gradient(scores, Side(rows), launched, slot=j, normed=hidden) for j in range(k)]
-    d_weight = torch.stack(slots, 1).reshape(k, k * d)
-    d_projection = x.new_zeros(0, d, dtype=torch.float32)
-    if r:
-        tokens = Side(d_projected.view(-1, r))
-        d_projection = weight_gradient(tokens, Side(rows), launched, normed=hidden)
+    left = Left(d_projected.view(-1, r) if r else None, d_scores)
+    sums = weight_gradient(left, rows, launched, normed=NormedRows(vectors, moments))
+    d_weight = sums.scores.transpose(0, 1).reshape(k, k * d)
     return (
         dx,
         d_weight,
         d_scores.sum(0),
-        d_projection,
+        sums.rows,
         d_norm_weight.sum(0),
         d_norm_bias.sum(0),
     )

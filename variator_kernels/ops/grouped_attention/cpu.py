@@ -14,6 +14,7 @@ from ..cpu_arguments import address, as_accumulator, dtype_code
 from ..library import accumulator
 from .kernel_checks import check
 from .op import Attention
+from .reference import Visible
 from .relative import DistanceBias
 
 PATH = "automatic"
@@ -62,28 +63,42 @@ def _inputs(call: Attention) -> tuple[Any, tuple[Tensor | None, ...]]:
     q, query_rows = _unit_inner(queries)
     k, key_rows = _unit_inner(keys)
     v, value_rows = _unit_inner(values)
-    dtype = q.dtype
+    rows, n, heads, d = q.shape
+    sizes = (rows, n, k.shape[1], heads, k.shape[2], d)
+    where = query_rows, key_rows, value_rows
+    inputs, kept = given(sizes, q.dtype, visible, relative, scale, where)
+    return inputs, (q, k, v, *kept)
+
+
+def given(
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    visible: Visible,
+    relative: DistanceBias | None,
+    scale: float,
+    where: tuple[tuple[int, ...], ...] = ((0,) * 4,) * 3,
+) -> tuple[Any, tuple[Tensor | None, ...]]:
+    """What was checked, for ``sizes``: rows, queries, keys, heads of both, and their size.
+    ``where``: addresses and strides of queries, keys and values, where somebody knows."""
     bias = visible.bias
     if bias is not None and not (bias.dtype == accumulator(dtype) and bias.is_contiguous()):
         bias = as_accumulator(bias, dtype)
     first, last = _bound(visible.first), _bound(visible.last)
     terms, kept = _terms(relative, dtype)
-    rows, n, heads, d = q.shape
-    _, count, kv_heads, _ = k.shape
     inputs = extension.load().AttentionInputs(
         dtype=dtype_code(dtype),
         threads=torch.get_num_threads(),
-        sizes=(rows, n, count, heads, kv_heads, d),
-        q=query_rows,
-        k=key_rows,
-        v=value_rows,
+        sizes=sizes,
+        q=where[0],
+        k=where[1],
+        v=where[2],
         scale=scale,
         bias=address(bias),
         first=address(first),
         last=address(last),
         terms=terms,
     )
-    return inputs, (q, k, v, bias, first, last, *kept)
+    return inputs, (bias, first, last, *kept)
 
 
 def grouped_attention(call: Attention) -> Tensor:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..arguments import require
 from .op import Attention
+from .reference import Visible
+from .relative import DistanceBias
 
 
 def check(call: Attention) -> None:
@@ -24,6 +28,17 @@ def check(call: Attention) -> None:
     require(queries.dtype == keys.dtype == values.dtype, "queries, keys and values are of a dtype")
     device = queries.device
     require(keys.device == device == values.device, "everything is on the queries' device")
+    check_keys(visible, relative, (rows, n, count, heads), device)
+
+
+def check_keys(
+    visible: Visible,
+    relative: DistanceBias | None,
+    sizes: tuple[int, int, int, int],
+    device: torch.device,
+) -> None:
+    """Of what holds of keys, for rows, queries, keys and heads."""
+    rows, n, count, heads = sizes
     for given in visible:
         if given is not None:
             require(given.shape == (rows, count), "bias, first, last are [rows, keys]")

@@ -35,8 +35,11 @@ def grouped_attention(
     relative: DistanceBias | None,
     scale: float,
     dropout_p: float = 0.0,
+    pairs: Tensor | None = None,
 ) -> Tensor:
     """``softmax(scale · q·k + bias + relative) · v`` over the visible keys; 0 where there is none.
+
+    ``pairs [B or 1, H or 1, n, G]`` is added to the scores too.
 
     ``queries [B, n, H, d]``, ``keys`` and ``values [B, G, H_kv, d]`` give ``[B, n, H, d]``. Scores
     and softmax in fp32 (fp64 for fp64 storage); the weights meet the values in their dtype.
@@ -56,6 +59,8 @@ def grouped_attention(
         scores = scores + visible.bias.to(wide)[:, None, None]
     if relative is not None:
         scores = scores + looked_up(relative).to(wide)
+    if pairs is not None:
+        scores = scores + pairs.to(wide)
     query = torch.arange(queries.shape[1], device=queries.device)[:, None]
     for bound, hidden in ((visible.first, query.__lt__), (visible.last, query.__ge__)):
         if bound is not None:

@@ -85,7 +85,7 @@ def distance_bias(
     # [1, H, W, k]; unfold() is an operation that ONNX's older exporter does not know here.
     last = 2 * reach + slots
     windows = torch.stack([term[:, slot : slot + last] for slot in range(slots)], -1)[None]
-    values = _logsumexp(windows.masked_fill(~patterns[:, None, None], -math.inf))
+    values = logsumexp(windows.masked_fill(~patterns[:, None, None], -math.inf))
     return DistanceBias(values, queries, keys, pattern, origin)
 
 
@@ -103,6 +103,24 @@ def t5_buckets(distance: Tensor, buckets: int, bidirectional: bool, most: int) -
     # Of distance 0 the logarithm is no number to convert; it is not taken.
     large = exact + torch.where(distance < exact, 0, large).long()
     return base + torch.where(distance < exact, distance, large.clamp_max(buckets - 1))
+
+
+def joined(first: DistanceBias, second: DistanceBias) -> DistanceBias:
+    """Of the keys of both, one after the other, under the same queries."""
+    origin = min(first.origin, second.origin)
+    end = max(one.origin + one.values.shape[2] for one in (first, second))
+    heads = max(first.values.shape[1], second.values.shape[1])
+    values, patterns = [], []
+    for one in (first, second):
+        found = one.values.expand(-1, heads, -1)
+        before, behind = one.origin - origin, end - one.origin - found.shape[2]
+        ends = found[..., :1].expand(-1, -1, before), found[..., -1:].expand(-1, -1, behind)
+        values.append(torch.cat((ends[0], found, ends[1]), -1))
+        pattern = torch.zeros_like(one.keys, dtype=torch.int64)
+        patterns.append(pattern if one.pattern is None else one.pattern)
+    patterns[1] = patterns[1] + values[0].shape[0]
+    keys = torch.cat((first.keys, second.keys), 1)
+    return DistanceBias(torch.cat(values), first.queries, keys, torch.cat(patterns, 1), origin)
 
 
 def columns(relative: DistanceBias) -> Tensor:
@@ -130,7 +148,7 @@ def _patterns(members: Tensor) -> tuple[Tensor, Tensor]:
     return (codes[:, None] >> bit & 1).bool(), number.view(shape)
 
 
-def _logsumexp(terms: Tensor) -> Tensor:
+def logsumexp(terms: Tensor) -> Tensor:
     """Over the last dimension; -inf, with a gradient of 0, where all are."""
     top = terms.detach().amax(-1, keepdim=True)
     top = torch.where(top == -math.inf, 0, top)

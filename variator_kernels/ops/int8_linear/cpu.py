@@ -2,43 +2,51 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import extension
 from ..arguments import NO_NORM, Norm
-from ..cpu_arguments import address, dtype_code, norm_kernel, wide_norm
+from ..cpu_arguments import address
+from ..own_linear import multiply, padded
 from .reference import Quantised
-
-VECTOR = 16
-"""Output channels whose numbers a kernel reads at once, at most."""
 
 
 class CpuProduct(NamedTuple):
     """A weight in panels for one instruction set; numbers of each output channel, padded."""
 
-    isa: str
-    inner: int
     outputs: int
     panels: Tensor
     sums: Tensor
     """Of a channel's numbers, in int32: what a row's zero point adds."""
     scales: Tensor
     bias: Tensor | None
+    kernel: Any
+    """The extension's own ``Linear``, of these tensors' memory."""
 
     @classmethod
     def pack(cls, weight: Quantised, bias: Tensor | None, isa: str) -> CpuProduct:
         """Of ``weight [out, in]``, whose numbers the instruction set bears, and ``bias [out]``."""
-        numbers, scales = weight.numbers.to(torch.int8).contiguous(), weight.scales
+        numbers = weight.numbers.to(torch.int8).contiguous()
         outputs, inner = numbers.shape
         pack, sizes = extension.load().int8_pack, {"isa": isa, "inner": inner, "columns": outputs}
         panels = torch.empty(pack(**sizes), dtype=torch.int8)
         pack(**sizes, source=numbers.data_ptr(), packed=panels.data_ptr())
-        sums = numbers.sum(1, dtype=torch.int32)
-        shift = None if bias is None else _padded(bias.float())
-        return cls(isa, inner, outputs, panels, _padded(sums), _padded(scales), shift)
+        sums = padded(numbers.sum(1, dtype=torch.int32))
+        scales = padded(weight.scales)
+        shift = None if bias is None else padded(bias.float())
+        kernel = extension.load().Linear(
+            isa=isa,
+            inner=inner,
+            columns=outputs,
+            packed=panels.data_ptr(),
+            bias=address(shift),
+            sums=sums.data_ptr(),
+            scales=scales.data_ptr(),
+        )
+        return cls(outputs, panels, sums, scales, shift, kernel)
 
     def multiply(
         self,
@@ -50,37 +58,4 @@ class CpuProduct(NamedTuple):
     ) -> Tensor:
         """``activation(norm(x) · weightᵀ + bias) [* other] [+ residual]`` for ``x [rows, in]``,
         ``other`` and ``residual`` ``[rows, out]``; in x's dtype."""
-        x = x if x.stride(1) == 1 or self.inner == 1 else x.contiguous()
-        other, residual = (
-            None if t is None else t.to(x.dtype).contiguous() for t in (other, residual)
-        )
-        norm = wide_norm(norm, torch.float32)
-        y = x.new_empty(x.shape[0], self.outputs)
-        extension.load().Int8Linear(
-            isa=self.isa,
-            dtype=dtype_code(x.dtype),
-            threads=torch.get_num_threads(),
-            rows=x.shape[0],
-            inner=self.inner,
-            columns=self.outputs,
-            x=x.data_ptr(),
-            x_stride=x.stride(0),
-            packed=self.panels.data_ptr(),
-            sums=self.sums.data_ptr(),
-            scales=self.scales.data_ptr(),
-            bias=address(self.bias),
-            activation=extension.enum_value("cpu", "ffn_activations", activation),
-            norm=norm_kernel(norm),
-            other=address(other),
-            residual=address(residual),
-            y=y.data_ptr(),
-        ).run()
-        return y
-
-
-def _padded(numbers: Tensor) -> Tensor:
-    """``numbers [out]`` to whole vectors."""
-    count = numbers.shape[0]
-    padded = numbers.new_zeros(-(-count // VECTOR) * VECTOR)
-    padded[:count] = numbers
-    return padded
+        return multiply(self.kernel, self.outputs, x, activation, other, norm, residual)

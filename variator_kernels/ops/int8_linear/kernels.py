@@ -49,9 +49,9 @@ def onednn() -> Kernel:
 
 
 def own(isa: str) -> Kernel:
-    """That of this package for an instruction set; ``avx512_bf16`` sums four products in 32 bits
-    (VNNI). Without, weights have 7 bits, because sums of two products saturate at 16 bits (2 · 255
-    · 64 fits)."""
+    """That of this package for an instruction set; from ``avx512_vnni`` on four products are
+    summed in 32 bits (VNNI). Without, weights have 7 bits, because sums of two products saturate at
+    16 bits (2 · 255 · 64 fits)."""
     levels = Levels(255, extension.load().int8_weight_levels(isa))
     pack = functools.partial(CpuProduct.pack, isa=isa)
     return Kernel(f"own {isa}", pack, levels, f"kernel for {isa}, weights of -{levels.weight} to "
@@ -72,11 +72,12 @@ def is_exact(kernel: Kernel) -> bool:
     return True
 
 
-def choice() -> Choice:
-    """What runs here; another instruction set may be chosen at any time."""
+def choice(isa: str | None = None) -> Choice:
+    """What runs here, with the kernels of ``isa``; None: of those in use, which may change at any
+    time."""
     if extension.load() is None:
         return Choice(None, "the CPU kernels are missing")
-    return _choice(prepack.instruction_set())
+    return _choice(isa or prepack.instruction_set())
 
 
 @functools.cache
@@ -97,9 +98,9 @@ def _choice(isa: str) -> Choice:
     return Choice(None, f"{ways[-1].description}, is not exact here")
 
 
-def kernel() -> Kernel | None:
-    """What multiplies in int8 here; None: nothing does."""
-    return choice().kernel
+def kernel(isa: str | None = None) -> Kernel | None:
+    """What multiplies in int8 here, as :func:`choice` says; None: nothing does."""
+    return choice(isa).kernel
 
 
 def describe_stored() -> str:

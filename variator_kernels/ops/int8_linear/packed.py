@@ -47,15 +47,18 @@ class Int8Linear(NamedTuple):
         return self.product.multiply(x.float(), activation, other).double()
 
 
-def packed(weight: Tensor, bias: Tensor | None) -> Int8Linear | None:
-    """The packed form of ``weight [out, in]`` and ``bias [out]`` on the CPU; None where the weight
-    is not finite, or so long that sums could overflow, or nothing multiplies in int8 here."""
-    return stacked((weight,), (bias,))
+def packed(weight: Tensor, bias: Tensor | None, isa: str | None = None) -> Int8Linear | None:
+    """The packed form of ``weight [out, in]`` and ``bias [out]`` for the kernels of ``isa`` (None:
+    those in use); None where the weight is not finite, or so long that sums could overflow, or
+    nothing multiplies in int8 here."""
+    return stacked((weight,), (bias,), isa)
 
 
-def stacked(weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> Int8Linear | None:
+def stacked(
+    weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], isa: str | None = None
+) -> Int8Linear | None:
     """The same of matrices one below the other, with a bias or None for each."""
-    chosen, inner = kernel(), weights[0].shape[1]
+    chosen, inner = kernel(isa), weights[0].shape[1]
     if chosen is None or any(weight.numel() == 0 for weight in weights):
         return None
     # Beyond, sums would not fit into int32.

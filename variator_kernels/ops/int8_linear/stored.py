@@ -37,34 +37,37 @@ def dequantised(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def product(
-    numbers: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype, dynamic: bool
-) -> Int8Linear | prepack.PackedLinear | None:
+    numbers: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype, dynamic: bool,
+    isa: str | None = None,
+) -> Int8Linear | prepack.PackedLinear | None:  # fmt: skip
     """What multiplies with a :class:`StoredWeight` on the CPU: in int8 where it is ``dynamic`` and
     the kernel here bears its numbers; else the weight that they stand for, packed in ``dtype``.
     None where it is not finite, or ``dtype`` has no packed product."""
-    found = in_int8(numbers, scales, bias) if dynamic else None
+    found = in_int8(numbers, scales, bias, isa) if dynamic else None
     return _packed(numbers, scales, bias, dtype) if found is None else found
 
 
-def bears(numbers: Tensor) -> bool:
+def bears(numbers: Tensor, isa: str | None = None) -> bool:
     """Whether the kernel here multiplies with such numbers: all that there are, or 7 bits."""
-    chosen = kernel()
+    chosen = kernel(isa)
     if chosen is None or numbers.numel() == 0:
         return False
     most = chosen.levels.weight
     return most == 127 or (int(numbers.amin()) >= -most and int(numbers.amax()) <= most)
 
 
-def in_int8(numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Int8Linear | None:
+def in_int8(
+    numbers: Tensor, scales: Tensor, bias: Tensor | None, isa: str | None = None
+) -> Int8Linear | None:
     """The product in int8; None where there is none, or its kernel does not bear such numbers:
     without VNNI those beyond 7 bits."""
-    chosen = kernel()
+    chosen = kernel(isa)
     # Beyond, sums would not fit into int32.
     if chosen is None or numbers.shape[1] * chosen.levels.rows * 128 >= 2**31:
         return None
 
     def pack(numbers: Tensor, scales: Tensor, bias: Tensor | None = None) -> Int8Linear | None:
-        if not (bears(numbers) and scales.isfinite().all()):
+        if not (bears(numbers, isa) and scales.isfinite().all()):
             return None
         each = scales.float().expand(len(numbers)).contiguous()
         return Int8Linear(chosen.pack(Quantised(numbers, each), bias))

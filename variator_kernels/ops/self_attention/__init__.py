@@ -15,29 +15,49 @@ from ..group_merge import reference as merge_reference
 from ..grouped_attention import grouped_attention, lacks
 from ..groups import Groups, real_tokens
 from ..transforms import tracing
+from .blocks import with_global_keys
 from .book import Book, Scheme
 from .causal import causal_attention
-from .description import Projections, SelfAttention
+from .description import GlobalKeys, OfDistances, Projections, SelfAttention
 from .fused import dense, fuses
 from .fused import merged_keys as fused_merged_keys
-from .keys import Keys, Rotation, Table, members, merged_queries, plain_keys, whole_queries
+from .keys import (
+    Keys,
+    Rotation,
+    members,
+    merged_queries,
+    plain_keys,
+    turned_between,
+    whole_queries,
+)
 from .merged_keys import MergedKeys
-from .products import keys_and_values, output, queries
+from .pairs import Pairs
+from .pairs import attention as of_pairs
+from .products import by_content, keys_and_values, output, queries
 from .steps import Step
+from .terms import BlockTable, Distances, PlaceTable, Table, Terms
 
 __all__ = [
+    "BlockTable",
     "Book",
+    "Distances",
+    "GlobalKeys",
     "Keys",
     "MergedKeys",
+    "OfDistances",
+    "Pairs",
+    "PlaceTable",
     "Projections",
     "Rotation",
     "Scheme",
     "SelfAttention",
     "Step",
     "Table",
+    "Terms",
     "around",
     "attend",
     "attention_kv",
+    "by_content",
     "causal_attention",
     "dense",
     "fuses",
@@ -46,7 +66,9 @@ __all__ = [
     "merged_queries",
     "plain_keys",
     "queries",
+    "turned_between",
     "whole_queries",
+    "with_global_keys",
 ]
 
 
@@ -72,7 +94,8 @@ def attention_kv(
     if real is not None and (torch.is_grad_enabled() or tracing()):
         tokens = torch.where(real, x, 0)
     table = None if keys.relative is None else keys.relative.values
-    if backend == "cpu" and fuses(x, attention, table, merge):
+    fused = backend == "cpu" and keys.pairs is None and keys.sums is None
+    if fused and fuses(x, attention, table, merge):
         y = fused_merged_keys(x, merge, groups, attention, keys, rotations)
         return _behind(y, x, real, attention, groups)
     norm = attention.pre_norm
@@ -84,6 +107,7 @@ def attention_kv(
         merged = merge_reference.group_merge(h, merge.weight, merge.bias, groups)
     else:
         merged = merge_op.group_merge(x, merge, groups, norm, backend)[0]
+    merged = with_global_keys(merged, h, keys.sums, attention.global_keys)
     o = attend(h, merged, attention, keys, rotations, backend)
     if attention.dropout_outer > 0:
         o = F.dropout(o, attention.dropout_outer)
@@ -113,12 +137,21 @@ def attend(
     k, v = keys_and_values(source, attention)
     if rotations is not None:
         q, k = rotations[0].of(q), rotations[1].of(k)
+    if keys.pairs is not None:
+        content = None
+        if isinstance(keys.pairs, Pairs):
+            content = by_content(q, k, keys.pairs.terms.distances, attention)
+        dropout = attention.dropout_weights
+        out = of_pairs(q, k, v, keys.bias, keys.pairs, content, attention.scale, dropout)
+        return output(out, attention)
     out = grouped_attention(
         q,
         k,
         v,
         scale=attention.scale,
         bias=keys.bias,
+        first=keys.first,
+        last=keys.last,
         relative=keys.relative,
         dropout_p=attention.dropout_weights,
         backend=_kernels(backend, q, keys, attention),
@@ -144,7 +177,8 @@ def around(
     """The sublayer as what plugins go around: merged vectors attend to merged vectors."""
 
     def attends(merged: Tensor) -> Tensor:
-        return attend(merged, merged, attention, keys, rotations, backend)
+        source = with_global_keys(merged, merged, keys.sums, attention.global_keys)
+        return attend(merged, source, attention, keys, rotations, backend)
 
     return FeedForward(
         attention.w_o,

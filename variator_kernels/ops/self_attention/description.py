@@ -24,6 +24,29 @@ class Projections(NamedTuple):
     o: Project
 
 
+class OfDistances(NamedTuple):
+    """The products of vectors of distances, ``[W, d]`` to ``[W, H * size]``, whose products with
+    queries and keys are terms of the scores (DeBERTa)."""
+
+    keys: Project | None
+    """What queries meet (content to position); None: no such term."""
+    queries: Project | None
+    """What keys meet (position to content)."""
+    dropout: float = 0.0
+    """Of the vectors; 0 outside training."""
+
+
+class GlobalKeys(NamedTuple):
+    """A key for each block of a row's tokens: the sum of what the products see of them, normed by
+    the root mean square (LongT5's transient-global attention, arXiv 2112.07916, section 3.1.2)."""
+
+    weight: Tensor
+    """Of the norm, ``[d]``."""
+    eps: float
+    size: int
+    """Tokens of a block."""
+
+
 class SelfAttention(NamedTuple):
     """The frozen sublayer around whose keys and values, or around which, a plugin works.
 
@@ -64,6 +87,8 @@ class SelfAttention(NamedTuple):
     k_norm: Project | None = None
     window: tuple[int, int] | None = None
     """A token is seen from so many before to so many behind a query; None: from everywhere."""
+    of_distances: OfDistances | None = None
+    global_keys: GlobalKeys | None = None
 
     @property
     def any_norm(self) -> Norm:
@@ -94,8 +119,12 @@ class SelfAttention(NamedTuple):
             expected |= {"w_q": (queries, d), "w_k": (keys, d), "w_v": (keys, d)}
             expected |= {"b_q": (queries,), "b_k": (keys,), "b_v": (keys,)}
             expected |= {"w_o": (d, queries), "b_o": (d,)}
+        given = {name: getattr(self, name) for name in expected}
+        if self.global_keys is not None:
+            expected["global_keys.weight"] = (d,)
+            given["global_keys.weight"] = self.global_keys.weight
         for name, size in expected.items():
-            tensor = getattr(self, name)
+            tensor = given[name]
             if tensor is not None:
                 checks.shape(tensor, size, name)
                 checks.same_device(tensor, x, name)

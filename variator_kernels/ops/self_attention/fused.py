@@ -16,6 +16,7 @@ from ..grouped_attention.reference import Visible
 from ..groups import Groups
 from .description import SelfAttention
 from .keys import Keys, Rotation
+from .whole import at_once
 
 
 def fuses(
@@ -53,12 +54,18 @@ def dense(x: Tensor, attention: SelfAttention, keys: Keys, rotation: Rotation | 
 
 
 def _dense(x: Tensor, a: SelfAttention, keys: Keys, rotation: Rotation | None) -> Tensor:
+    y = at_once(x, a, keys) if rotation is None else None
+    if y is None:
+        y = _in_steps(x, a, keys, rotation)
+    return normalize_fast(y, a.any_norm) if a.post_norm else y
+
+
+def _in_steps(x: Tensor, a: SelfAttention, keys: Keys, rotation: Rotation | None) -> Tensor:
     rows = flat(x)
     every = Product((a.w_q, a.w_k, a.w_v), (a.b_q, a.b_k, a.b_v), a.precision)(rows, a.pre_norm)
     parts = every.split([a.w_q.shape[0], a.w_k.shape[0], a.w_v.shape[0]], -1)
     rotations = None if rotation is None else (rotation, rotation)
-    y = _attend(parts, x, x.shape[:2], a, keys, rotations)
-    return normalize_fast(y, a.any_norm) if a.post_norm else y
+    return _attend(parts, x, x.shape[:2], a, keys, rotations)
 
 
 def merged_keys(
@@ -72,6 +79,9 @@ def merged_keys(
     """``x + o``, or o without a residual: queries of ``x [B, n, d]`` over keys and values of its
     merged vectors. Before a norm behind."""
     a, norm = attention, attention.pre_norm
+    y = at_once(x, a, keys, merge, groups) if rotations is None else None
+    if y is not None:
+        return y
     merged = group_merge.merged(x, merge, groups, norm)
     q = Product((a.w_q,), (a.b_q,), a.precision)(flat(x), norm)
     both = Product((a.w_k, a.w_v), (a.b_k, a.b_v), a.precision)(flat(merged))
@@ -95,7 +105,7 @@ def _attend(
     k = k if a.k_norm is None else a.k_norm(k)
     if rotations is not None:
         q, k = rotations[0].of(q), rotations[1].of(k)
-    visible = Visible(keys.bias, None, None)
+    visible = Visible(keys.bias, keys.first, keys.last)
     call = grouped_attention.Attention(q, k, v, visible, keys.relative, a.scale)
     out = grouped_attention.grouped_attention(call, "cpu")
     residual = flat(x) if a.residual else None
@@ -106,7 +116,7 @@ def _attend(
 
 def _rows(keys: Keys, first: int, last: int) -> Keys:
     """Of some rows of the batch."""
-    bias, relative = keys
+    relative = keys.relative
     if relative is not None:
         pattern = relative.pattern
         relative = relative._replace(
@@ -114,4 +124,6 @@ def _rows(keys: Keys, first: int, last: int) -> Keys:
             keys=relative.keys[first:last],
             pattern=None if pattern is None else pattern[first:last],
         )
-    return Keys(None if bias is None else bias[first:last], relative)
+    given = keys.bias, keys.first, keys.last
+    bias, begin, end = (None if t is None else t[first:last] for t in given)
+    return Keys(bias, relative, None, None, begin, end)

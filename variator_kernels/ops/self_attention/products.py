@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import prepacked_linear
@@ -10,6 +12,8 @@ from ..int8_linear import op as int8_linear
 from ..int8_linear.module import StoredProduct
 from ..transforms import is_plain
 from .description import Project, SelfAttention
+from .pairs import Content
+from .terms import Distances
 
 
 def queries(h: Tensor, attention: SelfAttention) -> Tensor:
@@ -33,6 +37,29 @@ def keys_and_values(source: Tensor, attention: SelfAttention) -> tuple[Tensor, T
         v = _linear(source, attention.w_v, attention.b_v, attention)
     k, v = (t.unflatten(-1, (-1, attention.head_size)) for t in (k, v))
     return (k if attention.k_norm is None else attention.k_norm(k)), v
+
+
+def by_content(
+    q: Tensor, k: Tensor, distances: Distances | None, attention: SelfAttention
+) -> Content | None:
+    """What queries ``[B, n, H, size]`` and keys ``[B, G, H, size]`` are to vectors of distances,
+    scaled as the scores are; None where the sublayer has no such terms."""
+    if distances is None or attention.of_distances is None:
+        return None
+    of_keys, of_queries, dropout = attention.of_distances
+    vectors = F.dropout(distances.vectors, dropout) if dropout > 0 else distances.vectors
+
+    wide = torch.promote_types(q.dtype, torch.float32)
+
+    def made(project: Project) -> Tensor:
+        return project(vectors).unflatten(-1, (-1, attention.head_size)).to(wide)
+
+    asked = met = None
+    if of_keys is not None:
+        asked = q.to(wide) * attention.scale, made(of_keys)
+    if of_queries is not None:
+        met = torch.einsum("bghs,whs->bghw", k.to(wide) * attention.scale, made(of_queries))
+    return Content(asked, met)
 
 
 def output(out: Tensor, attention: SelfAttention) -> Tensor:

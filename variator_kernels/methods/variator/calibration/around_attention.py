@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ....ops.feed_forward import FeedForward
 from ....ops.groups import Groups
-from ....ops.self_attention import SelfAttention, Table, around, members, merged_queries
-from ....sites.attention import Reach
+from ....ops.self_attention import SelfAttention, Terms, around, members, merged_queries
+from ....sites.reach import Reach
 
 
 class AroundAttention:
@@ -18,7 +18,7 @@ class AroundAttention:
 
     def __call__(self, x: Tensor, groups: Groups, positions: Tensor | None) -> FeedForward:
         tokens = members(groups, x)
-        keys = merged_queries(tokens, x, frozen_table(self.reach, x), self.attention.window)
+        keys = merged_queries(tokens, x, frozen_terms(self.reach, self.attention, x))
         turned = None
         if self.reach.rotary is not None:
             assert positions is not None
@@ -27,7 +27,16 @@ class AroundAttention:
         return around(self.attention, keys, rotations, self.backend)
 
 
-def frozen_table(reach: Reach, x: Tensor) -> Table | None:
-    """T5's table without a gradient: none is wanted, and the kernels know none."""
-    table = reach.distances(x)
-    return None if table is None else table._replace(weight=table.weight.detach())
+def frozen_terms(reach: Reach, attention: SelfAttention, x: Tensor) -> Terms:
+    """What is added to scores, without a gradient: none is wanted, and the kernels know none.
+
+    Raises:
+        ValueError: it depends on places that only the encoder gets.
+    """
+    if reach.paths.places:
+        raise ValueError(
+            "calibrate must be of placements ('ffn',) where attention has terms of places that "
+            f"{reach.paths.carrier_class} gets ({', '.join(reach.paths.carried)}): they are not "
+            "kept beside hidden states; train those plugins instead"
+        )
+    return reach.terms(x, attention, {}).detached()

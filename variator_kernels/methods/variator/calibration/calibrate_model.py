@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from .... import backends, checks
 from ....ops import prepack
 from ....ops.int8_linear import own_precision
 from ....ops.prepacked_linear import FrozenProducts
+from ....runtime.level import Level
+from ....runtime.plan import Plan
+from ....runtime.site import Site
 from ....runtime.state import STATE, State, states
 from ....sites.find import Found, find
 from ....sites.wrappers import check_values
@@ -30,7 +34,7 @@ from .table import Calibration
 def calibrate(
     model: nn.Module,
     batches: Iterable[Mapping[str, Tensor]],
-    ratios: Iterable[int] | None = None,
+    ratios: Iterable[Any] | None = None,
     *,
     merge: bool = True,
     adapter: bool = True,
@@ -41,17 +45,19 @@ def calibrate(
 
     Values that raise the model's final error on held-out sequences are not taken. Memory holds the
     inputs themselves (token ids and masks) and the work of one chunk of 4096 tokens; temporary
-    files (``TMPDIR``) hold ``4 + len(ratios)`` hidden states of every token, padding between rows
-    of similar length included; on the CPU kernels there are packed copies of the encoder's linear
-    weights, which are freed at the end together with those that inference made of this model, and
-    makes again. No other thread may use the model meanwhile.
+    files (``TMPDIR``) hold 4 hidden states of every token, and one more for each of ``ratios``,
+    padding between rows of similar length included; on the CPU kernels there are packed copies of
+    the encoder's linear weights, which are freed at the end together with those that inference made
+    of this model, and makes again. No other thread may use the model meanwhile.
 
     Args:
         model: patched. Its other parameters stay as they are.
         batches: arguments of the encoder, ``attention_mask`` among them, read once; a few hundred
             sequences of what it will be used on, or of plain text. About a fifth of them, at most
             4096 tokens, in runs of neighbours, is held out.
-        ratios: which plugins; by default all.
+        ratios: which plugins; by default all, of each ratio behind those of the same one. A plan or
+            a mapping, as :func:`set_ratio` takes it, stands for the plugins that it runs, and each
+            is fitted behind the others of that level. No plugin may be named twice.
         merge, adapter: which parts; the other keeps its values.
         passes: of gradient descent at each site, over all tokens; 0: the closed form alone, which
             takes half the time. FFNs that pass no gradient (some quantised ones) have none.
@@ -62,21 +68,18 @@ def calibrate(
 
     Raises:
         ValueError: the model is not patched, has no plugins for a ratio, or no values (on the
-            meta device); or ``batches`` has fewer than 10 sequences, or no ``attention_mask``.
+            meta device); two of ``ratios`` name the same plugin; or ``batches`` has fewer than 10
+            sequences, or no ``attention_mask``.
             TypeError: ``batches`` does not hold mappings. FloatingPointError: the hidden states
             are not finite. OSError: no room for the temporary files. All plugins have their old
             values then.
     """
     found, state = patched_encoder(model, "calibrate")
     passes = checks.integer(passes, "passes")
-    wanted = list(state.ratios if ratios is None else ratios)
-    for k in wanted:
-        if checks.ratio(k, "ratios") not in (1, *state.ratios):
-            state.check(k)
-    wanted = list(dict.fromkeys(k for k in wanted if k > 1))
+    wanted = _levels(state, state.ratios if ratios is None else ratios)
     on_cpu = backends.resolve(state.method.config.backend, found.like(0)) == "cpu"
     given = chunks(batches, inspect.signature(found.encoder.forward).parameters, found.pads_to)
-    with _restored(model, state, wanted):
+    with _restored(model, state):
         blocks = Blocks(model, found, state)
         products = FrozenProducts(found.encoder) if on_cpu else nullcontext()
         with products, own_precision(), blocks.installed():
@@ -106,6 +109,31 @@ def patched_encoder(model: nn.Module, what: str) -> tuple[Found, State]:
     return found, vars(found.encoder)[STATE]
 
 
+def _levels(state: State, ratios: Iterable[Any]) -> list[Level]:
+    """Each once; the dense one is not among them.
+
+    Raises:
+        ValueError: the model lacks a plugin, or two of them name the same one.
+    """
+    found: dict[Level, Any] = {}
+    for given in ratios:
+        named_sites = isinstance(given, Plan | Level | Mapping)
+        known = not named_sites and checks.ratio(given, "ratios") in (1, *state.ratios)
+        level = state.everywhere(given) if known else state.check(given)
+        if not level.is_dense:
+            found.setdefault(level, given)
+    named: dict[tuple[Site, int], Any] = {}
+    for level, given in found.items():
+        for site, k in zip(state.sites, level.ratios, strict=True):
+            other = named.setdefault((site, k), given)
+            if k > 1 and other is not given:
+                raise ValueError(
+                    f"ratios must name each plugin once, {site.placement} {site.layer} at ratio "
+                    f"{k} is in two of them: calibrate them one after another"
+                )
+    return list(found)
+
+
 @contextmanager
 def evaluating(model: nn.Module, state: State) -> Iterator[None]:
     """In evaluation mode, without a warning of untrained plugins; afterwards as before."""
@@ -121,9 +149,9 @@ def evaluating(model: nn.Module, state: State) -> Iterator[None]:
 
 
 @contextmanager
-def _restored(model: nn.Module, state: State, ratios: list[int]) -> Iterator[None]:
+def _restored(model: nn.Module, state: State) -> Iterator[None]:
     """Modes and caches afterwards as before; after an error the plugins too."""
-    before = [(parameter, parameter.clone()) for parameter in plugin_parameters(model, ratios)]
+    before = [(parameter, parameter.clone()) for parameter in plugin_parameters(model)]
     try:
         with evaluating(model, state):
             yield

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ....ops.feed_forward import products
 from ....ops.groups import Groups
 from ....ops.prepacked_linear import linear
+from ....runtime.level import Level
 from ....runtime.site import Site
 from ....runtime.state import State
 from ....sites.family import follow
@@ -33,19 +34,19 @@ class HiddenStates:
         state: State,
         blocks: Blocks,
         given: list[Chunk],
-        ratios: list[int],
+        levels: list[Level],
     ) -> None:
         self.found, self.state, self.layers = found, state, found.layers
-        self.blocks, self.chunks, self.ratios = blocks, given, ratios
-        self.levels = {k: state.everywhere(k) for k in ratios}
+        self.blocks, self.chunks, self.levels = blocks, given, levels
         held_out = {i: chunk for i, chunk in enumerate(given) if chunk.held_out}
         fitted = [i for i, chunk in enumerate(given) if not chunk.held_out]
         size = sum(given[i].mask.numel() for i in fitted)
         self.sample = [*fitted[:: max(1, size // SAMPLE)], *held_out]
         self.groups: dict[tuple[int, int], Groups] = {}
+        """Of a ratio and a chunk: the same in every layer."""
         self.dense, self.after, self.wanted, self.x = Store(), Store(), Store(), Store()
         self.attended = Store()
-        self.streams = {k: Store() for k in ratios}
+        self.streams = {level: Store() for level in levels}
         self.errors = Errors(blocks, state, held_out)
 
     def close(self) -> None:
@@ -97,14 +98,19 @@ class HiddenStates:
             )
         return y
 
-    def _inputs(self, site: Site, k: int) -> None:
+    def ratio(self, level: Level, site: Site) -> int:
+        """The one of a site."""
+        return level.ratios[self.state.sites.index(site)]
+
+    def _inputs(self, site: Site, level: Level) -> None:
         """What the compressed model has in front of a site goes to ``self.x``."""
+        k = self.ratio(level, site)
         for j, chunk in enumerate(self.chunks):
-            before = self._input(self.streams[k], site.layer, j)
+            before = self._input(self.streams[level], site.layer, j)
             self.x[j], context = self.blocks.at(
-                chunk.inputs, self.levels[k], site.layer, before, site.placement
+                chunk.inputs, level, site.layer, before, site.placement
             )
-            if (k, j) not in self.groups:  # the same in every layer
+            if (k, j) not in self.groups:
                 self.groups[k, j] = context.groups(self.x[j], k, "reference")
 
     def _positions(self, j: int) -> Tensor:
@@ -115,13 +121,11 @@ class HiddenStates:
             given = torch.arange(x.shape[1])[None]
         return given.to(x.device).expand(chunk.mask.shape)
 
-    def _advance(self, i: int, k: int) -> None:
+    def _advance(self, i: int, level: Level) -> None:
         """Block ``i`` as it is compressed now."""
-        stream = self.streams[k]
+        stream = self.streams[level]
         for j, chunk in enumerate(self.chunks):
-            stream[j] = self.blocks.run(
-                chunk.inputs, self.levels[k], i, i + 1, self._input(stream, i, j)
-            )
+            stream[j] = self.blocks.run(chunk.inputs, level, i, i + 1, self._input(stream, i, j))
 
     @staticmethod
     def _input(stream: Store, i: int, j: int) -> Tensor | None:

@@ -16,20 +16,22 @@ from torch import Tensor
 
 from ....ops.arguments import MergeWeights
 from ....ops.feed_forward import normalize
-from ....ops.grouped_attention import distance_bias
 from ....ops.grouped_attention.reference import looked_up
 from ....ops.groups import Groups
 from ....ops.self_attention import (
-    Rotation,
+    Pairs,
     SelfAttention,
     attention_kv,
+    by_content,
     keys_and_values,
     members,
+    plain_keys,
     queries,
     whole_queries,
+    with_global_keys,
 )
-from ....sites.attention import Reach
-from .around_attention import frozen_table
+from ....sites.reach import Reach
+from .around_attention import frozen_terms
 from .descent import Behind, minimise, weighted
 from .fit import MILD, SHARPNESS, set_merge
 from .inputs import merged_tokens
@@ -48,7 +50,7 @@ class KeyValues:
     def run(self, x: Tensor, merge: MergeWeights, groups: Groups, positions: Tensor) -> Tensor:
         """The sublayer with merged keys and values: ``x [B, n, d]``."""
         tokens = members(groups, x)
-        keys = whole_queries(tokens, x, frozen_table(self.reach, x), self.attention.window)
+        keys = whole_queries(tokens, x, frozen_terms(self.reach, self.attention, x))
         turned = None
         if self.reach.rotary is not None:
             merged = self.reach.rotation(x, tokens.mean(positions))
@@ -108,26 +110,27 @@ class KeyValues:
     def _received(self, h: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """The dense weights of each token as a key, ``[B, n]``: sums over queries and heads."""
         attention, n = self.attention, h.shape[1]
-        q, k = queries(h, attention), keys_and_values(h, attention)[0]
+        terms = frozen_terms(self.reach, attention, h)
+        if terms.blocks is None:  # keys of all rows add the same
+            keys = plain_keys(h[:1], None, terms)
+        else:
+            keys = plain_keys(h, mask, terms)
+        source = with_global_keys(h, h, keys.sums, attention.global_keys)
+        q, k = queries(h, attention), keys_and_values(source, attention)[0]
         if self.reach.rotary is not None:
-            turned = Rotation(*self.reach.rotation(h, positions))
+            turned = self.reach.rotation(h, positions)
             q, k = turned.of(q), turned.of(k)
         k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
         scores = q.transpose(1, 2).float() @ k.permute(0, 2, 3, 1).float() * attention.scale
-        table = self.reach.distances(h)
-        if table is not None or attention.window is not None:
-            places = torch.arange(n, device=h.device)[None]
-            relative = distance_bias(
-                None if table is None else table.weight,
-                queries=places,
-                keys=places,
-                window=attention.window,
-                max_distance=128 if table is None else table.max_distance,
-            )
-            scores = scores + looked_up(relative).float()
-        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+        if keys.relative is not None:
+            scores = scores + looked_up(keys.relative).float()
+        if isinstance(keys.pairs, Pairs):
+            content = by_content(q, k, keys.pairs.terms.distances, attention)
+            scores = scores + keys.pairs.block(0, n, content).float()
+        there = mask if keys.bias is None else keys.bias != -torch.inf
+        scores = scores.masked_fill(~there[:, None, None], -torch.inf)
         seen = torch.where(mask[:, None, :, None], scores.softmax(-1).nan_to_num(), 0)
-        return seen.sum((1, 2))
+        return seen.sum((1, 2))[:, :n]
 
 
 def fit(

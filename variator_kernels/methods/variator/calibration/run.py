@@ -1,7 +1,7 @@
 """Initial values of plugins: in closed form, then by gradient descent at each site alone.
 
 The model runs block by block. The hidden states between two blocks, of the dense model and of each
-ratio, lie in temporary files, so memory does not grow with the tokens and every block runs a few
+level, lie in temporary files, so memory does not grow with the tokens and every block runs a few
 times only. At each site a plugin is fitted to what the dense model has behind that site, on inputs
 that the sites before, fitted already, have compressed:
 
@@ -23,17 +23,19 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ....ops.groups import Groups
+from ....runtime.level import Level
 from ....runtime.levels import use_ratio
 from ....runtime.site import Site
 from ....runtime.state import State
-from ....sites.attention import reach_of
 from ....sites.feed_forward import describe
 from ....sites.find import Found
+from ....sites.reach import reach_of
 from .around_attention import AroundAttention
 from .descent import Behind, Sublayer, behind, descend, differentiable
 from .fit import Part, SiteFit, part
@@ -56,11 +58,11 @@ class Run(HiddenStates):
         state: State,
         blocks: Blocks,
         given: list[Chunk],
-        ratios: list[int],
+        levels: list[Level],
         backend: str,
         output: Output,
     ) -> None:
-        super().__init__(found, state, blocks, given, ratios)
+        super().__init__(found, state, blocks, given, levels)
         self.backend, self.output = backend, output
         self.sensitivities: dict[Site, Sensitivity] | None = None
 
@@ -68,54 +70,61 @@ class Run(HiddenStates):
         own = [
             site for _, site in self.state.own_sites if merge or site.placement != "attention_kv"
         ]
-        # In the order in which they run, each with the ratios that it has plugins for.
+        # In the order in which they run, each at the levels that compress it.
         todo = [
-            (k, site)
+            (level, site)
             for i in range(len(self.layers))
-            for k in self.ratios
+            for level in self.levels
             for site in sorted(own, key=lambda site: site.placement == "ffn")
-            if site.layer == i and k in self.state.method.placements[site.placement]
+            if site.layer == i and self.ratio(level, site) > 1
         ]
-        plugins = {(k, site): self.found.at(site).plugins[str(k)] for k, site in todo}
+        plugins = {place: self._plugin(*place) for place in todo}
         initial = {place: values(plugin) for place, plugin in plugins.items()}
-        before = {k: self.errors.of(self.levels[k]) for k in self.ratios}
-        if passes and self.ratios:
+        before = {level: self.errors.of(level) for level in self.levels}
+        if passes and self.levels:
             self._look()
-        rows: dict[tuple[int, Site], Row] = {}
+        rows: dict[tuple[Level, Site], Row] = {}
         bar = tqdm(total=len(todo), disable=not progress, unit="site")
         with bar:
-            for i in range(len(self.layers) if self.ratios else 0):
+            for i in range(len(self.layers) if self.levels else 0):
                 self._dense(i)
-                for k in self.ratios:
-                    for place in (place for place in todo if place[0] == k and place[1].layer == i):
+                for level in self.levels:
+                    here = (p for p in todo if p[0] is level and p[1].layer == i)
+                    for place in here:
                         site = place[1]
                         if site.placement != "attention_kv":
-                            rows[place] = self._site(site, k, merge, adapter, passes)
+                            rows[place] = self._site(site, level, merge, adapter, passes)
                         elif not self.found.family.decoder:
-                            rows[place] = self._key_values(site, k, passes)
+                            rows[place] = self._key_values(site, level, passes)
                         bar.update()
                     if i + 1 < len(self.layers):
-                        self._advance(i, k)
+                        self._advance(i, level)
                 self.dense, self.after = self.after, self.dense
         made = []
-        for k in self.ratios:
-            mine = [rows[place] for place in todo if place[0] == k and place in rows]
-            end = self.errors.of(self.levels[k])
-            if end > before[k]:
+        for level in self.levels:
+            mine = [rows[place] for place in todo if place[0] is level and place in rows]
+            start, end = before[level], self.errors.of(level)
+            if end > start:
                 for place in todo:
-                    if place[0] == k:
+                    if place[0] is level:
                         put(plugins[place], initial[place])
-                mine, end = [row._replace(after=row.before, step=0.0) for row in mine], before[k]
-            made += [*mine, Row(k, None, before[k], end, None, "")]
+                mine, end = [row._replace(after=row.before, step=0.0) for row in mine], start
+            ratios = {k for k in level.ratios if k > 1}
+            k = ratios.pop() if len(ratios) == 1 else None
+            made += [*mine, Row(k, None, start, end, None, "")]
         return Calibration(tuple(made))
+
+    def _plugin(self, level: Level, site: Site) -> Any:
+        return self.found.at(site).plugins[str(self.ratio(level, site))]
 
     def _look(self) -> None:
         """What matters behind each site, where gradients pass the model."""
         merged = []
         placement = self.state.sites[0].placement
+        level = self.levels[0]
+        k = max(level.ratios)
         for chunk in self.chunks:
-            k = self.ratios[0]
-            x, context = self.blocks.at(chunk.inputs, self.levels[k], 0, None, placement)
+            x, context = self.blocks.at(chunk.inputs, level, 0, None, placement)
             groups = context.groups(x, k, "reference")
             merged.append(merged_tokens(x, groups)[1].view(chunk.mask.shape))
         masks = [chunk.mask for chunk in self.chunks]
@@ -133,10 +142,10 @@ class Run(HiddenStates):
                 stacklevel=3,
             )
 
-    def _key_values(self, site: Site, k: int, passes: int) -> Row:
-        layer = self.found.at(site)
-        plugin, known = layer.plugins[str(k)], self.sensitivities
-        self._inputs(site, k)
+    def _key_values(self, site: Site, level: Level, passes: int) -> Row:
+        layer, k = self.found.at(site), self.ratio(level, site)
+        plugin, known = self._plugin(level, site), self.sensitivities
+        self._inputs(site, level)
         before = values(plugin)
         fitted = KeyValues(layer.self_attention(), reach_of(layer), self.backend)
         root, weights = (None, None) if known is None else known[site]
@@ -149,7 +158,7 @@ class Run(HiddenStates):
         sample = self._sample(k)
         chunks = [partial(chunk, j) for j, c in enumerate(self.chunks) if not c.held_out]
         fit_key_values(plugin, fitted, sample, chunks, root, passes)
-        return Row(k, site.layer, *self._search(site, k, plugin, before), site.placement)
+        return Row(k, site.layer, *self._search(site, level, plugin, before), site.placement)
 
     def _sample(self, k: int) -> list[tuple[Tensor, Tensor, Groups, Tensor, bool]]:
         """As :meth:`KeyValues.scores` takes it."""
@@ -160,24 +169,23 @@ class Run(HiddenStates):
         ]
 
     def _search(
-        self, site: Site, k: int, plugin: nn.Module, before: list[Tensor]
+        self, site: Site, level: Level, plugin: nn.Module, before: list[Tensor]
     ) -> tuple[float, float, float]:
         i = site.layer
         return search(
             plugin,
             before,
             lambda: (
-                self.errors.upto(k, site, self.streams[k] if i else None),
-                self.errors.alone(k, site, self.dense if i else None),
+                self.errors.upto(level, site, self.streams[level] if i else None),
+                self.errors.alone(level, site, self.dense if i else None),
             ),
         )
 
-    def _site(self, site: Site, k: int, merge: bool, adapter: bool, passes: int) -> Row:
-        layer = self.found.at(site)
-        plugin = layer.plugins[str(k)]
+    def _site(self, site: Site, level: Level, merge: bool, adapter: bool, passes: int) -> Row:
+        k, plugin = self.ratio(level, site), self._plugin(level, site)
         wanted = self.wanted if site.placement == "ffn" else self.attended
         sublayer, received = self._sublayer(site)
-        self._inputs(site, k)
+        self._inputs(site, level)
 
         def make(j: int) -> Part:
             x, groups, held_out = self.x[j], self.groups[k, j], self.chunks[j].held_out
@@ -190,8 +198,8 @@ class Run(HiddenStates):
             other = [] if received is None or not merge else [received.scores(self._sample(k))]
             fit.fit(plugin, merge, adapter, other)
             if passes and differentiable(fit.ffn, sample[0].groups, self.x[0].shape[-1]):
-                self._descend(site, k, sublayer, fit, wanted, passes, merge, adapter)
-        return Row(k, site.layer, *self._search(site, k, plugin, before), site.placement)
+                self._descend(site, level, sublayer, fit, wanted, passes, merge, adapter)
+        return Row(k, site.layer, *self._search(site, level, plugin, before), site.placement)
 
     def _sublayer(self, site: Site) -> tuple[Sublayer, KeyValues | None]:
         """What the plugins of a site go around, and who is asked which tokens attention reads."""
@@ -205,7 +213,7 @@ class Run(HiddenStates):
     def _descend(
         self,
         site: Site,
-        k: int,
+        level: Level,
         sublayer: Sublayer,
         fit: SiteFit,
         wanted: Store,
@@ -213,7 +221,7 @@ class Run(HiddenStates):
         merge: bool,
         adapter: bool,
     ) -> None:
-        plugin, known = self.found.at(site).plugins[str(k)], self.sensitivities
+        k, plugin, known = self.ratio(level, site), self._plugin(level, site), self.sensitivities
         root, weights = (None, None) if known is None else known[site]
 
         def make(j: int) -> Behind:

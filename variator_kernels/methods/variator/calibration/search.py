@@ -29,21 +29,20 @@ class Errors:
         self.dense = [x[real].float() for x, real in zip(self.dense, self.real, strict=True)]
         self.total = sum(float(x.double().square().sum()) for x in self.dense)
 
-    def upto(self, ratio: int, site: Site, stream: Store | None) -> float:
+    def upto(self, level: Level, site: Site, stream: Store | None) -> float:
         """The sites up to this one compressed, on what ``stream`` has in front of its block."""
         before = [other for other in self.state.sites if _place(other) <= _place(site)]
-        return self.of(self.level(ratio, before), site.layer, stream)
+        return self.of(self._part(level, before), site.layer, stream)
 
-    def alone(self, ratio: int, site: Site, dense: Store | None) -> float:
+    def alone(self, level: Level, site: Site, dense: Store | None) -> float:
         """Only this site compressed."""
-        return self.of(self.level(ratio, [site]), site.layer, dense)
+        return self.of(self._part(level, [site]), site.layer, dense)
 
-    def level(self, ratio: int, sites: Iterable[Site]) -> Level:
+    def _part(self, level: Level, sites: Iterable[Site]) -> Level:
         """These sites and those that share their modules compressed, the others dense."""
         state = self.state
         owners = {state.owners[state.sites.index(site)] for site in sites}
-        every = state.everywhere(ratio).ratios
-        pairs = zip(every, state.owners, strict=True)
+        pairs = zip(level.ratios, state.owners, strict=True)
         return Level(tuple(k if owner in owners else 1 for k, owner in pairs))
 
     def of(self, level: Any, begin: int = 0, stream: Store | None = None) -> float:

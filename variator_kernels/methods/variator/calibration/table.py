@@ -12,7 +12,8 @@ class Row(NamedTuple):
     out from the fit.
     """
 
-    ratio: int
+    ratio: int | None
+    """Of the site, or of all; None: of all, and they differ."""
     layer: int | None
     """The only site that is compressed; None: all are."""
     before: float
@@ -25,7 +26,7 @@ class Row(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """The rows of :func:`~.run.calibrate`; ``str()`` is a table."""
+    """The rows of :func:`~.calibrate_model.calibrate`; ``str()`` is a table."""
 
     rows: tuple[Row, ...]
 
@@ -34,8 +35,9 @@ class Calibration(NamedTuple):
         for row in self.rows:
             layer = "all" if row.layer is None else str(row.layer)
             step = "" if row.step is None else f"{row.step:.2f}"
+            ratio = "mixed" if row.ratio is None else str(row.ratio)
             lines.append(
-                f"{row.ratio:5d}  {row.placement:12}  {layer:>5}  {row.before:12.4f}  "
+                f"{ratio:>5}  {row.placement:12}  {layer:>5}  {row.before:12.4f}  "
                 f"{row.after:.4f}  {step}".rstrip()
             )
         return "\n".join(lines)

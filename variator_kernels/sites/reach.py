@@ -1,0 +1,149 @@
+"""What a self-attention sublayer needs of the encoder around it: tables, rotations, positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.self_attention import (
+    BlockTable,
+    Distances,
+    PlaceTable,
+    Rotation,
+    SelfAttention,
+    Table,
+    Terms,
+    turned_between,
+)
+from .attention_paths import AttentionPaths
+from .family import REACH, follow, lookup
+from .plain import plain_embedding
+
+
+class Reach(NamedTuple):
+    """What a sublayer needs of the encoder that it is in: looked up when it is, for somebody may
+    replace it."""
+
+    owner: Any
+    """What the paths begin at."""
+    paths: AttentionPaths
+    table_path: str = ""
+    max_distance: int = 128
+    rotary_kind: str | None = None
+    buckets: int = 0
+    """Of terms of content and distance; ``furthest`` too."""
+    furthest: int = 0
+
+    @property
+    def table(self) -> Any:
+        """The embedding of T5's distances."""
+        return follow(self.owner, self.table_path) if self.table_path else None
+
+    @property
+    def global_table(self) -> Any:
+        """The embedding of distances between blocks of tokens."""
+        paths = self.paths.global_keys
+        return None if paths is None else follow(self.owner, paths.table)
+
+    @property
+    def lent(self) -> dict[str, Any]:
+        """The tables that a sublayer looks for in itself, by their names there: where the first
+        block is compressed, another makes the bias."""
+        if not self.paths.table_of:
+            return {}
+        found = {self.table_path.rpartition(".")[2]: self.table}
+        if self.paths.global_keys is not None:
+            found[self.paths.global_keys.table.rpartition(".")[2]] = self.global_table
+        return found
+
+    @property
+    def rotary(self) -> Any:
+        """The module that turns positions into cosines and sines, or the table that has them."""
+        path = self.paths.rotary or self.paths.sines
+        return follow(self.owner, path) if path else None
+
+    def distances(self, like: Tensor, table: Any = None) -> Table | None:
+        """T5's table on the device of ``like``; as it is looked up, where it is not a plain one.
+        ``table``: :attr:`table`, of a caller that has it."""
+        table = self.table if table is None else table
+        return None if table is None else self._of(table, like)
+
+    def _of(self, table: Any, like: Tensor) -> Table:
+        weight = table.weight
+        if not plain_embedding(table):
+            weight = table(torch.arange(weight.shape[0], device=weight.device))
+        return Table(weight.to(like.device), self.max_distance)
+
+    def terms(
+        self,
+        x: Tensor,
+        attention: SelfAttention,
+        carried: Mapping[str, Tensor],
+        table: Any = None,
+    ) -> Terms:
+        """The additive terms of ``attention``, a description of the sublayer, for ``x [B, n, d]``.
+        ``carried``: what the paths' carrier got. ``table`` as in :meth:`distances`."""
+        vectors = None
+        if attention.of_distances is not None:
+            assert self.paths.distances is not None
+            found = follow(self.owner, self.paths.distances.vectors)
+            found = found if isinstance(found, Tensor) else found()
+            vectors = Distances(found.to(x.device), self.buckets, self.furthest)
+        places = []
+        for place in self.paths.places:
+            if not all(lookup(self.owner, path) for path in place.used):
+                continue
+            where = carried[place.places].to(x.device)
+            # As transformers, which gives these tables no gradient.
+            weight = follow(self.owner, place.weight).detach().to(x.device).t() * attention.scale
+            most = Table(weight, int(follow(self.owner, place.max_distance)))
+            places.append(PlaceTable(most, where if where.dim() == 2 else where[..., place.column]))
+        blocks = None
+        if attention.global_keys is not None:
+            blocks = BlockTable(self._of(self.global_table, x), attention.global_keys.size)
+        return Terms(self.distances(x, table), attention.window, tuple(places), vectors, blocks)
+
+    def rotation(self, x: Tensor, positions: Tensor) -> Rotation:
+        """Of ``positions [B, m]``, which need not be whole numbers."""
+        if self.paths.sines:
+            # Its gradient would be of places between two of its rows: transformers gives it none.
+            return turned_between(self.rotary.weight.detach().to(x), positions.to(x.device))
+        extra = () if self.rotary_kind is None else (self.rotary_kind,)
+        return Rotation(*self.rotary(x, positions, *extra))
+
+    def given_rotation(self, turned: Any) -> Rotation | None:
+        """What the sublayer got for whole positions, as :attr:`AttentionPaths.turned` says."""
+        if turned is None or not isinstance(turned, Tensor):
+            return None if turned is None else Rotation(turned[0], turned[1])
+        sin, cos = turned[:, 0].chunk(2, -1)  # all heads turn alike
+        return Rotation(torch.cat((cos, cos), -1), torch.cat((sin, sin), -1), neighbours=True)
+
+
+def reach_of(layer: nn.Module) -> Reach:
+    """What a patched sublayer needs of its encoder."""
+    return vars(layer)[REACH]
+
+
+def reach(encoder: Any, block: Any, number: int, paths: AttentionPaths) -> Reach:
+    """What the sublayer of ``block``, the ``number``th, needs."""
+    apart, layer = paths.distances, follow(block, paths.sublayer)
+    found = Reach(
+        encoder,
+        paths,
+        paths.table.format(layer=number),
+        getattr(encoder.config, "relative_attention_max_distance", 128),
+        lookup(block, paths.rotary_kind),
+        (lookup(layer, apart.buckets) or 0) if apart is not None else 0,
+        (lookup(layer, apart.max_distance) or 0) if apart is not None else 0,
+    )
+    _ = found.table, found.global_table, found.rotary  # they are there
+    if apart is not None:
+        follow(encoder, apart.vectors)
+    for place in paths.places:
+        if all(lookup(encoder, path) for path in place.used):
+            follow(encoder, place.weight)
+            follow(encoder, place.max_distance)
+    return found
