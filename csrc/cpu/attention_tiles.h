@@ -2,60 +2,12 @@
 #pragma once
 
 #include "attention_parts.h"
+#include "tiles.h"
 
 namespace variator {
 namespace VARIATOR_ISA {
 
 #ifdef VARIATOR_TILES
-
-// GCC's intrinsics say nothing of the memory that they read, so the compiler may move or drop what
-// was written there; and they configure tiles with the first eight bytes.
-template <int tile>
-inline void tile_zero() {
-    asm volatile("tilezero %%tmm%c0" ::"i"(tile));
-}
-// 16 rows of 64 bytes, `stride` bytes apart.
-template <int tile>
-inline void tile_load(const void* from, int64_t stride) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile) : "memory");
-}
-template <int tile>
-inline void tile_store(void* to, int64_t stride) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(tile) : "memory");
-}
-// sum += a · b: a [16][32], b [32][16] in pairs, sums fp32.
-template <int sum, int a, int b>
-inline void tile_multiply() {
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(b));
-}
-
-struct TileShapes {
-    uint8_t palette = 1, start = 0, zero[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-static_assert(sizeof(TileShapes) == 64);
-
-// Tiles of this thread in our shapes; afterwards in those that oneDNN, or whoever else, had set.
-class TileSession {
-  public:
-    TileSession() {
-        asm volatile("sttilecfg %0" : "=m"(before_));
-        const TileShapes ours;
-        asm volatile("ldtilecfg %0" ::"m"(ours));
-    }
-    ~TileSession() {
-        if (before_.palette)
-            asm volatile("ldtilecfg %0" ::"m"(before_));
-        else
-            asm volatile("tilerelease");
-    }
-    TileSession(const TileSession&) = delete;
-    TileSession& operator=(const TileSession&) = delete;
-
-  private:
-    TileShapes before_;
-};
 
 // An operand of tiles: bytes from one row (of pairs), inner step of a tile, or part to the next.
 struct TileOperand {
@@ -94,10 +46,10 @@ void tile_product(const TileOperand a, const TileOperand b, int64_t steps, float
             for (int j = 0; j < parts - i; ++j) {
                 tile_load<6>(top + j * b.part, b.row);
                 if constexpr (columns > 1) tile_load<7>(top + j * b.part + 64, b.row);
-                tile_multiply<0, 4, 6>();
-                if constexpr (columns > 1) tile_multiply<1, 4, 7>();
-                if constexpr (rows > 1) tile_multiply<2, 5, 6>();
-                if constexpr (rows > 1 && columns > 1) tile_multiply<3, 5, 7>();
+                tile_multiply<TilePairs, 0, 4, 6>();
+                if constexpr (columns > 1) tile_multiply<TilePairs, 1, 4, 7>();
+                if constexpr (rows > 1) tile_multiply<TilePairs, 2, 5, 6>();
+                if constexpr (rows > 1 && columns > 1) tile_multiply<TilePairs, 3, 5, 7>();
             }
         }
     }

@@ -112,25 +112,30 @@ struct DecompressForward {
     using E = typename T::Element;
     using Operated = typename Products::Element;
     const DecompressParams& p;
-    const int64_t padded = round_up(p.d, larger(V::width, Products::step));
+    const int64_t padded = apart<Products>(round_up(p.d, larger(V::width, Products::step)));
     const int64_t bottleneck = round_up(p.r, larger(V::width, Products::step));
+    const int64_t halves = round_up(p.r, V::width);  // columns of q
     const int64_t inner = round_up(p.r, Products::step);
     const int64_t columns = round_up(p.d, V::width);
-    const bool in_place = std::is_same_v<E, Operated> && p.d % Products::step == 0;
+    const bool in_place =
+        std::is_same_v<E, Operated> && !Products::tiles && p.d % Products::step == 0;
     // A row's lines among the tiles of its panels.
-    const int64_t lines_after = V::tile_rows * panel_columns<V>() * int64_t{sizeof(E)} / 64 + 1;
+    const int64_t lines_after =
+        tile_height<Products, V>() * panel_columns<V>() * int64_t{sizeof(E)} / 64 + 1;
 
     void chunk(int64_t first, int64_t last) const {
         const int64_t rows = last - first;
         Carver carver;
-        const int64_t u_at = carver.reserve<Operated>((in_place ? 0 : rows) * padded),
-                      q_at = carver.reserve<S>(rows * bottleneck),
+        const int64_t u_at = carver.reserve<Operated>((in_place ? 0 : read_rows<Products>(rows)) *
+                                                      padded),
+                      q_at = carver.reserve<S>(rows * halves),
                       t_at = carver.reserve<Operated>(block_tokens * bottleneck),
                       shared_at = carver.reserve<S>(rows * padded);
         char* base = static_cast<char*>(thread_scratch(carver.bytes));
         auto* q = reinterpret_cast<S*>(base + q_at);
         auto* t = reinterpret_cast<Operated*>(base + t_at);
         auto* shared = reinterpret_cast<S*>(base + shared_at);
+        [[maybe_unused]] const typename Products::Session session;
         for (int64_t m = 0; m < rows; ++m) shared_row(first + m, shared + m * padded);
         Strided<Operated> u{reinterpret_cast<Operated*>(base + u_at), padded, 1};
         if constexpr (std::is_same_v<E, Operated>)
@@ -138,11 +143,11 @@ struct DecompressForward {
         if (!in_place)
             copy_rows<V, dtype, Out>(p.u, first, rows, p.d, padded,
                                      reinterpret_cast<Operated*>(base + u_at));
-        group_half<V, Products>(u, rows, p.d, p.r, p.w1u_packed, p.b1, q, bottleneck);
+        group_half<V, Products>(u, rows, p.d, p.r, p.w1u_packed, p.b1, q, halves);
         auto restore = [&](const TokenBlock& block) {
             for (int64_t i = 0; i < block.count; ++i)
                 bottleneck_row<V, Out>(static_cast<const S*>(p.projected) + block.token[i] * p.r,
-                                       q + (block.group[i] - first) * bottleneck, p.r, bottleneck,
+                                       q + (block.group[i] - first) * halves, p.r, bottleneck,
                                        p.phi, t + i * bottleneck);
             RowsAfter<E> after{p, block, lines_after};
             for (int64_t n = 0; n < columns; n += panel_columns<V>()) {
@@ -209,7 +214,7 @@ template <class V, DType dtype>
 void decompress(const DecompressParams& p) {
 #ifdef VARIATOR_BF16_PRODUCTS
     if constexpr (dtype == DType::bfloat16) {
-        DecompressForward<V, dtype, Pairs, Storage<V, DType::bfloat16>> forward{p};
+        DecompressForward<V, dtype, BestPairs, Storage<V, DType::bfloat16>> forward{p};
         return for_chunks<V>(p.groups.count, p.threads,
                              [&](int64_t first, int64_t last, int) { forward.chunk(first, last); });
     }

@@ -41,8 +41,8 @@ bool has_f16c() {
 #endif
 
 #ifdef VARIATOR_HAVE_AMX
-// Tiles with products of bf16, and the system's permission to use them, which a process asks for
-// once. It is refused where a thread's signal stack is too small for them.
+// Tiles with products of bf16 and of int8, and the system's permission to use them, which a process
+// asks for once. It is refused where a thread's signal stack is too small for them.
 bool may_use_tiles() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (c & (1u << 27)) == 0) return false;
@@ -50,7 +50,8 @@ bool may_use_tiles() {
     asm("xgetbv" : "=a"(states), "=d"(d) : "c"(0));
     if ((states >> 17 & 3) != 3) return false;
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
-    if ((d & (1u << 22)) == 0 || (d & (1u << 24)) == 0) return false;
+    constexpr unsigned wanted = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
+    if ((d & wanted) != wanted) return false;
     constexpr int request_permission = 0x1023, tile_data = 18;
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }

@@ -1,6 +1,8 @@
 // The FFN's inner activation.
 #pragma once
 
+#include <type_traits>
+
 #include "attention_math.h"
 
 namespace variator {
@@ -32,7 +34,7 @@ Vec activate(Vec x) {
 inline __attribute__((always_inline)) Vec times_sigmoid(Vec x, Vec z) {
     const Vec one = Vec::set(1.0f);
     const Vec e = exp2<false>(Vec::absolute(z) * Vec::set(static_cast<float>(-log2_e)));
-    return x * Vec::less_select(z, Vec::zero(), e, one) / (one + e);
+    return x * Vec::less_select(z, Vec::zero(), e, one) * Vec::reciprocal(one + e);
 }
 
 // x · Φ(x). With z = |x|/√2, erfc(z) is a polynomial in 1 / (1 + 0.3275911 z) times e^-z²
@@ -41,7 +43,7 @@ inline __attribute__((always_inline)) Vec gelu(Vec x) {
     const Vec one = Vec::set(1.0f);
     // e^-z² is 0 long before 15; NaN stays NaN.
     const Vec z = Vec::minimum(Vec::set(15.0f), Vec::absolute(x) * Vec::set(0.70710678f));
-    const Vec t = one / Vec::fma(z, Vec::set(0.3275911f), one);
+    const Vec t = Vec::reciprocal(Vec::fma(z, Vec::set(0.3275911f), one));
     Vec p = Vec::set(1.061405429f);
     p = Vec::fma(p, t, Vec::set(-1.453152027f));
     p = Vec::fma(p, t, Vec::set(1.421413741f));
@@ -68,6 +70,16 @@ inline __attribute__((always_inline)) Vec activate(Vec x) {
     }
 }
 #endif
+
+// work(std::integral_constant<Activation, activation>).
+template <class F>
+void with_activation(Activation activation, F work) {
+#define VARIATOR_CASE(name, value) \
+    case Activation::name:         \
+        return work(std::integral_constant<Activation, Activation::name>{});
+    switch (activation) { VARIATOR_FFN_ACTIVATIONS(VARIATOR_CASE) }
+#undef VARIATOR_CASE
+}
 
 }  // namespace VARIATOR_ISA
 }  // namespace variator

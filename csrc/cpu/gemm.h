@@ -5,58 +5,11 @@
 // bf16 pair) at a time, so its rows may lie anywhere (RowList), and it may be transposed (Strided).
 #pragma once
 
-#include <type_traits>
-
-#include "params.h"
+#include "operands.h"
+#include "tiles.h"
 
 namespace variator {
 namespace VARIATOR_ISA {
-
-template <class V>
-constexpr int64_t panel_columns() {
-    return V::width * V::tile_vectors;
-}
-
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// What a product is made of: `Element` of A, `Packed` of B, `step` inner steps at a time.
-// Products of acc elements, one inner step at a time.
-template <class V>
-struct Plain {
-    using Element = typename V::Scalar;
-    using Packed = Element;
-    static constexpr int step = 1;
-    static inline __attribute__((always_inline)) V multiply_add(V sum, const Element* a, V b) {
-        return V::fma(V::set(*a), b, sum);
-    }
-    static V load(const Element* b) { return V::load(b); }
-};
-
-// A of a product: rows at a fixed distance, elements of a row `inner_stride` apart.
-template <class E>
-struct Strided {
-    const E* data;
-    int64_t row_stride, inner_stride;
-    const E* row(int64_t m) const { return data + m * row_stride; }
-};
-template <class E>
-Strided(E*, int64_t, int64_t) -> Strided<std::remove_const_t<E>>;
-// A of a product: each row where it happens to be.
-template <class E>
-struct RowList {
-    const E* const* rows;
-    static constexpr int64_t inner_stride = 1;
-    const E* row(int64_t m) const { return rows[m]; }
-};
-
-// B of a product: `ld` elements from one inner step to the next, or 0 for packed panels.
-template <class E>
-struct Operand {
-    const E* data;
-    int64_t ld;
-};
 
 // sink(row) gives what takes a row's finished vectors, (column, sum) each, so a product's result
 // can go where it is wanted without a trip through memory. It is asked once a row: what it returns
@@ -90,31 +43,31 @@ inline __attribute__((always_inline)) void tile(const A& a, int64_t first_row, i
     }
 }
 
-struct Nothing {
-    void operator()() const {}
-};
-
 // Part of A, from inner step `first` on, and of one panel of B, its columns a multiple of V::width
 // and at most a tile's. meanwhile() runs before each tile and may use what a product leaves idle,
 // the path to memory.
 template <class P, class V, int vectors, class A, class Sink, class Meanwhile>
 void panel_rows(const A& a, int64_t rows, int64_t first, int64_t inner, const typename P::Packed* b,
                 int64_t ld, Sink& sink, Meanwhile& meanwhile) {
-    for (int64_t m = 0; m < rows; m += V::tile_rows) {
-        meanwhile();
+    if constexpr (P::tiles) {
+        tile_rows<P, V, vectors>(a, rows, first, inner, b, sink, meanwhile);
+    } else {
+        for (int64_t m = 0; m < rows; m += V::tile_rows) {
+            meanwhile();
 #define VARIATOR_TILE(R)                                                                          \
     case R:                                                                                       \
         if constexpr (R <= V::tile_rows) tile<P, V, R, vectors>(a, m, first, inner, b, ld, sink); \
         break
-        switch (smaller(V::tile_rows, rows - m)) {
-            VARIATOR_TILE(1);
-            VARIATOR_TILE(2);
-            VARIATOR_TILE(3);
-            VARIATOR_TILE(4);
-            VARIATOR_TILE(5);
-            VARIATOR_TILE(6);
-        }
+            switch (smaller(V::tile_rows, rows - m)) {
+                VARIATOR_TILE(1);
+                VARIATOR_TILE(2);
+                VARIATOR_TILE(3);
+                VARIATOR_TILE(4);
+                VARIATOR_TILE(5);
+                VARIATOR_TILE(6);
+            }
 #undef VARIATOR_TILE
+        }
     }
 }
 
@@ -139,6 +92,7 @@ void panel_product(const A& a, int64_t rows, int64_t first, int64_t inner,
 // So much of a panel as stays in the first-level cache beside A and C.
 template <class P, class V>
 constexpr int64_t inner_block() {
+    if (P::tiles) return int64_t{1} << 40;  // sums would have to be read again
     return 24576 / (panel_columns<V>() * sizeof(typename P::Packed)) / 2 * 2;
 }
 
@@ -179,28 +133,12 @@ void product(const A& a, int64_t rows, Operand<typename P::Packed> b, int64_t co
     }
 }
 
-#ifdef VARIATOR_BF16_PRODUCTS
-// Products of bf16 pairs with fp32 sums.
-struct Pairs {
-    using Element = uint16_t;
-    using Packed = Element;
-    static constexpr int step = 2;
-    struct Loaded {
-        const uint16_t* b;
-    };
-    static inline __attribute__((always_inline)) Vec multiply_add(Vec sum, const Element* a,
-                                                                  Loaded b) {
-        return dot_pairs(sum, a, b.b);
-    }
-    static Loaded load(const Element* b) { return {b}; }
-};
-#endif
-
-// The layout `product` reads: panels one after the other, each [inner / step][columns][step].
-template <class V, class E, int step, class Convert>
+// The layout `product` reads: panels one after the other, each [inner / step][columns][step], the
+// inner dimension a multiple of `unit`.
+template <class V, class E, int step, int unit, class Convert>
 void pack_panels(const PackParams& p, Convert convert) {
     using S = typename V::Scalar;
-    const int64_t columns = round_up(p.columns, V::width), inner = round_up(p.inner, step);
+    const int64_t columns = round_up(p.columns, V::width), inner = round_up(p.inner, unit);
     for (int64_t m = 0; m < p.matrices; ++m) {
         const S* source = static_cast<const S*>(p.source) + m * p.matrix_stride;
         E* packed = static_cast<E*>(p.packed) + m * columns * inner;

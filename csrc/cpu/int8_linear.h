@@ -5,13 +5,15 @@
 #pragma once
 
 #include "ffn_activation.h"
-#include "group_chunks.h"
 #include "row_norm.h"
+#include "rows_split.h"
 
 namespace variator {
 namespace VARIATOR_ISA {
 
 struct Int8Quads {
+    using Session = Nothing;
+    static constexpr bool tiles = false;
     using Element = uint8_t;
     using Packed = int8_t;
     static constexpr int step = 4;
@@ -24,13 +26,20 @@ struct Int8Quads {
     }
 };
 
+#ifdef VARIATOR_TILES
+using Int8Operands = TileQuads;
+#else
+using Int8Operands = Int8Quads;
+#endif
+
 // Panels as gemm.h has them, [inner / 4][columns][4], zeros beyond the weight.
 inline int64_t int8_packed_bytes(const Int8PackParams& p) {
-    return round_up(p.columns, IntVec::width) * round_up(p.inner, Int8Quads::step);
+    return round_up(p.columns, IntVec::width) * round_up(p.inner, Int8Operands::step);
 }
 inline void int8_pack(const Int8PackParams& p) {
     constexpr int step = Int8Quads::step;
-    const int64_t columns = round_up(p.columns, IntVec::width), inner = round_up(p.inner, step);
+    const int64_t columns = round_up(p.columns, IntVec::width);
+    const int64_t inner = round_up(p.inner, Int8Operands::step);
     for (int64_t c = 0; c < columns; ++c) {
         const int64_t first = c / panel_columns<IntVec>() * panel_columns<IntVec>();
         const int64_t width = smaller(panel_columns<IntVec>(), columns - first);
@@ -43,12 +52,28 @@ inline void int8_pack(const Int8PackParams& p) {
     }
 }
 
+// How far numbers reach from 0, and 0, or NaN where one of them is no number.
+struct Reach {
+    Vec top = Vec::zero(), bottom = Vec::zero(), nothing = Vec::zero();
+    inline __attribute__((always_inline)) void add(Vec v) {
+        top = Vec::maximum(top, v);
+        bottom = Vec::maximum(bottom, Vec::zero() - v);
+        nothing = Vec::fma(v, Vec::zero(), nothing);
+    }
+    void join(const Reach& other) {
+        top = Vec::maximum(top, other.top);
+        bottom = Vec::maximum(bottom, other.bottom);
+        nothing = nothing + other.nothing;
+    }
+};
+
 template <DType dtype>
 struct Int8Product {
     using T = Storage<Vec, dtype>;
     using Element = typename T::Element;
     const Int8LinearParams& p;
-    const int64_t padded = round_up(p.inner, larger(Vec::width, Int8Quads::step));
+    const int64_t inner = round_up(p.inner, Int8Operands::step);
+    const int64_t padded = apart<Int8Operands>(round_up(p.inner, Vec::width));
 
     // A quantised row: x is scale * (q - zero).
     struct Scale {
@@ -70,15 +95,17 @@ struct Int8Product {
     // too small for fp32 to divide by counts as zeros.
     template <class From>
     Scale quantise(const typename From::Element* x, uint8_t* quantised) const {
-        Vec top = Vec::zero(), bottom = Vec::zero(), nothing = Vec::zero();
-        for_parts<Vec>(p.inner, [&](Part<Vec> part) {
-            const Vec v = part.template load<From>(x);
-            top = Vec::maximum(top, v);
-            bottom = Vec::maximum(bottom, Vec::zero() - v);
-            nothing = Vec::fma(v, Vec::zero(), nothing);
-        });
-        const float least = bottom.largest(), range = top.largest() + least;
-        const float poison = nothing.sum();
+        constexpr int lanes = 4;  // or each step would wait for the one before
+        Reach reach[lanes];
+        int64_t i = 0;
+        for (; i + lanes * Vec::width <= p.inner; i += lanes * Vec::width)
+#pragma GCC unroll 4
+            for (int n = 0; n < lanes; ++n) reach[n].add(From::load(x + i + n * Vec::width));
+        for_parts<Vec>(p.inner - i,
+                       [&](Part<Vec> part) { reach[0].add(part.template load<From>(x + i)); });
+        for (int n = 1; n < lanes; ++n) reach[0].join(reach[n]);
+        const float least = reach[0].bottom.largest(), range = reach[0].top.largest() + least;
+        const float poison = reach[0].nothing.sum();
         if (!(range > 1e-30f) || poison != 0) {
             zero_row<Vec>(quantised, padded);
             return {poison, 0};
@@ -92,82 +119,58 @@ struct Int8Product {
         return {range / 255, zero};
     }
 
-    // Rows from `first` and columns from `n` on, of which `sums` are the products.
+    // Columns from `n` on of row `m`, of which `sums` are the products.
     template <Activation activation>
-    void finish(int64_t first, int64_t rows, int64_t n, int64_t columns, const int32_t* sums,
-                const Scale* row_scales) const {
-        for (int64_t m = 0; m < rows; ++m, sums += panel_columns<IntVec>()) {
-            const int64_t start = (first + m) * p.columns + n;
-            Element* y = static_cast<Element*>(p.y) + start;
-            const auto at = [=](const void* given) {
-                return given ? static_cast<const Element*>(given) + start : nullptr;
-            };
-            const Element *other = at(p.other), *residual = at(p.residual);
-            const Vec scale = Vec::set(row_scales[m].scale);
-            const IntVec zero = IntVec::set(row_scales[m].zero);
-            for_parts<Vec>(columns, [&](Part<Vec> part) {
-                const Vec factor = scale * Vec::load(p.scales + n + part.at);
-                const Vec shift = p.bias ? Vec::load(p.bias + n + part.at) : Vec::zero();
-                const IntVec sum =
-                    IntVec::load(sums + part.at) - zero * IntVec::load(p.sums + n + part.at);
-                Vec v = activate<activation>(Vec::fma(sum.to_float(), factor, shift));
-                if (other) v = v * part.template load<T>(other);
-                if (residual) v = v + part.template load<T>(residual);
-                part.template store<T>(y, v);
-            });
-        }
+    inline __attribute__((always_inline)) void finish(int64_t m, Scale row, int64_t n,
+                                                      int64_t columns, const int32_t* sums) const {
+        const int64_t start = m * p.columns + n;
+        Element* y = static_cast<Element*>(p.y) + start;
+        const auto at = [=](const void* given) {
+            return given ? static_cast<const Element*>(given) + start : nullptr;
+        };
+        const Element *other = at(p.other), *residual = at(p.residual);
+        const Vec scale = Vec::set(row.scale);
+        const IntVec zero = IntVec::set(row.zero);
+        for_parts<Vec>(columns, [&](Part<Vec> part) {
+            const Vec factor = scale * Vec::load(p.scales + n + part.at);
+            const Vec shift = p.bias ? Vec::load(p.bias + n + part.at) : Vec::zero();
+            const IntVec sum =
+                IntVec::load(sums + part.at) - zero * IntVec::load(p.sums + n + part.at);
+            Vec v = activate<activation>(Vec::fma(sum.to_float(), factor, shift));
+            if (other) v = v * part.template load<T>(other);
+            if (residual) v = v + part.template load<T>(residual);
+            part.template store<T>(y, v);
+        });
     }
 
     // Panels first_panel .. last_panel - 1 of some rows.
-    void run(int64_t first, int64_t rows, int64_t first_panel, int64_t last_panel,
-             uint8_t* quantised, Scale* row_scales, int32_t* sums, float* normed) const {
+    void run(int64_t first, int64_t rows, PanelRange panels, uint8_t* quantised, Scale* row_scales,
+             int32_t* sums, float* normed) const {
         for (int64_t m = 0; m < rows; ++m)
             row_scales[m] = row(first + m, normed, quantised + m * padded);
-        constexpr int64_t most = panel_columns<IntVec>();
-        const int64_t inner = round_up(p.inner, Int8Quads::step);
-        for (int64_t n = first_panel * most; n < last_panel * most; n += most) {
-            const int64_t columns = smaller(most, p.columns - n);
-            const int64_t width = round_up(columns, IntVec::width);
-            Nothing meanwhile;
-            panel_product<Int8Quads, IntVec>(
-                Strided{quantised, padded, 1}, rows, 0, inner, p.packed + n * inner,
-                width * Int8Quads::step, width,
-                [=](int64_t row) {
-                    int32_t* out = sums + row * most;
-                    return [=](int64_t column, IntVec sum) { sum.store(out + column); };
-                },
-                meanwhile);
-#define VARIATOR_CASE(name, value)                                           \
-    case Activation::name:                                                   \
-        finish<Activation::name>(first, rows, n, columns, sums, row_scales); \
-        break;
-            switch (p.activation) { VARIATOR_FFN_ACTIVATIONS(VARIATOR_CASE) }
-#undef VARIATOR_CASE
-        }
+        const auto multiply = [&](auto activation) {
+            panel_blocks<Int8Operands, IntVec>(
+                Strided{static_cast<const uint8_t*>(quantised), padded, int64_t{1}}, rows, inner,
+                p.packed, p.columns, panels, sums,
+                [&](int64_t m, int64_t n, int64_t columns, const int32_t* of) {
+                    finish<decltype(activation)::value>(first + m, row_scales[m], n, columns, of);
+                });
+        };
+        with_activation(p.activation, multiply);
     }
 
     // Rows worked on together stay quantised in the second-level cache while the weights pass.
     void all() const {
-        constexpr int64_t tile = IntVec::tile_rows;
-        const int64_t most = larger(tile, smaller(96, 262144 / padded) / tile * tile);
-        const int64_t threads = larger(1, p.threads);
-        // A chunk or less: threads share the columns, so that each reads a part of the weights.
-        const bool by_columns = p.rows <= most;
-        const int64_t parts = by_columns ? threads : 1;
-        const int64_t chunks = by_columns ? 1 : round_up((p.rows + most - 1) / most, threads);
-        const int64_t size = round_up((p.rows + chunks - 1) / chunks, tile);
-        const int64_t panels = (p.columns + panel_columns<IntVec>() - 1) / panel_columns<IntVec>();
+        const auto split =
+            RowsSplit::of<Int8Operands, IntVec>(p.rows, p.columns, padded, 262144, p.threads);
         Carver carver;
-        const int64_t at = carver.reserve<uint8_t>(size * padded);
-        const int64_t scales_at = carver.reserve<Scale>(size);
-        const int64_t sums_at = carver.reserve<int32_t>(size * panel_columns<IntVec>());
+        const int64_t at = carver.reserve<uint8_t>(split.size * padded);
+        const int64_t scales_at = carver.reserve<Scale>(split.size);
+        const int64_t sums_at = carver.reserve<int32_t>(sums_of_blocks<Int8Operands, IntVec>);
         const int64_t normed_at = carver.reserve<float>(p.norm == Norm::none ? 0 : p.inner);
-        for_items(chunks * parts, p.threads, [&](int64_t item) {
-            const int64_t first = item / parts * size, part = item % parts;
-            if (first >= p.rows) return;
+        split.each(p.threads, [&](int64_t first, int64_t rows, PanelRange panels) {
             char* scratch = static_cast<char*>(thread_scratch(carver.bytes));
-            run(first, smaller(size, p.rows - first), panels * part / parts,
-                panels * (part + 1) / parts, reinterpret_cast<uint8_t*>(scratch + at),
+            run(first, rows, panels, reinterpret_cast<uint8_t*>(scratch + at),
                 reinterpret_cast<Scale*>(scratch + scales_at),
                 reinterpret_cast<int32_t*>(scratch + sums_at),
                 reinterpret_cast<float*>(scratch + normed_at));

@@ -21,10 +21,15 @@ VARIATOR_BY_DTYPE(attention, AttentionParams)
 VARIATOR_BY_DTYPE(attention_backward, AttentionBackwardParams)
 VARIATOR_BY_DTYPE(norm_rows, NormRowsParams)
 
+#ifdef VARIATOR_BF16_PRODUCTS
+// Pairs, with zeros behind to whole steps of the products.
+constexpr int pair = 2, pairs_unit = BestPairs::step;
+#endif
+
 inline int64_t packed_bytes(const PackParams& p) {
 #ifdef VARIATOR_BF16_PRODUCTS
     if (p.bf16)
-        return p.matrices * round_up(p.columns, Vec::width) * round_up(p.inner, 2) *
+        return p.matrices * round_up(p.columns, Vec::width) * round_up(p.inner, pairs_unit) *
                int64_t{sizeof(uint16_t)};
 #endif
 #ifdef VARIATOR_HAS_DOUBLE
@@ -38,7 +43,7 @@ inline int64_t packed_bytes(const PackParams& p) {
 inline void pack(const PackParams& p) {
 #ifdef VARIATOR_BF16_PRODUCTS
     if (p.bf16)
-        return pack_panels<Vec, uint16_t, 2>(p, [](float x) {
+        return pack_panels<Vec, uint16_t, pair, pairs_unit>(p, [](float x) {
             uint16_t half[Vec::width];
             Vec::set(x).store_bf16(half);
             return half[0];
@@ -46,9 +51,9 @@ inline void pack(const PackParams& p) {
 #endif
 #ifdef VARIATOR_HAS_DOUBLE
     if (p.dtype == DType::float64)
-        return pack_panels<VecDouble, double, 1>(p, [](double x) { return x; });
+        return pack_panels<VecDouble, double, 1, 1>(p, [](double x) { return x; });
 #endif
-    pack_panels<Vec, float, 1>(p, [](float x) { return x; });
+    pack_panels<Vec, float, 1, 1>(p, [](float x) { return x; });
 }
 
 inline Kernels table(const char* name) {

@@ -127,7 +127,7 @@ struct RowsAhead {
     }
 };
 
-// Products is Plain<V> on acc elements, or Pairs on bf16 ones; Out stores what it multiplies.
+// Products is Plain<V> on acc elements, or BestPairs on bf16 ones; Out stores what it multiplies.
 //
 // With a folded norm (see MergeParams) scores and projection come from the rows of x where they
 // lie, and what a row's norm multiplies it by is applied to the few sums. Rows that the products
@@ -140,15 +140,16 @@ struct MergeForward {
     using E = typename Storage<V, dtype>::Element;
     using Operated = typename Products::Element;
     const MergeParams& p;
-    const int64_t padded = round_up(p.d, larger(V::width, Products::step));
+    const int64_t padded = apart<Products>(round_up(p.d, larger(V::width, Products::step)));
     const int64_t inner = round_up(p.d, Products::step);
     const int64_t scores_columns = round_up(p.groups.k, V::width);
     const int64_t projected_columns = round_up(p.r, V::width);
     const bool direct = p.groups.k <= direct_scores;
-    const bool in_place = p.folded && std::is_same_v<E, Operated> && p.d % Products::step == 0;
+    const bool in_place =
+        p.folded && std::is_same_v<E, Operated> && !Products::tiles && p.d % Products::step == 0;
     // A row's lines among the tiles of its product.
     const int64_t lines_ahead =
-        V::tile_rows * (p.d * int64_t{sizeof(E)} / 64 + 1) /
+        tile_height<Products, V>() * (p.d * int64_t{sizeof(E)} / 64 + 1) /
             larger(1, (inner + inner_block<Products, V>() - 1) / inner_block<Products, V>() *
                           ((projected_columns + panel_columns<V>() - 1) / panel_columns<V>())) +
         1;
@@ -156,7 +157,8 @@ struct MergeForward {
     void chunk(int64_t first, int64_t last) const {
         const int64_t k = p.groups.k, rows = last - first;
         Carver carver;
-        const int64_t h_at = carver.reserve<Operated>((in_place ? 0 : rows) * padded),
+        const int64_t h_at = carver.reserve<Operated>((in_place ? 0 : read_rows<Products>(rows)) *
+                                                      padded),
                       zeros_at = carver.reserve<Operated>(padded),
                       a_at = carver.reserve<const Operated*>(rows),
                       scale_at = carver.reserve<S>(rows),
@@ -173,19 +175,23 @@ struct MergeForward {
         auto* tile = reinterpret_cast<S*>(base + t_at);
         auto* stats = reinterpret_cast<Statistics<S>*>(base + stats_at);
 
+        [[maybe_unused]] const typename Products::Session session;
         zero_row<V>(zeros, padded);
         if (direct) zero_row<V>(scores, rows * scores_columns);
         for (int64_t j = 0; j < k; ++j) {
             for (int64_t m = 0; m < rows; ++m) {
                 a[m] = zeros, scale[m] = 0;
-                if (!p.groups.has(first + m, j)) continue;
+                if (!p.groups.has(first + m, j)) {
+                    if (Products::tiles) zero_row<V>(h + m * padded, padded);
+                    continue;
+                }
                 const E* x = row_of_x(first + m, j);
                 stats[m * k + j] = statistics<V, dtype>(x, p.d, p.norm, p.eps);
                 a[m] = operand(x, stats[m * k + j], h + m * padded);
                 scale[m] = p.folded ? stats[m * k + j].rstd : S(1);
                 if (direct) score(a[m], j, scale[m], scores + m * scores_columns);
             }
-            const RowList<Operated> list{a};
+            const auto list = rows_of(a, h);
             if (!direct)
                 product<Products, V>(
                     list, rows,
@@ -216,6 +222,14 @@ struct MergeForward {
                                    reinterpret_cast<S*>(base + factors_at),
                                    reinterpret_cast<S*>(base + factors_at) + k);
         }
+    }
+
+    // What the products read: rows of x among others, or all of them in `h`.
+    auto rows_of(const Operated** a, const Operated* h) const {
+        if constexpr (Products::tiles)
+            return Strided<Operated>{h, padded, 1};
+        else
+            return RowList<Operated>{a};
     }
 
     const E* row_of_x(int64_t group, int64_t slot) const {
@@ -259,7 +273,7 @@ template <class V, DType dtype>
 void merge(const MergeParams& p) {
 #ifdef VARIATOR_BF16_PRODUCTS
     if constexpr (dtype == DType::bfloat16) {
-        MergeForward<V, dtype, Pairs, Storage<V, DType::bfloat16>> forward{p};
+        MergeForward<V, dtype, BestPairs, Storage<V, DType::bfloat16>> forward{p};
         return for_chunks<V>(p.groups.count, p.threads,
                              [&](int64_t first, int64_t last, int) { forward.chunk(first, last); });
     }

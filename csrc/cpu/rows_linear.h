@@ -3,8 +3,8 @@
 #pragma once
 
 #include "ffn_activation.h"
-#include "group_chunks.h"
 #include "row_norm.h"
+#include "rows_split.h"
 
 namespace variator {
 namespace VARIATOR_ISA {
@@ -19,7 +19,7 @@ struct RowsOperand {
 #ifdef VARIATOR_BF16_PRODUCTS
 template <>
 struct RowsOperand<DType::bfloat16> {
-    using P = Pairs;
+    using P = BestPairs;
     using Stored = Storage<Vec, DType::bfloat16>;
     static constexpr bool direct = true;
 };
@@ -33,82 +33,67 @@ struct RowsProduct {
     using P = typename Operands::P;
     using Left = typename P::Element;
     const RowsLinearParams& p;
-    const int64_t inner = round_up(p.inner, P::step);
+    const int64_t inner = round_up(p.inner, P::step), padded = apart<P>(inner);
+    const bool as_they_are = Operands::direct && p.norm == Norm::none && inner == p.inner;
     // Rows of x are the products' own rows, or are written to scratch.
-    const bool in_place = Operands::direct && p.norm == Norm::none && inner == p.inner;
+    const bool in_place = as_they_are && !P::tiles;
 
     void prepare(int64_t m, Left* out) const {
         const Element* x = static_cast<const Element*>(p.x) + m * p.x_stride;
+        if (as_they_are) {
+            __builtin_memcpy(out, x, static_cast<size_t>(inner) * sizeof *out);
+            return;
+        }
         const auto s = statistics<Vec, dtype>(x, p.inner, p.norm, p.eps);
         normed_row<Vec, dtype, typename Operands::Stored>(x, p.inner, inner, s, p.norm_weight,
                                                           p.norm_bias, out);
     }
 
     template <Activation activation>
-    void finish(int64_t first, int64_t rows, int64_t n, int64_t columns, const float* sums) const {
-        for (int64_t m = 0; m < rows; ++m, sums += panel_columns<Vec>()) {
-            const int64_t start = (first + m) * p.columns + n;
-            Element* y = static_cast<Element*>(p.y) + start;
-            const auto at = [=](const void* given) {
-                return given ? static_cast<const Element*>(given) + start : nullptr;
-            };
-            const Element *other = at(p.other), *residual = at(p.residual);
-            for_parts<Vec>(columns, [&](Part<Vec> part) {
-                Vec v = Vec::load(sums + part.at);
-                if (p.bias) v = v + Vec::load(p.bias + n + part.at);
-                v = activate<activation>(v);
-                if (other) v = v * part.template load<T>(other);
-                if (residual) v = v + part.template load<T>(residual);
-                part.template store<T>(y, v);
-            });
-        }
+    inline __attribute__((always_inline)) void finish(int64_t m, int64_t n, int64_t columns,
+                                                      const float* sums) const {
+        const int64_t start = m * p.columns + n;
+        Element* y = static_cast<Element*>(p.y) + start;
+        const auto at = [=](const void* given) {
+            return given ? static_cast<const Element*>(given) + start : nullptr;
+        };
+        const Element *other = at(p.other), *residual = at(p.residual);
+        for_parts<Vec>(columns, [&](Part<Vec> part) {
+            Vec v = Vec::load(sums + part.at);
+            if (p.bias) v = v + Vec::load(p.bias + n + part.at);
+            v = activate<activation>(v);
+            if (other) v = v * part.template load<T>(other);
+            if (residual) v = v + part.template load<T>(residual);
+            part.template store<T>(y, v);
+        });
     }
 
-    void run(int64_t first, int64_t rows, int64_t first_panel, int64_t last_panel, Left* scratch,
-             float* sums) const {
-        const Left* left = scratch;
-        int64_t stride = inner;
-        if (in_place) {
-            left = static_cast<const Left*>(p.x) + first * p.x_stride;
-            stride = p.x_stride;
-        } else {
-            for (int64_t m = 0; m < rows; ++m) prepare(first + m, scratch + m * inner);
-        }
-        constexpr int64_t most = panel_columns<Vec>();
-        for (int64_t n = first_panel * most; n < last_panel * most; n += most) {
-            const int64_t columns = smaller(most, p.columns - n);
-            const auto* panel = static_cast<const typename P::Packed*>(p.packed) + n * inner;
-            product<P, Vec>(Strided{left, stride, 1}, rows, {panel, 0},
-                            round_up(columns, Vec::width), sums, most, inner, false);
-#define VARIATOR_CASE(name, value)                               \
-    case Activation::name:                                       \
-        finish<Activation::name>(first, rows, n, columns, sums); \
-        break;
-            switch (p.activation) { VARIATOR_FFN_ACTIVATIONS(VARIATOR_CASE) }
-#undef VARIATOR_CASE
-        }
+    void run(int64_t first, int64_t rows, PanelRange panels, Left* scratch, float* sums) const {
+        Strided<Left> left{scratch, padded, 1};
+        if (in_place)
+            left = {static_cast<const Left*>(p.x) + first * p.x_stride, p.x_stride, 1};
+        else
+            for (int64_t m = 0; m < rows; ++m) prepare(first + m, scratch + m * padded);
+        const auto multiply = [&](auto activation) {
+            panel_blocks<P, Vec>(
+                left, rows, inner, static_cast<const typename P::Packed*>(p.packed), p.columns,
+                panels, sums, [&](int64_t m, int64_t n, int64_t columns, const float* of) {
+                    finish<decltype(activation)::value>(first + m, n, columns, of);
+                });
+        };
+        with_activation(p.activation, multiply);
     }
 
     // As Int8Product: rows worked on together stay in the second-level cache.
     void all() const {
-        constexpr int64_t tile = Vec::tile_rows;
-        const int64_t bytes = inner * static_cast<int64_t>(sizeof(Left));
-        const int64_t most = larger(tile, smaller(96, 393216 / bytes) / tile * tile);
-        const int64_t threads = larger(1, p.threads);
-        const bool by_columns = p.rows <= most;
-        const int64_t parts = by_columns ? threads : 1;
-        const int64_t chunks = by_columns ? 1 : round_up((p.rows + most - 1) / most, threads);
-        const int64_t size = round_up((p.rows + chunks - 1) / chunks, tile);
-        const int64_t panels = (p.columns + panel_columns<Vec>() - 1) / panel_columns<Vec>();
+        const auto split = RowsSplit::of<P, Vec>(p.rows, p.columns, padded * int64_t{sizeof(Left)},
+                                                 393216, p.threads);
         Carver carver;
-        const int64_t left_at = carver.reserve<Left>(in_place ? 0 : size * inner);
-        const int64_t sums_at = carver.reserve<float>(size * panel_columns<Vec>());
-        for_items(chunks * parts, p.threads, [&](int64_t item) {
-            const int64_t first = item / parts * size, part = item % parts;
-            if (first >= p.rows) return;
+        const int64_t left_at = carver.reserve<Left>(in_place ? 0 : split.size * padded);
+        const int64_t sums_at = carver.reserve<float>(sums_of_blocks<P, Vec>);
+        split.each(p.threads, [&](int64_t first, int64_t rows, PanelRange panels) {
             char* scratch = static_cast<char*>(thread_scratch(carver.bytes));
-            run(first, smaller(size, p.rows - first), panels * part / parts,
-                panels * (part + 1) / parts, reinterpret_cast<Left*>(scratch + left_at),
+            run(first, rows, panels, reinterpret_cast<Left*>(scratch + left_at),
                 reinterpret_cast<float*>(scratch + sums_at));
         });
     }

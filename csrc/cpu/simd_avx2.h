@@ -68,6 +68,7 @@ struct Vec {
     friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
     friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
     static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+    static Vec reciprocal(Vec a) { return set(1.0f) / a; }
     static Vec minimum(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
     static Vec maximum(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
     static Vec absolute(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }

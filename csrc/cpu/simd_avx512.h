@@ -68,6 +68,11 @@ struct Vec {
     friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
     friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
     static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+    // 1 / a for a from 1 on: a division takes as long as a dozen products.
+    static Vec reciprocal(Vec a) {
+        const __m512 r = _mm512_rcp14_ps(a.v);
+        return {_mm512_mul_ps(r, _mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(2.0f)))};
+    }
     static Vec minimum(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
     static Vec maximum(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
     static Vec absolute(Vec a) { return {_mm512_abs_ps(a.v)}; }

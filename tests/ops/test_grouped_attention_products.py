@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from tests.ops.attention_cases import PATHS, expected_output, options, qkv, t5_table
 from tests.ops.cases import CPU, DTYPES, ISAS, assert_close, kernels, needs_cpu  # noqa: F401
 from variator_kernels import extension
 from variator_kernels import functional as vf
+from variator_kernels.ops import rows_linear
+from variator_kernels.ops.int8_linear import kernels as int8_kernels
 from variator_kernels.ops.self_attention import Book, Scheme, Step
 
 every_isa = pytest.mark.parametrize("kernels", ISAS, indirect=True)
@@ -214,11 +217,16 @@ def test_the_librarys_tiles_stay_as_they_are(dtype):
         inputs = qkv((2, 70, 90, 4, 4, 64), dtype)
         a, b = torch.randn(96, 160).to(dtype), torch.randn(160, 224).to(dtype)
         plain = [t.transpose(1, 2) for t in inputs]
+        weight = nn.Parameter(b.t().contiguous(), requires_grad=False)
+        int8 = int8_kernels.own("amx").round_and_pack(weight, None)
+        own = rows_linear.stacked((weight,), (None,), dtype, "amx")
 
         def everything():
             return (
                 a @ b,
                 run(inputs, "cpu", {}),
+                int8.multiply(a, "none"),
+                own(a),
                 F.scaled_dot_product_attention(*plain),
                 F.linear(a, b.t()),
                 run(inputs, "cpu", {"scale": 2.0}),

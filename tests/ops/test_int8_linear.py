@@ -149,7 +149,7 @@ def test_a_changed_weight_is_noticed():
 
 
 def test_weights_are_packed_once():
-    _, weight, bias = case(9, 200, 100)
+    _, weight, bias = case(9, 192, 128)
     first = packed(weight, bias)
     assert packed(weight, bias) is first
     size = prepack.cache.nbytes([weight])

@@ -133,8 +133,6 @@ def packed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _few() -> int:
-    if torch.cpu._is_amx_tile_supported():
-        return 32
     return 0 if torch.cpu._is_avx512_supported() else 4
 
 

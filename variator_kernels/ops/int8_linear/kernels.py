@@ -50,8 +50,8 @@ def onednn() -> Kernel:
 
 def own(isa: str) -> Kernel:
     """That of this package for an instruction set; from ``avx512_vnni`` on four products are
-    summed in 32 bits (VNNI). Without, weights have 7 bits, because sums of two products saturate at
-    16 bits (2 · 255 · 64 fits)."""
+    summed in 32 bits (VNNI, AMX). Without, weights have 7 bits, because sums of two products
+    saturate at 16 bits (2 · 255 · 64 fits)."""
     levels = Levels(255, extension.load().int8_weight_levels(isa))
     pack = functools.partial(CpuProduct.pack, isa=isa)
     return Kernel(f"own {isa}", pack, levels, f"kernel for {isa}, weights of -{levels.weight} to "
