@@ -25,7 +25,8 @@ from .runtime.site import Site
 from .runtime.state import STATE, State, states
 from .sites import base_weights
 from .sites.family import ROW, Family, is_a
-from .sites.find import Found, find, find_all, is_patched
+from .sites.find import find, find_all, is_patched
+from .sites.found import Found
 from .sites.install import owners_of
 from .sites.unchanged import check_attention
 from .sites.wrappers import NO_VALUES, check_values

@@ -20,7 +20,8 @@ from .sites.decoder_families import DECODER_FAMILIES
 from .sites.decoder_refusals import check_decoder
 from .sites.families import BERT_FAMILIES, FAMILIES, T5_FAMILIES, known
 from .sites.family import Family
-from .sites.find import find, find_all, is_patched, parts_of
+from .sites.find import find, find_all, is_patched
+from .sites.found import parts_of
 from .sites.install import install, owners_of, remove, sites_of
 from .sites.unchanged import check_attention, check_described, check_unchanged, module_of
 from .sites.wrappers import check_present, check_unwrapped
