@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import files, sharding
+from .applying import apply
 from .hub import located
 from .methods.variator import released, stored
 from .methods.variator.stored import FIELDS, Settings, key
 from .ops import checks
-from .patching import apply, unpatch
+from .patching import unpatch
 from .runtime.kept import Kept, adopted, token_ids
 from .runtime.site import Site
 from .runtime.state import STATE, State, states
