@@ -160,7 +160,7 @@ test: lint $(EMULATION)/.stamp
 # NumPy, on OpenBLAS) those are run that failed on such a processor once; of our kernels (tests/ops)
 # those of this instruction set, since `make test` has run the others.
 ISA ?= avx2
-WEAKER_TESTS ?= tests/ops tests/sites tests/decoders tests/methods tests/runtime tests/train tests/test_checkpoint.py
+WEAKER_TESTS ?= tests/ops tests/sites tests/decoders tests/methods tests/runtime tests/train tests/checkpoint
 LIMITS_avx2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
     OPENBLAS_CORETYPE=Haswell
 LIMITS_avx512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE
@@ -177,7 +177,7 @@ test-weaker: $(VENV)/.stamp-test
 # modules. Of calibration that is the run block by block, and the attention that tokens receive.
 LOWEST := build/transformers-4.57
 LOWEST_TESTS ?= tests/projected tests/sites tests/decoders tests/runtime tests/methods/test_calibration_harm.py \
-    tests/methods/test_key_values.py tests/test_checkpoint.py tests/test_flops.py
+    tests/methods/test_key_values.py tests/checkpoint tests/test_flops.py
 $(LOWEST)/.stamp: $(VENV)/.stamp-test
 	@echo "== installing transformers 4.57.1 into $(LOWEST)"
 	@rm -rf $(LOWEST)

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from .cases import Arm, Call, Case, Key, models
-from .cases.sublayer import Plugged
+from .cases.sublayer import Plugged, Sublayer
 from .harness import allocator, options, results, tables
 from .harness.checks import Outputs, Truth, truth
-from .harness.clock import Wall, quartiles
+from .harness.clock import Wall, ratio
 from .harness.runner import run
 
 RATIO, LIMIT = 4, 1.15
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ARMS = (*DTYPES, "autocast")
+ARMS = (*models.DTYPES, "autocast")
 CASES = ("inference", "gradients enabled", "training step")
 
 
@@ -36,11 +35,8 @@ class Work:
 
     def parts(self, arm: str, wide: bool = False) -> tuple[Plugged, Tensor, Plugged]:
         """Our module, its input, and the reference's with the same weights."""
-        kind = DTYPES.get(arm, torch.float32)
-        _, ffn = models.sublayer(self.model, kind)
-        plugin = models.plugin(self.model.config, RATIO, 64, kind)
-        d = self.model.config.hidden_size
-        x = models.hidden(*self.size, d, kind)
+        layer = Sublayer(self.model, arm if arm in models.DTYPES else "fp32", *self.size)
+        ffn, plugin, x = layer.ffn, layer.plugin(RATIO), layer.x
         if wide:
             ffn, plugin = models.moved(ffn, torch.float64), models.moved(plugin, torch.float64)
             x = x.double()
@@ -85,11 +81,9 @@ class Work:
 
 def over_fp32(rows: list[results.Row]) -> None:
     """Each row's time over fp32's, by round."""
-    base = next((row for row in rows if row["arm"] == "fp32" and row["status"] == "ok"), None)
-    for row in rows:
-        if base and row["status"] == "ok":
-            pairs = zip(row["samples"], base["samples"], strict=True)
-            row["over_fp32"] = quartiles([a / b for a, b in pairs])
+    if base := results.one(rows, arm="fp32"):
+        for row in results.pick(rows, status="ok"):
+            row["over_fp32"] = ratio(row["samples"], base["samples"])
 
 
 COLUMNS = [
@@ -114,21 +108,18 @@ def main(arguments: list[str] | None = None) -> int:
     memory = allocator.keep_freed_memory()
     args = made.parse_args(arguments)
     args.batch, args.length = args.batch or 4, args.length or (32 if args.quick else 256)
-    try:
+    with options.refusals(made):
         model = options.settle_common(args)
-    except ValueError as error:
-        made.error(str(error))
-    settings = {name: getattr(args, name) for name in ("batch", "length", "rounds", "threads")}
+    settings = options.chosen(args, "batch", "length", "rounds", "threads")
     content, console = options.begin("dtypes", settings | {"allocator": memory}, model)
     work = Work(model, args.batch, args.length)
     for name in CASES:
         rows = run(work.case(name), [Wall()], args.rounds, warmup=2)
         over_fp32(rows)
         content["rows"] += rows
-    path = results.folder(args.output, args.publish) / "dtypes.json"
     title = f"{model.name} sublayer, k={RATIO}, {args.batch} x {args.length}"
     table = tables.screen(title, COLUMNS, content["rows"], note=_note)
-    return options.finish(content, path, console, table)
+    return options.finish(content, options.path_of(args, "dtypes"), console, table)
 
 
 if __name__ == "__main__":

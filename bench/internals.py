@@ -70,9 +70,9 @@ def activation_module(layer: nn.Module) -> Any:
     return lookup(layer, family_of(layer).act)
 
 
-def ratios(model: nn.Module) -> tuple[int, ...]:
-    """The ratios that a patched model has plugins for."""
-    return states(model)[0].ratios
+def state(model: nn.Module) -> Any:
+    """What a patched model's modules share: its method, sites and levels."""
+    return states(model)[0]
 
 
 def singly(model: nn.Module, ratio: int) -> list[dict[str, dict[int, int]]]:
@@ -86,30 +86,20 @@ def singly(model: nn.Module, ratio: int) -> list[dict[str, dict[int, int]]]:
     return list(found.values())
 
 
-def everywhere(model: nn.Module, ratio: int) -> Any:
-    """The level of one ratio at every placement that has it."""
-    return states(model)[0].everywhere(ratio)
-
-
 def placements(words: Iterable[str]) -> tuple[str, ...]:
     """The placements of these names, in their order; ``ValueError`` for what ``patch`` refuses."""
     return tuple(configure(None, (2,), 1, "tanh", words, "auto")[0].placements)
 
 
-def placed(model: nn.Module) -> tuple[str, ...]:
-    """Where a patched model has plugins."""
-    return tuple(states(model)[0].method.config.placements)
-
-
 def backend(model: nn.Module) -> str:
     """The backend that a patched model was given."""
-    return states(model)[0].method.config.backend
+    return state(model).method.config.backend
 
 
 def kept(model: nn.Module) -> tuple[int, int, tuple[int, ...], int]:
     """What a patched model keeps whole (first and last tokens, token ids), and its bottleneck."""
-    state = states(model)[0]
-    return state.kept.first, state.kept.last, state.kept.ids, state.method.config.bottleneck
+    found = state(model)
+    return found.kept.first, found.kept.last, found.kept.ids, found.method.config.bottleneck
 
 
 def decoders() -> tuple[str, ...]:
@@ -132,7 +122,7 @@ def cache_entries(cache: Any) -> list[int]:
 @contextmanager
 def using_backend(model: nn.Module, name: str) -> Iterator[None]:
     """A patched model on another backend."""
-    method = states(model)[0].method
+    method = state(model).method
     before = method.config
     method.config = before._replace(backend=name)
     try:
@@ -297,12 +287,12 @@ def triton_attention(
 
 def level(model: nn.Module) -> tuple[int, ...]:
     """The ratios of all sites that hold here."""
-    return states(model)[0].current().ratios
+    return state(model).current().ratios
 
 
 def plan_of(model: nn.Module, ratios: Iterable[int]) -> Plan:
     """A plan that nothing chose: these ratios in turn over the sites of a model."""
-    sites, given = states(model)[0].sites, itertools.cycle(ratios)
+    sites, given = state(model).sites, itertools.cycle(ratios)
     numbers = {"limit": 1.0, "predicted_cost": 1.0, "cost": 1.0, "loss": 0.0}
     chosen = tuple(next(given) for _ in sites)
     return Plan(sites, chosen, asked="cost", measure="flops", **numbers)

@@ -39,11 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = made.parse_args(arguments)
     gpu = args.device == "cuda"
     args.dtype = args.dtype or (["bf16"] if gpu else list(models.DTYPES))
-    try:
+    with options.refusals(made):
         model = options.settle_common(args)
-        unknown = [name for name in args.kernels if name not in kernels.NAMES]
-        if unknown:
-            raise ValueError(f"kernels must be of {kernels.NAMES}, got {unknown[0]!r}")
+        options.check("kernels", args.kernels, kernels.NAMES)
         if gpu and not torch.cuda.is_available():
             raise ValueError("device must be cpu, PyTorch sees no GPU")
         found = arms(args.device)
@@ -51,14 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"no kernels for {args.device}: {extension.why_missing()}")
         if model.config.model_type == "bert":
             raise ValueError("model must be pre-norm without biases, as T5 is")
-    except ValueError as error:
-        made.error(str(error))
     names = ("device", "batch", "length", "bottleneck", "dtype", "threads")
-    settings = {name: getattr(args, name) for name in names}
+    settings = options.chosen(args, *names)
     clocks: list[Wall] = [Graph("cuda"), Eager("cuda")] if gpu else [Wall()]
     ceilings = clocks[0].ceilings() if isinstance(clocks[0], Graph) else None
     content, console = options.begin("kernels", settings | {"ceilings": ceilings}, model)
-    path = results.folder(args.output, args.publish) / "kernels.json"
+    path = options.path_of(args, "kernels")
     ratios = args.ratios or ([4] if args.quick else [2, 4, 8, 16, 32])
     rounds = args.repeats or (2 if args.quick else 30 if gpu else 10)
     for dtype, k in itertools.product(args.dtype, ratios):

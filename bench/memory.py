@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 from functools import partial
-from typing import Any
 
 import torch
 from rich.progress import track
@@ -44,9 +43,9 @@ def measure(cell: Row) -> Row:
             verdict = judge(call(), layer.measure(key, backward), factor_of(key.arm))
         except Unavailable as error:
             return {"status": "skipped", "reason": str(error)}
+    found = verdict.row()
     if not verdict.ok:
-        return {"status": "failed", "reason": verdict.reason}
-    found: Row = {"status": "ok", "reason": "", "error": verdict.error, "allowed": verdict.allowed}
+        return found
     found |= {f"{name}_bytes": getattr(taken, name) for name in ("peak", "temporary", "largest")}
     width = min(2 * layer.d, layer.f) * full.element_size()
     found |= {"output_bytes": taken.outputs, "process_bytes": growth}
@@ -99,12 +98,9 @@ def main(arguments: list[str] | None = None) -> int:
     if args.cell:
         print(json.dumps(measure(args.cell)))
         return 0
-    try:
+    with options.refusals(made):
         model = options.settle_common(args)
-    except ValueError as error:
-        made.error(str(error))
-    names = ("batch", "length", "bottleneck", "threads")
-    settings: dict[str, Any] = {name: getattr(args, name) for name in names}
+    settings = options.chosen(args, "batch", "length", "bottleneck", "threads")
     content, console = options.begin("memory", settings, model)
     plugged = [Key(arm, k) for k in args.ratios for arm in PLUGGED]
     plan = [
@@ -115,11 +111,10 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     for cell in track(plan, "measuring", console=console):
         content["rows"].append({**cell, **in_child({**cell, "model": args.model})})
-    path = results.folder(args.output, args.publish) / "memory.json"
     rows = content["rows"]
     shown = [*columns(rows), tables.mib("with outputs, MiB", "peak_bytes")]
     table = tables.screen("peak memory of the FFN sublayer", shown, rows, note=_note)
-    return options.finish(content, path, console, table)
+    return options.finish(content, options.path_of(args, "memory"), console, table)
 
 
 if __name__ == "__main__":

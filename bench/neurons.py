@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -27,6 +26,7 @@ from . import internals, plot
 from .cases import models
 from .harness import machine, options, results, tables
 from .harness.results import Row
+from .quality import text
 
 RATIOS = (2, 4, 8, 16, 32)
 Batch = dict[str, Tensor]
@@ -55,10 +55,7 @@ def paragraphs(path: Path, count: int, least: int = 400) -> list[str]:
 def tokenized(texts: list[str], tokenizer: Path, length: int, batch: int) -> list[Batch]:
     """``input_ids`` and ``attention_mask``, rows of at most ``length`` tokens, right-padded."""
     tokenize: Any = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    how: dict[str, Any] = {"truncation": True, "max_length": length, "padding": True}
-    how |= {"return_token_type_ids": False, "return_tensors": "pt"}
-    starts = range(0, len(texts), batch)
-    return [dict(tokenize(texts[start : start + batch], **how)) for start in starts]
+    return text.tokenized(texts, tokenize, length, batch, return_token_type_ids=False)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,8 +74,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--length", type=options.count, default=128, help="tokens a row; default 128")
     made.add_argument("--batch", type=options.count, default=16, help="rows a batch; default 16")
     made.add_argument("--threshold", type=float, default=0.0, help="of an active neuron; default 0")
-    made.add_argument("--threads", type=options.count, help="default: as many as torch takes")
-    options.add_output(made)
     return made
 
 
@@ -88,7 +83,7 @@ def plugged(model: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
     if args.plugins:
         trained = copy.deepcopy(model)
         vk.load_plugins(trained, args.plugins)
-        ratios = args.ratios or internals.ratios(trained)
+        ratios = args.ratios or internals.state(trained).ratios
         made["trained"] = trained
     return {"untrained": vk.patch(copy.deepcopy(model), ratios=ratios), **made}
 
@@ -143,19 +138,18 @@ def measure(name: str, args: argparse.Namespace, console: Console) -> list[Row]:
     tokenizer = architecture.tokenizer or models.minilm()
     batches = tokenized(texts, tokenizer, args.length, args.batch)
     kinds = plugged(model, args)
-    ratios = internals.ratios(kinds["untrained"])
+    ratios = internals.state(kinds["untrained"]).ratios
     wrong = check(model, batches[0], ratios, args.threshold)
     if wrong:
         return [{**base, "status": "failed", "reason": wrong}]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     rows: list[Row] = []
-    with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
-        task = bar.add_task(architecture.name, total=len(batches) * len(kinds) * (1 + len(ratios)))
+    with tables.progress(console) as bar:
+        bar.start(architecture.name, len(batches) * len(kinds) * (1 + len(ratios)))
 
         def stepping() -> Iterator[Batch]:
             for batch in batches:
                 yield batch
-                bar.advance(task)
+                bar.step("")
 
         for kind, patched in kinds.items():
             for k in (1, *ratios):
@@ -196,24 +190,19 @@ def main(arguments: list[str] | None = None) -> int:
     args = made.parse_args(arguments)
     if args.plugins and len(args.model) > 1:
         made.error("--plugins belong to one --model")
-    args.threads = args.threads or torch.get_num_threads()
-    torch.set_num_threads(args.threads)
+    options.set_threads(args)
     console = options.screen()
-    hidden = ("output", "publish", "data", "plugins", "model")
-    settings = {name: value for name, value in vars(args).items() if name not in hidden}
+    settings = options.settings(args, "model")
     settings |= {"data": args.data.name, "plugins": args.plugins and args.plugins.name}
     names = ", ".join(Path(name).name for name in args.model)
     content = results.result("neurons", settings, {"name": names})
-    try:
+    with options.refusals(made):
         for name in args.model:
             content["rows"] += measure(name, args, console)
-    except (ValueError, OSError) as error:
-        made.error(str(error))
     stem = f"neurons_{Path(args.model[0]).name}" if args.plugins else "neurons"
-    path = results.folder(args.output, args.publish) / f"{stem}.json"
     shown = [r for r in content["rows"] if r["status"] == "failed" or r["layer"] == "all"]
     table = tables.screen("Active neurons, all layers, %", COLUMNS, shown)
-    return options.finish(content, path, console, table, draw=plot.draw)
+    return options.finish(content, options.path_of(args, stem), console, table, draw=plot.draw)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import variator_kernels as vk
 
@@ -36,34 +35,17 @@ LAUNCHES = ["group_merge_kernel", "linear_kernel", "linear", "adapter_decompress
 BURST = 5  # calls between two readings of the clock
 
 
-class Arguments(TorchDispatchMode):
-    """Keeps the op and the arguments of each call of ``variator::compressed_ffn``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[Any, tuple, dict[str, Any]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name().startswith("variator::compressed_ffn"):
-            self.found.append((func, args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
 @torch.no_grad()
 def measure(name: str, rounds: int) -> Row:
     """One model: microseconds of the first FFN sublayer beyond its op."""
-    architecture = models.toy(models.architecture(name))
-    architecture.config.num_hidden_layers = 2
-    model = models.encoder(architecture, torch.float32)
-    vk.patch(model, RATIO, (RATIO,))
-    for parameter in vk.plugin_parameters(model):
-        parameter.normal_(0, 0.02, generator=models.generator(1))
+    model = switching.plugged(name, RATIO, (RATIO,), layers=2)
     layer = internals.ffn_sublayers(model)[0]
     sublayer = getattr(layer, "feed_forward_chunk", layer)
-    ids = models.tokens(1, TOKENS, architecture.config.vocab_size)
-    with Arguments() as seen:
+    ids = models.tokens(1, TOKENS, model.config.vocab_size)
+    with switching.Operations() as seen:
         model(input_ids=ids)
-    op, args, more = seen.found[0]
+    ours = (call for call in seen.found if call[0].name().startswith("variator::compressed_ffn"))
+    op, args, more = next(ours)
     row: Row = {"case": "overhead", "model": name, "arm": "sublayer", "k": RATIO, "limit": LIMIT}
 
     def inside(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -128,26 +110,21 @@ COLUMNS = [
 
 def main(arguments: list[str] | None = None) -> int:
     """Run, print, write JSON; 1 if a check failed."""
-    made = options.parser("overhead", __doc__)
+    made = options.parser("overhead", __doc__, threads=1)
     made.add_argument("--model", type=options.words, default=list(MODELS), help="default both")
     made.add_argument("--rounds", type=options.count, default=400, help="default 400")
-    made.add_argument("--threads", type=options.count, default=1, help="default 1: least noise")
-    options.add_output(made)
     args = made.parse_args(arguments)
     torch.set_num_threads(args.threads)
     settings = {"rounds": args.rounds, "threads": args.threads, "tokens": TOKENS}
     content = results.result("overhead", settings, {"name": ", ".join(args.model)})
-    try:
+    with options.refusals(made):
         content["rows"] = [measure(name, args.rounds) for name in args.model]
         for name in args.model:
             content["rows"] += switching.measure(name, args.rounds)
         content["rows"].append(measure_launches(args.rounds))
-    except ValueError as error:
-        made.error(str(error))
-    path = results.folder(args.output, args.publish) / "overhead.json"
     title = f"a patched sublayer beyond its op, 1 x {TOKENS} tokens, k={RATIO}; a switch"
     table = tables.screen(title, COLUMNS, content["rows"], note=_note)
-    return options.finish(content, path, options.screen(), table)
+    return options.finish(content, options.path_of(args, "overhead"), options.screen(), table)
 
 
 def _note(row: Row) -> str:

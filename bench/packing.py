@@ -32,7 +32,7 @@ from . import internals
 from .cases import Key, models
 from .cases.encoder import Encoder
 from .harness import child, options, results, tables
-from .harness.checks import Outputs, judge
+from .harness.checks import Outputs, Verdict, judge
 from .harness.clock import Wall, quartiles, ratio
 from .harness.results import Row
 
@@ -57,15 +57,15 @@ def looking(args: argparse.Namespace, batch: int, length: int) -> list[Row]:
             if rule == "frozen":
                 vk.freeze(model)
             verdict = judge(case.rows(call()), case.measure(Key("ours", args.k)))
+        row.update(verdict.row())
         if not verdict.ok:
-            row.update(status="failed", reason=verdict.reason)
-        elif rule not in internals.rules(model):
+            continue
+        if rule not in internals.rules(model):
             row.update(status="skipped", reason=f"not {rule} here")
         elif rule != "frozen" and not _sees_a_write(model, call):
             row.update(status="failed", reason="a write was missed")
         else:
             calls[rule] = call
-            row.update(status="ok", error=verdict.error, allowed=verdict.allowed)
     samples, _ = Wall().interleave(calls, args.rounds)
     for row in found:
         if row["arm"] in calls:
@@ -142,9 +142,7 @@ def _difference(out: torch.Tensor, other: torch.Tensor) -> float:
 
 def _judged(error: float, kind: torch.dtype) -> Row:
     allowed = 4 * torch.finfo(kind).eps
-    if not error <= allowed:
-        return {"status": "failed", "reason": f"error {error:.3g}, allowed {allowed:.3g}"}
-    return {"status": "ok", "error": error, "allowed": allowed}
+    return Verdict(error <= allowed, error, allowed).row()
 
 
 CELLS = {"lengths": lengths, "unpatched": unpatched}
@@ -191,11 +189,9 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(args.cell["threads"])
         print(json.dumps(CELLS[args.cell["case"]](args.cell)))
         return 0
-    try:
+    with options.refusals(made):
         model = options.settle_common(args)
-    except ValueError as error:
-        made.error(str(error))
-    settings: dict[str, Any] = {name: getattr(args, name) for name in ("k", "threads", "lengths")}
+    settings = options.chosen(args, "k", "threads", "lengths")
     content, console = options.begin("packing", settings, model)
     for size in track(SIZES, "looking", console=console):
         content["rows"] += looking(args, *size)
@@ -206,13 +202,12 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     for cell in track(cells, "memory", console=console):
         content["rows"].append({**cell, **in_child(cell)})
-    path = results.folder(args.output, args.publish) / "packing.json"
     rows = content["rows"]
     first = tables.screen("looking for writes", LOOKING, results.pick(rows, case="looking"),
                           note=_looking_note)  # fmt: skip
     memory = [row for row in rows if row["case"] in CELLS]
     second = tables.screen("memory that stays", MEMORY, memory, note=_memory_note)
-    return options.finish(content, path, console, first, second)
+    return options.finish(content, options.path_of(args, "packing"), console, first, second)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--fitted", action="store_true", help="each plan's plugins calibrated for it, besides"
     )
-    made.add_argument("--threads", type=options.count, help="default: as many as torch takes")
-    options.add_output(made)
     return made
 
 
@@ -203,9 +201,10 @@ RATIOS = {"ratio": "loss", "unseen_ratio": "unseen"}
 def measure(case: Case, also_fitted: bool, console: Console) -> list[Row]:
     """Uniform ratios; then a plan at the cost of each of them, and between two."""
     model = case.model
-    ratios = internals.ratios(model)
+    ratios = internals.state(model).ratios
     uniform = [
-        row(case, f"k={k}", internals.everywhere(model, k)) | alone(case, k) for k in (1, *ratios)
+        row(case, f"k={k}", internals.state(model).everywhere(k)) | alone(case, k)
+        for k in (1, *ratios)
     ]
     made = uniform[1:] if not case.answers else list(uniform)
     for before, after in pairwise(uniform):
@@ -249,26 +248,21 @@ def main(arguments: list[str] | None = None) -> int:
     """Run, print, write JSON and PNG; 1 if a check failed."""
     made = parser()
     args = made.parse_args(arguments)
-    args.threads = args.threads or torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    hidden = ("output", "publish", "data", "plugins", "model")
-    settings = {name: value for name, value in vars(args).items() if name not in hidden}
+    options.set_threads(args)
+    settings = options.settings(args, "data", "model")
     settings["plugins"] = args.plugins.name if args.plugins else "calibrated"
     console = options.screen()
-    try:
+    with options.refusals(made):
         architecture = models.architecture(args.model)
         case = sentences(args) if args.task else paragraphs(args, architecture)
         plugged(case, args)
-        settings["placements"] = list(internals.placed(case.model))
+        settings["placements"] = list(internals.state(case.model).method.config.placements)
         content = results.result("plans", settings, options.describe(architecture))
         content["rows"] = measure(case, args.fitted, console)
-    except (ValueError, OSError) as error:
-        made.error(str(error))
     named = (args.task, architecture.name) if args.task else (architecture.name,)
     name = "_".join(("plans", *named, *settings["placements"]))
-    path = results.folder(args.output, args.publish) / f"{name}_{settings['plugins']}.json"
-    rows = content["rows"]
-    table = tables.screen("Plans and uniform ratios", COLUMNS, rows)
+    table = tables.screen("Plans and uniform ratios", COLUMNS, content["rows"])
+    path = options.path_of(args, f"{name}_{settings['plugins']}")
     return options.finish(content, path, console, table, draw=plot.draw)
 
 

@@ -12,9 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from transformers import logging
 
 from . import internals, plot
 from .cases import models
@@ -56,8 +54,6 @@ def parser() -> argparse.ArgumentParser:
         help="first tokens that stay whole, by default as vk.patch does; several: one run after "
         "another (embeddings: one run, default 0,1)")  # fmt: skip
     add("--rounds", type=options.count, default=7, help="of the timing; default 7")
-    add("--threads", type=options.count, default=torch.get_num_threads())
-    options.add_output(made)
     add("--quick", action="store_true", help="a few steps of everything: does it run?")
     return made
 
@@ -90,10 +86,7 @@ def chosen(args: argparse.Namespace, placements: tuple[str, ...]) -> list[tuple[
     if placements == ("attention_kv",):
         known = [n for n in known if n not in recipe.OF_ADAPTERS]
     wanted = args.variants or known
-    unknown = [name for name in wanted if name not in known]
-    if unknown:
-        where = ", ".join(placements)
-        raise ValueError(f"variants must be of {tuple(known)} at {where}, got {unknown[0]!r}")
+    options.check("variants", wanted, known)
     made = []
     for name in wanted:
         variant = VARIANTS[name]
@@ -111,7 +104,7 @@ def run(args: argparse.Namespace, setup: stages.Setup, task: tasks.Task, console
     model = {"name": args.model if args.model == "minilm" else Path(args.model).name}
     content = results.result("quality_vs_k", settings | stages.settings(setup), model)
     name = "_".join(filter(None, ("quality_vs_k", model["name"], task.name, setup.label)))
-    path = results.folder(args.output, args.publish) / f"{name}.json"
+    path = options.path_of(args, name)
     tasks.check(args.data, task)
     folder, accuracy = stages.original(setup, task)
     console.print(f"{task.name}: the original answers {100 * accuracy:.1f} % right")
@@ -155,10 +148,8 @@ def main(arguments: list[str] | None = None) -> int:
     classified = [name for name in args.tasks if name != embeddings.NAME]
     name = "quick" if args.quick else Path(args.model).name
     work = args.work or machine.ROOT / "build" / "quality" / name
-    try:
-        unknown = set(classified) - set(tasks.TASKS)
-        if unknown:
-            raise ValueError(f"tasks must be of {(*tasks.TASKS, embeddings.NAME)}, got {unknown}")
+    with options.refusals(command, ImportError):
+        options.check("tasks", args.tasks, (*tasks.TASKS, embeddings.NAME))
         of_tasks, of_embeddings = recipes(args)
         first = args.keep_first
         if first is not None and (not first or min(first) < 0):
@@ -180,11 +171,8 @@ def main(arguments: list[str] | None = None) -> int:
                 )
             embeddings.check(args, start)
             stages.claim(work / embeddings.NAME, embedders.settings(of_embeddings))
-    except (ValueError, ImportError, FileNotFoundError) as error:
-        command.error(str(error))
-    torch.set_num_threads(args.threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    options.set_threads(args)
+    options.quiet()
     console = options.screen()
     made = [run(args, setup, tasks.TASKS[name], console) for name in classified for setup in setups]
     if len(made) > 1:

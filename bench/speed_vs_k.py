@@ -100,16 +100,11 @@ def main(arguments: list[str] | None = None) -> int:
     made = parser()
     memory = allocator.keep_freed_memory()
     args = made.parse_args(arguments)
-    try:
+    with options.refusals(made):
         model = settle(args)
-    except ValueError as error:
-        made.error(str(error))
-    hidden = ("output", "publish", "name")
-    settings = {name: value for name, value in vars(args).items() if name not in hidden}
-    content, console = options.begin(
-        "speed_vs_k", settings | {"model": model.name, "allocator": memory}, model
-    )
-    path = results.folder(args.output, args.publish) / f"{args.name}.json"
+    settings = options.settings(args) | {"model": model.name, "allocator": memory}
+    content, console = options.begin("speed_vs_k", settings, model)
+    path = options.path_of(args, args.name)
     left = sum(1 for _ in args.dtype) * (2 if args.scope == "both" else 1)
     end = time.perf_counter() + (args.budget or math.inf)
     for case, rounds, warmup in plan(args, model):

@@ -25,33 +25,38 @@ BATCH, BEHIND = 16, 100
 """Requests of a controller's batch, and those that wait behind it."""
 
 
-class Tensors(TorchDispatchMode):
-    """Counts operations on tensors in this thread."""
+class Operations(TorchDispatchMode):
+    """Keeps the operations on tensors in this thread, with their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.made = 0
+        self.found: list[tuple[Any, tuple, dict[str, Any]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.made += 1
+        self.found.append((func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def plugged(name: str, ratio: int, ratios: tuple[int, ...], layers: int = 0) -> Any:
+    """A small model of the architecture, with plugins, and so many layers; 0: as it has."""
+    architecture = models.toy(models.architecture(name))
+    architecture.config.num_hidden_layers = layers or architecture.config.num_hidden_layers
+    model = vk.patch(models.encoder(architecture, torch.float32), ratio, ratios)
+    models.fill(model)
+    return model
 
 
 def measure(name: str, rounds: int) -> list[Row]:
     """One model of the architecture's depth: microseconds of ``set_ratio``, and of a ``use_ratio``
     block, entered and left. A row fails if a level is not the one that was asked for, or if a
     switch runs an operation on tensors."""
-    architecture = models.toy(models.architecture(name))
-    model = models.encoder(architecture, torch.float32)
-    vk.patch(model, 1, RATIOS)
-    for parameter in vk.plugin_parameters(model):
-        parameter.data.normal_(0, 0.02, generator=models.generator(1))
+    model = plugged(name, 1, RATIOS)
     levels: list[tuple[Any, tuple[int, ...]]]
-    levels = [(k, internals.everywhere(model, k).ratios) for k in (1, *RATIOS)]
+    levels = [(k, internals.state(model).everywhere(k).ratios) for k in (1, *RATIOS)]
     for ratios in (RATIOS, RATIOS[::-1]):
         plan = internals.plan_of(model, ratios)
         levels.append((plan, plan.ratios))
-    ids = models.tokens(ROWS, TOKENS, architecture.config.vocab_size)
+    ids = models.tokens(ROWS, TOKENS, model.config.vocab_size)
     vk.warm(model, [level for level, _ in levels], (TOKENS,), (ROWS,))
 
     def use(level: Any) -> None:
@@ -75,14 +80,15 @@ def measure(name: str, rounds: int) -> list[Row]:
         row: Row = {"case": "switch", "model": name, "arm": arm, "limit": LIMIT}
         row |= {"sites": len(levels[0][1]), "levels": [str(list(ratios)) for _, ratios in levels]}
         wrong = [ratios for level, ratios in levels if there(level) != ratios]
-        with Tensors() as tensors:
+        with Operations() as seen:
             for level, _ in levels:
                 switch(level)
+        tensors = len(seen.found)
         turns = itertools.cycle([level for level, _ in levels])
         samples, forwards = _beside(model, ids, switch, functools.partial(next, turns), rounds)
-        row |= {"tensors": tensors.made, "forwards": forwards}
-        if wrong or tensors.made:
-            reason = f"{len(wrong)} levels are others, {tensors.made} tensors were made"
+        row |= {"tensors": tensors, "forwards": forwards}
+        if wrong or tensors:
+            reason = f"{len(wrong)} levels are others, {tensors} tensors were made"
             row |= {"status": "failed", "reason": reason}
         else:
             row |= {"status": "ok", "samples": samples, **quartiles(samples)}

@@ -83,22 +83,15 @@ def _memory(dtype: str) -> Measure:
 
 def _largest(dtype: str) -> Measure:
     """The largest single allocation, over an array of n x 2d or n x f, whichever is smaller."""
-
-    def measure(rows: list[Row]) -> float | None:
-        cells = pick(rows, case="memory", dtype=dtype, arm="ours", status="ok")
-        return results.best(cells, lambda row: row["largest_bytes"] / row["forbidden_bytes"])
-
-    return measure
+    wanted = {"case": "memory", "dtype": dtype, "arm": "ours", "status": "ok"}
+    share = lambda row: row["largest_bytes"] / row["forbidden_bytes"]  # noqa: E731
+    return lambda rows: results.best(pick(rows, **wanted), share)
 
 
 def _training(dtype: str) -> Measure:
     """Time of a training step, over the eager reference's."""
-
-    def measure(rows: list[Row]) -> float | None:
-        row = one(rows, case="training", dtype=dtype, arm="ours")
-        return None if row is None else row["over_reference"]["median"]
-
-    return measure
+    wanted, name = {"case": "training", "dtype": dtype, "arm": "ours"}, "over_reference"
+    return lambda rows: row[name]["median"] if (row := one(rows, **wanted)) else None
 
 
 def _targets() -> list[Target]:

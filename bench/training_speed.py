@@ -21,7 +21,7 @@ from variator_kernels.train import DistillationConfig, DistillationTrainer, loss
 
 from . import internals
 from .cases import models
-from .harness import allocations, checks, options, results, tables
+from .harness import allocations, checks, options, tables
 from .harness.clock import Wall, quartiles, ratio
 from .harness.results import Row
 
@@ -47,10 +47,7 @@ class Arm:
         self.model = vk.patch(
             copy.deepcopy(model), args.ratio, (args.ratio,), args.bottleneck, backend=ARMS[name]
         )
-        generator = models.generator(1)
-        with torch.no_grad():
-            for parameter in vk.plugin_parameters(self.model):
-                parameter.normal_(0, 0.02, generator=generator)
+        models.fill(self.model)
         config = DistillationConfig(
             output_dir=folder, use_cpu=True, max_steps=1, report_to="none", bf16=dtype == "bf16",
             packed_products=name != "ours-unpacked",
@@ -111,16 +108,13 @@ def measure(
             key=lambda verdict: (not verdict.ok, verdict.error / max(verdict.allowed, 1e-30)),
         )
         row: Row = {"case": "training", "batch": shape[0], "length": shape[1]}
-        row |= {"dtype": dtype, "arm": name}
-        row |= {"error": worst.error, "allowed": worst.allowed}
+        row |= {"dtype": dtype, "arm": name, **worst.row()}
         if worst.ok:
             taken, peak = seconds[name], peaks[name]
-            row |= {"status": "ok", "samples": taken, "seconds": quartiles(taken)}
+            row |= {"samples": taken, "seconds": quartiles(taken)}
             row |= {"over_reference": ratio(taken, seconds["reference"])}
             row |= {"peak_bytes": peak, "packed_bytes": packed[name]}
             row["memory_over_reference"] = (peak + packed[name]) / peaks["reference"]
-        else:
-            row |= {"status": "failed", "reason": worst.reason}
         rows.append(row)
     return rows
 
@@ -149,24 +143,19 @@ def main(arguments: list[str] | None = None) -> int:
     one = args.quick or args.batch or args.length
     if not args.quick:
         args.batch, args.length = args.batch or SHAPES[0][0], args.length or SHAPES[0][1]
-    try:
+    with options.refusals(made):
         model = options.settle_common(args)
-        wrong = [dtype for dtype in args.dtype if dtype not in DTYPES]
-        if wrong:
-            raise ValueError(f"dtype must be of {', '.join(DTYPES)}, got {wrong[0]!r}")
-    except ValueError as error:
-        made.error(str(error))
+        options.check("dtype", args.dtype, DTYPES)
     shapes = ((args.batch, args.length),) if one else SHAPES
     names = ("bottleneck", "ratio", "threads", "dtype", "attention")
-    settings = {"shapes": shapes} | {name: getattr(args, name) for name in names}
+    settings = {"shapes": shapes} | options.chosen(args, *names)
     content, console = options.begin("training_speed", settings, model)
     built = models.encoder(model, torch.float32, args.attention)
     with tempfile.TemporaryDirectory() as folder:
         for shape, dtype in itertools.product(shapes, args.dtype):
             content["rows"] += measure(built, args, shape, dtype, folder)
-    path = results.folder(args.output, args.publish) / "training_speed.json"
     table = tables.screen("a training step", [*COLUMNS, tables.CHECK], content["rows"])
-    return options.finish(content, path, console, table)
+    return options.finish(content, options.path_of(args, "training_speed"), console, table)
 
 
 if __name__ == "__main__":

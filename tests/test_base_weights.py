@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import variator_kernels as vk
+from tests.checkpoint.cases import edit_settings
 from tests.sites import tiny
-from tests.test_checkpoint import edit_settings
 from variator_kernels.sites import base_weights
 from variator_kernels.sites.find import find
 

@@ -14,7 +14,8 @@ from .ops.int8_linear import StoredWeight
 from .runtime.level import Level
 from .runtime.site import Site
 from .runtime.state import STATE, State, kept_masks, states
-from .sites.find import Found, find, find_all
+from .sites.find import find, find_all
+from .sites.found import Found
 from .sites.install import products_of
 from .sites.plain import plain_linear
 from .sites.quantised import stored_products

@@ -19,7 +19,8 @@ from .runtime.level import by_placement, mentioned, resolve
 from .runtime.site import Site
 from .runtime.state import STATE
 from .sites.family import lookup
-from .sites.find import Found, find
+from .sites.find import find
+from .sites.found import Found
 from .sites.install import attached, owners_of, sites_of
 
 

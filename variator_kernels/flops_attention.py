@@ -9,7 +9,7 @@ from torch import Tensor
 from .flops_lora import low_rank
 from .sites.attention_paths import AttentionPaths
 from .sites.family import follow, lookup
-from .sites.find import Found
+from .sites.found import Found
 
 
 class Distances(NamedTuple):

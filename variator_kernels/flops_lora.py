@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .sites.family import follow, lookup
-from .sites.find import Found
+from .sites.found import Found
 
 
 class Beside(NamedTuple):

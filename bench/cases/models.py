@@ -19,7 +19,7 @@ from transformers import (
     T5Config,
 )
 
-from variator_kernels import FeedForward, PluginWeights
+from variator_kernels import FeedForward, PluginWeights, plugin_parameters
 
 from .. import internals
 from .llama import Llama
@@ -104,13 +104,17 @@ def architecture(name: str) -> Architecture:
     folder = minilm() if name == "minilm" else Path(name)
     if not (folder / "config.json").is_file():
         raise ValueError(f"model must be one of {NAMES} or a folder with config.json, got {name!r}")
+    return of_folder(folder, tuple(ENCODERS), "minilm" if name == "minilm" else "")
+
+
+def of_folder(folder: Path, known: tuple[str, ...], name: str = "") -> Architecture:
+    """What a folder with config.json holds besides, by its own name if it is given no other."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if config.model_type not in ENCODERS:
-        raise ValueError(f"model_type must be one of {tuple(ENCODERS)}, got {config.model_type!r}")
+    if config.model_type not in known:
+        raise ValueError(f"model_type must be one of {known}, got {config.model_type!r}")
     stored = any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES)
     own = folder if (folder / "tokenizer_config.json").is_file() else None
-    named = name if name == "minilm" else folder.resolve().name
-    return Architecture(named, config, folder if stored else None, own)
+    return Architecture(name or folder.resolve().name, config, folder if stored else None, own)
 
 
 def reaching(model: Architecture, length: int) -> Architecture:
@@ -220,6 +224,14 @@ def moved(weights: Weights, *to: Any) -> Weights:
     """The same weights on another device or in another dtype."""
     found = (v.detach().to(*to) if isinstance(v, Tensor) else v for v in weights)
     return type(weights)._make(found)
+
+
+@torch.no_grad()
+def fill(model: Any, seed: int = 1) -> None:
+    """A patched model's plugins away from zero, so that checks see every term."""
+    source = generator(seed)
+    for parameter in plugin_parameters(model):
+        parameter.normal_(0, 0.02, generator=source)
 
 
 def hidden(batch: int, length: int, d: int, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,6 @@ from typing import Any
 
 from rich.console import Console
 from torch import Tensor
-from transformers import logging
 
 from ..cases import models
 from ..harness import allocator, child, machine, options, results, tables
@@ -98,11 +97,9 @@ def parser() -> argparse.ArgumentParser:
     add("--data", type=Path, default=machine.DATA, help="folder with wikitext2/")
     add("--dtype", type=options.words, help="default fp32, and bf16 if the processor has it")
     add("--rounds", type=options.count, help="of timing; default 5")
-    add("--threads", type=options.count, help="default: as many as torch takes")
     add("--name", default="decoder", help="of the result's files")
     add("--quick", action="store_true", help="little work: does everything run?")
     add("--cell", type=json.loads, help=argparse.SUPPRESS)
-    options.add_output(made)
     return made
 
 
@@ -117,9 +114,7 @@ DEFAULTS: dict[str, tuple[Any, Any]] = {
 
 def settle(args: argparse.Namespace) -> models.Architecture:
     """Fill in what was not asked for; ``ValueError`` for what cannot be."""
-    for name, values in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[args.quick])
+    options.settle(args, {name: values[args.quick] for name, values in DEFAULTS.items()})
     if min(args.contexts) <= perplexity.LAST:
         raise ValueError(f"contexts must be above {perplexity.LAST}, got {min(args.contexts)}")
     if 1 not in args.batches:
@@ -136,8 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run, print, write JSON and PNG; 1 if a level failed."""
     made = parser()
     args = made.parse_args(arguments)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    options.quiet()
     warnings.filterwarnings("ignore", message=".* plugins of ratio .* are untrained")
     if args.cell:
         print(json.dumps(timing.prefill_memory(args.cell)))
@@ -145,17 +139,14 @@ def main(arguments: list[str] | None = None) -> int:
     from .. import plot  # Matplotlib is nothing that a cell needs
 
     memory = allocator.keep_freed_memory()
-    try:
+    with options.refusals(made):
         model = settle(args)
         most = max(*args.lengths, args.sequences * max(args.contexts))
         tokens = setup.text(model, args.data, most)
-    except (ValueError, OSError) as error:
-        made.error(str(error))
-    hidden = ("output", "publish", "name", "cell", "data", "plugins", "model")
-    settings = {name: value for name, value in vars(args).items() if name not in hidden}
-    settings |= {"plugins": [folder.name for folder in args.plugins], "allocator": memory}
+    settings = options.settings(args, "data", "model") | {"allocator": memory}
+    settings["plugins"] = [folder.name for folder in args.plugins]
     content, console = options.begin("decoder", settings, model)
-    path = results.folder(args.output, args.publish) / f"{args.name}.json"
+    path = options.path_of(args, args.name)
     for dtype in args.dtype:
         for length in args.lengths:
             content["rows"] += measured(model, tokens, args, dtype, length, console)

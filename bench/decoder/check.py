@@ -33,12 +33,9 @@ def verdicts(dense: Any, levels: Iterable[Level], ratios: list[int]) -> list[Row
     check, found = Check(dense, ratios), []
     for level in levels:
         try:
-            verdict = check(level)
-            row = {"status": "ok" if verdict.ok else "failed", "error": verdict.error}
-            row |= {"allowed": verdict.allowed, "reason": "" if verdict.ok else verdict.reason}
+            found.append(check(level).row())
         except Exception as error:
-            row = {"status": "failed", "reason": first_line(error)}
-        found.append(row)
+            found.append({"status": "failed", "reason": first_line(error)})
     return found
 
 

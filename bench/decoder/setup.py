@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import variator_kernels as vk
 
@@ -22,14 +22,15 @@ def architecture(name: str) -> models.Architecture:
     folder = smollm2.folder() if name == "smollm2" else Path(name)
     if not (folder / "config.json").is_file():
         raise ValueError(f"model must be smollm2 or a folder with config.json, got {name!r}")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    known = internals.decoders()
-    if config.model_type not in known:
-        raise ValueError(f"model_type must be one of {known}, got {config.model_type!r}")
-    stored = any(any(folder.glob(pattern)) for pattern in models.WEIGHT_FILES)
-    own = folder if (folder / "tokenizer_config.json").is_file() else None
-    named = name if name == "smollm2" else folder.resolve().name
-    return models.Architecture(named, config, folder if stored else None, own)
+    return models.of_folder(folder, internals.decoders(), "smollm2" if name == "smollm2" else "")
+
+
+def whole(name: str) -> models.Architecture:
+    """The same, with weights and a tokenizer; ``ValueError`` without."""
+    found = architecture(name)
+    if found.folder is None or found.tokenizer is None:
+        raise ValueError(f"model must be a folder with weights and a tokenizer, got {name}")
+    return found
 
 
 def load(model: models.Architecture, dtype: torch.dtype) -> Any:

@@ -30,7 +30,7 @@ ALLOWANCE = 4.0
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = options.parser("dynamic_load", __doc__)
+    made = options.parser("dynamic_load", __doc__, threads=1)
     add = made.add_argument
     add("--parts", type=options.words, default=["trace", "simulation"],
         help="of trace, simulation, bursts, soak; default trace,simulation")  # fmt: skip
@@ -42,9 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add("--burst", type=float, default=1.3, help="times what dense can serve; default 1.3")
     add("--soak", type=float, default=600.0, help="seconds at the burst's load; default 600")
     add("--target", type=float, help="seconds; default 4 times dense p99 at half load")
-    add("--threads", type=options.count, default=1, help="of the server's model; default 1")
     add("--quick", action="store_true", help="little work: does everything run?")
-    options.add_output(made)
     return made
 
 
@@ -175,12 +173,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run, print, write JSON and PNG; 1 if a check failed."""
     made = parser()
     args = made.parse_args(arguments)
-    if unknown := [part for part in args.parts if part not in PARTS]:
-        made.error(f"parts must be of {PARTS}, got {unknown[0]!r}")
+    with options.refusals(made):
+        options.check("parts", args.parts, PARTS)
     args.seconds = 1.0 if args.quick else args.seconds
     folder = results.folder(args.output, args.publish)
     names = ("server", "levels", "seconds", "burst", "soak", "threads", "quick", "parts")
-    settings = {name: getattr(args, name) for name in names}
+    settings = options.chosen(args, *names)
     console = options.screen()
     content = results.result("dynamic_load", settings, {"name": "minilm-sst2"})
 
@@ -188,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(table.line(row), highlight=False)
         sys.stdout.flush()
 
-    try:
+    with options.refusals(made, RuntimeError):
         with Run(args, folder / "dynamic_load_server.log") as run:
             if "trace" in args.parts:
                 content["rows"] += traces(run, say)
@@ -201,8 +199,6 @@ def main(arguments: list[str] | None = None) -> int:
                 ):  # fmt: skip
                     if part in args.parts:
                         content["rows"] += work(run, say)
-    except (ValueError, RuntimeError, OSError) as error:
-        made.error(str(error))
     content |= {"capacity": run.capacity, "target": run.target, "slowdown": run.slowdown}
     content |= {"times": vars(run.times)}
     own = [part for part in args.parts if part in ("bursts", "soak") and "trace" not in args.parts]

@@ -57,12 +57,10 @@ def running(kind: str, settings: Mapping[str, Any], log: Path) -> Iterator[Serve
         free.bind((HOST, 0))
         port = free.getsockname()[1]
     given = {f"SERVE_{name.upper()}": str(value) for name, value in settings.items()}
-    paths = [str(machine.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, **given, "PYTHONPATH": os.pathsep.join(paths)}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            _command(kind, port, log.parent), cwd=machine.ROOT, env=environment, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
+            _command(kind, port, log.parent), cwd=machine.ROOT, env=machine.environment(**given),
+            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     server = Server(f"http://{HOST}:{port}", process)
     try:

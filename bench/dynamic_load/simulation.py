@@ -4,6 +4,8 @@ Machines have a controller each, as replicas do; a request goes to the one of tw
 random, that has fewer tokens to do. Sentences have the lengths of the real ones.
 """
 
+import bisect
+import functools
 import heapq
 import random
 from collections import deque
@@ -14,7 +16,7 @@ import numpy as np
 
 from .. import internals
 from ..harness.results import Row
-from .trace import Phase, poisson
+from .trace import Phase, phases, poisson
 
 TAKEN = 2
 """Batches that are taken at once, sorted by length and cut, as the server does."""
@@ -129,21 +131,16 @@ def holds(found: list[tuple[float, float, int]], target: float) -> bool:
 def fewest(world: World, parts: list[Phase], fixed: int | None, most: int) -> Row:
     """The fewest machines, at most ``most``, on which the 99th percentile of a trace is within the
     target, and the share of each level there."""
-    low, high = 1, most + 1
-    best: list[tuple[float, float, int]] = []
-    while low < high:
-        middle = (low + high) // 2
-        found = simulate(world, middle, parts, fixed)
-        if holds(found, world.target):
-            high, best = middle, found
-        else:
-            low = middle + 1
-    if not best:
+    on = functools.cache(lambda machines: simulate(world, machines, parts, fixed))
+    few = range(1, most + 1)
+    place = bisect.bisect_left(few, True, key=lambda machines: holds(on(machines), world.target))
+    if place == most:
         return {"status": "failed", "reason": f"more than {most} machines are needed"}
+    best = on(few[place])
     levels = [level for _, _, level in best]
     shares = {n: levels.count(i) / len(levels) for i, n in enumerate(world.times.names)}
     p99 = float(np.quantile([s for _, s, _ in best], 0.99))
-    return {"status": "ok", "machines": high, "p99": p99, "levels": shares}
+    return {"status": "ok", "machines": few[place], "p99": p99, "levels": shares}
 
 
 def rows(world: World, capacity: float, sizes: Sequence[int], seconds: float) -> list[Row]:
@@ -156,11 +153,7 @@ def rows(world: World, capacity: float, sizes: Sequence[int], seconds: float) ->
     ]
     made = []
     for size in sizes:
-        parts = [
-            Phase("half", seconds, 0.5 * size * capacity),
-            Phase("burst", seconds, 1.3 * size * capacity),
-            Phase("half again", seconds, 0.5 * size * capacity),
-        ]
+        parts = phases(size * capacity, seconds, 1.3)
         for arm, fixed in arms:
             row = {"case": "simulation", "arm": arm, "load": size}
             made.append(row | fewest(world, parts, fixed, 3 * size))

@@ -7,7 +7,7 @@ there a bound on the relative error tells what is quantised from what is wrong.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,12 @@ class Verdict(NamedTuple):
     @property
     def reason(self) -> str:
         return f"error {self.error:.3g}, allowed {self.allowed:.3g}"
+
+    def row(self) -> dict[str, Any]:
+        """Whether there may be numbers, and if not, why."""
+        found = {"status": "ok" if self.ok else "failed", "reason": "" if self.ok else self.reason}
+        error = self.error if math.isfinite(self.error) else None
+        return {**found, "error": error, "allowed": self.allowed}
 
 
 def error(out: Tensor, exact: Tensor, gradients: bool = False) -> float:

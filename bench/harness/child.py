@@ -1,7 +1,6 @@
 """A cell measured in a process of its own."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -12,9 +11,7 @@ from .results import Row
 def measured(benchmark: str, cell: Row) -> Row:
     """What ``python -m bench.<benchmark> --cell <JSON>`` prints; a failed row where it does not."""
     command = [sys.executable, "-m", f"bench.{benchmark}", "--cell", json.dumps(cell)]
-    paths = [str(machine.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=machine.environment(), capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return {"status": "failed", "reason": lines[-1][:200]}

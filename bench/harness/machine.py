@@ -33,6 +33,12 @@ def _cpuinfo() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
+def environment(**more: str) -> dict[str, str]:
+    """Of processes that import this tree."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, **more, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def isa_flags() -> list[str]:
     """The processor's vector instruction sets, as the operating system names them."""
     info = _cpuinfo()

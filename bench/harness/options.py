@@ -2,11 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 
 from ..cases import encoder, models, sublayer
@@ -40,13 +42,20 @@ def ratios(text: str) -> list[int]:
     return values
 
 
-def parser(name: str, text: str | None) -> argparse.ArgumentParser:
-    """The command line of ``python -m bench.<name>``."""
-    return argparse.ArgumentParser(prog=f"python -m bench.{name}", description=text)
+def parser(name: str, text: str | None, threads: int | None = None) -> argparse.ArgumentParser:
+    """The command line of ``python -m bench.<name>``: so far threads, and where the result goes."""
+    made = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=text)
+    shown = f"of torch; default {threads or 'as many as it takes'}"
+    made.add_argument("--threads", type=count, default=threads, help=shown)
+    where = made.add_mutually_exclusive_group()
+    where.add_argument("--output", help="folder; default bench/results/local/<this machine>")
+    committed = "write to the committed bench/results/<this machine>"
+    where.add_argument("--publish", action="store_true", help=committed)
+    return made
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """Model, input, dtypes, threads, output, and whether it is only a look."""
+    """Model, input, dtypes, and whether it is only a look."""
     built_in = ", ".join(models.NAMES)
     parser.add_argument(
         "--model", default="t5-base", help=f"{built_in}, or a folder with config.json"
@@ -56,17 +65,46 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bottleneck", type=count, default=64, help="r; default 64")
     dtypes = f"some of {', '.join(models.DTYPES)}; default fp32, and bf16 if the processor has it"
     parser.add_argument("--dtype", type=words, help=dtypes)
-    parser.add_argument("--threads", type=count, help="default: as many as torch takes")
     parser.add_argument("--quick", action="store_true", help="little work: does everything run?")
-    add_output(parser)
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """Where the result goes."""
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--output", help="folder; default bench/results/local/<this machine>")
-    committed = "write to the committed bench/results/<this machine>"
-    where.add_argument("--publish", action="store_true", help=committed)
+def set_threads(args: argparse.Namespace) -> None:
+    """What was asked for, or what torch takes."""
+    args.threads = args.threads or torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+
+
+@contextmanager
+def refusals(parser: argparse.ArgumentParser, *also: type[Exception]) -> Iterator[None]:
+    """What there is not ends the command with one line: ``ValueError``, ``OSError``, and others."""
+    refused: tuple[type[Exception], ...] = (ValueError, OSError, *also)
+    try:
+        yield
+    except refused as error:
+        parser.error(str(error))
+
+
+def settle(args: argparse.Namespace, defaults: Row) -> None:
+    """Fill in what was not asked for."""
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def named(model: str) -> str:
+    """What a result calls a built-in model, or a folder."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def settings(args: argparse.Namespace, *left_out: str) -> Row:
+    """What was asked for, but for where results go."""
+    hidden = ("output", "publish", "name", "cell", *left_out)
+    return {name: value for name, value in vars(args).items() if name not in hidden}
+
+
+def chosen(args: argparse.Namespace, *names: str) -> Row:
+    """These of them."""
+    return {name: getattr(args, name) for name in names}
 
 
 def settle_common(args: argparse.Namespace) -> models.Architecture:
@@ -79,19 +117,22 @@ def settle_common(args: argparse.Namespace) -> models.Architecture:
 
 def settle_dtypes(args: argparse.Namespace) -> None:
     """The same of dtypes and threads alone."""
-    args.threads = args.threads or torch.get_num_threads()
+    set_threads(args)
     args.dtype = args.dtype or (["fp32", "bf16"] if machine.has_bf16() else ["fp32"])
-    unknown = [name for name in args.dtype if name not in models.DTYPES]
-    if unknown:
-        raise ValueError(f"dtype must be one of {tuple(models.DTYPES)}, got {unknown[0]!r}")
-    torch.set_num_threads(args.threads)
+    check("dtype", args.dtype, models.DTYPES, "one of")
+
+
+def check(what: str, names: Iterable[str], known: Iterable[str], words: str = "of") -> None:
+    """``ValueError`` for a name that is not known."""
+    known = tuple(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{what} must be {words} {known}, got {name!r}")
 
 
 def check_arms(arms: Any) -> list[str]:
     """The arms in their fixed order; ``ValueError`` for an unknown one."""
-    unknown = [name for name in arms if name not in ARMS]
-    if unknown:
-        raise ValueError(f"arms must be of {ARMS}, got {unknown[0]!r}")
+    check("arms", arms, ARMS)
     return [name for name in ARMS if name in arms]
 
 
@@ -103,6 +144,12 @@ def describe(model: models.Architecture) -> Row:
     own = {name: getattr(config, name) for name in SIZES if hasattr(config, name)}
     family = {"name": model.name, "weights": model.weights, "family": config.model_type}
     return {**family, **sizes, **own}
+
+
+def quiet() -> None:
+    """No warnings and bars of transformers."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def shown(path: Path) -> str:
@@ -130,6 +177,11 @@ def begin(benchmark: str, settings: Row, model: models.Architecture) -> tuple[Ro
 def screen() -> Console:
     """Wide enough for tables where it is no terminal."""
     return Console(width=None if sys.stdout.isatty() else 150)
+
+
+def path_of(args: argparse.Namespace, name: str) -> Path:
+    """The file of a result."""
+    return results.folder(args.output, args.publish) / f"{name}.json"
 
 
 def finish(

@@ -113,11 +113,12 @@ def milliseconds(row: Row) -> str:
     return f"{median:.{digits}f} ({q1:.{digits}f} to {q3:.{digits}f})"
 
 
-def times(found: dict[str, float] | None) -> str:
+def times(found: dict[str, float] | None, digits: int = 2) -> str:
     """A speed-up and its quartiles."""
     if not found:
         return ""
-    return f"{found['median']:.2f} ({found['q1']:.2f} to {found['q3']:.2f})"
+    median, q1, q3 = (f"{found[name]:.{digits}f}" for name in ("median", "q1", "q3"))
+    return f"{median} ({q1} to {q3})"
 
 
 def over_ffn(row: Row) -> dict[str, float] | None:

@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, logging, set_seed
+from transformers import AutoConfig, set_seed
 
 from .. import plot, quality_vs_k
 from ..decoder import setup
@@ -53,8 +52,6 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=options.count, default=7, help="of the timing; default 7")
     add("--data", type=Path, default=machine.DATA, help="folder with sst2/, rte/, wikitext2/")
     add("--work", type=Path, help="where trained methods are kept; default build/methods/...")
-    add("--threads", type=options.count, help="default: as many as torch takes")
-    options.add_output(made)
     return made
 
 
@@ -64,14 +61,12 @@ def settle(args: argparse.Namespace) -> None:
     defaults = {"model": "smollm2", "steps": 0, "batch": 2, "calibrate": 32, "rows": 32}
     if not of_text:
         defaults = {"model": "minilm", "steps": 1500, "batch": 16, "calibrate": 600, "rows": 256}
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    options.settle(args, defaults)
     if args.steps < 0:
         raise ValueError(f"steps must be >= 0, got {args.steps}")
     if of_text and args.original:
         raise ValueError("original must not be given for wikitext2: --model is the original")
-    args.threads = args.threads or torch.get_num_threads()
+    options.set_threads(args)
     name = Path(args.model).name
     args.work = args.work or machine.ROOT / "build" / "methods" / f"{name}-{args.task}"
 
@@ -154,34 +149,24 @@ def main(arguments: list[str] | None = None) -> int:
     command = parser()
     memory = allocator.keep_freed_memory()
     args = command.parse_args(arguments)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    options.quiet()
     console = options.screen()
-    try:
+    with options.refusals(command):
         settle(args)
-        torch.set_num_threads(args.threads)
         methods = registry.chosen(every(args), args.methods)
         if args.list:
             console.print("\n".join(method.label for method in methods), highlight=False)
             return 0
-        hidden = ("output", "publish", "data", "work", "list", "model", "original")
-        settings = {name: value for name, value in vars(args).items() if name not in hidden}
-        fixed = {name: settings[name] for name in ("task", "steps", "batch", "calibrate", "length")}
-        fixed |= {
-            "decay": 0.0,
-            "data": args.data.name,
-            "model": args.model,
-            "original": str(args.original),
-            "rates": registry.RATES,
-        }
+        settings = options.settings(args, "data", "work", "list", "model", "original")
+        fixed = options.chosen(args, "task", "steps", "batch", "calibrate", "length", "model")
+        fixed |= {"data": args.data.name, "original": str(args.original)}
+        fixed |= {"decay": 0.0, "rates": registry.RATES}
         stages.claim(args.work, fixed)
         task = task_of(args)
-    except (ValueError, OSError) as error:
-        command.error(str(error))
-    name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
+    name = options.named(args.model)
     content = results.result("methods", settings | {"allocator": memory}, {"name": name})
     content |= {"task": args.task, "score": task.score}
-    path = results.folder(args.output, args.publish) / f"methods_{name}_{args.task}.json"
+    path = options.path_of(args, f"methods_{name}_{args.task}")
     run(args, task, methods, content, path, lambda text: console.print(text, highlight=False))
     shown = figure.columns(task.score)
     good = results.pick(content["summary"], status="ok")

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from ..harness import tables
 from ..harness.results import Row, pick
-from ..harness.style import AMBER, BLUE, BROWN, GREY, NAVY, commit, sheet
+from ..harness.style import AMBER, BLUE, BROWN, GREY, NAVY, commit, note, sheet
 
 OURS = {
     "plugins": BLUE, "plugins, keys too": NAVY, "plugins at keys": BLUE, "int8": "#63b3ed",
@@ -83,8 +82,7 @@ def methods(content: Row, target: Path) -> None:
             style = "--" if name != base else "-" if own else ":"
             axes.errorbar(x, y, spread, fmt=f"o{style}", color=colour, label=name, capsize=2)
             for place, row in zip(zip(x, y, strict=True), some, strict=True):
-                near: Any = {"textcoords": "offset points", "fontsize": 6.5, "color": GREY}
-                axes.annotate(row["setting"], place, (4, 3), **near)
+                note(axes, row["setting"], place, fontsize=6.5)
         axes.set_xlabel(f"speed-up over the original as Hugging Face runs it, {split} set")
         axes.set_ylabel(f"{score}, {split}" + (", %" if factor == 100 else ""))
         if factor == 1:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import variator_kernels as vk
 
 from .. import internals
+from ..harness import options
 from ..rivals import layers, token_merging, token_pruning, width
 from .training import Weights
 
@@ -179,9 +180,7 @@ def chosen(every: list[Method], names: list[str] | None) -> list[Method]:
     if names is None:
         return every
     known = {word for method in every for word in (method.name, method.label)}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"methods must be of {sorted(known)}, got {unknown[0]!r}")
+    options.check("methods", names, sorted(known))
     return [every[0], *(m for m in every[1:] if {m.name, m.label} & set(names))]
 
 

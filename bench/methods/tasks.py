@@ -109,9 +109,7 @@ class Language(Task):
     score, decoder, weights = "perplexity", True, Weights(logits=0.5, labels=0.5)
 
     def __init__(self, model: str, data: Path, length: int, calibrate: int, count: int) -> None:
-        found = setup.architecture(model)
-        if found.folder is None or found.tokenizer is None:
-            raise ValueError(f"model must be a folder with weights and a tokenizer, got {model}")
+        found = setup.whole(model)
         self.model = setup.load(found, torch.float32)
         read = text.read(data, found.tokenizer, length)
         whole = read.train[: len(read.train) // length * length].view(-1, length)

@@ -16,9 +16,6 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-import torch
-import transformers
-
 from .. import internals, plot
 from ..cases import models
 from ..harness import allocator, machine, options, results, tables
@@ -56,9 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--sentences", type=options.count, default=256, help="of SST-2; default 256")
     add("--data", type=Path, default=machine.DATA, help="folder with sst2/")
     add("--work", type=Path, default=machine.ROOT / "build" / "peers", help="default build/peers")
-    add("--threads", type=options.count, help="of every arm; default: as many as torch takes")
     add("--name", help="of the result's files; default peers_<model>")
-    options.add_output(made)
     return made
 
 
@@ -72,15 +67,12 @@ def _ratios(text: str) -> tuple[int, ...]:
 def settle(args: argparse.Namespace) -> tuple[models.Architecture, list[inputs.Input]]:
     """Fill in what was not asked for; ``ValueError`` for what there is not."""
     for name, known in (("arms", ARMS), ("dtype", DTYPES)):
-        unknown = [word for word in getattr(args, name) or () if word not in known]
-        if unknown:
-            raise ValueError(f"{name} must be of {known}, got {unknown[0]!r}")
+        options.check(name, getattr(args, name) or (), known)
     args.strict = args.arms is not None
     args.arms = args.arms or [name for name in ARMS if name not in SLOW_ARMS]
     args.dtype = args.dtype or [d for d in DTYPES if d != "bf16" or machine.has_bf16()]
     args.placements = list(map(internals.placements, args.placements or PLACEMENTS))
-    args.threads = args.threads or torch.get_num_threads()
-    torch.set_num_threads(args.threads)
+    options.set_threads(args)
     model = models.architecture(args.model)
     shapes = [inputs.parse(shape) for shape in dict.fromkeys(args.shape)]
     found = [inputs.made(shape, model, args.data, args.sentences) for shape in shapes]
@@ -106,17 +98,13 @@ def main(arguments: list[str] | None = None) -> int:
     made = parser()
     memory = allocator.keep_freed_memory()
     args = made.parse_args(arguments)
-    try:
+    with options.refusals(made):
         model, found = settle(args)
-    except (ValueError, OSError) as error:
-        made.error(str(error))
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    hidden = ("output", "publish", "name", "data", "work", "model")
-    settings = {name: value for name, value in vars(args).items() if name not in hidden}
+    options.quiet()
+    settings = options.settings(args, "data", "work", "model")
     content, console = options.begin("peers", settings | {"allocator": memory}, model)
-    path = results.folder(args.output, args.publish) / f"{args.name or f'peers_{model.name}'}.json"
+    path = options.path_of(args, args.name or f"peers_{model.name}")
     for given in found:
         with mock.patch.dict(os.environ, CI="true"):  # keeps OpenVINO from starting telemetry
             rows = measured(model, given, args, console)

@@ -52,8 +52,6 @@ def parser() -> argparse.ArgumentParser:
     add("--calibrate", type=options.count, help="rows the starts see; default 128, or 32")
     add("--rows", type=options.count, help="rows the loss is of; default 256, or 32")
     add("--data", type=Path, default=machine.DATA, help="folder with wikitext2/")
-    add("--threads", type=options.count, help="default: as many as torch takes")
-    options.add_output(made)
     return made
 
 
@@ -62,9 +60,7 @@ def original(args: argparse.Namespace) -> tuple[Any, Text]:
     if args.model == "tiny":
         text = data.read(args.data, None, args.length)
         return training.tiny(text, args.steps), text
-    found = setup.architecture(args.model)
-    if found.folder is None or found.tokenizer is None:
-        raise ValueError(f"model must be a folder with weights and a tokenizer, got {args.model}")
+    found = setup.whole(args.model)
     return setup.load(found, torch.float32), data.read(args.data, found.tokenizer, args.length)
 
 
@@ -157,29 +153,24 @@ def main(arguments: list[str] | None = None) -> int:
     """Run, print, write JSON and PNG; 1 if a check failed."""
     made = parser()
     args = made.parse_args(arguments)
-    is_tiny = args.model == "tiny"
-    shares = args.shares or ("0.33" if is_tiny else "0.75,0.5")
-    args.shares = [float(word) for word in options.words(shares)]
-    tokens = args.tokens or ("205000" if is_tiny else "0")
-    args.tokens = [int(word) for word in options.words(tokens) if int(word)]
-    args.length = args.length or (256 if is_tiny else 512)
-    args.calibrate = args.calibrate or (128 if is_tiny else 32)
-    args.rows = args.rows or (256 if is_tiny else 32)
-    args.threads = args.threads or torch.get_num_threads()
-    torch.set_num_threads(args.threads)
+    defaults = {"shares": "0.75,0.5", "tokens": "0", "length": 512, "calibrate": 32, "rows": 32}
+    if args.model == "tiny":
+        defaults = {"shares": "0.33", "tokens": "205000", "length": 256, "calibrate": 128}
+        defaults["rows"] = 256
+    options.settle(args, defaults)
+    args.shares = [float(word) for word in options.words(args.shares)]
+    args.tokens = [int(word) for word in options.words(args.tokens) if int(word)]
+    options.set_threads(args)
     console = options.screen()
-    hidden = ("output", "publish", "data", "model")
-    settings = {name: value for name, value in vars(args).items() if name not in hidden}
-    try:
+    settings = options.settings(args, "data", "model")
+    with options.refusals(made):
         about, rows = measure(args, lambda *words: console.print(*words, highlight=False))
-    except (ValueError, OSError) as error:
-        made.error(str(error))
     content = results.result("projected", settings, about)
     content["rows"] = rows
-    name = about["name"] if args.model in ("tiny", "smollm2") else Path(args.model).resolve().name
-    path = results.folder(args.output, args.publish) / f"projected_{name}.json"
+    name = options.named(args.model)
     title = f"Projected Compression of {name}; the original: {about['loss']:.4f} nats"
     table = tables.screen(title, COLUMNS, rows)
+    path = options.path_of(args, f"projected_{name}")
     return options.finish(content, path, console, table, draw=plot.draw)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from statistics import mean
 
 from ..harness.results import Row, pick
-from ..harness.style import AMBER, BLUE, GREY, commit, sheet
+from ..harness.style import AMBER, BLUE, GREY, INK, commit, note, sheet
 
 COLOURS = {"none": GREY, "plain": AMBER, "projected": BLUE}
 
@@ -30,10 +30,9 @@ def projected(content: Row, target: Path) -> None:
                 values = [row["excess"] for row in some]
                 axes.barh(place, mean(values), color=COLOURS[training], height=0.66)
                 axes.plot(values, [place] * len(values), "k.", ms=4)
-                axes.annotate(
-                    f"{mean(values):+.3f}", (max(values), place), (6, 0),
-                    textcoords="offset points", va="center", fontsize=8.5,
-                )  # fmt: skip
+                beside = max(values), place
+                style = {"va": "center", "fontsize": 8.5, "color": INK}
+                note(axes, f"{mean(values):+.3f}", beside, (6, 0), **style)
                 after = f"{training}, {tokens / 1000:.0f}k tokens" if tokens else "untrained"
                 names.append(f"{start}\n{after}")
             axes.set_yticks(range(len(names)), names, fontsize=8)

@@ -6,10 +6,8 @@ Both arms make the same forward and backward passes and an AdamW step, in turns,
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ import variator_kernels as vk
 
 from .. import internals
 from ..harness import machine, options, results, tables
+from ..harness.clock import Wall, quartiles, ratio
 from ..harness.results import Row
 from . import __main__ as whole
 from .data import Text
@@ -35,8 +34,6 @@ def parser() -> argparse.ArgumentParser:
     add("--repeats", type=options.count, default=5, help="steps of each arm; default 5")
     add("--steps", type=options.count, default=1500, help="of tiny from scratch; default 1500")
     add("--data", type=Path, default=machine.DATA, help="folder with wikitext2/")
-    add("--threads", type=options.count, help="default: as many as torch takes")
-    options.add_output(made)
     return made
 
 
@@ -75,21 +72,15 @@ def measure(args: argparse.Namespace) -> list[Row]:
         "plain": stepping(plain, text, batches, args.batch, False),
         "projected": stepping(small, text, batches, args.batch, True),
     }
-    times: dict[str, list[float]] = {name: [] for name in steps}
     with internals.collecting(small):
-        for turn in range(args.repeats + 1):
-            for name, step in steps.items():
-                begun = time.perf_counter()
-                step()
-                if turn:  # the first is a warm-up
-                    times[name].append(time.perf_counter() - begun)
+        for step in steps.values():
+            step()
+        times, _ = Wall().interleave(steps, args.repeats)
     cost = internals.counted(small, tokens)
     rows = []
     for name, found in times.items():
-        ratios = [a / b for a, b in zip(found, times["plain"], strict=True)]
-        q1, median, q3 = quantiles(found, n=4) if len(found) > 1 else found * 3
-        row = {"arm": name, "q1": q1, "median": median, "q3": q3, "seconds": found}
-        row |= {"over_plain": sorted(ratios)[len(ratios) // 2]}
+        row = {"arm": name, **quartiles(found), "seconds": found}
+        row |= {"over_plain": ratio(found, times["plain"])["median"]}
         row |= {"counted": cost.share / (1 - cost.share) if name == "projected" else 0.0}
         row |= {"trained": cost.trainable if name == "projected" else cost.small}
         rows.append({**base, "status": "ok", **row})
@@ -110,18 +101,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run, print, write JSON; 1 if the check failed."""
     made = parser()
     args = made.parse_args(arguments)
-    args.threads = args.threads or torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    hidden = ("output", "publish", "data", "model")
-    settings = {name: value for name, value in vars(args).items() if name not in hidden}
-    name = args.model if args.model in ("tiny", "smollm2") else Path(args.model).resolve().name
+    options.set_threads(args)
+    settings = options.settings(args, "data", "model")
+    name = options.named(args.model)
     content = results.result("projected_step", settings, {"name": name})
-    try:
+    with options.refusals(made):
         content["rows"] = measure(args)
-    except (ValueError, OSError) as error:
-        made.error(str(error))
-    path = results.folder(args.output, args.publish) / f"projected_step_{name}.json"
     table = tables.screen(f"A training step of {name}", COLUMNS, content["rows"])
+    path = options.path_of(args, f"projected_step_{name}")
     return options.finish(content, path, options.screen(), table)
 
 

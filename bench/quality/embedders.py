@@ -126,11 +126,7 @@ def _calibrate(model: Any, data: Path, count: int) -> None:
     """On paragraphs from all over the text, whole, or as long as the model reads."""
     texts = [line for line in text.training(data) if len(line.split()) >= text.LEAST_WORDS]
     texts = [texts[i * len(texts) // count] for i in range(min(count, len(texts)))]
-    options = {"padding": True, "truncation": True, "return_tensors": "pt"}
-    batches = [
-        dict(model.tokenizer(texts[i : i + 32], max_length=model.max_seq_length, **options))
-        for i in range(0, len(texts), 32)
-    ]
+    batches = text.tokenized(texts, model.tokenizer, model.max_seq_length, 32)
     vk.calibrate(model[0].auto_model, batches)
 
 
@@ -164,7 +160,8 @@ def kept(model: Any) -> tuple[str, int, tuple[str, ...]]:
     words = [f"first {first}"] if first else []
     words += [f"last {last}"] if last else []
     words += [f"ids {', '.join(map(str, ids))}"] if ids else []
-    return "; ".join(words) or "none", bottleneck, internals.placed(model)
+    placements = internals.state(model).method.config.placements
+    return "; ".join(words) or "none", bottleneck, tuple(placements)
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:

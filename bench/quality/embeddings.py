@@ -30,9 +30,7 @@ METRICS = {
 def chosen(args: argparse.Namespace) -> list[str]:
     """The variants to make; ``ValueError`` for what there is not."""
     names = list(VARIANTS) if args.variants is None else args.variants
-    unknown = [name for name in names if name not in VARIANTS]
-    if unknown:
-        raise ValueError(f"variants must be of {VARIANTS} for {NAME}, got {unknown[0]!r}")
+    options.check("variants", names, VARIANTS)
     both = {made.variant for made in embedders.given(args.plugins)} & set(names)
     if both:
         raise ValueError(f"plugins must have labels of their own, {both.pop()!r} is a variant too")
@@ -45,7 +43,7 @@ def check(args: argparse.Namespace, base: str) -> None:
     model, ratios = embedders.load(base), _ratios(args)
     for made in embedders.given(args.plugins):
         vk.load_plugins(model, made.folder)
-        missing = sorted(set(ratios) - set(internals.ratios(model)))
+        missing = sorted(set(ratios) - set(internals.state(model).ratios))
         vk.unpatch(model)
         if missing:
             raise ValueError(f"plugins {made.folder} have no ratio {missing[0]}: set --ratios")
@@ -81,7 +79,7 @@ def run(
     console.print(f"{NAME}: comparing {len(sets)} sets of plugins")
     content["rows"] = compared(base, sets, texts, ratios)
     parts = ("quality_embeddings", model["name"], label(args.placements[0]))
-    path = results.folder(args.output, args.publish) / f"{'_'.join(filter(None, parts))}.json"
+    path = options.path_of(args, "_".join(filter(None, parts)))
     results.write(path, content)
     content["costs"] = encoding.measure(
         base, [made.folder for made in sets], texts, ratios, args.rounds

@@ -8,9 +8,9 @@ import torch
 
 import variator_kernels as vk
 
-from ..harness.clock import Wall, quartiles, ratio
+from ..cases.models import fill
 from ..harness.results import Row
-from . import embedders, speed
+from . import embedders, speed, text
 
 ROWS = 32
 """Texts of one batch, as in ``encode``; texts of similar length share one."""
@@ -31,7 +31,7 @@ def measure(
     for folder in folders:
         model = embedders.load(base)
         vk.load_plugins(model, folder)
-        speed.fill(model)
+        fill(model, 0)
         models.setdefault(embedders.kept(model), model)
     made: list[Row] = []
     for kind, lines in texts.items():
@@ -58,31 +58,16 @@ def _measure(
         verdicts[kept, k] = speed.check(inner, inner, inputs[len(inputs) // 2], k)
     calls: dict[Any, Callable[[], Any]] = {"dense": over_all(dense, 1)}
     calls |= {(kept, k): over_all(models[kept], k) for kept, k in keys}
-    for call in calls.values():
-        call()
-    seconds, _ = Wall().interleave(calls, rounds)
+    times = speed.timed(calls, verdicts, "dense", rounds)
     made = []
     for kept, k in keys:
-        verdict, own = verdicts[kept, k], seconds[kept, k]
         row: Row = {"text": kind, "kept": kept[0], "bottleneck": kept[1], "k": k}
         row["placements"] = list(kept[2])
         row |= speed.cost(models[kept][0].auto_model, inputs, k)
-        row |= {"error": verdict.error, "allowed": verdict.allowed}
-        if verdict.ok:
-            row |= {"status": "ok", "seconds": quartiles(own)}
-            row |= {"dense_seconds": quartiles(seconds["dense"])}
-            row |= {"speedup": ratio(seconds["dense"], own)}
-        else:
-            row |= {"status": "failed", "reason": "the hidden states are not right"}
-        made.append(row)
+        made.append(row | times[kept, k])
     return made
 
 
 def batches(tokenizer: Any, lines: list[str], longest: int) -> list[dict[str, Any]]:
     """What ``encode`` feeds to the encoder: rows of similar length share a batch."""
-    ordered = sorted(lines, key=len)
-    options = {"padding": True, "truncation": True, "return_tensors": "pt"}
-    return [
-        dict(tokenizer(ordered[i : i + ROWS], max_length=longest, **options))
-        for i in range(0, len(ordered), ROWS)
-    ]
+    return text.tokenized(sorted(lines, key=len), tokenizer, longest, ROWS)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..harness import results
 from ..harness.results import Row
-from ..harness.style import AMBER, BLUE, BROWN, GREY, INK, NAVY, commit, sheet
+from ..harness.style import AMBER, BLUE, BROWN, GREY, INK, NAVY, commit, note, sheet
 from .embeddings import METRICS
 from .rivals import rivals
 
@@ -51,9 +51,9 @@ def quality(content: Row, target: Path) -> None:
                 if smaller[row["k"]] is not None:
                     axes.plot(*place(row), "o", color=colour, mfc="white")
             for row in line if variant == "full" else ():
-                below: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
-                behind: Any = {"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8}
-                axes.annotate(f"k={row['k']}", place(row), (0, -13), bbox=behind, **below)
+                below: Any = {"ha": "center", "fontsize": 8, "color": INK}
+                below["bbox"] = {"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8}
+                note(axes, f"k={row['k']}", place(row), (0, -13), **below)
         if any(smaller.values()):
             label = "hollow: does not pay"
             axes.plot([], [], "o", color=GREY, mfc="white", label=label)
@@ -118,8 +118,7 @@ def decoder(content: Row, target: Path) -> None:
                     mfc = "white" if kind == "untrained" else colour
                     axes.plot(*place, "o", color=colour, mfc=mfc)
                     name = f"{row['k']}, {row['window']}" if row["window"] else f"{row['k']}"
-                    axes.annotate(name if row["where"] else "dense", place, (4, 3), fontsize=7,
-                                  textcoords="offset points", color=GREY)  # fmt: skip
+                    note(axes, name if row["where"] else "dense", place)
             for where in dict.fromkeys(row["where"] for row in rows if row["where"]):
                 axes.plot([], [], "o", color=PLACES.get(where, GREY), label=where)
             axes.set(xlabel=label, ylabel="perplexity over the dense model's", yscale="log")
@@ -153,7 +152,7 @@ def plans(content: Row, target: Path) -> None:
                 axes.plot(*points, **style)
                 for row in mine if kind == "k=" else ():
                     place = row["cost"], row[name]
-                    axes.annotate(row["what"], place, (4, 4), textcoords="offset points")
+                    note(axes, row["what"], place, (4, 4), fontsize=10, color=INK)
             axes.set(xlabel="multiply-adds, of the dense encoder's", title=on)
             if error:
                 axes.set_yscale("log")
@@ -179,8 +178,7 @@ def _panel(axes: Any, rows: list[Row], metric: str) -> None:
             x, y, ratios = zip(*places, strict=True)
             axes.plot(x, y, style, color=colour, label=label)
             for place in zip(x, y, ratios, strict=True):
-                axes.annotate(f"{place[2]}", place[:2], (3, 3), textcoords="offset points",
-                              fontsize=7, color=GREY)  # fmt: skip
+                note(axes, f"{place[2]}", place[:2], (3, 3))
     axes.set_xlabel("speed-up of encode, measured")
     axes.set_ylabel(METRICS[metric])
     axes.grid()

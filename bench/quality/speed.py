@@ -12,6 +12,7 @@ from variator_kernels.train import losses
 from variator_kernels.train.collate import batches, collator
 
 from .. import internals
+from ..cases import models
 from ..harness import checks
 from ..harness.clock import Wall, quartiles, ratio
 from ..harness.results import Row
@@ -37,7 +38,7 @@ def measure(
     inputs = [{k: batch[k] for k in ("input_ids", "attention_mask")} for batch in padded]
     encoder = _encoder(model)
     setup.patch(model, ratios)
-    fill(model)
+    models.fill(model, 0)
 
     def over_all(k: int) -> Callable[[], None]:
         def run() -> None:
@@ -48,24 +49,29 @@ def measure(
         return run
 
     verdicts = {k: check(encoder, model, inputs[len(inputs) // 2], k) for k in ratios}
-    calls = {k: over_all(k) for k in (1, *ratios)}
+    times = timed({k: over_all(k) for k in (1, *ratios)}, verdicts, 1, rounds)
+    return [{"k": k, **cost(encoder, inputs, k), **times[k]} for k in ratios]
+
+
+def timed(
+    calls: dict[Any, Callable[[], Any]], verdicts: dict[Any, checks.Verdict], dense: Any,
+    rounds: int,
+) -> dict[Any, Row]:  # fmt: skip
+    """Of each verdict's call whether its hidden states are right, and if so its seconds beside
+    those of the call ``dense``."""
     for call in calls.values():
         call()
     seconds, _ = Wall().interleave(calls, rounds)
-    made = []
-    for k in ratios:
-        row: Row = {"k": k, **cost(encoder, inputs, k)}
-        row |= {"error": verdicts[k].error, "allowed": verdicts[k].allowed}
-        if verdicts[k].ok:
-            row |= {
-                "status": "ok",
-                "seconds": quartiles(seconds[k]),
-                "dense_seconds": quartiles(seconds[1]),
-                "speedup": ratio(seconds[1], seconds[k]),
-            }
+    made = {}
+    for key, verdict in verdicts.items():
+        made[key] = verdict.row()
+        if verdict.ok:
+            made[key] |= {
+                "seconds": quartiles(seconds[key]), "dense_seconds": quartiles(seconds[dense]),
+                "speedup": ratio(seconds[dense], seconds[key]),
+            }  # fmt: skip
         else:
-            row |= {"status": "failed", "reason": "the hidden states are not right"}
-        made.append(row)
+            made[key]["reason"] = "the hidden states are not right"
     return made
 
 
@@ -79,14 +85,6 @@ def added(folder: Path, placements: tuple[str, ...], bottleneck: int, ratio: int
 
 def _encoder(model: Any) -> Any:
     return model.get_encoder() if model.config.is_encoder_decoder else model.base_model
-
-
-@torch.no_grad()
-def fill(model: Any) -> None:
-    """Plugins away from zero, so that the check sees every term."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in vk.plugin_parameters(model):
-        parameter.normal_(0, 0.02, generator=generator)
 
 
 def check(encoder: Any, model: Any, batch: dict[str, Tensor], ratio: int) -> checks.Verdict:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from . import tasks
 
@@ -30,6 +31,17 @@ def articles(data: Path) -> list[list[str]]:
 def training(data: Path) -> list[str]:
     """The paragraphs for training plugins, in their order."""
     return [text for i, texts in enumerate(articles(data)) if i % TENTH for text in texts]
+
+
+def tokenized(
+    texts: list[str], tokenizer: Any, longest: int, batch: int, **more: Any
+) -> list[dict[str, Any]]:
+    """Batches of rows of at most ``longest`` tokens, padded."""
+    how: dict[str, Any] = {"padding": True, "truncation": True, "return_tensors": "pt", **more}
+    return [
+        dict(tokenizer(texts[i : i + batch], max_length=longest, **how))
+        for i in range(0, len(texts), batch)
+    ]
 
 
 def write(path: Path, lines: list[str]) -> None:

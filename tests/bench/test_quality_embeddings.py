@@ -9,6 +9,7 @@ import pytest
 
 import variator_kernels as vk
 from bench import quality_vs_k
+from bench.cases import models
 from bench.harness import results
 from bench.quality import embedders, embeddings, similarity, speed
 from bench.tools import report_training
@@ -132,7 +133,7 @@ def test_compares_plugins_that_are_given(folder):
     for seed in range(2):
         vk.patch(model, 2, (2, 4, 8), 4 if seed else 6, keep_first=2, keep_last=1, keep=[7])
         random.seed(seed)
-        speed.fill(model)
+        models.fill(model, 0)
         vk.save_plugins(model, folder / f"p{seed}")
         vk.unpatch(model)
     shutil.copytree(folder / "p0", folder / "again")

@@ -32,7 +32,7 @@ def test_measures_both_arms(tiny, tmp_path):
 def test_dtypes_that_training_does_not_take_are_refused(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit):
         training_speed.main(["--model", tiny, "--dtype", "fp16", "--output", str(tmp_path)])
-    assert "dtype must be of fp32, bf16, got 'fp16'" in capsys.readouterr().err
+    assert "dtype must be of ('fp32', 'bf16'), got 'fp16'" in capsys.readouterr().err
 
 
 @one_ffn

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from tests.ops import cases
+from variator_kernels import extension
 from variator_kernels.ops import prepack, rows_linear
 from variator_kernels.ops.grouped_attention import cpu
 from variator_kernels.ops.int8_linear import kernels
+from variator_kernels.ops.packed import cache
 
 
 @pytest.fixture
@@ -25,6 +27,17 @@ def threads(request):
 def path(request, monkeypatch):
     """One way of grouped_attention's CPU kernel, whatever it would choose (indirect parameter)."""
     monkeypatch.setattr(cpu, "PATH", request.param)
+    return request.param
+
+
+@pytest.fixture(params=["tracked", "read"])
+def rule(request, monkeypatch):
+    """How the cache of packed weights notices writes: by the pages that the kernel of the operating
+    system reports, or by reading the weights."""
+    why = extension.load().why_not_tracked()
+    if request.param == "tracked" and why:
+        pytest.skip(f"written pages are not reported here: {why}")
+    monkeypatch.setattr(cache, "track", request.param == "tracked")
     return request.param
 
 

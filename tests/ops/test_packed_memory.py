@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ops.cases import needs_cpu
-from tests.ops.test_packed import COLUMNS, ROWS, product, rule, same  # noqa: F401  (a fixture)
+from tests.ops.packed_cases import COLUMNS, ROWS, marks, product, same
 from variator_kernels import extension
 from variator_kernels.ops import packed
 from variator_kernels.ops.packed import PackCache, cache
 
-pytestmark = [needs_cpu, pytest.mark.usefixtures("threads")]
+pytestmark = marks
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.mmap.restype = ctypes.c_void_p
 LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
@@ -199,7 +198,7 @@ def in_child(run):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_descriptors_that_somebody_closed(tmp_path, rule):  # noqa: F811
+def test_descriptors_that_somebody_closed(tmp_path, rule):
     """As a daemon does, whose own files have their numbers afterwards."""
     weight = torch.randn(ROWS, COLUMNS)
 
@@ -218,7 +217,7 @@ def test_descriptors_that_somebody_closed(tmp_path, rule):  # noqa: F811
     assert in_child(daemon) == 0
 
 
-def test_no_descriptor_is_free_for_a_while(rule):  # noqa: F811
+def test_no_descriptor_is_free_for_a_while(rule):
     weight, later = torch.randn(ROWS, COLUMNS), torch.randn(ROWS, COLUMNS)
 
     def run():

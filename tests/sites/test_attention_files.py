@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import variator_kernels as vk
 from tests.sites import tiny, zoo
 from tests.sites.attention_cases import encode, patched, placed
-from variator_kernels.checkpoint import SETTINGS, TENSORS
+from variator_kernels.plugin_files import SETTINGS, TENSORS
 from variator_kernels.sites.find import find
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import variator_kernels as vk
 from tests.train import toy
-from tests.train.test_command import TWO, finish, start
+from tests.train.commands import TWO, finish, start
 from variator_kernels.train.__main__ import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -11,7 +11,7 @@ from ..runtime.keep import keep
 from ..runtime.level import Level
 from ..runtime.levels import use_ratio
 from ..runtime.state import State
-from .find import Found
+from .found import Found
 
 ROWS, LENGTH = 2, 9
 

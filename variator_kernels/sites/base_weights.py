@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.frozen_linear import is_plain_weight
-from .find import Found
+from .found import Found
 from .loading import ATTACHED
 
 VALUES = 4

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..runtime.state import State
-from .mixins import argument
+from .encoder import argument
 
 
 class Carrier(nn.Module):

@@ -21,10 +21,11 @@ from .attention_layer import AttentionLayer
 from .attention_refusals import UNREAD
 from .carrier import Carrier
 from .decoder import CausalAttentionLayer, Decoder
+from .encoder import Encoder
 from .families import FAMILIES
 from .family import ORIGINAL, ROW, Family
 from .inline import attributes
-from .mixins import Block, BlockInline, BlockNorm, BlockWithMethod, Encoder, Layer
+from .mixins import Block, BlockInline, BlockNorm, BlockWithMethod, Layer
 from .unchanged import module_of
 
 _POSITIONS = "variator_positions"

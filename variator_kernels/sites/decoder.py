@@ -14,8 +14,9 @@ from ..runtime.level import Level
 from ..runtime.site import Site
 from .attention import DescribedAttention, paths_of
 from .attention_refusals import check_no_mask, check_no_weights
+from .encoder import Encoder
 from .family import lookup
-from .mixins import SITE, AtSite, Encoder
+from .mixins import SITE, AtSite
 
 PREFILLED = "variator_prefilled"
 """Attribute of a cache: its last forward was one of several tokens a row."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..runtime.site import Site
-from .find import Found
+from .found import Found
 
 _GROWING = ("dynamic", "longrope")
 """Kinds of RoPE whose frequencies depend on the highest position of a call."""

@@ -16,7 +16,8 @@ from .attention import DescribedAttention
 from .classes import patched_class, when_patched
 from .family import ORIGINAL, REACH, follow, lookup
 from .feed_forward import DescribedFeedForward
-from .find import Found, replaced
+from .find import replaced
+from .found import Found
 from .loading import ATTACHED
 from .mixins import DESCRIBED, SITE, SitePosition
 from .plain import plain_linear

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..ops.feed_forward import FeedForward, normalize, products
 from .family import Family, follow, lookup
 from .feed_forward import describe
-from .find import Found, full_name, replaced, whole_rows
+from .find import replaced, whole_rows
+from .found import Found, full_name
 from .loading import ATTACHED
 from .reach import reach
 

@@ -23,17 +23,16 @@ from .fused import dense, fuses
 from .fused import merged_keys as fused_merged_keys
 from .keys import (
     Keys,
-    Rotation,
     members,
     merged_queries,
     plain_keys,
-    turned_between,
     whole_queries,
 )
 from .merged_keys import MergedKeys
 from .pairs import Pairs
 from .pairs import attention as of_pairs
 from .products import by_content, keys_and_values, output, queries
+from .rotation import Rotation, turned_between
 from .steps import Step
 from .terms import BlockTable, Distances, PlaceTable, Table, Terms
 

@@ -15,9 +15,9 @@ from ..grouped_attention import grouped_attention
 from ..groups import Groups
 from ..make_groups import make_groups
 from .description import SelfAttention
-from .keys import Rotation
 from .merged_keys import MergedKeys
 from .products import keys_and_values, output, queries
+from .rotation import Rotation
 from .steps import Step
 
 

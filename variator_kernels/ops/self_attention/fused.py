@@ -15,7 +15,8 @@ from ..grouped_attention import op as grouped_attention
 from ..grouped_attention.reference import Visible
 from ..groups import Groups
 from .description import SelfAttention
-from .keys import Keys, Rotation
+from .keys import Keys
+from .rotation import Rotation
 from .whole import at_once
 
 

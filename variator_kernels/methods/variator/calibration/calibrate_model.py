@@ -19,7 +19,8 @@ from ....runtime.level import Level
 from ....runtime.plan import Plan
 from ....runtime.site import Site
 from ....runtime.state import STATE, State, states
-from ....sites.find import Found, find
+from ....sites.find import find
+from ....sites.found import Found
 from ....sites.wrappers import check_values
 from ..method import plugin_parameters
 from .inputs import chunks

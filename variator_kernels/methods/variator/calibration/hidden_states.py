@@ -15,7 +15,7 @@ from ....runtime.site import Site
 from ....runtime.state import State
 from ....sites.family import follow
 from ....sites.feed_forward import describe
-from ....sites.find import Found
+from ....sites.found import Found
 from .fit import hidden
 from .inputs import Chunk
 from .search import Errors

@@ -34,7 +34,7 @@ from ....runtime.levels import use_ratio
 from ....runtime.site import Site
 from ....runtime.state import State
 from ....sites.feed_forward import describe
-from ....sites.find import Found
+from ....sites.found import Found
 from ....sites.reach import reach_of
 from .around_attention import AroundAttention
 from .descent import Behind, Sublayer, behind, descend, differentiable

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ....runtime.levels import use_ratio
 from ....runtime.state import State, observe
-from ....sites.find import Found
+from ....sites.found import Found
 
 AtSite = Callable[[nn.Module, Tensor], None]
 
