@@ -14,7 +14,7 @@ if not TRITON.usable:
 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from variator_kernels.ops.compressed_ffn.triton import descriptor, linear
+from variator_kernels.ops.compressed_ffn.triton_products import descriptor, linear
 from variator_kernels.triton_kernels import launch
 
 pytestmark = [pytest.mark.gpu] if GPU else []

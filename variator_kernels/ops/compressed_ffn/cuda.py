@@ -26,6 +26,7 @@ from ..feed_forward import FeedForward, PluginWeights
 from ..gpu_arguments import DecompressInputs, MergeOutputs, gpu_groups
 from ..group_merge.cuda import Merge
 from ..groups import Groups
+from ..known import Known
 from .layered import normalize_real
 
 # Up to as many groups the layer is one launch; None: as `one_launch_groups` says.
@@ -78,7 +79,9 @@ def _cast(ffn: FeedForward, dtype: torch.dtype) -> FeedForward:
     return ffn._replace(**cast)
 
 
-def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups) -> Tensor:
+def compressed_ffn(
+    x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups, known: Known | None = None
+) -> Tensor:
     """Of arguments whose sizes were checked."""
     dtype = torch.promote_types(x.dtype, ffn.w_out.dtype)
     if dtype not in DTYPES:
