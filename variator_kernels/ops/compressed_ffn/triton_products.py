@@ -4,6 +4,7 @@ launch table says."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ class Linear(NamedTuple):
     """None: the product is PyTorch's."""
     described: launch.Launch | None
     """Where every operand's strides suit the copy engine."""
-    blocks: tuple[int, int, int]
+    looks: tuple[dict[str, Any], ...]
+    """What :func:`descriptor` is to know of a, w, w_gate and the result."""
 
     def __call__(
         self, a: Tensor, w: Tensor, bias: Tensor | None, w_gate: Tensor | None = None,
@@ -43,22 +45,20 @@ class Linear(NamedTuple):
             return out
         w, w_gate = unit_rows(w), None if w_gate is None else unit_rows(w_gate)
         vectors = contiguous(bias), contiguous(gate_bias)
-        if self.described is None or not all(map(_starts_well, (a, w, w_gate, out))):
+        gate_place = 0 if w_gate is None else w_gate.data_ptr()
+        places = a.data_ptr() | w.data_ptr() | gate_place | out.data_ptr()
+        if self.described is None or places % 16 != 0:
             self.plain(a, w, w_gate, *vectors, out)
             return out
-        bm, bn, bk = self.blocks
+        of_a, of_w, of_gate, of_out = self.looks
         self.described(
-            descriptor(a, bm, bk),
-            descriptor(w, bn, bk),
-            None if w_gate is None else descriptor(w_gate, bn, bk),
+            descriptor(a, of_a),
+            descriptor(w, of_w),
+            None if w_gate is None else descriptor(w_gate, of_gate),
             *vectors,
-            descriptor(out, bm, bn),
+            descriptor(out, of_out),
         )
         return out
-
-
-def _starts_well(matrix: Tensor | None) -> bool:
-    return matrix is None or matrix.data_ptr() % 16 == 0
 
 
 def planned(
@@ -68,7 +68,7 @@ def planned(
     row = launch.settings(kernel, activation=activation, **case)
     shape = a.shape[0], w.shape[0]
     if row["products"] == "torch":
-        return Linear(activation, shape, None, None, (0, 0, 0))
+        return Linear(activation, shape, None, None, ())
     w, w_gate = unit_rows(w), None if w_gate is None else unit_rows(w_gate)
     bm, bn, bk = row["bm"], row["bn"], row["bk"]
     tiles = launch.cdiv(shape[0], bm) * launch.cdiv(shape[1], bn)
@@ -86,10 +86,17 @@ def planned(
     )  # fmt: skip
     # The copy engine takes rows that start at multiples of 16 bytes.
     strides = a.stride(0), w.stride(0), gate_stride, w.shape[0]
-    described = None
-    if row["tma"] and all(stride * a.element_size() % 16 == 0 for stride in strides):
-        described = plain._replace(constants={**plain.constants, "TMA": True})
-    return Linear(activation, shape, plain, described, (bm, bn, bk))
+    if not row["tma"] or any(stride * a.element_size() % 16 != 0 for stride in strides):
+        return Linear(activation, shape, plain, None, ())
+    gate = {} if w_gate is None else look(w_gate.shape, w_gate.stride(), (bn, bk))
+    looks = (
+        look(a.shape, a.stride(), (bm, bk)),
+        look(w.shape, w.stride(), (bn, bk)),
+        gate,
+        look(shape, (shape[1], 1), (bm, bn)),
+    )
+    described = plain._replace(constants={**plain.constants, "TMA": True})
+    return Linear(activation, shape, plain, described, looks)
 
 
 def linear(
@@ -108,16 +115,20 @@ def linear(
 
 
 @functools.cache
-def _template(rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(torch.empty(rows, columns), [rows, columns])
+def _template(rows: int, columns: int) -> dict[str, Any]:
+    return vars(TensorDescriptor.from_tensor(torch.empty(rows, columns), [rows, columns]))
 
 
-def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """``TensorDescriptor.from_tensor`` of a matrix that suits the copy engine, without its checks
-    of that and of the block at every launch."""
+def look(shape: Sequence[int], strides: Sequence[int], block: tuple[int, int]) -> dict[str, Any]:
+    """All of a descriptor but its tensor."""
+    return {**_template(*block), "shape": shape, "strides": strides}
+
+
+def descriptor(matrix: Tensor, of: dict[str, Any]) -> TensorDescriptor:
+    """``TensorDescriptor.from_tensor`` of a matrix that suits the copy engine and looks like
+    ``of``, without its checks of that and of the block at every launch."""
     made = object.__new__(TensorDescriptor)
-    vars(made).update(vars(_template(rows, columns)))
-    made.base, made.shape, made.strides = matrix, matrix.shape, matrix.stride()
+    made.__dict__ = {**of, "base": matrix}
     return made
 
 
