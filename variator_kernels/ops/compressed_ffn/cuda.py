@@ -13,24 +13,18 @@ import torch
 from torch import Tensor
 
 from ... import extension
-from ..arguments import flat, require
+from ..arguments import require
 from ..cuda_arguments import (
     BOTTLENECK_CHUNK,
     DTYPES,
     address,
-    aligned,
-    aligned_rows,
-    as_vector,
     check_sizes,
     chunks,
     code,
-    cuda_norm,
     dtype_code,
     groups_kernel,
     multiprocessors,
     norm_kernel,
-    pad_columns,
-    pad_rows,
     target,
     vector,
 )
@@ -38,6 +32,7 @@ from ..feed_forward import FeedForward, PluginWeights
 from ..gpu_arguments import GpuGroups, gpu_groups
 from ..groups import Groups
 from ..known import Known
+from .cuda_read import Read, addresses, as_read, read_as_given
 from .layered import normalize_real
 
 # Up to as many groups the layer is one launch; None: as `one_launch_groups` says.
@@ -80,65 +75,6 @@ def linear(
     return out
 
 
-class _Read(NamedTuple):
-    """What the kernels read, by the names of the extension's arguments."""
-
-    x: Tensor
-    merge_weight: Tensor
-    merge_bias: Tensor
-    w1u: Tensor
-    w1h: Tensor
-    b1: Tensor
-    w2: Tensor
-    b2: Tensor
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-    w_in: Tensor
-    w_out: Tensor
-    w_gate: Tensor | None
-    b_in: Tensor | None
-    b_out: Tensor | None
-    b_gate: Tensor | None
-
-
-def _given(x: Tensor, plugin: PluginWeights, ffn: FeedForward) -> _Read:
-    """All of it as it came; W_1h is a part of W_1."""
-    merge_weight, merge_bias, w1, b1, w2, b2, _ = plugin
-    norm = ffn.pre_norm[1:3]
-    return _Read(x, merge_weight, merge_bias, w1, w1, b1, w2, b2, *norm, *ffn[:6])
-
-
-def _as_read(x: Tensor, plugin: PluginWeights, ffn: FeedForward, dtype: torch.dtype) -> _Read:
-    """All of it as the kernels take it, copied where it must be; ``x`` as ``[tokens, d]``."""
-    merge, adapter, r = plugin.merge, plugin.adapter, plugin.b1.shape[0]
-    assert merge.projection is not None
-    norm = cuda_norm(ffn.pre_norm, dtype)
-    products = (None if t is None else aligned(t.to(dtype)) for t in ffn[:6])
-    halves = adapter.w1u, merge.projection
-    read = [pad_rows(half, dtype) for half in halves]
-    if all(a is b for a, b in zip(halves, read, strict=True)):
-        read = [plugin.w1, plugin.w1]
-    return _Read(
-        aligned_rows(flat(x.to(dtype))),
-        aligned(merge.weight.to(dtype)),
-        as_vector(merge.bias, dtype),
-        *read,
-        as_vector(adapter.b1, dtype, chunks(r)),
-        pad_columns(adapter.w2, dtype),
-        as_vector(adapter.b2, dtype),
-        norm.weight,
-        norm.bias,
-        *products,
-    )
-
-
-def _addresses(read: _Read) -> dict[str, int]:
-    found = dict(zip(_Read._fields, map(address, read), strict=True))
-    if read.w1h is read.w1u:
-        found["w1h"] += read.x.shape[-1] * read.w1h.element_size()
-    return found
-
-
 class _Planned(NamedTuple):
     """A sublayer of inputs of one form."""
 
@@ -154,12 +90,12 @@ class _Planned(NamedTuple):
 
 
 def _plan(
-    read: _Read, launched: GpuGroups, r: int, ffn: FeedForward, phi: str, as_given: bool
+    read: Read, launched: GpuGroups, r: int, ffn: FeedForward, phi: str, as_given: bool
 ) -> _Planned:
     cuda, x = extension.load("cuda"), read.x
     (f, d), k = read.w_in.shape, launched.ratio
     check_sizes(d, k, r)
-    found, groups = _addresses(read), groups_kernel(launched)
+    found, groups = addresses(read), groups_kernel(launched)
     common: dict[str, Any] = {
         "dtype": dtype_code(x.dtype), "groups": groups, "d": d, "r": chunks(r),
         "projected": 0, "projected_columns": r,
@@ -215,15 +151,15 @@ def compressed_ffn(
     """Of arguments whose sizes were checked."""
     key = _key(groups)
     planned: _Planned | None = None if known is None else known.plans.get(key)
-    given = _given(x, plugin, ffn)
+    given = read_as_given(x, plugin, ffn)
     read, found = given, {}
     if planned is not None and planned.as_given:
-        found = _addresses(given)
+        found = addresses(given)
         if any(place % 16 for place in found.values()):
             planned = known = None  # the copies that are read lie otherwise
     if planned is None or not planned.as_given:
-        read = _as_read(x, plugin, ffn, _dtype(x, ffn))
-        found = _addresses(read)
+        read = as_read(x, plugin, ffn, _dtype(x, ffn))
+        found = addresses(read)
     launched = None if planned is None else planned.groups
     launched = launched or gpu_groups(groups, x)
     r, d, f = plugin.b1.shape[0], x.shape[-1], ffn.w_in.shape[0]
