@@ -113,14 +113,14 @@ def _of_cuda(launch: CudaLaunch) -> Work:
 def works(
     backend: str, model: str, k: int, size: tuple[int, int, int], chip: Chip
 ) -> Iterator[Work]:
-    """The launches of a model's forward pass."""
+    """The launches of a model's forward pass; of CUDA's kernels of a backward pass too."""
     if backend == "triton":
         with compiling("sm_90") as launches:
             sublayer(MODELS[model], k, torch.bfloat16, backward=False, size=size)()
         yield from map(_of_triton, launches)
     else:
         case = Case(MODELS[model], k, size, chip.processors)
-        yield from map(_of_cuda, case.forward())
+        yield from map(_of_cuda, [*case.forward(), *case.backward()])
 
 
 def predict(work: Work, chip: Chip) -> dict[str, Any]:

@@ -93,6 +93,8 @@ void bind_heuristics(py::module_& m) {
     m.def("blocks_a_part", &heuristics::blocks_a_part);
     m.def("splits", &heuristics::splits);
     m.def("one_launch_blocks", &heuristics::one_launch_blocks);
+    m.attr("gradient_columns") = heuristics::gradient_columns;
+    m.def("gradient_pieces", &heuristics::gradient_pieces);
     m.def("gradient_tiles_a_piece", &heuristics::gradient_tiles_a_piece);
     m.def("gradient_shares", &heuristics::gradient_shares);
     m.def("large_gemm_tile", &heuristics::large_gemm_tile);

@@ -45,31 +45,44 @@ class Read(NamedTuple):
 def read_as_given(x: Tensor, plugin: PluginWeights, ffn: FeedForward) -> Read:
     """All of it as it came; W_1h is a part of W_1."""
     merge_weight, merge_bias, w1, b1, w2, b2, _ = plugin
-    norm = ffn.pre_norm[1:3]
-    return Read(x, merge_weight, merge_bias, w1, w1, b1, w2, b2, *norm, *ffn[:6])
+    w_in, w_out, w_gate, b_in, b_out, b_gate, *_ = ffn
+    _, scale, shift, _ = ffn.pre_norm
+    return Read(
+        x, merge_weight, merge_bias, w1, w1, b1, w2, b2, scale, shift,
+        w_in, w_out, w_gate, b_in, b_out, b_gate,
+    )  # fmt: skip
 
 
 def as_read(x: Tensor, plugin: PluginWeights, ffn: FeedForward, dtype: torch.dtype) -> Read:
     """All of it as the kernels take it, copied where it must be; ``x`` as ``[tokens, d]``."""
     merge, adapter, r = plugin.merge, plugin.adapter, plugin.b1.shape[0]
     assert merge.projection is not None
-    norm = cuda_norm(ffn.pre_norm, dtype)
-    products = (None if t is None else aligned(t.to(dtype)) for t in ffn[:6])
     halves = adapter.w1u, merge.projection
-    read = [pad_rows(half, dtype) for half in halves]
-    if all(a is b for a, b in zip(halves, read, strict=True)):
-        read = [plugin.w1, plugin.w1]
+    w1u, w1h = (pad_rows(half, dtype) for half in halves)
+    if w1u is halves[0] and w1h is halves[1]:
+        w1u = w1h = plugin.w1
+    norm = cuda_norm(ffn.pre_norm, dtype)
+
+    def optional(t: Tensor | None) -> Tensor | None:
+        return None if t is None else aligned(t.to(dtype))
+
     return Read(
         aligned_rows(flat(x.to(dtype))),
         aligned(merge.weight.to(dtype)),
         as_vector(merge.bias, dtype),
-        *read,
+        w1u,
+        w1h,
         as_vector(adapter.b1, dtype, chunks(r)),
         pad_columns(adapter.w2, dtype),
         as_vector(adapter.b2, dtype),
         norm.weight,
         norm.bias,
-        *products,
+        aligned(ffn.w_in.to(dtype)),
+        aligned(ffn.w_out.to(dtype)),
+        optional(ffn.w_gate),
+        optional(ffn.b_in),
+        optional(ffn.b_out),
+        optional(ffn.b_gate),
     )
 
 
