@@ -1,6 +1,7 @@
 """The kernels on a GPU, predicted: ``python -m bench.tools.predict_gpu``.
 
-Nothing is measured and no GPU is used. Each kernel of a forward pass is compiled for Hopper, and a
+Nothing is measured and no GPU is used. Each kernel of a forward pass (of CUDA's a backward pass
+too) is compiled for Hopper, and a
 thread block's way through the machine code is walked (``sass_walk``): what its warps issue,
 products on tensor cores, steps of shared memory and L1; besides, each tensor's bytes once. The
 greatest is a bound. It sees no latency, no second read that misses L2, and no operands that HGMMA
@@ -192,7 +193,8 @@ by the multiprocessor that has most blocks), products on tensor cores, 128-byte 
 memory with its bank conflicts, the same with L1's, and every tensor's bytes once. Not seen:
 latency, second reads that miss L2, operands that HGMMA takes from shared memory itself, launches,
 that `mma.sync` reaches less than HGMMA's rate, and the products that are cuBLAS's or CUTLASS's.
-`linear_kernel` has its tensor time by tiles alone. Gradients and attention are not in it.
+`linear_kernel` has its tensor time by tiles alone. Attention, Triton's gradients and CUDA's sublayer
+in one launch are not in it.
 
 {tables.markdown(COLUMNS, made)}
 """
