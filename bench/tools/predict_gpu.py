@@ -193,8 +193,8 @@ by the multiprocessor that has most blocks), products on tensor cores, 128-byte 
 memory with its bank conflicts, the same with L1's, and every tensor's bytes once. Not seen:
 latency, second reads that miss L2, operands that HGMMA takes from shared memory itself, launches,
 that `mma.sync` reaches less than HGMMA's rate, and the products that are cuBLAS's or CUTLASS's.
-`linear_kernel` has its tensor time by tiles alone. Attention, Triton's gradients and CUDA's sublayer
-in one launch are not in it.
+`linear_kernel` has its tensor time by tiles alone. Attention, Triton's gradients and CUDA's
+sublayer in one launch are not in it.
 
 {tables.markdown(COLUMNS, made)}
 """
