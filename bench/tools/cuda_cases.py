@@ -78,7 +78,7 @@ class CudaLaunch(NamedTuple):
 
 
 class Case:
-    """One sublayer's forward pass: sizes, made-up addresses and the bytes behind them."""
+    """One sublayer: sizes, made-up addresses and the bytes behind them."""
 
     def __init__(self, model: Model, k: int, size: tuple[int, int, int], processors: int) -> None:
         self.model, self.k, (self.rows, self.n, self.r) = model, k, size
@@ -139,4 +139,79 @@ class Case:
         grid = (self.cuda.tiles(self.groups), -(-d // 32 // each), 1)
         return CudaLaunch("decompress_kernel", "decompress",
                           f"decompress_kernelINS0_4BF16ELb{int(r == 64)}E", grid,
+                          bytes(of) + each.to_bytes(4, "little"), self.moved)  # fmt: skip
+
+    def backward(self) -> list[CudaLaunch]:
+        """The launches of training's backward pass, but for the FFN's own."""
+        r, k = self.r, self.k
+        return [
+            self.decompress_backward(),
+            self._weight_gradient("W_1u", r, self.groups, by_group=True),
+            self._weight_gradient("W_2, b_2", r, self.tokens, ones=True),
+            self.merge_backward(),
+            self._weight_gradient("W_c, W_1h", r, self.tokens, scores=k, normed=True),
+        ]
+
+    def decompress_backward(self) -> CudaLaunch:
+        self.moved, d, r = 0, self.model.d, self.r
+        of = filled(
+            "DecompressBackwardParams", dtype=self.cuda.dtypes["bfloat16"], groups=self._groups(),
+            d=d, r=r, phi=self.cuda.adapter_activations["tanh"],
+            u=self._tensor(self.groups * d), projected=self._tensor(self.tokens * r, 4),
+            projected_columns=r, w1u=self._tensor(r * d), w1u_stride=2 * d,
+            w1u_transpose=self._tensor(r * d), w2_transpose=self._tensor(r * d),
+            b1=self._vector(r), dy=self._tensor(self.tokens * d), dy_stride=d,
+            du=self._tensor(self.groups * d), d_projected=self._tensor(self.tokens * r, 4),
+            bottleneck=self._tensor(self.tokens * r, 4), d_q=self._tensor(self.groups * r, 4),
+        )  # fmt: skip
+        return self._backward("decompress_backward_kernel", of)
+
+    def merge_backward(self) -> CudaLaunch:
+        self.moved, d, k, r = 0, self.model.d, self.k, self.r
+        tiles, norm = self.cuda.tiles(self.groups), self._norm()
+        gradients = {
+            f"d_norm_{name}": self._tensor(tiles * d, 4)
+            for name in ("weight", "bias") if getattr(norm, name).data
+        }  # fmt: skip
+        of = filled(
+            "MergeBackwardParams", dtype=self.cuda.dtypes["bfloat16"], groups=self._groups(), d=d,
+            r=r, x=self._tensor(self.tokens * d), x_stride=d, norm=norm,
+            weights=self._tensor(self.groups * k, 4), merge_weight=self._tensor(k * k * d),
+            projection_transpose=self._tensor(r * d), projected_columns=r,
+            d_merged=self._tensor(self.groups * d), d_projected=self._tensor(self.tokens * r, 4),
+            dx=self._tensor(self.tokens * d), d_scores=self._tensor(self.groups * k, 4),
+            moments=self._tensor(self.groups * k * 2, 4), **gradients,
+        )  # fmt: skip
+        return self._backward("merge_backward_kernel", of)
+
+    def _backward(self, kernel: str, of: ctypes.Structure) -> CudaLaunch:
+        symbol = f"{kernel}INS0_4BF16ELb{int(self.r == 64)}E"
+        grid = (self.cuda.tiles(self.groups), 1, 1)
+        return CudaLaunch(kernel, "backward", symbol, grid, bytes(of), self.moved)
+
+    def _weight_gradient(
+        self, name: str, r: int, rows: int, *, scores: int = 0, ones: bool = False,
+        by_group: bool = False, normed: bool = False,
+    ) -> CudaLaunch:  # fmt: skip
+        self.moved, d = 0, self.model.d
+        columns, slots = r + scores + ones, 1 if by_group else self.k
+        shares = self.cuda.gradient_shares(self.groups, columns, d, slots, self.processors)
+        norm = self._norm() if normed else filled("NormParams", kind=self.cuda.norms["none"])
+        normed = norm.kind != self.cuda.norms["none"]
+        of = filled(
+            "WeightGradientParams", dtype=self.cuda.dtypes["bfloat16"], groups=self._groups(),
+            by_group=by_group, left=self._tensor(rows * r, 4), left_columns=r,
+            scores=self._tensor(self.groups * scores, 4) if scores else 0, score_columns=scores,
+            ones=ones, right=self._tensor(rows * d), right_stride=d, d=d, norm=norm,
+            moments=self._tensor(self.groups * self.k * 2, 4) if normed else 0, shares=shares,
+            out=self._tensor(shares * slots * columns * d, 4),
+        )  # fmt: skip
+        grid = (
+            -(-d // self.cuda.gradient_columns),
+            self.cuda.gradient_pieces(columns),
+            shares * slots,
+        )
+        each = self.cuda.gradient_tiles_a_piece(columns)
+        symbol = f"weight_gradient_kernelINS0_4BF16ELb{int(normed)}E"
+        return CudaLaunch(f"weight_gradient_kernel: {name}", "backward", symbol, grid,
                           bytes(of) + each.to_bytes(4, "little"), self.moved)  # fmt: skip

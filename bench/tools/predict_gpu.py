@@ -1,6 +1,7 @@
 """The kernels on a GPU, predicted: ``python -m bench.tools.predict_gpu``.
 
-Nothing is measured and no GPU is used. Each kernel of a forward pass is compiled for Hopper, and a
+Nothing is measured and no GPU is used. Each kernel of a forward pass (of CUDA's a backward pass
+too) is compiled for Hopper, and a
 thread block's way through the machine code is walked (``sass_walk``): what its warps issue,
 products on tensor cores, steps of shared memory and L1; besides, each tensor's bytes once. The
 greatest is a bound. It sees no latency, no second read that misses L2, and no operands that HGMMA
@@ -113,14 +114,14 @@ def _of_cuda(launch: CudaLaunch) -> Work:
 def works(
     backend: str, model: str, k: int, size: tuple[int, int, int], chip: Chip
 ) -> Iterator[Work]:
-    """The launches of a model's forward pass."""
+    """The launches of a model's forward pass; of CUDA's kernels of a backward pass too."""
     if backend == "triton":
         with compiling("sm_90") as launches:
             sublayer(MODELS[model], k, torch.bfloat16, backward=False, size=size)()
         yield from map(_of_triton, launches)
     else:
         case = Case(MODELS[model], k, size, chip.processors)
-        yield from map(_of_cuda, case.forward())
+        yield from map(_of_cuda, [*case.forward(), *case.backward()])
 
 
 def predict(work: Work, chip: Chip) -> dict[str, Any]:
@@ -192,7 +193,8 @@ by the multiprocessor that has most blocks), products on tensor cores, 128-byte 
 memory with its bank conflicts, the same with L1's, and every tensor's bytes once. Not seen:
 latency, second reads that miss L2, operands that HGMMA takes from shared memory itself, launches,
 that `mma.sync` reaches less than HGMMA's rate, and the products that are cuBLAS's or CUTLASS's.
-`linear_kernel` has its tensor time by tiles alone. Gradients and attention are not in it.
+`linear_kernel` has its tensor time by tiles alone. Attention, Triton's gradients and CUDA's
+sublayer in one launch are not in it.
 
 {tables.markdown(COLUMNS, made)}
 """

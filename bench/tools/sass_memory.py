@@ -10,10 +10,15 @@ LINE, SECTOR, BANK = 128, 32, 4  # bytes
 
 
 def address_of(text: str) -> Read:
-    """``[R2.X4+UR4+0x10]``, after ``desc[..]`` or not."""
+    """``[R2.X4+UR4+-0x10]``, after ``desc[..]`` or not; of 32 bits unless a part has 64."""
     inside = re.findall(r"\[([^\]]*)\]", text)[-1]
     reads = []
+    bits = np.uint64(2**64 - 1 if ".64" in inside else 2**32 - 1)
+    back = np.uint64(0)
     for part in inside.split("+"):
+        if part.startswith("-"):
+            back += np.uint64(int(part[1:], 16))
+            continue
         scale = re.search(r"\.X(\d+)", part)
         bare = part.split(".")[0]
         value = wide(bare) if ".64" in part else word(bare)
@@ -24,7 +29,7 @@ def address_of(text: str) -> Read:
         for each, scale in reads:
             value, k = each(s)
             total, known = total + value * scale, known & k
-        return total, known
+        return (total - back) & bits, known
 
     return read
 

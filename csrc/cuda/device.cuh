@@ -23,6 +23,12 @@ struct alignas(16) Vec16 {
 #define VARIATOR_DEVICE __device__ __forceinline__
 #define VARIATOR_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define VARIATOR_UNROLL _Pragma("unroll")
+// For a loop that would cost registers which the compiler does not have for Blackwell.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define VARIATOR_UNROLL_LESS _Pragma("unroll 4")
+#else
+#define VARIATOR_UNROLL_LESS VARIATOR_UNROLL
+#endif
 
 namespace variator::cuda {
 

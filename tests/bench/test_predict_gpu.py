@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from bench.tools import cuda_cases, predict_gpu
 from bench.tools.predict_gpu import CHIPS, Work, predict
 from bench.tools.sass_walk import Count
+from bench.tools.triton_cases import MODELS
 
 
 def test_the_greatest_of_five_bounds():
@@ -75,3 +76,33 @@ def test_what_the_cuda_kernels_were_redesigned_for(kernel, k, most):
         if (row["backend"], row["model"], row["kernel"], row["k"]) == ("cuda", "t5-base", kernel, k)
     ]  # fmt: skip
     assert row["bound"] <= most and row["by"] != "issue"
+
+
+@pytest.mark.parametrize("model", ["t5-base", "bert-base"])
+def test_launches_of_a_backward_pass(model):
+    """Parameters as large as their structs, and every gradient's bytes once."""
+    try:
+        case = cuda_cases.Case(MODELS[model], 4, (32, 512, 64), 132)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    d, tokens, groups = 768, 32 * 512, 32 * 128
+    found = case.backward()
+    names = [launch.symbol.split("INS0_")[0] for launch in found]
+    gradient = "weight_gradient_kernel"
+    assert names == ["decompress_backward_kernel", gradient, gradient, "merge_backward_kernel",
+                     gradient]  # fmt: skip
+    of = {
+        "decompress_backward_kernel": "DecompressBackwardParams",
+        "merge_backward_kernel": "MergeBackwardParams",
+        gradient: "WeightGradientParams",
+    }
+    for launch, name in zip(found, names, strict=True):
+        more = 4 if name == gradient else 0  # the kernel's own second argument
+        size = ctypes.sizeof(cuda_cases.structs()[of[name]])
+        assert len(launch.arguments) == size + more
+        assert launch.grid[0] * launch.grid[1] * launch.grid[2] >= 132 or name == gradient
+    decompress, w1u, w2, merge, w_c = found
+    assert decompress.moved > 2 * d * (tokens + 2 * groups) and merge.moved > 2 * d * 2 * tokens
+    assert w1u.moved < w2.moved < w_c.moved
+    normed = model == "t5-base"  # BERT's norm stands behind
+    assert [launch.symbol[-2] for launch in (w1u, w2, w_c)] == ["0", "0", str(int(normed))]

@@ -103,6 +103,24 @@ def test_integers_pass_through_shared_memory():
     assert count(text, 9, threads=64).slots == 2 * (5 + 3 * 9 + 1)
 
 
+def test_addresses_of_shared_memory_have_32_bits():
+    """Compilers count back from a register, and from one that stands below 0."""
+    text = """
+        MOV R0, 0x{:x}
+        MOV R1, 0x3
+        STS [R0+{}], R1
+        MOV R2, RZ
+        LDS R2, [RZ+0x10]
+        ISETP.EQ.AND P0, PT, R2, 0x3, PT
+        @P0 BRA 0x80
+        FADD R1, R1, R1
+        EXIT
+    """
+    for base, offset in ((0x20, "-0x10"), (0xFFFFFFF0, "0x20"), (0x10, "0x0")):
+        assert count(text.format(base, offset)).slots == 8
+    assert count(text.format(0x20, "-0x8")).slots == 9
+
+
 def test_predicates_in_the_bits_of_a_register_that_nothing_wrote():
     text = """
         S2R R0, SR_TID.X

@@ -14,7 +14,7 @@ if not TRITON.usable:
 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from variator_kernels.ops.compressed_ffn.triton import descriptor, linear
+from variator_kernels.ops.compressed_ffn.triton_products import descriptor, linear, look
 from variator_kernels.triton_kernels import launch
 
 pytestmark = [pytest.mark.gpu] if GPU else []
@@ -73,7 +73,10 @@ def test_descriptors_are_those_of_triton():
     for matrix in moved((torch.zeros(33, 40).bfloat16(), torch.zeros(8, 64)[:, :32]), "triton"):
         ours, theirs = (
             dict(vars(made))
-            for made in (descriptor(matrix, 16, 32), TensorDescriptor.from_tensor(matrix, [16, 32]))
+            for made in (
+                descriptor(matrix, look(matrix.shape, matrix.stride(), (16, 32))),
+                TensorDescriptor.from_tensor(matrix, [16, 32]),
+            )
         )
         assert ours.pop("base") is theirs.pop("base") is matrix
         assert ours == theirs

@@ -40,18 +40,20 @@ def is_plain(x: Tensor) -> bool:
     )
 
 
-def nothing_between(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a kernel may be called as it is, and not as a registered op: all tensors are memory,
-    none asks for a gradient, and nobody (compiler, mode, transform, profiler) looks on."""
-    if (
+def nobody_between() -> bool:
+    """Whether nobody (compiler, mode, transform, profiler) looks on at what runs now."""
+    return not (
         torch.compiler.is_compiling()
         or tracing()
         or transformed()
         or _get_current_dispatch_mode() is not None
         or torch._C._len_torch_function_stack() > 0
         or torch.autograd._profiler_enabled()
-    ):
-        return False
+    )
+
+
+def of_memory(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether all tensors are memory, and none asks for a gradient."""
     derives = torch.is_grad_enabled()
     for x in tensors:
         if x is not None and (
@@ -64,6 +66,12 @@ def nothing_between(tensors: Iterable[Tensor | None]) -> bool:
         ):
             return False
     return True
+
+
+def nothing_between(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a kernel may be called as it is, and not as a registered op: all tensors are memory,
+    none asks for a gradient, and nobody looks on."""
+    return nobody_between() and of_memory(tensors)
 
 
 def has_values(x: Tensor) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,21 @@ LIKE = {
 }
 
 
+class Launch(NamedTuple):
+    """A launch but for its tensors, which come first among a kernel's arguments."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    numbers: tuple[float, ...]
+    constants: dict[str, Any]
+
+    def __call__(self, *tensors: Any) -> None:
+        # What `kernel[grid]` calls, without packing the arguments twice.
+        self.kernel.run(*tensors, *self.numbers, grid=self.grid, warmup=False, **self.constants)
+
+
 _rows: list[dict[str, Any]] | None = None
+_uses = 0
 
 
 def table() -> list[dict[str, Any]]:
@@ -48,8 +62,9 @@ def table() -> list[dict[str, Any]]:
 
 def use(rows: list[dict[str, Any]]) -> None:
     """Other rows from now on, for tuning."""
-    global _rows
+    global _rows, _uses
     _rows = rows
+    _uses += 1
     settings.cache_clear()
 
 
@@ -104,6 +119,11 @@ def case(x: Tensor, d: int, k: int, tiles: int, **more: Any) -> dict[str, Any]:
     """What a launch on x's device and dtype is for: vectors of size d, k a group, in ``tiles``."""
     rows = "few" if tiles < processors(x) else "many"
     return {"arch": arch(x), "d": d, "k": k, "dtype": name(x.dtype), "rows": rows, **more}
+
+
+def chooses(x: Tensor) -> tuple[Any, ...]:
+    """What decides about launches on x's device besides the form of what they get."""
+    return arch(x), processors(x), settings, _uses
 
 
 def power_of_2(value: int, least: int = 1) -> int:

@@ -77,30 +77,6 @@ void bind_gemm(py::module_& m) {
         "weight"_a, "bias"_a, "activation"_a, "factor"_a, "out"_a);
 }
 
-// The sublayer in one call, whether it is one launch or several.
-void bind_layer(py::module_& m, const char* name,
-                cudaError_t (*kernels)(const LayerParams&, cudaStream_t)) {
-    m.def(
-        name,
-        [name, kernels](const Target& to, const MergeParams& merge,
-                        const DecompressParams& decompress, int64_t f, Address w_in, Address w_gate,
-                        Address w_out, Address b_in, Address b_gate, Address b_out, int activation,
-                        Address inner, Address gated, Address partial, int64_t splits, Address u,
-                        int64_t blocks_a_part) {
-            LayerParams p{};
-            p.merge = merge, p.decompress = decompress, p.f = f;
-            p.w_in = at(w_in), p.w_gate = at(w_gate), p.w_out = at(w_out);
-            p.b_in = at(b_in), p.b_gate = at(b_gate), p.b_out = at(b_out);
-            p.activation = static_cast<Activation>(activation);
-            p.inner = at(inner), p.gated = at(gated), p.u = at(u);
-            p.partial = at(partial), p.splits = splits, p.blocks_a_part = blocks_a_part;
-            run(kernels, name, p, to);
-        },
-        py::arg("target"), py::arg("merge"), py::arg("decompress"), py::kw_only(), "f"_a, "w_in"_a,
-        "w_gate"_a, "w_out"_a, "b_in"_a, "b_gate"_a, "b_out"_a, "activation"_a, "inner"_a,
-        "gated"_a, "partial"_a, "splits"_a, "u"_a, "blocks_a_part"_a);
-}
-
 // Sizes that callers allocate by, and choices that tests check.
 void bind_heuristics(py::module_& m) {
 #if !defined(VARIATOR_EMULATION)
@@ -117,6 +93,8 @@ void bind_heuristics(py::module_& m) {
     m.def("blocks_a_part", &heuristics::blocks_a_part);
     m.def("splits", &heuristics::splits);
     m.def("one_launch_blocks", &heuristics::one_launch_blocks);
+    m.attr("gradient_columns") = heuristics::gradient_columns;
+    m.def("gradient_pieces", &heuristics::gradient_pieces);
     m.def("gradient_tiles_a_piece", &heuristics::gradient_tiles_a_piece);
     m.def("gradient_shares", &heuristics::gradient_shares);
     m.def("large_gemm_tile", &heuristics::large_gemm_tile);
@@ -162,7 +140,6 @@ PYBIND11_MODULE(_cuda, m) {
     bind_decompress(m);
     bind_backward(m);
     bind_gemm(m);
-    bind_layer(m, "one_launch", one_launch);
-    bind_layer(m, "launches", launches);
+    bind_sublayer(m);
     bind_heuristics(m);
 }

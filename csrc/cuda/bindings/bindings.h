@@ -77,5 +77,6 @@ void run(cudaError_t (*kernel)(const Params&, cudaStream_t), const char* name, c
 }
 
 void bind_backward(pybind11::module_& m);
+void bind_sublayer(pybind11::module_& m);
 
 }  // namespace variator::cuda

@@ -8,6 +8,7 @@
 #define VARIATOR_DEVICE inline
 #define VARIATOR_KERNEL(threads, blocks) inline void
 #define VARIATOR_UNROLL
+#define VARIATOR_UNROLL_LESS
 
 namespace variator::cuda {
 

@@ -157,14 +157,15 @@ struct DecompressTile {
     VARIATOR_DEVICE void multiply_block(int block, int row_slot, int slot,
                                         float (&acc)[2][4][4]) const {
         const int lane = thread_index() % 32, n = block * block_columns + spread(0, at.row);
-        // All rows of a lane lie in the weight, or none.
-        const void* weight = element(p.w2, static_cast<int64_t>(n < d ? n : 0) * r + 8 * at.part);
+        const int first_row = n < d ? n : 0;  // all rows of a lane lie in the weight, or none
         VARIATOR_UNROLL
         for (int chunk = 0; chunk < r / block_columns; ++chunk) {
+            // Addresses that start at p.w2 each time leave sm_100 the registers that it needs.
             Vec16 w[4];
             VARIATOR_UNROLL
             for (int tile = 0; tile < 4; ++tile)
-                w[tile] = load16(element(weight, 2 * tile * r + chunk * block_columns));
+                w[tile] = load16(element(p.w2, static_cast<int64_t>(first_row + 2 * tile) * r +
+                                                   8 * at.part + chunk * block_columns));
             VARIATOR_UNROLL
             for (int pair = 0; pair < 2; ++pair) {
                 if (slot + 2 * pair >= k) break;

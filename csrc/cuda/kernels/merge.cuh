@@ -144,7 +144,7 @@ struct MergeTile {
         float s = -INFINITY;
         if (exists) {
             s = load1<T>(p.merge_bias, slot);
-            VARIATOR_UNROLL
+            VARIATOR_UNROLL_LESS
             for (int warp = 0; warp < warps; ++warp) s += shared.scores[warp][at.warp][slot];
         }
         float top = s;

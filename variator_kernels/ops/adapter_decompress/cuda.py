@@ -44,10 +44,8 @@ class Decompress:
         groups: GpuGroups,
         adapter: AdapterWeights,
         y: Tensor,
-        kernel: Any = None,
     ) -> None:
-        """Writes flat ``y [tokens, d]``; ``kernel`` is of :func:`groups_kernel` if the caller has
-        it."""
+        """Writes flat ``y [tokens, d]``."""
         u, projected, residual, _ = inputs
         dtype, d, r = y.dtype, y.shape[1], projected.shape[1]
         check_sizes(d, groups.ratio, r)
@@ -57,7 +55,7 @@ class Decompress:
         self.kept = (u, groups, projected, w1u, b1, w2, b2, residual)
         self.params: Any = extension.load("cuda").Decompress(
             dtype=dtype_code(dtype),
-            groups=kernel or groups_kernel(groups),
+            groups=groups_kernel(groups),
             d=d,
             r=chunks(r),
             phi=code("adapter_activations", adapter.activation),

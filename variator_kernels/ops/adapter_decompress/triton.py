@@ -32,28 +32,62 @@ def blocks_a_program(tiles: int, blocks: int, processors: int) -> int:
     return launch.cdiv(blocks, max(1, min(blocks, processors // tiles)))
 
 
-def run(inputs: DecompressInputs, groups: GpuGroups, adapter: AdapterWeights, y: Tensor) -> None:
-    """Writes every row of flat ``y [tokens, d]``."""
-    u, projected, residual, poison = inputs
+def unit_strides(adapter: AdapterWeights) -> AdapterWeights:
+    """The same as the kernels read it."""
     w1u, b1, w2, b2, activation = adapter
+    return AdapterWeights(
+        unit_rows(w1u), b1.contiguous(), unit_rows(w2), b2.contiguous(), activation
+    )
+
+
+def launches(
+    inputs: DecompressInputs, groups: GpuGroups, adapter: AdapterWeights, y: Tensor
+) -> launch.Launch | None:
+    """Of the form of :func:`unit_strides`' weights; None where there is no group."""
     if groups.launched == 0:
-        return
-    k, d, r = groups.ratio, y.shape[-1], b1.shape[0]
+        return None
+    residual, w1u, w2 = inputs.residual, adapter.w1u, adapter.w2
+    k, d, r = groups.ratio, y.shape[-1], adapter.b1.shape[0]
     case = launch.case(y, d, k, launch.tiles(y.shape[0]), r=launch.bottleneck(r))
     row = launch.settings("adapter_decompress", **case)
-    w1u, w2 = unit_rows(w1u), unit_rows(w2)
     tiles = launch.cdiv(groups.launched * k, row["bt"])
     blocks = launch.cdiv(d, row["bd"])
     across = blocks_a_program(tiles, blocks, launch.processors(y))
-    adapter_decompress_kernel[(tiles, launch.cdiv(blocks, across))](
-        u, projected, w1u, b1.contiguous(), w2, b2.contiguous(), residual, poison, groups.kept,
-        *groups.pointers, y,
-        *groups.sizes, across, d,
-        w1u.stride(0), w2.stride(0), 0 if residual is None else residual.stride(0),
-        K=k, BT=row["bt"], BU=groups_a_tile(row["bt"], k), BD=row["bd"], R=r,
-        BR=min(row["br"], launch.bottleneck(r)), TANH=activation == "tanh", FORM=groups.form,
-        PRECISION=launch.precision(y), STAGES=row["stages"], **launch.options(row),
+    residual_stride = 0 if residual is None else residual.stride(0)
+    return launch.Launch(
+        adapter_decompress_kernel,
+        (tiles, launch.cdiv(blocks, across)),
+        (*groups.sizes, across, d, w1u.stride(0), w2.stride(0), residual_stride),
+        dict(
+            K=k, BT=row["bt"], BU=groups_a_tile(row["bt"], k), BD=row["bd"], R=r,
+            BR=min(row["br"], launch.bottleneck(r)), TANH=adapter.activation == "tanh",
+            FORM=groups.form, PRECISION=launch.precision(y), STAGES=row["stages"],
+            **launch.options(row),
+        ),
     )  # fmt: skip
+
+
+def start(
+    found: launch.Launch,
+    inputs: DecompressInputs,
+    groups: GpuGroups,
+    adapter: AdapterWeights,
+    y: Tensor,
+) -> None:
+    """Writes every row of flat ``y [tokens, d]``; ``found`` is of :func:`launches`."""
+    u, projected, residual, poison = inputs
+    w1u, b1, w2, b2, _ = adapter
+    found(
+        u, projected, w1u, b1, w2, b2, residual, poison, groups.kept, *groups.pointers, y
+    )  # fmt: skip
+
+
+def run(inputs: DecompressInputs, groups: GpuGroups, adapter: AdapterWeights, y: Tensor) -> None:
+    """Writes every row of flat ``y [tokens, d]``."""
+    adapter = unit_strides(adapter)
+    found = launches(inputs, groups, adapter, y)
+    if found is not None:
+        start(found, inputs, groups, adapter, y)
 
 
 def adapter_decompress(

@@ -12,6 +12,7 @@ from .. import checks
 from ..feed_forward import FeedForward, PluginWeights, autocasts
 from ..groups import Groups, Keep
 from ..int8_linear import stored_here
+from ..known import Known, known
 from ..library import backend_module
 from ..make_groups import make_groups
 from ..transforms import exporting, fitting, nothing_between
@@ -55,7 +56,13 @@ def compressed_ffn(
     plugin = plugin if isinstance(plugin, PluginWeights) else plugin.weights()
     if not isinstance(ffn, FeedForward):
         ffn = _described(ffn)
-    checks.compressed_ffn(x, plugin, ffn, mask, cu_seqlens)
+    seen = known(x, plugin, ffn)
+    if seen is not None and seen.checked and (x.dim() == 3) == (cu_seqlens is None):
+        checks.token_mask(mask, cu_seqlens, x)
+    else:
+        checks.compressed_ffn(x, plugin, ffn, mask, cu_seqlens)
+        if seen is not None:
+            seen.checked = True
     checks.kept(keep_first, keep_last, keep, x)
     chosen = fitting(backend, backends.resolve(backend, x))
     groups = make_groups(
@@ -67,34 +74,43 @@ def compressed_ffn(
         inner=True,
         keep=Keep(keep_first, keep_last, keep),
     )
-    return run(x, plugin, ffn, groups, chosen)
+    return run(x, plugin, ffn, groups, chosen, seen)
 
 
-def run(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups, backend: str) -> Tensor:
-    """:func:`compressed_ffn` for arguments that were checked, on a backend that was resolved."""
+def run(
+    x: Tensor,
+    plugin: PluginWeights,
+    ffn: FeedForward,
+    groups: Groups,
+    backend: str,
+    seen: Known | None = None,
+) -> Tensor:
+    """:func:`compressed_ffn` for arguments that were checked, on a backend that was resolved;
+    ``seen`` is what is known of them, if the caller asked."""
     if backend == "reference":
         return reference.compressed_ffn(x, plugin, ffn, groups)
     if ffn.stored is not None and ffn.pack and backend == "cpu":
         runs = stored_here(x, ffn.stored.w_in)
         ffn = (stored.as_it_runs(ffn.stored, ffn.precision) if runs else None) or ffn
-    if _fits_one_op(x, plugin, ffn):
+    on_gpu = backend in ("triton", "cuda")
+    if on_gpu and seen is None:
+        seen = known(x, plugin, ffn)
+    if _fits_one_op(x, plugin, ffn, seen):
         # PyTorch's dispatcher takes longer than all of our own Python before a GPU's first launch.
-        norm = ffn.norm_weight, ffn.norm_bias
-        if backend in ("triton", "cuda") and nothing_between(
-            (x, *plugin[:6], *ffn[:6], *norm, *groups[:5])
-        ):
-            return backend_module(__package__, backend).compressed_ffn(x, plugin, ffn, groups)
+        if on_gpu and seen is not None and seen.direct and nothing_between(groups[:5]):
+            found = backend_module(__package__, backend)
+            return found.compressed_ffn(x, plugin, ffn, groups, seen)
         return op.compressed_ffn(x, plugin, ffn, groups, backend)
     return layered.compressed_ffn(x, plugin, ffn, groups, backend)
 
 
-def _fits_one_op(x: Tensor, plugin: PluginWeights, ffn: FeedForward) -> bool:
+def _fits_one_op(x: Tensor, plugin: PluginWeights, ffn: FeedForward, seen: Known | None) -> bool:
     """The single fused op is for inference with plain products; all else goes layer by layer."""
     if ffn.module is not None or ffn.dropout_inner > 0 or ffn.dropout_outer > 0:
         return False
     if autocasts(x):
         return False
-    if not torch.is_grad_enabled() or exporting():
+    if not torch.is_grad_enabled() or exporting() or (seen is not None and seen.direct):
         return True
     tensors = (x, *plugin[:6], *ffn[:6], ffn.norm_weight, ffn.norm_bias)
     return not any(t is not None and t.requires_grad for t in tensors)

@@ -1,31 +1,38 @@
-"""compressed_ffn on CUDA: merge, two products on CUTLASS, decompress; or all in one launch."""
+"""compressed_ffn on CUDA: merge, two products on CUTLASS, decompress; or all in one launch.
+
+A sublayer is one call of the extension, on an object that is made once for calls whose tensors look
+alike (:mod:`..known`).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import extension
-from ..adapter_decompress.cuda import Decompress
-from ..arguments import flat, require
+from ..arguments import require
 from ..cuda_arguments import (
     BOTTLENECK_CHUNK,
     DTYPES,
     address,
-    aligned,
+    check_sizes,
+    chunks,
     code,
-    cuda_norm,
     dtype_code,
     groups_kernel,
     multiprocessors,
+    norm_kernel,
     target,
+    vector,
 )
 from ..feed_forward import FeedForward, PluginWeights
-from ..gpu_arguments import DecompressInputs, MergeOutputs, gpu_groups
-from ..group_merge.cuda import Merge
+from ..gpu_arguments import GpuGroups, gpu_groups
 from ..groups import Groups
+from ..known import Known
+from .cuda_read import Read, addresses, as_read, read_as_given
 from .layered import normalize_real
 
 # Up to as many groups the layer is one launch; None: as `one_launch_groups` says.
@@ -68,76 +75,124 @@ def linear(
     return out
 
 
-def _cast(ffn: FeedForward, dtype: torch.dtype) -> FeedForward:
-    """The products' weights in ``dtype``, as the kernels read them."""
-    names = ("w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate")
-    found = {name: getattr(ffn, name) for name in names}
-    cast: dict[str, Any] = {
-        name: aligned(t.to(dtype)) for name, t in found.items() if t is not None
-    }
-    return ffn._replace(**cast)
+class _Planned(NamedTuple):
+    """A sublayer of inputs of one form."""
+
+    dtype: torch.dtype
+    groups: GpuGroups | None
+    """None: they hold tensors, which every call has its own of."""
+    as_given: bool
+    """Whether the kernels read x and the weights as they are, if all start at 16 bytes."""
+    kernel: Any
+    """The extension's ``Sublayer``."""
+    splits: int
+    """Of one launch; 0 where there are several."""
 
 
-def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups) -> Tensor:
-    """Of arguments whose sizes were checked."""
+def _plan(
+    read: Read, launched: GpuGroups, r: int, ffn: FeedForward, phi: str, as_given: bool
+) -> _Planned:
+    cuda, x = extension.load("cuda"), read.x
+    (f, d), k = read.w_in.shape, launched.ratio
+    check_sizes(d, k, r)
+    found, groups = addresses(read), groups_kernel(launched)
+    common: dict[str, Any] = {
+        "dtype": dtype_code(x.dtype), "groups": groups, "d": d, "r": chunks(r),
+        "projected": 0, "projected_columns": r,
+    }  # fmt: skip
+    norm = ffn.pre_norm._replace(weight=read.norm_weight, bias=read.norm_bias)
+    merge = cuda.Merge(
+        **common, x=found["x"], x_stride=x.stride(0), norm=norm_kernel(norm),
+        merge_weight=found["merge_weight"], merge_bias=vector(read.merge_bias),
+        projection=found["w1h"], projection_stride=read.w1h.stride(0), merged=0, weights=0,
+    )  # fmt: skip
+    decompress = cuda.Decompress(
+        **common, phi=code("adapter_activations", phi), u=0, w1u=found["w1u"],
+        w1u_stride=read.w1u.stride(0), b1=vector(read.b1), w2=found["w2"], b2=vector(read.b2),
+        residual=found["x"] if ffn.residual else 0, residual_stride=x.stride(0), y=0,
+    )  # fmt: skip
+    processors, count = multiprocessors(x), launched.total
+    most = ONE_LAUNCH_GROUPS
+    if most is None:
+        most = one_launch_groups(d, f, 2 if ffn.w_gate is None else 3, processors)
+    one_launch = 0 < count <= most and r <= BOTTLENECK_CHUNK
+    splits = cuda.splits(count, d, f, processors) if one_launch else 0
+    kernel = cuda.Sublayer(
+        merge=merge, decompress=decompress, f=f,
+        activation=code("ffn_activations", ffn.activation), one_launch=one_launch, splits=splits,
+        blocks_a_part=cuda.blocks_a_part(count, d, processors) if one_launch else 0,
+    )  # fmt: skip
+    plain = launched if launched.form == "plain" else None
+    return _Planned(x.dtype, plain, as_given, kernel, splits)
+
+
+def _key(groups: Groups) -> Hashable:
+    """What a sublayer depends on besides the forms of x and the weights."""
+    counted = None
+    if groups.form == "listed" and groups.start is not None:
+        counted = groups.start.shape
+    return "cuda", groups.form, groups.ratio, counted, ONE_LAUNCH_GROUPS
+
+
+def _dtype(x: Tensor, ffn: FeedForward) -> torch.dtype:
+    """In which the kernels compute, where they do."""
     dtype = torch.promote_types(x.dtype, ffn.w_out.dtype)
     if dtype not in DTYPES:
         both = f"x is {x.dtype} and w_out {ffn.w_out.dtype}"
         require(False, f"{both}, the CUDA kernels compute in one of {[*DTYPES]}")
     f = ffn.w_in.shape[0]
     require(f % 8 == 0, f"inner size is {f}, the CUDA kernels take multiples of 8")
-    x = x.to(dtype)
-    launched, d, r = gpu_groups(groups, x), x.shape[-1], plugin.b1.shape[0]
-    rows, y = flat(x), x.new_empty(x.shape)
-    merged = x.new_empty(launched.total, d)
-    projected = x.new_empty(rows.shape[0], r, dtype=torch.float32)
-    cast = _cast(ffn, dtype)
-    out = MergeOutputs(merged, projected, None)
-    kernel = groups_kernel(launched)
-    norm = cuda_norm(ffn.pre_norm, dtype)
-    merge = Merge(rows, launched, plugin.merge, norm, out, kernel)
-    u = torch.empty_like(merged)
-    inputs = DecompressInputs(u, projected, rows if ffn.residual else None)
-    decompress = Decompress(inputs, launched, plugin.adapter, y.view(-1, d), kernel)
-    most = ONE_LAUNCH_GROUPS
-    if most is None:
-        most = one_launch_groups(d, f, 2 if ffn.w_gate is None else 3, multiprocessors(x))
-    _run(x, merge, decompress, u, cast, 0 < launched.total <= most and r <= BOTTLENECK_CHUNK)
-    return normalize_real(y, ffn.any_norm, groups) if ffn.post_norm else y
+    return dtype
 
 
-def _run(
-    x: Tensor, merge: Merge, decompress: Decompress, u: Tensor, ffn: FeedForward, one_launch: bool
-) -> None:
-    """All of the sublayer in one call: one launch, or several."""
-    cuda = extension.load("cuda")
-    count, d = u.shape
-    f = ffn.w_in.shape[0]
-    inner, gated, partial = u.new_empty(count, f), None, None
-    splits = blocks_a_part = 0
-    if one_launch:
-        processors = multiprocessors(x)
-        splits = cuda.splits(count, d, f, processors)
-        partial = u.new_empty(splits, count, d, dtype=torch.float32)
-        blocks_a_part = cuda.blocks_a_part(count, d, processors)
+def compressed_ffn(
+    x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups, known: Known | None = None
+) -> Tensor:
+    """Of arguments whose sizes were checked."""
+    key = _key(groups)
+    planned: _Planned | None = None if known is None else known.plans.get(key)
+    given = read_as_given(x, plugin, ffn)
+    read, found = given, {}
+    if planned is not None and planned.as_given:
+        found = addresses(given)
+        if any(place % 16 for place in found.values()):
+            planned = known = None  # the copies that are read lie otherwise
+    if planned is None or not planned.as_given:
+        read = as_read(x, plugin, ffn, _dtype(x, ffn))
+        found = addresses(read)
+    launched = None if planned is None else planned.groups
+    launched = launched or gpu_groups(groups, x)
+    r, d, f = plugin.b1.shape[0], x.shape[-1], ffn.w_in.shape[0]
+    if planned is None:
+        as_given = all(a is b for a, b in zip(read[1:], given[1:], strict=True))
+        same = x.dtype == read.x.dtype and x.data_ptr() == read.x.data_ptr()
+        as_given = as_given and same
+        planned = _plan(read, launched, r, ffn, plugin.activation, as_given)
+        if known is not None:
+            known.plans[key] = planned
+    y = read.x.new_empty(x.shape)
+    merged = y.new_empty(launched.total, d)
+    projected = y.new_empty(*x.shape[:-1], r, dtype=torch.float32)
+    u, inner = torch.empty_like(merged), y.new_empty(launched.total, f)
+    gated = partial = None
+    if planned.splits > 0:
+        partial = projected.new_empty(planned.splits, launched.total, d)
     elif ffn.w_gate is not None:
         gated = torch.empty_like(inner)
-    (cuda.one_launch if one_launch else cuda.launches)(
+    planned.kernel.run(
         target(x),
-        merge.params,
-        decompress.params,
-        f=f,
-        w_in=ffn.w_in.data_ptr(),
-        w_gate=address(ffn.w_gate),
-        w_out=ffn.w_out.data_ptr(),
-        b_in=address(ffn.b_in),
-        b_gate=address(ffn.b_gate),
-        b_out=address(ffn.b_out),
-        activation=code("ffn_activations", ffn.activation),
+        **found,
+        start=address(launched.start),
+        span=address(launched.span),
+        owned=address(launched.owned),
+        mask=address(launched.mask),
+        kept=address(launched.kept),
+        merged=merged.data_ptr(),
+        projected=projected.data_ptr(),
         inner=inner.data_ptr(),
         gated=address(gated),
         partial=address(partial),
-        splits=splits,
         u=u.data_ptr(),
-        blocks_a_part=blocks_a_part,
+        y=y.data_ptr(),
     )
+    return normalize_real(y, ffn.any_norm, groups) if ffn.post_norm else y

@@ -39,10 +39,8 @@ class Merge:
         merge: MergeWeights,
         norm: Norm,
         out: MergeOutputs,
-        kernel: Any = None,
     ) -> None:
-        """Of flat ``x [tokens, d]``; ``norm`` is of :func:`cuda_norm`, ``kernel`` of
-        :func:`groups_kernel` if the caller has it."""
+        """Of flat ``x [tokens, d]``; ``norm`` is of :func:`cuda_norm`."""
         d, r = x.shape[1], merge.bottleneck
         check_sizes(d, groups.ratio, r)
         x = aligned_rows(x)
@@ -52,7 +50,7 @@ class Merge:
         self.kept = (x, groups, weight, bias, norm, projection)
         self.params: Any = extension.load("cuda").Merge(
             dtype=dtype_code(x.dtype),
-            groups=kernel or groups_kernel(groups),
+            groups=groups_kernel(groups),
             d=d,
             r=0 if projection is None else projection.shape[0],
             x=x.data_ptr(),

@@ -32,12 +32,48 @@ def _slots(k: int) -> tuple[int, int]:
     return k2, max(1, min(k2, SCORE_COLUMNS // k2))
 
 
-def run(x: Tensor, groups: GpuGroups, merge: MergeWeights, norm: Norm, out: MergeOutputs) -> None:
-    """Merges flat ``x [tokens, d]``; the softmax is always written."""
-    merged, projected, softmax = out
+class Launches(NamedTuple):
+    """A merge of inputs of one form: all but their addresses."""
+
+    merge: launch.Launch
+    weighted_sum: launch.Launch | None
+    scores: tuple[int, int, int]
+    """Of a merge in parts, which leave them in memory for the sum."""
+
+    def run(self, x: Tensor, groups: GpuGroups, merge: MergeWeights, norm: Norm, out: MergeOutputs,
+    ) -> None:  # fmt: skip
+        """Merges flat ``x [tokens, d]``; rows of matrices and all vectors have unit stride."""
+        merged, projected, softmax = out
+        scores = mean = rstd = None
+        if self.weighted_sum is not None:
+            scores = x.new_empty(self.scores, dtype=torch.float32)
+            if norm.name != "none":
+                rstd = x.new_empty(self.scores[1:], dtype=torch.float32)
+                mean = torch.empty_like(rstd) if norm.name == "layer" else None
+        self.merge(
+            x, merge.weight, merge.bias, merge.projection, norm.weight, norm.bias,
+            *groups.pointers, merged, projected, softmax, scores, mean, rstd,
+        )  # fmt: skip
+        if self.weighted_sum is not None:
+            self.weighted_sum(
+                x, merge.bias, norm.weight, norm.bias, *groups.pointers,
+                merged, softmax, scores, mean, rstd,
+            )  # fmt: skip
+
+
+def unit_strides(merge: MergeWeights) -> MergeWeights:
+    """The same as the kernels read it."""
     weight, bias, projection = merge
+    if projection is not None:
+        projection = unit_rows(projection)
+    return MergeWeights(unit_rows(weight), bias.contiguous(), projection)
+
+
+def launches(x: Tensor, groups: GpuGroups, merge: MergeWeights, norm: Norm) -> Launches | None:
+    """Of the form of :func:`unit_strides`' weights; None where there is no group."""
     if groups.launched == 0:
-        return
+        return None
+    weight, _, projection = merge
     k, d = groups.ratio, x.shape[1]
     k2, slots = _slots(k)
     parts = k2 // slots
@@ -45,46 +81,48 @@ def run(x: Tensor, groups: GpuGroups, merge: MergeWeights, norm: Norm, out: Merg
     case = launch.case(x, d, k, launch.tiles(x.shape[0]), r=launch.bottleneck(r))
     row = launch.settings("group_merge", **case)
     groups_a_tile = max(1, row["bt"] // slots)
-    scores = mean = rstd = None
-    if parts > 1:
-        scores = x.new_empty(parts, groups.total, k2, dtype=torch.float32)
-        if norm.name != "none":
-            rstd = x.new_empty(groups.total, k2, dtype=torch.float32)
-            mean = torch.empty_like(rstd) if norm.name == "layer" else None
-    weight = unit_rows(weight)
-    if projection is not None:
-        projection = unit_rows(projection)
-    group_merge_kernel[(launch.cdiv(groups.launched, groups_a_tile), parts)](
-        x, weight, bias, projection, norm.weight, norm.bias,
-        *groups.pointers,
-        merged, projected, softmax, scores, mean, rstd,
-        *groups.sizes, d,
-        x.stride(0), weight.stride(0), 0 if projection is None else projection.stride(0), norm.eps,
-        K=k, K2=k2, SC=slots, C=max(16, slots * k2), BG=groups_a_tile,
-        BD=row["bd"], BS=row["bs"], R=r, BR=min(row["br"], launch.bottleneck(r)),
-        NORM=norm.name, FORM=groups.form,
-        # In fp16 the norm's weight times x, not yet normalised, could overflow.
-        STATISTICS_FIRST=norm.name == "layer"
-        or (norm.name == "rms" and x.dtype == torch.float16),
-        PRECISION=launch.precision(x), **launch.options(row),
+    projection_stride = 0 if projection is None else projection.stride(0)
+    first = launch.Launch(
+        group_merge_kernel,
+        (launch.cdiv(groups.launched, groups_a_tile), parts),
+        (*groups.sizes, d, x.stride(0), weight.stride(0), projection_stride, norm.eps),
+        dict(
+            K=k, K2=k2, SC=slots, C=max(16, slots * k2), BG=groups_a_tile,
+            BD=row["bd"], BS=row["bs"], R=r, BR=min(row["br"], launch.bottleneck(r)),
+            NORM=norm.name, FORM=groups.form,
+            # In fp16 the norm's weight times x, not yet normalised, could overflow.
+            STATISTICS_FIRST=norm.name == "layer"
+            or (norm.name == "rms" and x.dtype == torch.float16),
+            PRECISION=launch.precision(x), **launch.options(row),
+        ),
     )  # fmt: skip
-    if parts > 1:
-        row = launch.settings("weighted_sum", **case)
-        grid = (launch.cdiv(groups.launched, row["bg"]), launch.cdiv(d, row["bs"]))
-        weighted_sum_kernel[grid](
-            x, bias, norm.weight, norm.bias, *groups.pointers,
-            merged, softmax, scores, mean, rstd,
-            *groups.sizes, d, x.stride(0),
+    if parts == 1:
+        return Launches(first, None, (1, groups.total, k2))
+    row = launch.settings("weighted_sum", **case)
+    second = launch.Launch(
+        weighted_sum_kernel,
+        (launch.cdiv(groups.launched, row["bg"]), launch.cdiv(d, row["bs"])),
+        (*groups.sizes, d, x.stride(0)),
+        dict(
             K=k, K2=k2, PARTS=parts, BG=row["bg"], BS=row["bs"], NORM=norm.name, FORM=groups.form,
             **launch.options(row),
-        )  # fmt: skip
+        ),
+    )  # fmt: skip
+    return Launches(first, second, (parts, groups.total, k2))
+
+
+def run(x: Tensor, groups: GpuGroups, merge: MergeWeights, norm: Norm, out: MergeOutputs) -> None:
+    """Merges flat ``x [tokens, d]``; the softmax is always written."""
+    merge = unit_strides(merge)
+    found = launches(x, groups, merge, norm)
+    if found is not None:
+        found.run(x, groups, merge, norm, out)
 
 
 def group_merge(
     x: Tensor, merge: MergeWeights, groups: Groups, norm: Norm
 ) -> tuple[Tensor, Tensor, Tensor]:
     launched, merged, projected, softmax = merge_outputs(x, merge, groups, norm)
-    merge = merge._replace(bias=merge.bias.contiguous())
     out = MergeOutputs(merged, projected if merge.bottleneck else None, softmax)
     with launch.device_of(x):
         run(flat(x), launched, merge, contiguous_norm(norm), out)

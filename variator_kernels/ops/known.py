@@ -1,0 +1,66 @@
+"""What is known of calls by the forms of their tensors: worked out once for calls that look alike.
+
+A tensor's form is all there is to it but its numbers and their address: type, dtype, device, sizes,
+strides, whether it asks for a gradient, what is still to be applied to it. Other numbers keep it,
+``.data`` of another size or dtype does not. Layers of one model have the same forms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
+
+from .feed_forward import FeedForward, PluginWeights
+from .transforms import of_memory, tracing
+
+
+class Known:
+    """What holds of every call whose tensors have certain forms."""
+
+    __slots__ = ("checked", "direct", "guards", "plans")
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        self.checked = False
+        """Whether sizes, dtypes, devices and names passed the public op's checks."""
+        self.direct = of_memory(tensors)
+        """Whether a kernel may read all of them, and nobody asks for a gradient."""
+        self.plans: dict[Hashable, Any] = {}
+        """What a backend made of them, by what else it depends on."""
+
+
+_known: dict[Hashable, Known] = {}
+_MOST = 256
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def known(x: Tensor, plugin: PluginWeights, ffn: FeedForward) -> Known | None:
+    """What is known of calls with arguments that look like these; None where that may not be asked:
+    while a trace is made, and of tensors that are more than strided memory."""
+    if torch.compiler.is_compiling() or tracing():
+        return None
+    w_in, w_out, w_gate, b_in, b_out, b_gate, *_ = ffn
+    scale, shift = ffn.norm_weight, ffn.norm_bias
+    optional = w_gate, b_in, b_out, b_gate, scale, shift
+    tensors = [x, *plugin[:6], w_in, w_out, *[t for t in optional if t is not None]]
+    try:
+        key = (
+            x.shape, x.dtype, plugin.merge_bias.shape, plugin.w1.shape, plugin.activation,
+            w_in.shape, w_gate is None, b_in is None, b_out is None, b_gate is None, scale is None,
+            shift is None, ffn.activation, ffn.norm, ffn.eps, ffn.post_norm, ffn.residual,
+            ffn.module is None, torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+        )  # fmt: skip
+        found = _known.get(key)
+    except (AttributeError, TypeError):
+        return None  # the checks say what came in a tensor's or a name's place
+    if found is None or not found.guards.check(*tensors):
+        if not all(type(t) in _PLAIN and t.layout is torch.strided for t in tensors):
+            return None
+        while len(_known) >= _MOST:
+            _known.pop(next(iter(_known)), None)
+        found = _known[key] = Known(tensors)
+    return found
