@@ -12,10 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 
 from .feed_forward import FeedForward, PluginWeights
 from .transforms import of_memory, tracing
+
+try:
+    import torch._C._dynamo.guards as guards
+except ImportError:  # nobody promises it: then each call is looked at anew
+    guards = None  # type: ignore[assignment]
 
 
 class Known:
@@ -24,7 +28,9 @@ class Known:
     __slots__ = ("checked", "direct", "guards", "plans")
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        self.guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        self.guards = guards.TensorGuards(
+            *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
+        )
         self.checked = False
         """Whether sizes, dtypes, devices and names passed the public op's checks."""
         self.direct = of_memory(tensors)
@@ -41,7 +47,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def known(x: Tensor, plugin: PluginWeights, ffn: FeedForward) -> Known | None:
     """What is known of calls with arguments that look like these; None where that may not be asked:
     while a trace is made, and of tensors that are more than strided memory."""
-    if torch.compiler.is_compiling() or tracing():
+    if not hasattr(guards, "TensorGuards") or torch.compiler.is_compiling() or tracing():
         return None
     w_in, w_out, w_gate, b_in, b_out, b_gate, *_ = ffn
     scale, shift = ffn.norm_weight, ffn.norm_bias
