@@ -126,10 +126,13 @@ struct RowsSplit {
         constexpr int64_t top = P::tiles ? 384 : 96, times = P::tiles ? 3 : 1;
         const int64_t most = larger(tile, smaller(top, times * cached / bytes) / tile * tile);
         const int64_t used = larger(1, threads);
-        // A chunk or less: threads share the columns, so that each reads a part of the weights.
-        const bool by_columns = rows <= smaller(96, most);
-        const int64_t chunks = by_columns ? 1 : round_up((rows + most - 1) / most, used);
-        const int64_t size = round_up((rows + chunks - 1) / chunks, tile);
+        int64_t chunks = round_up((rows + most - 1) / most, used);
+        int64_t size = round_up((rows + chunks - 1) / chunks, tile);
+        // A chunk or less: threads share the columns, so that each reads a part of the weights, and
+        // so that all have work where there are few blocks of rows.
+        const bool by_columns =
+            rows <= smaller(96, most) || (rows <= most && 4 * rows < 3 * size * used);
+        if (by_columns) chunks = 1, size = round_up(rows, tile);
         const int64_t panels = (columns + panel_columns<V>() - 1) / panel_columns<V>();
         return {rows, size, chunks, by_columns ? used : 1, panels};
     }

@@ -88,6 +88,50 @@ def test_other_memory_counts(backend, r):
 
 
 @each
+@pytest.mark.parametrize("r", [R, 64])
+def test_where_memory_lies_counts(backend, r):
+    """Forms are alike, but what is copied, because it starts nowhere in particular, is not."""
+    x, p, ffn = case(backend, r=r)
+    wide = x.new_zeros(2, 13, D + 8)
+    flat = x.new_zeros(p.w1.numel() + 8)
+    for columns, shift in ((4, 4), (0, 0), (4, 0), (0, 4), (4, 4), (0, 0)):
+        part = wide[..., columns : columns + D].copy_(x)
+        w1 = flat[shift : shift + p.w1.numel()].view(p.w1.shape).copy_(p.w1)
+        check(part, p._replace(w1=w1), ffn, backend)
+
+
+def test_one_tensor_twice_is_known():
+    x, p, ffn = case()
+    tied = ffn._replace(b_out=p.b2)
+    with torch.no_grad():
+        assert known(x, p, tied) is known(x, p, tied)
+        assert known(x, p, ffn) is not known(x, p, tied)
+
+
+def test_there_are_never_many(monkeypatch):
+    monkeypatch.setattr(module, "_MOST", 3)
+    monkeypatch.setattr(module, "_MOST_PLANS", 2)
+    with torch.no_grad():
+        for n in range(1, 9):
+            found = known(*case(n=n))
+    assert len(module._known) == 3
+    for key in range(5):
+        found.keep(key, key)
+    assert found.plans == {4: 4}
+
+
+def test_other_arguments_of_the_private_class(monkeypatch):
+    """Nobody promises what it takes."""
+
+    class Guards:
+        def TensorGuards(self, *tensors, **named):  # noqa: N802
+            raise TypeError("dynamic_dims_sizes")
+
+    monkeypatch.setattr(module, "guards", Guards())
+    assert known(*case()) is None
+
+
+@each
 def test_other_groups_count(backend):
     x, p, ffn = case(backend)
     check(x, p, ffn, backend)

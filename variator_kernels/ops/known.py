@@ -7,6 +7,7 @@ strides, whether it asks for a gradient, what is still to be applied to it. Othe
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable
 from typing import Any
 
@@ -38,9 +39,18 @@ class Known:
         self.plans: dict[Hashable, Any] = {}
         """What a backend made of them, by what else it depends on."""
 
+    def keep(self, key: Hashable, plan: Any) -> None:
+        """Among :attr:`plans`, of which there are never many."""
+        if len(self.plans) >= _MOST_PLANS:
+            self.plans = {}
+        self.plans[key] = plan
+
 
 _known: dict[Hashable, Known] = {}
+_lock = threading.Lock()
+"""Of additions: the oldest one is looked for."""
 _MOST = 256
+_MOST_PLANS = 64
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -53,20 +63,29 @@ def known(x: Tensor, plugin: PluginWeights, ffn: FeedForward) -> Known | None:
     scale, shift = ffn.norm_weight, ffn.norm_bias
     optional = w_gate, b_in, b_out, b_gate, scale, shift
     tensors = [x, *plugin[:6], w_in, w_out, *[t for t in optional if t is not None]]
+    ids = list(map(id, tensors))
+    # One that comes twice is looked at once: guards take it for another.
+    again = () if len(set(ids)) == len(ids) else tuple(map(ids.index, ids))
+    if again:
+        tensors = [t for place, t in enumerate(tensors) if again[place] == place]
     try:
         key = (
-            x.shape, x.dtype, plugin.merge_bias.shape, plugin.w1.shape, plugin.activation,
-            w_in.shape, w_gate is None, b_in is None, b_out is None, b_gate is None, scale is None,
+            x.shape, x.dtype, x.device, x.stride(), x.requires_grad, plugin.merge_bias.shape,
+            plugin.w1.shape, plugin.w1.requires_grad, plugin.activation, w_in.shape, w_in.dtype,
+            w_gate is None, b_in is None, b_out is None, b_gate is None, scale is None,
             shift is None, ffn.activation, ffn.norm, ffn.eps, ffn.post_norm, ffn.residual,
-            ffn.module is None, torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+            ffn.module is None, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), again,
         )  # fmt: skip
         found = _known.get(key)
-    except (AttributeError, TypeError):
-        return None  # the checks say what came in a tensor's or a name's place
-    if found is None or not found.guards.check(*tensors):
+        if found is not None and found.guards.check(*tensors):
+            return found
         if not all(type(t) in _PLAIN and t.layout is torch.strided for t in tensors):
             return None
-        while len(_known) >= _MOST:
-            _known.pop(next(iter(_known)), None)
-        found = _known[key] = Known(tensors)
+        found = Known(tensors)
+    except (AttributeError, TypeError, RuntimeError):
+        return None  # the checks say what came in a tensor's or a name's place
+    with _lock:
+        while len(_known) >= _MOST and key not in _known:
+            _known.pop(next(iter(_known)))
+        _known[key] = found
     return found

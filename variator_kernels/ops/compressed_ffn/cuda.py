@@ -83,6 +83,8 @@ class _Planned(NamedTuple):
     """None: they hold tensors, which every call has its own of."""
     as_given: bool
     """Whether the kernels read x and the weights as they are, if all start at 16 bytes."""
+    strides: tuple[int, ...]
+    """Of rows of what is read."""
     kernel: Any
     """The extension's ``Sublayer``."""
     splits: int
@@ -123,7 +125,12 @@ def _plan(
         blocks_a_part=cuda.blocks_a_part(count, d, processors) if one_launch else 0,
     )  # fmt: skip
     plain = launched if launched.form == "plain" else None
-    return _Planned(x.dtype, plain, as_given, kernel, splits)
+    return _Planned(x.dtype, plain, as_given, _strides(read), kernel, splits)
+
+
+def _strides(read: Read) -> tuple[int, ...]:
+    """Those that a plan keeps."""
+    return read.x.stride(0), read.w1u.stride(0), read.w1h.stride(0)
 
 
 def _key(groups: Groups) -> Hashable:
@@ -156,10 +163,14 @@ def compressed_ffn(
     if planned is not None and planned.as_given:
         found = addresses(given)
         if any(place % 16 for place in found.values()):
-            planned = known = None  # the copies that are read lie otherwise
+            key = key, "copied"  # what is read lies otherwise
+            planned = None if known is None else known.plans.get(key)
     if planned is None or not planned.as_given:
         read = as_read(x, plugin, ffn, _dtype(x, ffn))
         found = addresses(read)
+        # What is copied depends on where it lies, which is no part of its form.
+        if planned is not None and planned.strides != _strides(read):
+            planned = None
     launched = None if planned is None else planned.groups
     launched = launched or gpu_groups(groups, x)
     r, d, f = plugin.b1.shape[0], x.shape[-1], ffn.w_in.shape[0]
@@ -169,7 +180,7 @@ def compressed_ffn(
         as_given = as_given and same
         planned = _plan(read, launched, r, ffn, plugin.activation, as_given)
         if known is not None:
-            known.plans[key] = planned
+            known.keep(key, planned)
     y = read.x.new_empty(x.shape)
     merged = y.new_empty(launched.total, d)
     projected = y.new_empty(*x.shape[:-1], r, dtype=torch.float32)

@@ -106,7 +106,7 @@ def compressed_ffn(
                 _norm_behind(y.view(-1, d), launched, ffn),
             )
             if known is not None:
-                known.plans[key] = planned
+                known.keep(key, planned)
         if planned.merge is None or planned.decompress is None:
             return y
         planned.merge.run(x, launched, weights, norm, out)

@@ -62,13 +62,14 @@ def is_exact(kernel: Kernel) -> bool:
     """Whether the largest numbers that there are come out right, in all sizes of a kernel's tiles
     and beside them."""
     inner, sign = 67, torch.tensor([1.0, -1.0, 0.5])
-    weight = sign[:, None].expand(3, inner).repeat(29, 1)[:85]
-    product = kernel.round_and_pack(weight, None)
-    for rows in range(1, 14):
-        x = sign[:, None].expand(3, inner).repeat(5, 1)[:rows]
-        truth = int8_linear(x, weight, levels=kernel.levels)
-        if not (product.multiply(x, "none").double() - truth).abs().max() <= 1e-4 * inner:
-            return False
+    for columns in (70, 85, 100):
+        weight = sign[:, None].expand(3, inner).repeat(34, 1)[:columns]
+        product = kernel.round_and_pack(weight, None)
+        for rows in (*range(1, 14), 17, 33, 70):
+            x = sign[:, None].expand(3, inner).repeat(24, 1)[:rows]
+            truth = int8_linear(x, weight, levels=kernel.levels)
+            if not (product.multiply(x, "none").double() - truth).abs().max() <= 1e-4 * inner:
+                return False
     return True
 
 
