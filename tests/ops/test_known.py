@@ -124,7 +124,7 @@ def test_other_arguments_of_the_private_class(monkeypatch):
     """Nobody promises what it takes."""
 
     class Guards:
-        def TensorGuards(self, *tensors, **named):  # noqa: N802
+        def TensorGuards(self, *tensors, **named):
             raise TypeError("dynamic_dims_sizes")
 
     monkeypatch.setattr(module, "guards", Guards())
