@@ -10,7 +10,7 @@ namespace VARIATOR_ISA {
 
 // Rows whose sums with a panel wait together for what follows, and all such sums.
 template <class P>
-constexpr int64_t rows_of_sums = P::tiles ? 32 : 96;
+constexpr int64_t rows_of_sums = P::tiles ? tile_block_rows : 96;
 template <class P, class V>
 constexpr int64_t sums_of_blocks = (P::tiles ? 2 : 1) * rows_of_sums<P> * panel_columns<V>();
 

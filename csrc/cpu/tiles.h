@@ -7,6 +7,8 @@
 namespace variator {
 namespace VARIATOR_ISA {
 
+constexpr int64_t tile_block_rows = 32;  // of two tiles
+
 #ifdef VARIATOR_TILES
 
 // GCC's intrinsics say nothing of the memory that they read, so the compiler may move or drop what
@@ -108,8 +110,6 @@ inline __attribute__((always_inline)) void tile_block(const char* a, int64_t str
     if constexpr (rows > 1 && columns > 1) tile_store<3>(c + 16 * ldc + 64, ldc);
 }
 
-constexpr int64_t tile_block_rows = 32;  // of two tiles
-
 // Up to tile_block_rows rows of a with one panel of `vectors` times 16 columns: sums [rows][16 ·
 // vectors].
 template <class P, int vectors, class Meanwhile>
@@ -163,7 +163,7 @@ void tile_rows(const Strided<typename P::Element>& a, int64_t rows, int64_t firs
 // too.
 template <class P, class V>
 constexpr int64_t tile_height() {
-    return P::tiles ? 32 : V::tile_rows;
+    return P::tiles ? tile_block_rows : V::tile_rows;
 }
 template <class P>
 constexpr int64_t read_rows(int64_t rows) {

@@ -357,3 +357,19 @@ def test_activations_of_the_kernel(isa, activation):
     exact = activate(given, activation)
     plain = (activate(given.float(), activation).double() - exact).abs().max()
     assert (found.double() - exact).abs().max() <= 2 * plain + 1e-6
+
+
+@pytest.mark.parametrize("isa", INT8_ISAS)
+@pytest.mark.parametrize("rows", [97, 130, 200])
+def test_threads_change_nothing(isa, rows):
+    """Many threads share columns where there are few blocks of rows."""
+    x, weight, bias = case(rows, 200, 100)
+    product, before = kernels.own(isa).round_and_pack(weight, bias), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            found.append(product.multiply(x, "gelu"))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(each, found[0]) for each in found)
