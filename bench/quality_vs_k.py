@@ -18,8 +18,8 @@ from . import internals, plot
 from .cases import models
 from .harness import machine, options, results, tables
 from .harness.results import Row
-from .quality import embedders, embeddings, originals, recipe, speed, stages, summary, tasks
-from .quality.recipe import VARIANTS, Recipe, Variant
+from .quality import added, embedders, embeddings, originals, recipe, speed, stages, summary, tasks
+from .quality.recipe import SEEDED, VARIANTS, Recipe, Variant
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,8 +42,12 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--seeds",
         type=options.count,
-        help="of the full variant, default 3 (embeddings: trained, 1)",
+        help=f"of {' and '.join(SEEDED)}, default 3 (embeddings: trained, 1)",
     )
+    add("--first-seed", type=int, default=0, help="of these; default 0")
+    add("--share", type=float, default=1.0, help="of the recipe's steps; default 1, the whole")
+    add("--add", type=Path, nargs="+", default=[], metavar="FILE",
+        help="results of the same recipe, of any machine, whose seeds count too")  # fmt: skip
     add("--ratios", type=options.ratios, help="default 2,4,8,16,32 (embeddings: 2,4)")
     add("--plugins", nargs="+", default=[], metavar="[LABEL=]FOLDER",
         help="embeddings: more plugins to compare; folders of one label are seeds")  # fmt: skip
@@ -91,28 +95,39 @@ def chosen(args: argparse.Namespace, placements: tuple[str, ...]) -> list[tuple[
     for name in wanted:
         variant = VARIANTS[name]
         ratios = tuple(k for k in variant.ratios if k in (args.ratios or recipe.RATIOS))
-        seeds = (args.seeds or 3) if name == "full" else 1
-        made += [(replace(variant, ratios=ratios), seed) for seed in range(seeds) if ratios]
+        several = name in SEEDED
+        first = args.first_seed if several else 0
+        seeds = range(first, first + ((args.seeds or 3) if several else 1))
+        made += [(replace(variant, ratios=ratios), seed) for seed in seeds if ratios]
     return made
 
 
-def run(args: argparse.Namespace, setup: stages.Setup, task: tasks.Task, console: Console) -> Row:
-    """All stages of a task; its result file is written after each."""
+def begun(args: argparse.Namespace, setup: stages.Setup, task: tasks.Task,
+          earlier: list[Row]) -> Row:  # fmt: skip
+    """The result of a task, with what ``earlier`` ones give to it, before anything is trained."""
     ratios = args.ratios or list(recipe.RATIOS)
     settings = {"threads": args.threads, "rounds": args.rounds, "ratios": ratios}
     settings |= {"placements": list(setup.placements), "keep_first": setup.keep_first}
     model = {"name": args.model if args.model == "minilm" else Path(args.model).name}
     content = results.result("quality_vs_k", settings | stages.settings(setup), model)
-    name = "_".join(filter(None, ("quality_vs_k", model["name"], task.name, setup.label)))
-    path = options.path_of(args, name)
+    content["task"] = task.name
+    seeds = [(variant.name, seed) for variant, seed in chosen(args, setup.placements)]
+    return content | added.of(content, earlier, seeds)
+
+
+def run(args: argparse.Namespace, setup: stages.Setup, content: Row, console: Console) -> Row:
+    """All stages of a task; its result file is written after each."""
+    task, ratios = tasks.TASKS[content["task"]], tuple(content["settings"]["ratios"])
+    parts = ("quality_vs_k", content["model"]["name"], task.name, setup.label)
+    path = options.path_of(args, "_".join(filter(None, parts)))
     tasks.check(args.data, task)
     folder, accuracy = stages.original(setup, task)
     console.print(f"{task.name}: the original answers {100 * accuracy:.1f} % right")
-    measured = speed.measure(setup, folder, task, tuple(ratios), args.rounds)
-    content |= {"task": task.name, "original": accuracy, "costs": measured}
+    measured = speed.measure(setup, folder, task, ratios, args.rounds)
+    content |= {"original": accuracy, "costs": measured}
     wanted = chosen(args, setup.placements)
     if any(variant.name == "calibrated only" for variant, _ in wanted):
-        content["calibration"] = stages.calibration(setup, task, tuple(ratios))
+        content["calibration"] = stages.calibration(setup, task, ratios)
     for variant, seed in wanted:
         console.print(f"{task.name}: {variant.name}, seed {seed}")
         content["rows"] += stages.answers(setup, task, variant, seed)
@@ -132,12 +147,13 @@ def run(args: argparse.Namespace, setup: stages.Setup, task: tasks.Task, console
 def recipes(args: argparse.Namespace) -> tuple[Recipe, embedders.Recipe]:
     """The settings of both kinds of tasks."""
     settings: dict[str, Any] = {"bf16": machine.bf16_pays()}
-    other = dict(settings)
-    if args.quick:
-        steps = [field.name for field in fields(Recipe) if field.name.endswith("_steps")]
-        settings |= {"calibration_tokens": 400} | dict.fromkeys(steps, 2)
-        other |= {"few": 12, "many": 20, "steps": 2, "warmup": 1}
-    return Recipe(**settings), embedders.Recipe(**other)
+    if not 0 < args.share < float("inf"):
+        raise ValueError(f"share must be a finite number > 0, got {args.share!r}")
+    if not args.quick:
+        return Recipe(**settings).lasting(args.share), embedders.Recipe(**settings)
+    steps = [field.name for field in fields(Recipe) if field.name.endswith("_steps")]
+    few = Recipe(**settings, calibration_tokens=400, **dict.fromkeys(steps, 2))
+    return few, embedders.Recipe(**settings, few=12, many=20, steps=2, warmup=1)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -151,6 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     with options.refusals(command, ImportError):
         options.check("tasks", args.tasks, (*tasks.TASKS, embeddings.NAME))
         of_tasks, of_embeddings = recipes(args)
+        earlier, begin = [results.read(path) for path in args.add], []
         first = args.keep_first
         if first is not None and (not first or min(first) < 0):
             raise ValueError(f"keep_first must be integers >= 0, got {first}")
@@ -161,8 +178,9 @@ def main(arguments: list[str] | None = None) -> int:
             for whole in (first or [None])
         ]
         if classified:
-            for placements in args.placements:
-                chosen(args, placements)
+            begin = [(s, begun(args, s, tasks.TASKS[name], earlier))
+                     for name in classified for s in setups]  # fmt: skip
+            added.check(earlier, [content for _, content in begin])
             stages.claim(work, stages.settings(setups[0]))
         if embeddings.NAME in args.tasks:
             if len(args.placements) > 1:
@@ -174,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.set_threads(args)
     options.quiet()
     console = options.screen()
-    made = [run(args, setup, tasks.TASKS[name], console) for name in classified for setup in setups]
+    made = [run(args, setup, content, console) for setup, content in begin]
     if len(made) > 1:
         console.print(summary.side_by_side(made))
     if embeddings.NAME in args.tasks:

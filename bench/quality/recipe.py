@@ -1,6 +1,6 @@
 """How the plugins of this benchmark are trained: variants, and the settings of each stage."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 RATIOS = (2, 4, 8, 16, 32)
@@ -63,6 +63,8 @@ VARIANTS = {
 }
 
 
+SEEDED = ("full", "calibrated only")
+"""Variants of several seeds; one's calibration is a sample of its own."""
 OF_ADAPTERS = ("copy", "r=40")
 """Without adapters they are what they are compared with."""
 
@@ -87,6 +89,8 @@ class Recipe:
     rate: float = 1.5e-3
     finish_rate: float = 1e-3
     """Each falls to zero linearly."""
+    key_rate: float = 1.0
+    """Times these: the rates of merges in front of attention's keys and values."""
     adapt_least: int = 16
     """Rows of fewer tokens are left out of adaptation: no group of theirs is ever full."""
     splice: float = 1.0
@@ -96,6 +100,15 @@ class Recipe:
     bf16: bool = False
     attention: str = "eager"
     """While plugins train: PyTorch's fused attention has a slow backward pass on the CPU."""
+
+    def lasting(self, share: float) -> "Recipe":
+        """This one in ``share`` of its steps."""
+        steps = {
+            field.name: max(1, round(share * getattr(self, field.name)))
+            for field in fields(self)
+            if field.name.endswith("_steps")
+        }
+        return replace(self, **steps)
 
     def stage(self, step: str, rows: int, variant: Variant) -> dict[str, Any]:
         """Fields of ``DistillationConfig`` for ``"pretrain"``, ``"adapt"`` or ``"finish"``."""
@@ -112,5 +125,5 @@ class Recipe:
             "layer_weight": weight if variant.layers else 0.0,
             "max_grad_norm": 10.0 if finish else 1.0, "per_device_train_batch_size": self.batch,
             "sample_ratios": ratios > 1, "ratios_per_step": ratios, "save_steps": 100,
-            "logging_steps": 100, "bf16": self.bf16,
+            "logging_steps": 100, "bf16": self.bf16, "key_rate": self.key_rate,
         }  # fmt: skip

@@ -25,7 +25,8 @@ def medians(rows: list[Row], costs: dict[int, Row], folder: Path) -> list[Row]:
             name: statistics.median(r[name] for r in found)
             for name in ("accuracy", "loss", "dense_accuracy")
         }
-        row["lost"] = 100 * (row["dense_accuracy"] - row["accuracy"])
+        lost = [r["dense_accuracy"] - r["accuracy"] for r in found]  # each seed's own original
+        row["lost"] = 100 * statistics.median(lost)
         row["test_lost"] = None
         if all(r["test_accuracy"] is not None for r in found):
             lost = [r["test_dense_accuracy"] - r["test_accuracy"] for r in found]

@@ -45,6 +45,7 @@ CALIBRATION = [
     number("of untrained", lambda row: row["loss"] / row["before"]),
     tables.Column("sequences, tokens", lambda row: f"{row['rows']}, {row['tokens']}"),
     number("seconds", lambda row: row["seconds"][str(row["k"])], ".0f"),
+    number("all ratios at once", lambda row: row["seconds"].get("all"), ".0f"),
 ]
 
 

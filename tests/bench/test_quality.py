@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from bench import quality_vs_k
 from bench.harness import results
 from bench.quality import figure, originals, summary, tasks
-from bench.quality.recipe import VARIANTS
+from bench.quality.recipe import SEEDED, VARIANTS
 from bench.quality.rivals import rivals
 from bench.tools import report_training
 from bench.tools.report_speed import Machine
@@ -86,7 +86,7 @@ def test_runs_every_variant_and_goes_on_where_it_was(folder):
         (variant.name, k, seed)
         for variant in VARIANTS.values()
         for k in variant.ratios
-        for seed in range(2 if variant.name == "full" else 1)
+        for seed in range(2 if variant.name in SEEDED else 1)
         if k in (2, 4)
     }
     assert {(row["variant"], row["k"], row["seed"]) for row in content["rows"]} == expected
