@@ -152,8 +152,9 @@ def recipes(args: argparse.Namespace) -> tuple[Recipe, embedders.Recipe]:
     if not args.quick:
         return Recipe(**settings).lasting(args.share), embedders.Recipe(**settings)
     steps = [field.name for field in fields(Recipe) if field.name.endswith("_steps")]
-    few = Recipe(**settings, calibration_tokens=400, **dict.fromkeys(steps, 2))
-    return few, embedders.Recipe(**settings, few=12, many=20, steps=2, warmup=1)
+    few: dict[str, Any] = {"calibration_tokens": 400} | dict.fromkeys(steps, 2)
+    others: dict[str, Any] = {"few": 12, "many": 20, "steps": 2, "warmup": 1}
+    return Recipe(**settings, **few), embedders.Recipe(**settings, **others)
 
 
 def main(arguments: list[str] | None = None) -> int:
