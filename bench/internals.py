@@ -19,7 +19,7 @@ from variator_kernels.methods.projected.composition import collecting, send
 from variator_kernels.methods.projected.cost import counted
 from variator_kernels.methods.projected.groups import additions, parameter_groups, projections
 from variator_kernels.methods.variator.config import configure
-from variator_kernels.ops import prepack
+from variator_kernels.ops import prepack, rows_linear
 from variator_kernels.ops.adapter_decompress import op as decompress_op
 from variator_kernels.ops.arguments import Norm
 from variator_kernels.ops.fused_product import Product
@@ -30,6 +30,7 @@ from variator_kernels.ops.grouped_attention.op import Attention
 from variator_kernels.ops.grouped_attention.reference import Visible
 from variator_kernels.ops.groups import Keep
 from variator_kernels.ops.int8_linear import own_precision
+from variator_kernels.ops.int8_linear import packed as int8_packed
 from variator_kernels.ops.make_groups import make_groups
 from variator_kernels.runtime.controller_policy import Batch as RunningBatch
 from variator_kernels.runtime.controller_policy import Policy as ControllerPolicy
@@ -48,6 +49,18 @@ __all__ = [
     "RunningBatch", "Ticket", "additions", "collecting", "counted", "describe", "is_projected",
     "own_precision", "parameter_groups", "product_runs", "projections", "send",
 ]  # fmt: skip
+
+
+def product(arm: str, weight: nn.Parameter, rows: int) -> Callable[[Tensor], Tensor] | None:
+    """Of vectors with ``weight``, packed: ``"ours"``, ours in ``"int8"``, or ``"onednn"``."""
+    made: Any
+    if arm == "int8":
+        made = int8_packed.packed(weight, None)
+    elif arm == "onednn":
+        made = prepack.linear(weight, None, weight.dtype, rows)
+    else:
+        made = rows_linear.stacked((weight,), (None,), weight.dtype, prepack.instruction_set())
+    return made
 
 
 def has_tied_head(model: nn.Module) -> bool:

@@ -16,7 +16,8 @@ Outputs = tuple[Tensor, ...]
 FACTOR, BASELINE_FACTOR, SLACK = 2.0, 8.0, 1e-6
 QUANTISED = 0.3
 """Largest relative error of int8: 0.04 to 0.17 are usual, and 1.4 has what is unrelated."""
-BASELINES = ("hf", "dense", "reference", "openvino", "onnxruntime", "ctranslate2", "torchao")
+BASELINES = ("hf", "dense", "reference", "openvino", "onnxruntime", "ctranslate2", "torchao",
+             "onednn")  # fmt: skip
 """How the names of arms begin that are not ours."""
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import keeping, memory, packing, targets
+from bench import keeping, memory, packing, products, targets
 from bench.decoder import table as decoder
 from bench.harness import tables
 from bench.harness.results import Row, pick, placements, speedup
@@ -151,6 +151,16 @@ def of_packing(found: Machine, folder: Path) -> str:
     )
 
 
+def of_products(found: Machine, folder: Path) -> str:
+    """GFLOP/s of one product, ours beside oneDNN's."""
+    content = found.files.get("products")
+    if content is None:
+        return ""
+    here, settings, rows = content["machine"], content["settings"], content["rows"]
+    table = tables.markdown(products.columns(rows), products.lines(rows))
+    return f"{here['cpu']}, {settings['threads']} threads, {here['kernels_isa']}:\n\n{table}"
+
+
 def of_keeping(found: Machine, folder: Path) -> str:
     """What a first token that stays whole costs a sublayer."""
     content = found.files.get("keeping")
@@ -210,7 +220,7 @@ TABLES: dict[str, Callable[[Machine, Path], str]] = {
     "machine": caption, "figure": figure, "sublayer": _of_cells("sublayer", SUBLAYER),
     "small": _of_cells("small", SMALL), "encoder": encoder, "placements": with_placements,
     "backward": _of_cells("backward", BACKWARD), "ragged": _of_cells("ragged", RAGGED),
-    "memory": of_memory, "packing": of_packing, "keeping": of_keeping,
+    "memory": of_memory, "packing": of_packing, "keeping": of_keeping, "products": of_products,
     "targets": of_targets, "decoder": of_decoder,
     "decoder-figure": decoder_figure, "peers": of_peers,
 }  # fmt: skip
