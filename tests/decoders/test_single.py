@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from tests.decoders import tiny
 from variator_kernels.methods.variator import method
+from variator_kernels.ops.self_attention import Scheme, Step, decoding, single
 
 PROMPT, STEPS = 29, 14
 SCHEMES = [(2, 0, 0), (2, 1, 3), (3, 5, 2), (4, 7, 1), (5, 3, 4), (4, 64, 4)]
@@ -83,6 +84,53 @@ def test_dtypes(dtype, calls):
     assert calls[0] > 0
     error, allowed = ((found.double() - wanted).abs().max() for found in (got, plain))
     assert error <= 2 * allowed + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_packed_products(dtype, calls, monkeypatch):
+    """As processors with AVX-512 have them for one vector, too."""
+    tokens = tiny.ids(2, PROMPT + STEPS)
+    wide = {"hidden_size": 256, "intermediate_size": 64, "head_dim": 64, "num_hidden_layers": 1}
+    wanted = decoded(model(backend="reference", **wide), tokens)
+    plain = decoded(model(backend="reference", **wide).to(dtype), tokens)
+    monkeypatch.setattr(decoding, "FEW", 0)
+    packed = []
+
+    class Product(decoding.Product):
+        def __call__(self, *given, **more):
+            packed.append(len(self.weights))
+            return super().__call__(*given, **more)
+
+    monkeypatch.setattr(decoding, "Product", Product)
+    got = decoded(model(**wide).to(dtype), tokens)
+    assert calls[0] == STEPS - 1 and packed == [3, 1] * calls[0]
+    error, allowed = ((found.double() - wanted).abs().max() for found in (got, plain))
+    assert error <= 2 * allowed + 1e-6
+
+
+@torch.no_grad()
+def test_what_holds_of_all_layers():
+    """Bias and book of such a step are those of any."""
+    for scheme in SCHEMES:
+        patched = model(scheme, num_hidden_layers=1)
+        tokens, cache = tiny.ids(2, PROMPT), DynamicCache()
+        for at in range(PROMPT):
+            past = cache.layers[0].book if at else None
+            patched(tokens[:, at : at + 1], past_key_values=cache)
+            if at < 2:
+                continue
+            positions = torch.full((1, 1), at)
+            step = Step(Scheme(*scheme), past, None, positions, torch.float64)
+            one = single(torch.zeros(2, 1, tiny.D), step)
+            assert torch.equal(one.bias, step.bias_after)
+            for name, mine in one.book._asdict().items():
+                other = getattr(step.book, name)
+                if name == "positions" and at < scheme[2] + scheme[0]:
+                    continue  # nobody reads what is there before a group was complete
+                assert torch.equal(mine, other) if torch.is_tensor(mine) else mine == other, name
+            if step.groups:
+                assert torch.equal(one.mean_positions, step.mean_positions)
 
 
 @torch.no_grad()

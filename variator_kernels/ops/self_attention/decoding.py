@@ -132,6 +132,8 @@ def attend(
     entries, rows = store.entries, h.shape[0]
     if attention.dropout_weights > 0 or attention.dropout_outer > 0 or type(h) is not Tensor:
         return None
+    if entries.shape[0] != rows or entries.shape[3] < one.visible:
+        return None  # the kernel reads by address
     every = together(h, attention)
     if type(every) is not Tensor or every.dtype != entries.dtype:
         return None
@@ -157,8 +159,11 @@ def attend(
         attention.scale,
     )
     store.book = one.book
-    if runs_plainly(h, attention, attention.w_o):
-        return F.linear(out.view(rows, 1, -1), attention.w_o, attention.b_o)
+    w_o, b_o = attention.w_o, attention.b_o
+    if runs_plainly(h, attention, w_o):
+        return F.linear(out.view(rows, 1, -1), w_o, b_o)
+    if packs(h, attention, w_o):
+        return Product((w_o,), (b_o,))(out.view(rows, -1)).view(h.shape)
     return output(out, attention)
 
 
@@ -176,7 +181,7 @@ def _append_merged(
     scores = F.linear(tokens.view(rows, -1), merge.weight.to(wide), merge.bias.to(wide))
     merged = torch.bmm(scores.softmax(1)[:, None], tokens).to(recent.dtype)
     a = attention
-    if runs_plainly(merged, a, a.w_k) and a.w_v.dtype == merged.dtype and a.k_norm is None:
+    if a.k_norm is None and runs_plainly(merged, a, a.w_k, a.w_v):
         both = torch.cat((F.linear(merged, a.w_k, a.b_k), F.linear(merged, a.w_v, a.b_v)), 2)
         both = both.view(rows, -1, size)
     else:
@@ -194,24 +199,33 @@ def together(h: Tensor, attention: SelfAttention) -> Tensor:
     a = attention
     if a.q_norm is not None or a.k_norm is not None:
         return _one_by_one(h, a)
-    if runs_plainly(h, a, a.w_q) and a.w_k.dtype == a.w_v.dtype == h.dtype:
+    if runs_plainly(h, a, a.w_q, a.w_k, a.w_v):
         linear = F.linear
         return torch.cat(
             (linear(h, a.w_q, a.b_q), linear(h, a.w_k, a.b_k), linear(h, a.w_v, a.b_v)), 2
         )
-    packs = a.modules is None and a.precision is None and a.pack and h.dtype in PACKED
-    if packs and a.w_q.dtype == a.w_k.dtype == a.w_v.dtype == h.dtype:
+    if packs(h, a, a.w_q, a.w_k, a.w_v):
         every = Product((a.w_q, a.w_k, a.w_v), (a.b_q, a.b_k, a.b_v))
         return every(h.reshape(-1, h.shape[-1]))
     return _one_by_one(h, a)
 
 
-def runs_plainly(h: Tensor, attention: SelfAttention, weight: Tensor) -> bool:
-    """Whether the product of ``h [B, 1, d]`` with one of the weights is PyTorch's, as it is."""
-    a, dtype = attention, h.dtype
-    if a.modules is not None or a.precision is not None or weight.dtype != dtype:
+def runs_plainly(h: Tensor, attention: SelfAttention, *weights: Tensor) -> bool:
+    """Whether products of ``h [B, 1, d]`` with some of the weights are PyTorch's, as they are."""
+    few = h.shape[0] <= FEW or not attention.pack
+    return few and h.dtype not in prepack.EMULATED and _are_bare(h, attention, weights)
+
+
+def packs(h: Tensor, attention: SelfAttention, *weights: Tensor) -> bool:
+    """Whether they are those of packed weights."""
+    return attention.pack and h.dtype in PACKED and _are_bare(h, attention, weights)
+
+
+def _are_bare(h: Tensor, attention: SelfAttention, weights: tuple[Tensor, ...]) -> bool:
+    """Whether they are of the dtype of ``h``, and no others run in their place."""
+    if attention.modules is not None or attention.precision is not None:
         return False
-    return (h.shape[0] <= FEW or not a.pack) and dtype not in prepack.EMULATED
+    return all(weight.dtype == h.dtype for weight in weights)
 
 
 def _one_by_one(h: Tensor, attention: SelfAttention) -> Tensor:
