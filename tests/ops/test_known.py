@@ -243,3 +243,19 @@ def test_other_launch_settings_count():
     finally:
         launch.use(before)
     assert len(plans()) == 2
+
+
+def test_forms_of_kept_tensors():
+    """Other numbers keep them; sizes and dtypes that change in place do not."""
+    first, second = torch.randn(3, 4), torch.nn.Parameter(torch.randn(5))
+    forms = module.Forms([first, second, first])
+    assert forms.hold()
+    first.mul_(2)
+    with torch.inference_mode():
+        assert forms.hold()
+    second.data = torch.randn(6)
+    assert not forms.hold()
+    second.data = torch.randn(5)
+    assert forms.hold()
+    second.data = second.data.to(BF16)
+    assert not forms.hold()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +41,44 @@ def normalize_fast(x: Tensor, norm: Norm) -> Tensor:
     if x.dtype == torch.float32:
         return (wide * scale).mul_(weight)
     return wide.mul_(scale).mul_(weight.float()).to(x.dtype)  # one array of fp32, rounded once
+
+
+def rms_of_few(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """The norm of the root mean square of so few vectors ``x [..., d]`` that calls are what counts:
+    one call. None where it is not for kernels, which the caller has asked about modes and traces.
+    """
+    if torch.is_grad_enabled() or type(x) is not Tensor or not (x.is_cpu and x.is_contiguous()):
+        return None
+    dtype, d, kernels = x.dtype, x.shape[-1], extension.load()
+    plain = type(weight) is torch.nn.Parameter and weight.dtype == dtype and weight.is_cpu
+    if dtype not in _FEW or kernels is None or not plain or weight.shape != (d,):
+        return None
+    wide = weight.detach().float() if dtype != torch.float32 else weight
+    if not wide.is_contiguous():
+        return None
+    y = torch.empty_like(x)
+    kernels.NormRows(
+        isa=prepack.instruction_set(),
+        dtype=dtype_code(dtype),
+        threads=1,
+        rows=x.numel() // d,
+        d=d,
+        x=x.data_ptr(),
+        x_stride=d,
+        norm=_rms(wide.data_ptr(), eps),
+        y=y.data_ptr(),
+    ).run()
+    return y
+
+
+_FEW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.lru_cache(1024)
+def _rms(weight: int, eps: float) -> Any:
+    """An address and a number, as the kernels read them."""
+    kind = extension.enum_value("cpu", "norms", "rms")
+    return extension.load().Norm(kind=kind, weight=weight, bias=0, eps=eps, folded=False)
 
 
 def in_one_pass(norm: Norm, dtype: torch.dtype) -> bool:

@@ -22,13 +22,13 @@ from .int8_linear import packed as int8
 from .prepacked_linear import FEW
 from .transforms import is_plain, transformed
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PACKED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def runs(x: Tensor, tensors: Iterable[Tensor | None]) -> bool:
     """Whether the products of these weights, norms and biases with ``x`` go this way: memory of one
     dtype, and nobody asks for a gradient or looks on."""
-    if not (x.is_cpu and x.dtype in _DTYPES and x.numel() > 0 and is_plain(x)):
+    if not (x.is_cpu and x.dtype in PACKED and x.numel() > 0 and is_plain(x)):
         return False
     if transformed() or autocasts(x) or extension.load() is None:
         return False

@@ -8,7 +8,7 @@ strides, whether it asks for a gradient, what is still to be applied to it. Othe
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -21,6 +21,29 @@ try:
     import torch._C._dynamo.guards as guards
 except ImportError:  # nobody promises it: then each call is looked at anew
     guards = None  # type: ignore[assignment]
+
+
+class Forms:
+    """Of tensors that are kept: whether they are what they were, though their numbers change."""
+
+    __slots__ = ("_guards", "_sizes", "_tensors")
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        # One that comes twice is looked at once: guards take it for another.
+        self._tensors = list({id(t): t for t in tensors}.values())
+        self._sizes, self._guards = self._seen(), None
+        if hasattr(guards, "TensorGuards") and all(type(t) in _PLAIN for t in self._tensors):
+            self._guards = guards.TensorGuards(
+                *self._tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
+            )
+
+    def hold(self) -> bool:
+        if self._guards is not None and self._guards.check(*self._tensors):
+            return True
+        return self._seen() == self._sizes
+
+    def _seen(self) -> list[tuple[Any, ...]]:
+        return [(t.shape, t.dtype, t.device) for t in self._tensors]
 
 
 class Known:

@@ -40,16 +40,20 @@ def is_plain(x: Tensor) -> bool:
     )
 
 
-def nobody_between() -> bool:
-    """Whether nobody (compiler, mode, transform, profiler) looks on at what runs now."""
+def nobody_changes() -> bool:
+    """Whether nobody (compiler, mode, transform) has a say in what runs now."""
     return not (
         torch.compiler.is_compiling()
         or tracing()
         or transformed()
         or _get_current_dispatch_mode() is not None
         or torch._C._len_torch_function_stack() > 0
-        or torch.autograd._profiler_enabled()
     )
+
+
+def nobody_between() -> bool:
+    """Whether nobody (compiler, mode, transform, profiler) looks on at what runs now."""
+    return nobody_changes() and not torch.autograd._profiler_enabled()
 
 
 def of_memory(tensors: Iterable[Tensor | None]) -> bool:

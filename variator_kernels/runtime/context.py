@@ -45,6 +45,9 @@ class Context:
         self.appends = False
         self.fuses = False
         """Whether dense sublayers run in few passes where they can (``optimize="encoder"``)."""
+        self.step = False
+        """Whether it is a step of decoding in which FFNs run as they were, and nobody (observer,
+        compiler, mode) has a say."""
         self.causal = False
         """Whether it is a decoder's forward: a last group that is not whole stays dense."""
         self.packed: Packed | None = None

@@ -79,6 +79,10 @@ class _Local(threading.local):
         """Of a block that calls the parts of its FFN one after another: see ``sites/inline.py``."""
 
 
+_OWN = ("local", "_levels", "found")
+"""Of a state's attributes: no copy takes them over."""
+
+
 class State:
     """Shared by all patched modules of one model; a deep copy of the model gets its own.
 
@@ -107,9 +111,11 @@ class State:
         """What no copy takes over."""
         self.local = _Local()
         self._levels: dict[Any, tuple[Any, Level]] = {}
+        self.found: dict[Any, Any] = {}
+        """What sites found out about levels, by what it depends on."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: value for k, value in vars(self).items() if k not in ("local", "_levels")}
+        return {k: value for k, value in vars(self).items() if k not in _OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops.self_attention import Rotation, Scheme, SelfAttention
-from ..ops.transforms import is_plain
+from ..ops.transforms import is_plain, nobody_changes
 from ..runtime.context import Context
+from ..runtime.kept import Kept
 from ..runtime.level import Level
 from ..runtime.site import Site
+from ..runtime.state import MOST_LEVELS
 from .attention import DescribedAttention, paths_of
 from .attention_refusals import check_no_mask, check_no_weights
 from .encoder import Encoder
@@ -28,9 +30,23 @@ class Decoder(Encoder):
 
     def _level(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Level:
         level = self.variator_state.current()
-        if not level.is_dense and self._length(args, kwargs) == 1:
-            return without_ffn(level, self.variator_state.sites)
+        if self._length(args, kwargs) == 1:
+            return self._compressed(level).step
         return level
+
+    def _compressed(self, level: Level) -> Compressed:
+        """What ``level`` compresses."""
+        state = self.variator_state
+        kept, sites = state.kept, state.sites
+        if torch.compiler.is_compiling():
+            return compressed(level, sites, kept)
+        key = level, kept.window, kept.first
+        found = state.found.get(key)
+        if found is None:
+            if len(state.found) >= MOST_LEVELS:
+                state.found = {}
+            found = state.found[key] = compressed(level, sites, kept)
+        return found
 
     def _length(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         return self._size(args, kwargs)[1]
@@ -45,17 +61,18 @@ class Decoder(Encoder):
     def _arranged(
         self, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        state, level = self.variator_state, context.level
+        level, cut = context.level, self._compressed(context.level)
         cache = self._given("past_key_values", args, kwargs)
         if "crop" in getattr(cache, "__dict__", ()) and not cache.get_seq_length():
             del cache.crop  # it was emptied since: nothing of a prompt is left in it
-        if cache is not None and (state.attends(level) or _holds_merged(cache)):
-            _merged_cache().check_cache(
-                cache, self._schemes(level), context.mask, self._size(args, kwargs)[0]
-            )
+        if cache is not None and (cut.schemes or _holds_merged(cache)):
+            rows = self._size(args, kwargs)[0]
+            _merged_cache().check_cache(cache, cut.schemes, context.mask, rows)
         if level.is_dense:
             return args, kwargs
         context.causal = True
+        alone = not context.fuses and self.variator_state.local.observer is None
+        context.step = alone and self._length(args, kwargs) == 1 and nobody_changes()
         context.past = 0 if cache is None else int(cache.get_seq_length())
         context.position_ids = self._given("position_ids", args, kwargs)
         if context.position_ids is None and "cache_position" in self.variator_positions:
@@ -64,19 +81,19 @@ class Decoder(Encoder):
         self._check(context, cache, args, kwargs)
         if context.past:
             context.keep = context.keep._replace(first=0)  # they are at the cache's beginning
-            if getattr(cache, PREFILLED, True) and _compresses_ffn(level, state.sites):
+            if getattr(cache, PREFILLED, True) and cut.ffn:
                 raise ValueError(
                     "a prompt must come whole where ffn is compressed, whose groups depend on how "
                     "it is cut: no prefill in chunks and no assisted decoding. Got a forward of "
                     f"{self._length(args, kwargs)} tokens right behind another of several: pass "
                     "the prompt at once, or run its parts at a level without ffn"
                 )
-        if not state.attends(level):
+        if not cut.schemes:
             return args, kwargs
         check_no_weights(self, self._given("output_attentions", args, kwargs))
         mask = self.variator_family.mask
         config: Any = self.config
-        if len(self._schemes(level)) == config.num_hidden_layers:
+        if len(cut.schemes) == config.num_hidden_layers:
             # Nobody reads the mask of n x n that would be made: this one is taken as it is.
             args, kwargs = self._with(mask, torch.zeros(1, 1, 1, 1), args, kwargs)
         return args, kwargs
@@ -105,16 +122,6 @@ class Decoder(Encoder):
                 "sequence as a row"
             )
 
-    def _schemes(self, level: Level) -> dict[int, Scheme]:
-        """Of the layers whose keys are merged."""
-        state = self.variator_state
-        kept = state.kept
-        return {
-            site.layer: Scheme(k, kept.window, kept.first)
-            for site, k in zip(state.sites, level.ratios, strict=True)
-            if k > 1 and site.placement != "ffn"
-        }
-
     def _with(
         self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -131,17 +138,23 @@ class Decoder(Encoder):
             cache = self._given("past_key_values", args, kwargs)
         if not hasattr(cache, "layers"):
             return
-        n, state = self._length(args, kwargs), self.variator_state
+        n = self._length(args, kwargs)
         setattr(cache, PREFILLED, n > 1)
-        if n > 1 and _compresses_ffn(state.current(), state.sites):
+        if n > 1 and self._compressed(self.variator_state.current()).ffn:
             cache.crop = _refuse_crop  # the rest of a group has seen what would be taken back
+
+
+_loaded: Any = None
 
 
 def _merged_cache() -> Any:
     """Not imported before it is needed: it imports transformers."""
-    from . import merged_cache
+    global _loaded
+    if _loaded is None:
+        from . import merged_cache
 
-    return merged_cache
+        _loaded = merged_cache
+    return _loaded
 
 
 def _holds_merged(cache: Any) -> bool:
@@ -156,15 +169,27 @@ def _refuse_crop(*_: Any) -> None:
     )
 
 
-def without_ffn(level: Level, sites: tuple[Site, ...]) -> Level:
-    """``level`` with every FFN dense."""
-    pairs = zip(sites, level.ratios, strict=True)
-    return Level(tuple(1 if site.placement == "ffn" else k for site, k in pairs))
+class Compressed(NamedTuple):
+    """What a level compresses."""
+
+    ffn: bool
+    schemes: dict[int, Scheme]
+    """Of the layers whose keys are merged."""
+    step: Level
+    """The one of a step of decoding: every FFN is dense."""
 
 
-def _compresses_ffn(level: Level, sites: tuple[Site, ...]) -> bool:
-    pairs = zip(sites, level.ratios, strict=True)
-    return any(k > 1 and site.placement == "ffn" for site, k in pairs)
+def compressed(level: Level, sites: tuple[Site, ...], kept: Kept) -> Compressed:
+    """What ``level`` compresses, where so many tokens stay whole."""
+    pairs = list(zip(sites, level.ratios, strict=True))
+    ffn = any(k > 1 and site.placement == "ffn" for site, k in pairs)
+    schemes = {
+        site.layer: Scheme(k, kept.window, kept.first)
+        for site, k in pairs
+        if k > 1 and site.placement != "ffn"
+    }
+    step = Level(tuple(1 if site.placement == "ffn" else k for site, k in pairs)) if ffn else level
+    return Compressed(ffn, schemes, step)
 
 
 class CausalAttentionLayer(AtSite):

@@ -36,11 +36,11 @@ class MergedLayer(MergedKeys, CacheLayerMixin):
     def reset(self) -> None:
         """Empty again."""
         self.book = Book.empty(0, torch.device("cpu"))
-        self.merged_keys = self.merged_values = self.recent = None  # type: ignore[assignment]
+        self.entries = self.recent = None  # type: ignore[assignment]
 
     @property
     def is_initialized(self) -> bool:
-        return self.merged_keys is not None
+        return self.entries is not None
 
     @is_initialized.setter
     def is_initialized(self, _: bool) -> None:
@@ -107,13 +107,13 @@ class MergedLayer(MergedKeys, CacheLayerMixin):
             return
         if indices.dtype == torch.bool:
             indices = indices.nonzero()[:, 0]
-        index = indices.to(self.merged_keys.device)
-        self.merged_keys, self.merged_values = self.merged_keys[index], self.merged_values[index]
-        self.recent, self.book = self.recent[index], self.book.of_rows(index)
+        index = indices.to(self.entries.device)
+        self.entries, self.recent = self.entries[index], self.recent[index]
+        self.book = self.book.of_rows(index)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
-            rows = torch.arange(len(self.merged_keys), device=self.merged_keys.device)
+            rows = torch.arange(len(self.entries), device=self.entries.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
 
@@ -131,9 +131,13 @@ def check_cache(cache: Any, schemes: Mapping[int, Scheme], mask: Tensor | None, 
             if layer.book.columns:
                 layer.update()  # which says why not
             cache.layers[number] = DynamicLayer()
+    seen = None
     for number, scheme in schemes.items():
-        book = merged_layer(cache, number, scheme).before(rows, torch.device("cpu"))
-        check_past(mask, book.shown, book.columns)
+        layer = merged_layer(cache, number, scheme)
+        if layer.book is not seen:  # layers of one scheme mostly share it
+            seen = layer.book
+            book = layer.before(rows, torch.device("cpu"))
+            check_past(mask, book.shown, book.columns)
 
 
 def merged_layer(cache: Any, number: int, scheme: Scheme) -> MergedLayer:
@@ -143,6 +147,10 @@ def merged_layer(cache: Any, number: int, scheme: Scheme) -> MergedLayer:
         ValueError: it is a cache of another kind, or was filled otherwise.
     """
     layers = getattr(cache, "layers", None)
+    if layers is not None and number < len(layers):
+        layer = layers[number]
+        if type(layer) is MergedLayer and layer.scheme == scheme:
+            return layer
     own = getattr(type(cache), "update", None) is not Cache.update
     if layers is None or own or getattr(cache, "offloading", False):
         raise ValueError(
@@ -155,8 +163,6 @@ def merged_layer(cache: Any, number: int, scheme: Scheme) -> MergedLayer:
         layers.append((kind or DynamicLayer)())
     layer = layers[number]
     if isinstance(layer, MergedLayer):
-        if layer.scheme == scheme:
-            return layer
         if layer.book.columns:
             raise ValueError(
                 f"past_key_values was filled at {layer.scheme}, the model runs at {scheme}: use "

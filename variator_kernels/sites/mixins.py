@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.arguments import Norm
-from ..ops.fast_norm import normalize_fast
+from ..ops.fast_norm import normalize_fast, rms_of_few
 from ..ops.feed_forward import FeedForward
 from ..ops.transforms import is_plain
 from ..runtime.context import Context
@@ -62,7 +62,7 @@ class Block(nn.Module):
 
 
 FEW = 32
-"""So few vectors are normed as fast as they were."""
+"""So few vectors are normed as fast as they were, unless it takes a single call."""
 
 
 class BlockNorm(nn.Module):
@@ -74,7 +74,15 @@ class BlockNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         context = self.variator_state.local.context
-        if context is None or context.dense or not is_plain(hidden_states):
+        if context is None or context.dense:
+            return super().forward(hidden_states)
+        if context.step and hidden_states.numel() <= FEW * hidden_states.shape[-1]:
+            weight = self._parameters.get("weight")
+            if weight is not None:
+                y = rms_of_few(hidden_states, weight, self.variance_epsilon)
+                if y is not None:
+                    return y
+        if not is_plain(hidden_states):
             return super().forward(hidden_states)
         few = hidden_states.numel() <= FEW * hidden_states.shape[-1]
         if few or hidden_states.dtype == torch.float64:  # which is rounded to fp32 inside
@@ -137,6 +145,9 @@ class Sublayer(AtSite):
 
     def _at_site(self, x: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
         if SITE not in vars(self) and DESCRIBED not in vars(self):
+            return dense(x)
+        local = self.variator_state.local
+        if local.context is not None and local.context.step:
             return dense(x)
         ratio = self._ratio_for(x)
         if ratio == 1:

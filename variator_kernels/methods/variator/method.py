@@ -18,12 +18,15 @@ from ...ops.self_attention import (
     Rotation,
     Scheme,
     SelfAttention,
+    Single,
     Step,
     around,
+    attend_single,
     attention_kv,
     causal_attention,
     members,
     merged_queries,
+    single,
     whole_queries,
 )
 from ...ops.transforms import fitting
@@ -134,14 +137,10 @@ class Variator:
     ) -> Tensor:
         """A decoder's sublayer over merged keys, without norm and residual: ``h [B, n, d]``."""
         plugin: Any = layer._modules[ATTACHED]._modules[str(scheme.ratio)]
-        config = self._config_here(layer)
-        attention = layer.self_attention()._replace(pack=config.pack, precision=config.precision)
-        backend = fitting(config.backend, backends.resolve(config.backend, h))
-        attention.check(h)
-        check_present(plugin)
-        weights = plugin.weights()
-        checks.merge_parameters(weights.weight, weights.bias, h)
-        step = _step(scheme, h, context, store)
+        asked = plugin.prepared.of(plugin, layer.self_attention(), h, self._config_here(layer))
+        weights, attention, backend = asked
+        backend = fitting(self.config.backend, backend)
+        step, one = _step(scheme, h, context, store)
         reach = reach_of(layer)
 
         def merged_rotation() -> Rotation:
@@ -154,9 +153,13 @@ class Variator:
                 reach.rotary_kind,
                 step,
             )
-            return context.once(key, h, lambda: reach.rotation(h, step.mean_positions))
+            return context.once(key, h, lambda: reach.rotation(h, (one or step).mean_positions))
 
         rotations = None if rotation is None else (rotation, merged_rotation)
+        if one is not None and store is not None and backend == "cpu":
+            y = attend_single(h, weights, attention, one, rotations, store)
+            if y is not None:
+                return y
         return causal_attention(h, weights, attention, step, rotations, store, backend)
 
     def is_trained(self, layer: Any, ratio: int) -> bool:
@@ -168,7 +171,9 @@ class Variator:
         )
 
 
-def _step(scheme: Scheme, h: Tensor, context: Context, store: MergedKeys | None) -> Step:
+def _step(
+    scheme: Scheme, h: Tensor, context: Context, store: MergedKeys | None
+) -> tuple[Step, Single | None]:
     """What this forward means to caches under ``scheme``; made once for all layers of it."""
     rows = h.shape[0]
     past = Book.empty(rows, h.device) if store is None else store.before(rows, h.device)
@@ -178,12 +183,13 @@ def _step(scheme: Scheme, h: Tensor, context: Context, store: MergedKeys | None)
             f"and {context.past} in the first"
         )
 
-    def make() -> Step:
+    def make() -> tuple[Step, Single | None]:
         real = context.mask_of(h)
         if real is not None and bool(real.all()):
             real = None  # padding is behind these columns: they are written where they belong
         wide = torch.promote_types(h.dtype, torch.float32)
-        return Step(scheme, past, real, context.positions(h), wide)
+        step = Step(scheme, past, real, context.positions(h), wide)
+        return step, None if store is None else single(h, step)
 
     return context.once(("step", scheme, h.device, h.dtype), h, make)
 

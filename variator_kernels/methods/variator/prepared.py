@@ -12,6 +12,7 @@ from ... import backends
 from ...ops import checks
 from ...ops.arguments import MergeWeights
 from ...ops.feed_forward import FeedForward, PluginWeights
+from ...ops.known import Forms
 from ...ops.self_attention import SelfAttention
 from ...ops.transforms import tracing
 from ...sites.watch import Watch, same_tensors
@@ -31,18 +32,13 @@ class _Kept(NamedTuple):
     asked: tuple[Any, ...]
     parameters: Watch
     plugin: weakref.ref[Any]
-    tensors: list[Tensor]
-    forms: list[tuple[Any, ...]]
+    forms: Forms
 
     def holds(self, plugin: Any, sublayer: Any, asked: tuple[Any, ...]) -> bool:
         if sublayer is not self.described or asked != self.asked or self.plugin() is not plugin:
             return False
         # Parameters are moved, converted and given other data in place.
-        return self.parameters.holds() and _forms(self.tensors) == self.forms
-
-
-def _forms(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
-    return [(t.shape, t.dtype, t.device) for t in tensors]
+        return self.parameters.holds() and self.forms.hold()
 
 
 class Prepared:
@@ -84,8 +80,8 @@ class Prepared:
             tensors = [t for t in (*weights, *sublayer) if isinstance(t, Tensor)]
             watch, whose = _watched(plugin), weakref.ref(plugin)
             settled = sublayer._replace(pack=pack, precision=precision)
-            forms = _forms(tensors)
-            kept = _Kept(weights, settled, chosen, sublayer, asked, watch, whose, tensors, forms)
+            forms = Forms(tensors)
+            kept = _Kept(weights, settled, chosen, sublayer, asked, watch, whose, forms)
             self._kept = kept if same_tensors(weights, plugin.weights()) else None
         return kept[:3]
 

@@ -44,9 +44,12 @@ def _check(call: Attention) -> None:
     require(call.queries.shape[1] < 2**24, "queries count in fp32: less than 2^24 of them")
 
 
+_NO_TERMS = (0,) * 7
+
+
 def _terms(relative: DistanceBias | None, dtype: torch.dtype) -> tuple[tuple[int, ...], list]:
     if relative is None:
-        return (0,) * 7, []
+        return _NO_TERMS, []
     values = as_accumulator(relative.values, dtype)
     positions = [t.to(torch.float64).contiguous() for t in (relative.queries, relative.keys)]
     pattern = relative.pattern
@@ -112,6 +115,40 @@ def grouped_attention(call: Attention) -> Tensor:
     )
     kernel.run()
     del kept  # until here the kernel read them
+    return out
+
+
+def of_memory(
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    queries: tuple[int, ...],
+    keys: tuple[int, ...],
+    values: tuple[int, ...],
+    bias: Tensor,
+    scale: float,
+) -> Tensor:
+    """Of what lies where the caller says, and was checked: ``[rows, queries, heads, size]``.
+
+    ``sizes`` are as in :func:`given`; the others are addresses, and strides of row, token and head.
+    ``bias``: contiguous, in the accumulator dtype.
+    """
+    cpu = extension.load()
+    out = torch.empty((*sizes[:2], sizes[3], sizes[5]), dtype=dtype)
+    inputs = cpu.AttentionInputs(
+        dtype=dtype_code(dtype),
+        threads=torch.get_num_threads(),
+        sizes=sizes,
+        q=queries,
+        k=keys,
+        v=values,
+        scale=scale,
+        bias=bias.data_ptr(),
+        first=0,
+        last=0,
+        terms=_NO_TERMS,
+    )
+    path = extension.enum_value("cpu", "attention_paths", PATH)
+    cpu.Attention(isa=prepack.instruction_set(), inputs=inputs, path=path, out=out.data_ptr()).run()
     return out
 
 

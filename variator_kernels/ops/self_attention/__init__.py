@@ -18,6 +18,8 @@ from ..transforms import tracing
 from .blocks import with_global_keys
 from .book import Book, Scheme
 from .causal import causal_attention
+from .decoding import Single, single
+from .decoding import attend as attend_single
 from .description import GlobalKeys, OfDistances, Projections, SelfAttention
 from .fused import dense, fuses
 from .fused import merged_keys as fused_merged_keys
@@ -50,11 +52,13 @@ __all__ = [
     "Rotation",
     "Scheme",
     "SelfAttention",
+    "Single",
     "Step",
     "Table",
     "Terms",
     "around",
     "attend",
+    "attend_single",
     "attention_kv",
     "by_content",
     "causal_attention",
@@ -65,6 +69,7 @@ __all__ = [
     "merged_queries",
     "plain_keys",
     "queries",
+    "single",
     "turned_between",
     "whole_queries",
     "with_global_keys",

@@ -30,6 +30,16 @@ class Scheme(NamedTuple):
         plain ones."""
         return (group + 1) * self.ratio + max(0, self.window - 1)
 
+    def count(self, rank: int) -> int:
+        """:meth:`groups` of one number."""
+        return min(max(0, rank + 1 - self.window), max(0, rank)) // self.ratio
+
+    def slot(self, number: int, plain: int) -> int:
+        """Where among a row's entries its token ``number`` lies, behind whose ring of ``plain``
+        keys the kept ones do."""
+        rank = number - self.kept
+        return plain + number if rank < 0 else rank % plain
+
     def groups(self, rank: Tensor) -> Tensor:
         """How many merged keys the query of ``rank`` sees: G above; 0 for a kept one, below 0."""
         behind = (rank + 1 - self.window).clamp_min(0) // self.ratio

@@ -13,8 +13,8 @@ GROWTH = 4
 
 
 class MergedKeys:
-    """Of one layer: ``merged_keys`` and ``merged_values [B, H_kv, entries, head_size]``, which
-    nobody can take for those of tokens.
+    """Of one layer: ``entries [B, 2, H_kv, entries, head_size]`` are ``merged_keys`` and
+    ``merged_values``, which nobody can take for those of tokens.
 
     Entries are a ring of plain keys (slot = rank modulo its size), the kept tokens, and the merged
     keys in order, with some room behind. ``recent [B, ., d]`` has the inputs of the group that is
@@ -23,9 +23,17 @@ class MergedKeys:
 
     scheme: Scheme
     book: Book
-    merged_keys: Tensor
-    merged_values: Tensor
+    entries: Tensor
     recent: Tensor
+
+    @property
+    def merged_keys(self) -> Tensor:
+        """``[B, H_kv, entries, head_size]``."""
+        return self.entries[:, 0]
+
+    @property
+    def merged_values(self) -> Tensor:
+        return self.entries[:, 1]
 
     def before(self, rows: int, device: torch.device) -> Book:
         """What went in before a forward of ``rows``.
@@ -44,7 +52,7 @@ class MergedKeys:
     @property
     def room(self) -> int:
         """For so many merged keys."""
-        return self.merged_keys.shape[2] - self.book.plain - self.scheme.kept
+        return self.entries.shape[3] - self.book.plain - self.scheme.kept
 
     def counts(self) -> dict[str, list[int]]:
         """Of each row, for the next query's predecessor s: its ``visible`` entries, and the merged
@@ -62,24 +70,20 @@ class MergedKeys:
 
     def append_single(self, step: Step, k: Tensor, v: Tensor) -> None:
         """One plain key and value a row, ``[B, 1, H_kv, head_size]``, in place."""
-        kept, before = self.scheme.kept, step.past.every
+        both, before = torch.cat((k, v), 1), step.past.every
         if before is not None:
-            rank = before - kept
-            slot = step.plain + before if rank < 0 else rank % step.plain
-            self.merged_keys[:, :, slot] = k[:, 0]
-            self.merged_values[:, :, slot] = v[:, 0]
+            self.entries.select(3, self.scheme.slot(before, step.plain)).copy_(both)
             return
         rows = torch.arange(step.rows, device=k.device)
-        ranks = step.past.seen - kept
+        ranks = step.past.seen - self.scheme.kept
         slots = torch.where(ranks < 0, step.plain + step.past.seen, ranks % step.plain)
-        self.merged_keys[rows, :, slots] = k[:, 0]
-        self.merged_values[rows, :, slots] = v[:, 0]
+        self.entries[rows, :, :, slots] = both
 
     def remember_single(self, step: Step, h: Tensor) -> None:
         """The input ``[B, 1, d]`` that a group is made of later."""
         before = step.past.every
         if before is not None:
-            self.recent[:, (before - self.scheme.kept) % step.recent] = h[:, 0]
+            self.recent.narrow(1, (before - self.scheme.kept) % step.recent, 1).copy_(h)
         else:
             rows = torch.arange(step.rows, device=h.device)
             self.recent[rows, (step.past.seen - self.scheme.kept) % step.recent] = h[:, 0]
@@ -88,19 +92,19 @@ class MergedKeys:
         """The one group that ``rows`` (None: all, at the same place) completed."""
         behind = step.plain + self.scheme.kept
         if step.held_groups >= self.room:
-            self.merged_keys, self.merged_values = (
-                torch.cat((t, t.new_zeros(*t.shape[:2], GROWTH, t.shape[3])), 2)
-                for t in (self.merged_keys, self.merged_values)
-            )
+            self.grow()
+        both = torch.cat((k, v), 1)
         if rows is None:
             assert step.every is not None
             at = behind + (step.every - self.scheme.kept) // self.scheme.ratio - 1
-            self.merged_keys[:, :, at] = k[:, 0]
-            self.merged_values[:, :, at] = v[:, 0]
+            self.entries.select(3, at).copy_(both)
         else:
-            slots = behind + step.first_group[rows]
-            self.merged_keys[rows, :, slots] = k[:, 0]
-            self.merged_values[rows, :, slots] = v[:, 0]
+            self.entries[rows, :, :, behind + step.first_group[rows]] = both
+
+    def grow(self) -> None:
+        """Room for some more merged keys."""
+        shape = (*self.entries.shape[:3], GROWTH, self.entries.shape[4])
+        self.entries = torch.cat((self.entries, self.entries.new_zeros(shape)), 3)
 
     def rebuild(
         self, step: Step, h: Tensor, k: Tensor, v: Tensor, k_m: Tensor, v_m: Tensor
@@ -115,10 +119,10 @@ class MergedKeys:
         fresh = number - step.first_group[:, None]
         merged = torch.where(fresh < 0, number, fresh + (self.room if old else 0))
         made = []
-        for name, plain, groups in (("merged_keys", k, k_m), ("merged_values", v, v_m)):
+        for which, plain, groups in ((0, k, k_m), (1, v, v_m)):
             kept = plain
             if old:
-                held = getattr(self, name).transpose(1, 2)
+                held = self.entries[:, which].transpose(1, 2)
                 ring, whole, there = held.split((step.past.plain, self.scheme.kept, self.room), 1)
                 groups = torch.cat((there, groups), 1)
                 kept, plain = torch.cat((whole, plain), 1), torch.cat((ring, plain), 1)
@@ -129,8 +133,8 @@ class MergedKeys:
                 _picked(kept, step.kept_from),
                 _picked(groups, merged.clamp(0, groups.shape[1] - 1)),
             )
-            made.append(torch.cat(parts, 1).transpose(1, 2).contiguous())
-        self.merged_keys, self.merged_values = made
+            made.append(torch.cat(parts, 1).transpose(1, 2))
+        self.entries = torch.stack(made, 1)
 
 
 def _picked(tokens: Tensor, index: Tensor) -> Tensor:

@@ -34,15 +34,8 @@ class Step:
         self.rows, self.n = len(past.seen), positions.shape[1]
         self.positions = positions.double().expand(self.rows, -1)
         self.counts = None if real is None else real.long().cumsum(1)
-        added = self.n if self.counts is None else self._last(self.counts)
-        self.seen = past.seen + added
         self.every = None if past.every is None or real is not None else past.every + self.n
-        ratio, kept = scheme.ratio, scheme.kept
-        self.before = (past.seen - kept).clamp_min(0)
-        self.first_group, self.end_group = (
-            self.before // ratio,
-            (self.seen - kept).clamp_min(0) // ratio,
-        )
+        ratio = scheme.ratio
         self.groups = self._made()
         """The most groups that a row completes now."""
         spare = min(self.n, ROLLBACK)
@@ -64,6 +57,26 @@ class Step:
         if self.every is not None and self.past.every is not None:
             return max(0, self.every - kept) // ratio - max(0, self.past.every - kept) // ratio
         return self._most(self.end_group - self.first_group)
+
+    @functools.cached_property
+    def seen(self) -> Tensor:
+        """``[B]``: real tokens of the rows, with those of this forward."""
+        return self.past.seen + (self.n if self.counts is None else self._last(self.counts))
+
+    @functools.cached_property
+    def before(self) -> Tensor:
+        """``[B]``: the rank of the next token."""
+        return (self.past.seen - self.scheme.kept).clamp_min(0)
+
+    @functools.cached_property
+    def first_group(self) -> Tensor:
+        """``[B]``: the first group that is not complete in the past."""
+        return self.before // self.scheme.ratio
+
+    @functools.cached_property
+    def end_group(self) -> Tensor:
+        """``[B]``: the first one that is not complete now."""
+        return (self.seen - self.scheme.kept).clamp_min(0) // self.scheme.ratio
 
     @property
     def single(self) -> bool:
@@ -271,11 +284,10 @@ class Step:
     @functools.cached_property
     def visible(self) -> int:
         """How many entries from the first on the queries of a single step may see."""
-        rank = self.seen - self.scheme.kept - 1
+        kept = self.scheme.kept
         if self.every is not None:
-            rank = rank[:1]
-        most = int(self.scheme.groups(rank).max()) if self.rows else 0
-        return self.plain + self.scheme.kept + most
+            return self.plain + kept + self.scheme.count(self.every - kept - 1)
+        return self.plain + kept + self._most(self.scheme.groups(self.seen - kept - 1))
 
     @functools.cached_property
     def bias_after(self) -> Tensor:
