@@ -14,6 +14,7 @@ from bench.tools.sass_values import (
     Run,
     State,
     constant_at,
+    predicate,
     register,
     word,
 )
@@ -49,6 +50,21 @@ def _constant(i: Instruction) -> Run:
     return run
 
 
+def _shuffle(i: Instruction) -> Run | None:
+    """What another lane has, of a whole warp; other shuffles move what nobody knows."""
+    if "IDX" not in i.modifiers or i.operands[4] != "0x1f":
+        return None
+    target, source, lane = register(i.operands[1]), word(i.operands[2]), word(i.operands[3])
+
+    def run(s: State, mask: Flags) -> None:
+        (value, known), (which, sure) = source(s), lane(s)
+        place = (which % np.uint64(LANES)).astype(int)
+        s.write(target, value[place], known[place] & sure, mask)
+        s.write_flag(predicate(i.operands[0]), True, True, mask)
+
+    return run
+
+
 OPERATIONS: dict[str, Callable[[Instruction], Run | None]] = {
     "IADD3": arithmetic.add,
     "VIADD": arithmetic.add,
@@ -78,6 +94,9 @@ OPERATIONS: dict[str, Callable[[Instruction], Run | None]] = {
     "I2F": arithmetic.convert,
     "I2FP": arithmetic.convert,
     "F2I": arithmetic.convert,
+    "SHFL": _shuffle,
+    "VOTE": flags.vote,
+    "VOTEU": flags.vote,
 }
 
 
