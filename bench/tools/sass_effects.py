@@ -38,7 +38,7 @@ UNKNOWN = _names(
 SILENT = _names(
     "NOP BSSY BSYNC BREAK WARPSYNC DEPBAR LDGDEPBAR MEMBAR ERRBAR CCTL WARPGROUP ENDCOLLECTIVE "
     "FENCE YIELD UTMALDG UTMASTG UTMACCTL UTMAPF UTMACMDFLUSH USETMAXREG UCGABAR_ARV UCGABAR_WAIT "
-    "ACQBULK PREEXIT"
+    "ACQBULK PREEXIT CGAERRBAR"
 )
 WIDE = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")
 BYTES = {"128": 16, "64": 8, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
@@ -75,12 +75,16 @@ def _elect(i: Instruction) -> Effect:
     return elect
 
 
+def _granted(i: Instruction) -> Effect:
+    target = predicate(i.operands[0])
+    return lambda warp, mask: warp.state.write_flag(target, True, True, mask)
+
+
 def _mbarrier(i: Instruction) -> Effect:
     """A wait is over at once; whoever waits for copies says how many bytes they are, which go
     through shared memory."""
     if "TRYWAIT" in i.modifiers:
-        target = predicate(i.operands[0])
-        return lambda warp, mask: warp.state.write_flag(target, True, True, mask)
+        return _granted(i)
     mark = _unknown(i, 1)
     if not {"ARRIVE", "A0TR", "ART0"} & set(i.modifiers) or not i.operands[-1].startswith("R"):
         return mark
@@ -174,6 +178,8 @@ def effect(i: Instruction) -> Effect:
         return _elect(i)
     if i.name == "SYNCS":
         return _mbarrier(i)
+    if i.name == "USETMAXREG" and is_predicate(i.operands[0]):  # registers that others gave back
+        return _granted(i)
     if i.name in SILENT:
         return lambda warp, mask: None
     if i.name not in UNKNOWN:

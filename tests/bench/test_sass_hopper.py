@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 
-from bench.tools.sass_walk import Count
-from tests.bench.sass_text import count
+from bench.tools.sass_walk import Count, Launch, walk
+from tests.bench.sass_text import code, count
 
 
 def test_a_product_takes_its_operands_from_shared_memory():
@@ -30,6 +32,36 @@ def test_a_wait_is_over_at_once():
         BRA 0x20
     """
     assert count(text) == Count(slots=4.0)
+
+
+def test_registers_are_there_when_asked_for():
+    text = """
+        USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xe8
+        PLOP3.LUT P0, PT, PT, PT, UP0, 0x80, 0x0
+        @!P0 BRA 0x0
+        USETMAXREG.DEALLOC.CTAPOOL 0x18
+        EXIT
+    """
+    assert count(text) == Count(slots=5.0)
+
+
+def test_an_indirect_branch_goes_where_its_table_says():
+    """Words of constant bank 2; a branch counts from the instruction behind it."""
+    text = """
+        MOV R1, c[0x0][0x210]
+        LDC R2, c[0x2][R1+0x4]
+        BRX R2 -0x30
+        NOP
+        NOP
+        EXIT
+    """
+    for place, slots in ((0, 5), (4, 4)):
+        constants = bytes(0x210) + place.to_bytes(4, "little")
+        jumps = struct.pack("<3I", 0, 0x40, 0x50)
+        found = walk(Launch(code(text), 32, constants, jumps=jumps))[0]
+        assert found.slots == slots
+    with pytest.raises(ValueError, match="nobody knows where the branch at 0x10 goes"):
+        count("LDG.E R2, desc[UR4][R4.64]\nBRX R2 -0x20\nEXIT")
 
 
 def test_copies_go_through_shared_memory():

@@ -171,6 +171,9 @@ SIGNED = {n: n - (1 << 32) for n in (A, B)}
         ("SEL R9, R1, R2, !PT", B),
         ("SGXT R9, R1, 0x8", 0xFFFFFFEF),
         ("IABS R9, R1", -SIGNED[A]),
+        ("POPC R9, R1", A.bit_count()),
+        ("FLO.U32 R9, R3", 28),
+        ("FLO.U32 R9, RZ", -1),
     ],
 )
 def test_integer_instructions(text, result):
