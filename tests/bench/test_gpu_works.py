@@ -101,3 +101,16 @@ def test_parameters_with_descriptors():
     assert struct.unpack_from("<6i", constants) == (256, 1, 1, 132, 1, 1)
     found = struct.unpack_from("<i60x128x2i2qi4xQ", constants, 0x240)
     assert found == (7, 4096, 768, 768, 1, 5, 0x7F0100000000)
+
+
+def test_tritons_gradients_by_hand():
+    """T5-base, k = 4: the bottleneck's gradient of 64 tokens and W_1u u of their 16 groups, twice
+    a multiprocessor; W_1uᵀ times the bottleneck's gradient, spread evenly over 768 programs."""
+    wanted = {"part": "backward", "backend": "triton", "model": "t5-base", "k": 4}
+    (inner,) = figures(**wanted, kernel="inner_gradient_kernel")
+    assert inner["tensor"] == round(microseconds(2 * 2 * (64 + 16) * 64 * 768), 2)
+    (group,) = figures(**wanted, kernel="group_gradient_kernel")
+    assert group["tensor"] == round(microseconds(6 * 2 * 4096 * 64 * 768 / 768), 2)
+    # dy twice a layer: every token's row of the gradient is read by this kernel, and by that.
+    least = 2 * 16384 * 768 / CHIP.bytes_a_second * 1e6
+    assert least < inner["memory"] and least < group["memory"]
