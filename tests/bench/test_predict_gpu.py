@@ -67,11 +67,13 @@ def test_the_page_says_what_it_is(tmp_path):
     assert least < decompress["memory"] < 1.1 * least
     # 384 tiles [128, 256] of the first product, 3 a multiprocessor; a tile has 48 steps of 16:
     # 2·128·256·16 FLOPs, and 2 x (64 + 256) rows of 32 bytes that two HGMMA read and 384 that TMA
-    # writes.
+    # writes. Behind it a tile's fp32 results go through shared memory and back, with conflicts less
+    # than twice.
     (linear,) = (r for r in found["rows"] if r["kernel"] == "linear_kernel")
     steps = 3 * 48 * (2 * 320 + 384) * 32 / 128
     assert linear["tensor"] == round(3 * 48 * 2 * 128 * 256 * 16 / 4096 / 1830, 2)
-    assert steps / 1830 < linear["shared"] < 1.05 * steps / 1830
+    behind = 3 * 2 * 128 * 256 * 4 / 128
+    assert steps / 1830 < linear["shared"] < (steps + 2 * behind) / 1830
 
 
 def test_the_committed_figures_are_predictions():
