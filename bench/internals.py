@@ -244,6 +244,13 @@ def launched(call: Callable[..., Any], groups: int) -> Callable[..., Any]:
     return run
 
 
+def one_launch_groups(d: int, f: int, products: int, processors: int) -> int:
+    """Up to how many groups a sublayer of the CUDA kernels is one launch."""
+    from variator_kernels.ops.compressed_ffn import cuda
+
+    return cuda.one_launch_groups(d, f, products, processors)
+
+
 def triton_launches(
     x: Tensor,
     plugin: PluginWeights,

@@ -66,7 +66,7 @@ def host_code() -> Any:
 
 
 class CudaLaunch(NamedTuple):
-    """A launch: of ``file`` the kernel whose symbol contains ``symbol``."""
+    """A launch: of ``csrc/cuda/<file>.cu`` the kernel whose symbol contains ``symbol``."""
 
     kernel: str
     file: str
@@ -88,7 +88,7 @@ class Case:
         self.places = itertools.count(0x7F0000000000, 1 << 32)
         self.cuda = host_code()
 
-    def _tensor(self, elements: int, size: int = 2) -> int:
+    def tensor(self, elements: int, size: int = 2) -> int:
         self.moved += elements * size
         return next(self.places)
 
@@ -97,7 +97,7 @@ class Case:
                       launched=self.groups, k=self.k)  # fmt: skip
 
     def _vector(self, elements: int) -> ctypes.Structure:
-        return filled("Vector", data=self._tensor(elements))
+        return filled("Vector", data=self.tensor(elements))
 
     def _norm(self) -> ctypes.Structure:
         kind = "none" if self.model.post_norm else self.model.norm
@@ -112,32 +112,43 @@ class Case:
         """The launches around the products, which are CUTLASS's."""
         return [self.merge(), self.decompress()]
 
-    def merge(self) -> CudaLaunch:
-        self.moved, d, k, r = 0, self.model.d, self.k, self.r
-        of = filled(
+    def merge_parameters(self) -> ctypes.Structure:
+        d, k, r = self.model.d, self.k, self.r
+        return filled(
             "MergeParams", dtype=self.cuda.dtypes["bfloat16"], groups=self._groups(), d=d, r=r,
-            x=self._tensor(self.tokens * d), x_stride=d, norm=self._norm(),
-            merge_weight=self._tensor(k * k * d), merge_bias=self._vector(k),
-            projection=self._tensor(r * d), projection_stride=2 * d, projected_columns=r,
-            merged=self._tensor(self.groups * d), projected=self._tensor(self.tokens * r, 4),
+            x=self.tensor(self.tokens * d), x_stride=d, norm=self._norm(),
+            merge_weight=self.tensor(k * k * d), merge_bias=self._vector(k),
+            projection=self.tensor(r * d), projection_stride=2 * d, projected_columns=r,
+            merged=self.tensor(self.groups * d), projected=self.tensor(self.tokens * r, 4),
         )  # fmt: skip
-        resident = self.cuda.resident_blocks(d)
-        return CudaLaunch("merge_kernel", "merge", f"merge_kernelINS0_4BF16ELi{resident}E",
+
+    def merge(self) -> CudaLaunch:
+        self.moved = 0
+        of = self.merge_parameters()
+        resident = self.cuda.resident_blocks(self.model.d)
+        return CudaLaunch("merge_kernel", "kernels/merge", f"merge_kernelINS0_4BF16ELi{resident}E",
                           (self.cuda.tiles(self.groups), 1, 1), bytes(of), self.moved)  # fmt: skip
+
+    def decompress_parameters(
+        self, x: int | None = None, u: int | None = None, projected: int | None = None
+    ) -> ctypes.Structure:
+        """Of tensors that have no address yet, or of these."""
+        d, r = self.model.d, self.r
+        return filled(
+            "DecompressParams", dtype=self.cuda.dtypes["bfloat16"], groups=self._groups(), d=d,
+            r=r, phi=self.cuda.adapter_activations["tanh"], u=u or self.tensor(self.groups * d),
+            projected=projected or self.tensor(self.tokens * r, 4), projected_columns=r,
+            w1u=self.tensor(r * d), w1u_stride=2 * d, b1=self._vector(r),
+            w2=self.tensor(r * d), b2=self._vector(d), residual=x or self.tensor(self.tokens * d),
+            residual_stride=d, y=self.tensor(self.tokens * d),
+        )  # fmt: skip
 
     def decompress(self) -> CudaLaunch:
         self.moved, d, r = 0, self.model.d, self.r
-        of = filled(
-            "DecompressParams", dtype=self.cuda.dtypes["bfloat16"], groups=self._groups(), d=d,
-            r=r, phi=self.cuda.adapter_activations["tanh"], u=self._tensor(self.groups * d),
-            projected=self._tensor(self.tokens * r, 4), projected_columns=r,
-            w1u=self._tensor(r * d), w1u_stride=2 * d, b1=self._vector(r),
-            w2=self._tensor(r * d), b2=self._vector(d), residual=self._tensor(self.tokens * d),
-            residual_stride=d, y=self._tensor(self.tokens * d),
-        )  # fmt: skip
+        of = self.decompress_parameters()
         each = self.cuda.blocks_a_part(self.groups, d, self.processors)
         grid = (self.cuda.tiles(self.groups), -(-d // 32 // each), 1)
-        return CudaLaunch("decompress_kernel", "decompress",
+        return CudaLaunch("decompress_kernel", "kernels/decompress",
                           f"decompress_kernelINS0_4BF16ELb{int(r == 64)}E", grid,
                           bytes(of) + each.to_bytes(4, "little"), self.moved)  # fmt: skip
 
@@ -157,12 +168,12 @@ class Case:
         of = filled(
             "DecompressBackwardParams", dtype=self.cuda.dtypes["bfloat16"], groups=self._groups(),
             d=d, r=r, phi=self.cuda.adapter_activations["tanh"],
-            u=self._tensor(self.groups * d), projected=self._tensor(self.tokens * r, 4),
-            projected_columns=r, w1u=self._tensor(r * d), w1u_stride=2 * d,
-            w1u_transpose=self._tensor(r * d), w2_transpose=self._tensor(r * d),
-            b1=self._vector(r), dy=self._tensor(self.tokens * d), dy_stride=d,
-            du=self._tensor(self.groups * d), d_projected=self._tensor(self.tokens * r, 4),
-            bottleneck=self._tensor(self.tokens * r, 4), d_q=self._tensor(self.groups * r, 4),
+            u=self.tensor(self.groups * d), projected=self.tensor(self.tokens * r, 4),
+            projected_columns=r, w1u=self.tensor(r * d), w1u_stride=2 * d,
+            w1u_transpose=self.tensor(r * d), w2_transpose=self.tensor(r * d),
+            b1=self._vector(r), dy=self.tensor(self.tokens * d), dy_stride=d,
+            du=self.tensor(self.groups * d), d_projected=self.tensor(self.tokens * r, 4),
+            bottleneck=self.tensor(self.tokens * r, 4), d_q=self.tensor(self.groups * r, 4),
         )  # fmt: skip
         return self._backward("decompress_backward_kernel", of)
 
@@ -170,24 +181,24 @@ class Case:
         self.moved, d, k, r = 0, self.model.d, self.k, self.r
         tiles, norm = self.cuda.tiles(self.groups), self._norm()
         gradients = {
-            f"d_norm_{name}": self._tensor(tiles * d, 4)
+            f"d_norm_{name}": self.tensor(tiles * d, 4)
             for name in ("weight", "bias") if getattr(norm, name).data
         }  # fmt: skip
         of = filled(
             "MergeBackwardParams", dtype=self.cuda.dtypes["bfloat16"], groups=self._groups(), d=d,
-            r=r, x=self._tensor(self.tokens * d), x_stride=d, norm=norm,
-            weights=self._tensor(self.groups * k, 4), merge_weight=self._tensor(k * k * d),
-            projection_transpose=self._tensor(r * d), projected_columns=r,
-            d_merged=self._tensor(self.groups * d), d_projected=self._tensor(self.tokens * r, 4),
-            dx=self._tensor(self.tokens * d), d_scores=self._tensor(self.groups * k, 4),
-            moments=self._tensor(self.groups * k * 2, 4), **gradients,
+            r=r, x=self.tensor(self.tokens * d), x_stride=d, norm=norm,
+            weights=self.tensor(self.groups * k, 4), merge_weight=self.tensor(k * k * d),
+            projection_transpose=self.tensor(r * d), projected_columns=r,
+            d_merged=self.tensor(self.groups * d), d_projected=self.tensor(self.tokens * r, 4),
+            dx=self.tensor(self.tokens * d), d_scores=self.tensor(self.groups * k, 4),
+            moments=self.tensor(self.groups * k * 2, 4), **gradients,
         )  # fmt: skip
         return self._backward("merge_backward_kernel", of)
 
     def _backward(self, kernel: str, of: ctypes.Structure) -> CudaLaunch:
         symbol = f"{kernel}INS0_4BF16ELb{int(self.r == 64)}E"
         grid = (self.cuda.tiles(self.groups), 1, 1)
-        return CudaLaunch(kernel, "backward", symbol, grid, bytes(of), self.moved)
+        return CudaLaunch(kernel, "kernels/backward", symbol, grid, bytes(of), self.moved)
 
     def _weight_gradient(
         self, name: str, r: int, rows: int, *, scores: int = 0, ones: bool = False,
@@ -200,11 +211,11 @@ class Case:
         normed = norm.kind != self.cuda.norms["none"]
         of = filled(
             "WeightGradientParams", dtype=self.cuda.dtypes["bfloat16"], groups=self._groups(),
-            by_group=by_group, left=self._tensor(rows * r, 4), left_columns=r,
-            scores=self._tensor(self.groups * scores, 4) if scores else 0, score_columns=scores,
-            ones=ones, right=self._tensor(rows * d), right_stride=d, d=d, norm=norm,
-            moments=self._tensor(self.groups * self.k * 2, 4) if normed else 0, shares=shares,
-            out=self._tensor(shares * slots * columns * d, 4),
+            by_group=by_group, left=self.tensor(rows * r, 4), left_columns=r,
+            scores=self.tensor(self.groups * scores, 4) if scores else 0, score_columns=scores,
+            ones=ones, right=self.tensor(rows * d), right_stride=d, d=d, norm=norm,
+            moments=self.tensor(self.groups * self.k * 2, 4) if normed else 0, shares=shares,
+            out=self.tensor(shares * slots * columns * d, 4),
         )  # fmt: skip
         grid = (
             -(-d // self.cuda.gradient_columns),
@@ -213,5 +224,5 @@ class Case:
         )
         each = self.cuda.gradient_tiles_a_piece(columns)
         symbol = f"weight_gradient_kernelINS0_4BF16ELb{int(normed)}E"
-        return CudaLaunch(f"weight_gradient_kernel: {name}", "backward", symbol, grid,
+        return CudaLaunch(f"weight_gradient_kernel: {name}", "kernels/backward", symbol, grid,
                           bytes(of) + each.to_bytes(4, "little"), self.moved)  # fmt: skip

@@ -186,7 +186,15 @@ def table() -> list[Row]:
     rows = resources(module)
     count_instructions(module, rows)
     add_occupancy(rows, extension.load("cuda"))
-    return sorted(rows, key=lambda row: (row["kernel"], row["arch"], row["variant"]))
+    return rows
+
+
+def added(before: list[Row], now: list[Row]) -> list[Row]:
+    """``now``, and of ``before`` the rows of other architectures, in order."""
+    built = {row["arch"] for row in now}
+    rows = [*now, *(row for row in before if row["arch"] not in built)]
+    place = {arch: n for n, arch in enumerate(CHIPS)}
+    return sorted(rows, key=lambda row: (row["kernel"], place[row["arch"]], row["variant"]))
 
 
 def markdown(rows: list[Row], compiler: str) -> str:
@@ -203,14 +211,18 @@ def markdown(rows: list[Row], compiler: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--output", type=Path, default=OUTPUT)
+    help = "keep the file's rows of architectures that are not built"
+    parser.add_argument("--add", action="store_true", help=help)
     chosen = parser.parse_args(arguments)
     rows = [row for row in table() if row["arch"] in CHIPS]
-    compiler = extension.build_info().get("cuda", {}).get("compiler", "nvcc")
-    kept = [{key: value for key, value in row.items() if key != "symbol"} for row in rows]
-    text = json.dumps({"compiler": compiler, "kernels": kept}, indent=1)
-    (chosen.output / "resources.json").write_text(text + "\n")
-    (chosen.output / "resources.md").write_text(markdown(rows, compiler))
     found = faults(rows)
+    compiler = extension.build_info().get("cuda", {}).get("compiler", "nvcc")
+    for row in rows:
+        del row["symbol"]
+    file = chosen.output / "resources.json"
+    rows = added(json.loads(file.read_text())["kernels"] if chosen.add else [], rows)
+    file.write_text(json.dumps({"compiler": compiler, "kernels": rows}, indent=1) + "\n")
+    (chosen.output / "resources.md").write_text(markdown(rows, compiler))
     print("\n".join(found) if found else f"{len(rows)} kernels, no faults")
     return 1 if found else 0
 

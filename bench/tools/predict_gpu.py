@@ -1,158 +1,41 @@
 """The kernels on a GPU, predicted: ``python -m bench.tools.predict_gpu``.
 
-Nothing is measured and no GPU is used. Each kernel of a forward pass (of CUDA's a backward pass
-too) is compiled for Hopper, and a
-thread block's way through the machine code is walked (``sass_walk``): what its warps issue,
-products on tensor cores, steps of shared memory and L1; besides, each tensor's bytes once. The
-greatest is a bound. It sees no latency, no second read that misses L2, and no operands that HGMMA
-takes from shared memory itself.
+Nothing is measured and no GPU is used. Each kernel is compiled for Hopper, and a thread block's way
+through the machine code is walked (``sass_walk``): what its warps issue, products on tensor cores,
+steps of shared memory and L1; besides, each tensor's bytes once. The greatest is a bound. It sees
+no latency and no second read that misses L2.
 """
 
 import argparse
-import itertools
 import json
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton
-from torch import Tensor
 
 from bench.harness import tables
 from bench.harness.machine import RESULTS, ROOT
-from bench.tools import sass
-from bench.tools.cuda_cases import SOURCES, Case, CudaLaunch
-from bench.tools.sass_walk import Count, Launch, walk
-from bench.tools.triton_cases import MODELS, sublayer
-from bench.tools.triton_compiler import Launched, compiling, parameters
+from bench.tools.gpu_bounds import CHIPS, predict
+from bench.tools.gpu_works import PARTS, cases, size_of, works
+from bench.tools.triton_cases import MODELS
 
 PAGE = ROOT / "docs" / "gpu_predicted.md"
 FIGURES = RESULTS / "compiled" / "predicted.json"
 RATIOS = (2, 4, 8, 16)
-SIZES = {"llama-7b": (8, 2048, 64)}
-SIZE = (32, 512, 64)
 BACKENDS = ("triton", "cuda")
-# Where parameters begin in Hopper's bank of constants; before them lies the size of a block.
-PARAMETERS = 0x210
+CASE = ("part", "backend", "model", "k")
 
 
-class Chip(NamedTuple):
-    """NVIDIA's data sheet of an SXM part; the clock is that of its dense bf16 FLOP rate."""
-
-    processors: int
-    hertz: float
-    bytes_a_second: float
-    tensor_flops_a_clock: int = 4096
-    issues_a_clock: int = 4
-
-
-CHIPS = {"H100": Chip(132, 1.83e9, 3.35e12), "H200": Chip(132, 1.83e9, 4.8e12)}
-
-
-class Work(NamedTuple):
-    """A launch: thread blocks, what one of them does, and bytes of every tensor once."""
-
-    kernel: str
-    blocks: int
-    moved: int
-    one: Count
-
-
-def _bank(threads: int, arguments: bytes) -> bytes:
-    return threads.to_bytes(4, "little").ljust(PARAMETERS, b"\0") + arguments
-
-
-def _of_triton(launch: Launched) -> Work:
-    a, blocks = launch.arguments, 1
-    for extent in launch.grid:
-        blocks *= extent
-    tensors = [getattr(value, "base", value) for value in a.values()]
-    moved = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-    if launch.name == "linear_kernel":  # waits for copies that nobody walks through: tiles count
-        tiles = -(-a["rows"] // a["BM"]) * -(-a["columns"] // a["BN"])
-        flops = 2 * a["BM"] * a["BN"] * a["inner"] * (2 if a["GATED"] else 1)
-        return Work(launch.name, blocks, moved, Count(flops=-(-tiles // blocks) * flops))
-    (code,) = sass.kernels(sass.disassembled(launch.kernel.asm["cubin"])).values()
-    threads = 32 * launch.kernel.metadata.num_warps
-    one, _ = walk(Launch(code, threads, _bank(threads, parameters(launch))))
-    return Work(launch.name, blocks, moved, one)
-
-
-def compile_cuda(file: str) -> dict[str, list[sass.Instruction]]:
-    """The kernels of ``csrc/cuda/kernels/<file>.cu``, compiled for sm_90a, by symbol.
-
-    Raises:
-        FileNotFoundError: there is no nvcc.
-    """
-    places = [shutil.which("nvcc"), *(str(p) for p in Path("/usr/local").glob("cuda*/bin/nvcc"))]
-    if (nvcc := next(filter(None, places), None)) is None:
-        raise FileNotFoundError("nvcc is neither on PATH nor in /usr/local/cuda*")
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernels.cubin")
-        command = [nvcc, "-cubin", "-arch=sm_90a", "-std=c++17", "-O3", "-DNDEBUG", f"-I{SOURCES}"]
-        source = SOURCES / "kernels" / f"{file}.cu"
-        subprocess.run([*command, "-o", str(cubin), str(source)], check=True)
-        return sass.kernels(sass.disassembled(cubin.read_bytes()))
-
-
-_compiled: dict[str, dict[str, list[sass.Instruction]]] = {}
-
-
-def _of_cuda(launch: CudaLaunch) -> Work:
-    if launch.file not in _compiled:
-        _compiled[launch.file] = compile_cuda(launch.file)
-    (code,) = (code for name, code in _compiled[launch.file].items() if launch.symbol in name)
-    one, _ = walk(Launch(code, launch.threads, _bank(launch.threads, launch.arguments)))
-    blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]
-    return Work(launch.kernel, blocks, launch.moved, one)
-
-
-def works(
-    backend: str, model: str, k: int, size: tuple[int, int, int], chip: Chip
-) -> Iterator[Work]:
-    """The launches of a model's forward pass; of CUDA's kernels of a backward pass too."""
-    if backend == "triton":
-        with compiling("sm_90") as launches:
-            sublayer(MODELS[model], k, torch.bfloat16, backward=False, size=size)()
-        yield from map(_of_triton, launches)
-    else:
-        case = Case(MODELS[model], k, size, chip.processors)
-        yield from map(_of_cuda, [*case.forward(), *case.backward()])
-
-
-def predict(work: Work, chip: Chip) -> dict[str, Any]:
-    """Microseconds that a launch takes at least, by what could bound it."""
-    turns = -(-work.blocks // chip.processors)  # thread blocks of the busiest multiprocessor
-    clocks = {"tensor": work.one.flops / chip.tensor_flops_a_clock}
-    if work.one.slots:
-        clocks |= {
-            "issue": work.one.slots / chip.issues_a_clock,
-            "shared": work.one.shared,
-            "L1": work.one.shared + work.one.cached,
-        }
-    bounds = {name: turns * number / chip.hertz * 1e6 for name, number in clocks.items()}
-    bounds["memory"] = work.moved / chip.bytes_a_second * 1e6
-    by = max(bounds, key=lambda name: bounds[name])
-    found = {"kernel": work.kernel, "blocks": work.blocks, "slots": round(work.one.slots) or None}
-    return {
-        **found,
-        **{n: round(v, 2) for n, v in bounds.items()},
-        "bound": round(bounds[by], 2),
-        "by": by,
-    }
-
-
-def rows(backends: list[str], models: list[str], ratios: list[int]) -> list[dict[str, Any]]:
-    """A row a launch of each model's forward pass."""
+def rows(
+    parts: list[str], backends: list[str], models: list[str], ratios: list[int]
+) -> list[dict[str, Any]]:
+    """A row a launch."""
     made = []
-    for backend, model, k in itertools.product(backends, models, ratios):
-        size = SIZES.get(model, SIZE)
-        where = {"backend": backend, "model": model, "size": f"{size[0]} x {size[1]}", "k": k}
-        for work in works(backend, model, k, size, CHIPS["H200"]):
+    for case in cases(parts, backends, models, ratios):
+        part, backend, model, k = case
+        size = size_of(part, model)
+        where = {**dict(zip(CASE, case, strict=True)), "size": f"{size[0]} x {size[1]}"}
+        for work in works(part, backend, model, k, CHIPS["H200"]):
             bound = predict(work, CHIPS["H100"])["bound"]
             made.append({**where, **predict(work, CHIPS["H200"]), "H100": bound})
             print(made[-1], flush=True)
@@ -170,14 +53,25 @@ COLUMNS = [
     tables.key("by", "by"),
     _microseconds("H100"),
 ]
+HEADINGS = {
+    "forward": "The forward pass",
+    "few": "Few tokens: CUDA's sublayer in several launches and in one",
+    "backward": "The backward pass",
+    "attention": "Attention over the keys of groups",
+}
+
+
+def _section(part: str, made: list[dict[str, Any]]) -> str:
+    place = {name: n for n, name in enumerate(MODELS)}
+    some = [row for row in made if row["part"] == part]
+    some.sort(key=lambda row: (place[row["model"]], row["k"], row["backend"]))
+    return f"## {HEADINGS[part]}\n\n{tables.markdown(COLUMNS, some)}\n" if some else ""
 
 
 def markdown(made: list[dict[str, Any]]) -> str:
-    """The page: what the numbers are and are not, and the table."""
+    """The page: what the numbers are and are not, and the tables."""
     of = CHIPS["H200"]
-    place = {name: n for n, name in enumerate(MODELS)}
-    made = sorted(made, key=lambda row: (place[row["model"]], row["k"], row["backend"]))
-    return f"""# The kernels on a GPU, predicted
+    text = f"""# The kernels on a GPU, predicted
 
 **Predicted from machine code, never measured.** No GPU was used.
 `python -m bench.tools.predict_gpu` wrote it (Triton {triton.__version__}, bf16, r = 64) for an
@@ -188,20 +82,29 @@ otherwise the same; its bound is the last column. The same figures are in
 
 One thread block's way through the machine code is walked: integers and branches are computed, so
 loops run as often as they would and addresses are known; a branch on a number from memory goes
-both ways. The bound is the greatest of five: instructions issued (four a clock and multiprocessor,
-by the multiprocessor that has most blocks), products on tensor cores, 128-byte steps of shared
-memory with its bank conflicts, the same with L1's, and every tensor's bytes once. Not seen:
-latency, second reads that miss L2, operands that HGMMA takes from shared memory itself, launches,
-that `mma.sync` reaches less than HGMMA's rate, and the products that are cuBLAS's or CUTLASS's.
-`linear_kernel` has its tensor time by tiles alone. Attention, Triton's gradients and CUDA's
-sublayer in one launch are not in it.
+both ways, and a wait is over at once. The bound is the greatest of five: instructions issued (four
+a clock and multiprocessor, by the multiprocessor that has most blocks), products on tensor cores,
+128-byte steps of shared memory (bank conflicts, operands of HGMMA and what TMA brings included),
+the same with L1's, and every tensor's bytes once. Not seen: latency, second reads that miss L2,
+launches, barriers of the grid, what TMA writes back, that `mma.sync` reaches less than HGMMA's
+rate, and the products that are cuBLAS's or PyTorch's. That HGMMA takes its operands once an
+instruction and shares 128 bytes a clock with TMA is an assumption. Only cases that were walked are
+listed.
 
-{tables.markdown(COLUMNS, made)}
+By hand, for T5-base at k = 4: CUTLASS's first product has 32 x 16 tiles [128, 192], 4 a
+multiprocessor. Their 4·2·128·192·768 FLOPs take 20.1 µs. Of 192 steps along the inner dimension
+each takes 2·(64 + 192) rows of 32 bytes from shared memory by HGMMA and 128 + 192 into it by TMA:
+39,936 steps of 128 bytes, 21.8 µs. With 128 groups a block of one launch has a tile [64, 64] of
+the first product and a fifth of the sum of one of the second: 2·64·64·(768 + 640) FLOPs, 11.5 of
+the 18.4 million that are counted; several launches have 12 tiles [64, 128] in the second product,
+2·64·128·3072 FLOPs each, so 120 multiprocessors have nothing to do for 6.7 µs and more.
 """
+    return "\n".join([text, *filter(None, (_section(part, made) for part in PARTS))])
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--ratio", nargs="+", type=int, default=list(RATIOS))
@@ -209,11 +112,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--figures", type=Path, default=FIGURES)
     parser.add_argument("--add", action="store_true", help="keep the figures of other cases")
     chosen = parser.parse_args(arguments)
-    made = rows(chosen.backend, chosen.model, chosen.ratio)
+    made = rows(chosen.part, chosen.backend, chosen.model, chosen.ratio)
     if chosen.add:
-        cases = {(row["backend"], row["model"], row["k"]) for row in made}
+        done = {tuple(row[name] for name in CASE) for row in made}
         before = json.loads(chosen.figures.read_text())["rows"]
-        made += [r for r in before if (r["backend"], r["model"], r["k"]) not in cases]
+        made += [row for row in before if tuple(row[name] for name in CASE) not in done]
     chips = {name: chip._asdict() for name, chip in CHIPS.items()}
     content = {"predicted": True, "measured": False, "chips": chips, "rows": made}
     chosen.figures.write_text(json.dumps(content, indent=1) + "\n")

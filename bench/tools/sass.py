@@ -1,6 +1,7 @@
 """Machine code as text: what ``cuobjdump`` prints, instruction by instruction."""
 
 import re
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
@@ -57,3 +58,17 @@ def kernels(text: str) -> dict[str, list[Instruction]]:
         symbol: instructions(code)
         for symbol, code in zip(pieces[1::2], pieces[2::2], strict=True)
     }  # fmt: skip
+
+
+def jump_tables(cubin: bytes) -> dict[str, bytes]:
+    """Where indirect branches of a kernel go to, by symbol: its constant bank 2."""
+    (start,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<3H", cubin, 0x3A)
+    headers = [struct.unpack_from("<2I4Q", cubin, start + n * size) for n in range(count)]
+    found = {}
+    for header in headers:
+        at = headers[names][4] + header[0]
+        name = cubin[at : cubin.index(b"\0", at)].decode()
+        if name.startswith(".nv.constant2."):
+            found[name.removeprefix(".nv.constant2.")] = cubin[header[4] :][: header[5]]
+    return found

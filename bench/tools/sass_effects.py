@@ -9,7 +9,17 @@ import numpy as np
 from bench.tools.sass import Instruction
 from bench.tools.sass_integers import integer_operation
 from bench.tools.sass_memory import BANK, LINE, SECTOR, address_of
-from bench.tools.sass_values import UNIFORM, Flags, Read, Run, is_predicate, predicate, register
+from bench.tools.sass_values import (
+    LANES,
+    UNIFORM,
+    Flags,
+    Read,
+    Run,
+    is_predicate,
+    predicate,
+    register,
+    word,
+)
 
 # Of a warp and the lanes that take part.
 Effect = Callable[[Any, Flags], None]
@@ -27,20 +37,66 @@ UNKNOWN = _names(
 # These wait, order or mark.
 SILENT = _names(
     "NOP BSSY BSYNC BREAK WARPSYNC DEPBAR LDGDEPBAR MEMBAR ERRBAR CCTL WARPGROUP ENDCOLLECTIVE "
-    "FENCE YIELD"
+    "FENCE YIELD UTMALDG UTMASTG UTMACCTL UTMAPF UTMACMDFLUSH USETMAXREG UCGABAR_ARV UCGABAR_WAIT "
+    "ACQBULK PREEXIT CGAERRBAR"
 )
+WIDE = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")
 BYTES = {"128": 16, "64": 8, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
 
 
 def tensor_flops(i: Instruction) -> float:
     """FLOPs of one warp's product."""
     name = ".".join((i.name, *i.modifiers))
-    if large := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):
+    if large := WIDE.match(name):
         m, n, k = map(int, large.groups())
         return 2 * m * n * k / 4  # four warps make it together
     if small := re.match(r"HMMA\.168(16|8|4)", name):
         return 2 * 16 * 8 * int(small[1])
     return 0.0
+
+
+def operand_steps(i: Instruction) -> float:
+    """Steps of shared memory by which one warp's share of a product takes its operands there: the
+    right one, and the left one unless registers hold it; 32 bytes a row of either."""
+    if i.name != "HGMMA":
+        return 0.0
+    left, right, _ = map(int, i.modifiers[0].split("x"))
+    return (right + (0 if i.operands[1].startswith("R") else left)) * 32 / LINE / 4
+
+
+def _elect(i: Instruction) -> Effect:
+    """One lane of those that take part: the first."""
+    target = predicate(i.operands[0])
+
+    def elect(warp: Any, mask: Flags) -> None:
+        first = np.arange(LANES) == int(np.argmax(mask))
+        warp.state.write_flag(target, first, True, mask)
+
+    return elect
+
+
+def _granted(i: Instruction) -> Effect:
+    target = predicate(i.operands[0])
+    return lambda warp, mask: warp.state.write_flag(target, True, True, mask)
+
+
+def _mbarrier(i: Instruction) -> Effect:
+    """A wait is over at once; whoever waits for copies says how many bytes they are, which go
+    through shared memory."""
+    if "TRYWAIT" in i.modifiers:
+        return _granted(i)
+    mark = _unknown(i, 1)
+    if not {"ARRIVE", "A0TR", "ART0"} & set(i.modifiers) or not i.operands[-1].startswith("R"):
+        return mark
+    read = word(i.operands[-1])
+
+    def arrive(warp: Any, mask: Flags) -> None:
+        value, known = read(warp.state)
+        if known[mask].all():
+            warp.shared += float(value[mask].sum()) / LINE
+        mark(warp, mask)
+
+    return arrive
 
 
 def _unknown(i: Instruction, words: int) -> Effect:
@@ -118,6 +174,12 @@ def effect(i: Instruction) -> Effect:
     """
     if run := integer_operation(i):
         return _integers(run)
+    if i.name == "ELECT":
+        return _elect(i)
+    if i.name == "SYNCS":
+        return _mbarrier(i)
+    if i.name == "USETMAXREG" and is_predicate(i.operands[0]):  # registers that others gave back
+        return _granted(i)
     if i.name in SILENT:
         return lambda warp, mask: None
     if i.name not in UNKNOWN:
@@ -130,9 +192,21 @@ def effect(i: Instruction) -> Effect:
         target = predicate(i.operands[0])
         return lambda warp, mask: warp.state.write_flag(target, False, True, mask)
     size = next((BYTES[m] for m in i.modifiers if m in BYTES), 4)
-    mark = _unknown(i, 4 if i.name in ("HMMA", "LDSM") else max(size // BANK, 1))
+    words = 4 if i.name in ("HMMA", "LDSM") else max(size // BANK, 1)
+    if i.name == "HGMMA":
+        words = int(i.modifiers[0].split("x")[1]) // 2
+    mark = _unknown(i, words)
     if i.name.startswith(("ST", "RED", "LDGSTS")):
         mark = lambda warp, mask: None  # noqa: E731
+    if flops := tensor_flops(i):
+        from_shared = operand_steps(i)
+
+        def product(warp: Any, mask: Flags) -> None:
+            warp.flops += flops
+            warp.shared += from_shared
+            mark(warp, mask)
+
+        return product
     places = [address_of(text) for text in i.operands if "[" in text and text[0] != "c"]
     if i.name == "LDGSTS":
         return _shared(i, places[0], size, _global(places[1], size, mark))
@@ -149,11 +223,4 @@ def effect(i: Instruction) -> Effect:
         return _shared(i, places[0], size, mark)
     if places:
         return _global(places[0], size, mark)
-    if flops := tensor_flops(i):
-
-        def product(warp: Any, mask: Flags) -> None:
-            warp.flops += flops
-            mark(warp, mask)
-
-        return product
     return mark

@@ -9,10 +9,12 @@ import numpy as np
 from bench.tools.sass import Instruction
 from bench.tools.sass_values import (
     LANES,
+    TRUE,
     Flags,
     Run,
     State,
     flag,
+    is_predicate,
     predicate,
     register,
     signed,
@@ -111,5 +113,25 @@ def word_to_flags(i: Instruction) -> Run:
         for n in range(7):
             if chosen >> n & 1:
                 s.write_flag(n, (value >> np.uint64(n + 8 * byte) & np.uint64(1)) != 0, known, mask)
+
+    return run
+
+
+def vote(i: Instruction) -> Run:
+    """What the lanes that take part have of a predicate: any, all, or a bit each."""
+    *targets, source = i.operands
+    read, every = flag(source), "ALL" in i.modifiers
+
+    def run(s: State, mask: Flags) -> None:
+        value, sure = read(s)
+        known = bool(sure[mask].all())
+        bits = np.uint64(int(np.packbits(value & mask, bitorder="little").view(np.uint32)[0]))
+        result = bool(value[mask].all() if every else value[mask].any())
+        for text in targets:
+            to = TRUE if text.startswith("U") else mask
+            if is_predicate(text):
+                s.write_flag(predicate(text), result, known, to)
+            else:
+                s.write(register(text), bits, known, to)
 
     return run

@@ -1,5 +1,6 @@
 """What each integer instruction does to a warp's registers and predicates."""
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -11,9 +12,11 @@ from bench.tools.sass_values import (
     LANES,
     ZERO,
     Flags,
+    Read,
     Run,
     State,
     constant_at,
+    predicate,
     register,
     word,
 )
@@ -35,7 +38,20 @@ def _special(i: Instruction) -> Run:
     return run
 
 
+def _jump(target: int, index: Read, offset: int) -> Run:
+    """A word of the table of branches."""
+
+    def run(s: State, mask: Flags) -> None:
+        place, known = index(s)
+        place = np.minimum((place + np.uint64(offset)) // np.uint64(4), np.uint64(len(s.jumps) - 1))
+        s.write(target, s.jumps[place.astype(int)], known, mask)
+
+    return run
+
+
 def _constant(i: Instruction) -> Run:
+    if table := re.fullmatch(r"c\[0x2\]\[(R\d+)(?:\+(0x\w+))?\]", i.operands[1]):
+        return _jump(register(i.operands[0]), word(table[1]), int(table[2] or "0", 16))
     target, at = register(i.operands[0]), constant_at(i.operands[1])
     bytes_ = {"64": 8, "U8": 1, "S8": 1, "U16": 2, "S16": 2, "128": 16}
     size = next((bytes_[m] for m in i.modifiers if m in bytes_), 4)
@@ -45,6 +61,36 @@ def _constant(i: Instruction) -> Run:
             piece = b"" if at is None else s.constant[at + 4 * n : at + 4 * n + min(size, 4)]
             number = np.full(LANES, int.from_bytes(piece, "little"), dtype=np.uint64)
             s.write(target + n, number, at is not None, mask)
+
+    return run
+
+
+def _shuffle(i: Instruction) -> Run | None:
+    """What another lane has, of a whole warp; other shuffles move what nobody knows."""
+    if "IDX" not in i.modifiers or i.operands[4] != "0x1f":
+        return None
+    target, source, lane = register(i.operands[1]), word(i.operands[2]), word(i.operands[3])
+
+    def run(s: State, mask: Flags) -> None:
+        (value, known), (which, sure) = source(s), lane(s)
+        place = (which % np.uint64(LANES)).astype(int)
+        s.write(target, value[place], known[place] & sure, mask)
+        s.write_flag(predicate(i.operands[0]), True, True, mask)
+
+    return run
+
+
+def _bits(i: Instruction) -> Run | None:
+    """How many bits are set (POPC), or which is the highest (FLO.U32; all ones if none is)."""
+    if i.name.endswith("FLO") and i.modifiers != ("U32",):
+        return None
+    target, source = register(i.operands[0]), word(i.operands[-1])
+    of = int.bit_count if i.name.endswith("POPC") else lambda n: (n.bit_length() - 1) % (1 << 32)
+
+    def run(s: State, mask: Flags) -> None:
+        value, known = source(s)
+        result = np.array([of(n) for n in value.tolist()], dtype=np.uint64)
+        s.write(target, result, known, mask)
 
     return run
 
@@ -78,6 +124,11 @@ OPERATIONS: dict[str, Callable[[Instruction], Run | None]] = {
     "I2F": arithmetic.convert,
     "I2FP": arithmetic.convert,
     "F2I": arithmetic.convert,
+    "POPC": _bits,
+    "FLO": _bits,
+    "SHFL": _shuffle,
+    "VOTE": flags.vote,
+    "VOTEU": flags.vote,
 }
 
 

@@ -23,9 +23,10 @@ ZERO = np.zeros(LANES, dtype=np.uint64)
 
 
 class State:
-    """One warp's registers; ``constant`` is its bank of parameters."""
+    """One warp's registers; ``constant`` is its bank of parameters, ``jumps`` that of branches."""
 
-    def __init__(self, constant: bytes, special: dict[str, Words]) -> None:
+    def __init__(self, constant: bytes, special: dict[str, Words], jumps: bytes = b"") -> None:
+        self.jumps = np.frombuffer(jumps, dtype="<u4").astype(np.uint64)
         self.words = np.zeros((2 * UNIFORM, LANES), dtype=np.uint64)
         # What nothing wrote is read only where ptxas packs predicates into its bits: 0 will do.
         self.known = np.ones((2 * UNIFORM, LANES), dtype=bool)

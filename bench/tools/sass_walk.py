@@ -26,7 +26,7 @@ from bench.tools.sass_values import (
 )
 
 LIMIT = 1_000_000  # instructions a warp: more is a loop that never ends
-TURNS = ("BRA", "EXIT", "CALL", "RET")
+TURNS = ("BRA", "EXIT", "CALL", "RET", "BRX")
 
 
 class Count(NamedTuple):
@@ -40,12 +40,13 @@ class Count(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A thread block: its code, how many threads, its place in the grid, its bank of constants."""
+    """A thread block: its code, how many threads, its place in the grid, its banks of constants."""
 
     code: list[Instruction]
     threads: int
     constant: bytes
     block: tuple[int, int, int] = (0, 0, 0)
+    jumps: bytes = b""
 
 
 class Warp:
@@ -98,8 +99,13 @@ class Warp:
         if i.name == "EXIT":
             self.mask = self.mask & ~mask
             return
-        if i.name == "RET":
-            value, _ = word(i.operands[0].split()[0])(self.state)
+        if i.name in ("RET", "BRX"):
+            register, *offset = i.operands[0].split()
+            value, known = word(register)(self.state)
+            if i.name == "BRX":  # counts from the next instruction
+                if not known[mask].all():
+                    raise ValueError(f"nobody knows where the branch at {i.at:#x} goes")
+                value = value + np.uint64(int(offset[0], 16) + i.at + 16)
             target = self.program.places[int(value[mask][0])]
         else:
             target = self.program.places[int(i.operands[-1], 16)]
@@ -142,7 +148,7 @@ def walk(launch: Launch) -> tuple[Count, Counter[int]]:
     warps = []
     for first in range(0, launch.threads, LANES):
         own = {**special, "SR_TID.X": np.arange(first, first + LANES, dtype=np.uint64)}
-        warps.append(Warp(program, State(launch.constant, own), memory))
+        warps.append(Warp(program, State(launch.constant, own, launch.jumps), memory))
     ways = [warp.go() for warp in warps]
     while ways:
         ways = [way for way in ways if next(way, "ended") != "ended"]

@@ -105,6 +105,12 @@ def parameters(launch: Launched) -> bytes:
         kind, value = source.signature[name], launch.arguments[name]
         if kind == "constexpr":
             continue
+        if kind.startswith("tensordesc"):
+            packed += b"\0" * (-len(packed) % 64 + 128)
+            sizes = struct.pack(f"<{len(value.shape)}i", *value.shape)
+            packed += sizes + b"\0" * (-(len(packed) + len(sizes)) % 8)
+            packed += struct.pack(f"<{len(value.strides)}q", *value.strides)
+            continue
         size = SIZES.get(kind, 8)
         if kind.startswith("*"):
             place += 1 << 32

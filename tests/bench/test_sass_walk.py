@@ -5,23 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bench.tools import sass, sass_walk
+from bench.tools import sass_walk
 from bench.tools.sass_integers import integer_operation
 from bench.tools.sass_values import LANES, TRUE, State
-from bench.tools.sass_walk import Launch, walk
-
-
-def code(text: str) -> list[sass.Instruction]:
-    lines = [line.strip() for line in text.strip().splitlines()]
-    return sass.instructions(
-        "\n".join(f"/*{16 * n:04x}*/ {line} ;" for n, line in enumerate(lines))
-    )
-
-
-def count(text: str, *parameters: int, threads: int = 32):
-    bank = bytes(0x210) + b"".join(p.to_bytes(4, "little") for p in parameters)
-    return walk(Launch(code(text), threads, bank))[0]
-
+from tests.bench.sass_text import code, count
 
 LOOP = """
     MOV R1, c[0x0][0x210]
@@ -184,6 +171,9 @@ SIGNED = {n: n - (1 << 32) for n in (A, B)}
         ("SEL R9, R1, R2, !PT", B),
         ("SGXT R9, R1, 0x8", 0xFFFFFFEF),
         ("IABS R9, R1", -SIGNED[A]),
+        ("POPC R9, R1", A.bit_count()),
+        ("FLO.U32 R9, R3", 28),
+        ("FLO.U32 R9, RZ", -1),
     ],
 )
 def test_integer_instructions(text, result):

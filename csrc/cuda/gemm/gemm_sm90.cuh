@@ -85,7 +85,7 @@ struct GemmSm90 {
                                                         CollectiveMainloop, CollectiveEpilogue>;
     using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-    static cudaError_t run(const GemmParams& p, int multiprocessors, cudaStream_t stream) {
+    static typename Gemm::Arguments arguments(const GemmParams& p, int multiprocessors) {
         const int m = static_cast<int>(p.rows), n = static_cast<int>(p.columns),
                   k = static_cast<int>(p.inner);
         const auto stride_a =
@@ -107,7 +107,11 @@ struct GemmSm90 {
              static_cast<T*>(p.out),
              stride_d}};
         arguments.hw_info.sm_count = multiprocessors;
-        return run_cutlass<Gemm>(arguments, stream);
+        return arguments;
+    }
+
+    static cudaError_t run(const GemmParams& p, int multiprocessors, cudaStream_t stream) {
+        return run_cutlass<Gemm>(arguments(p, multiprocessors), stream);
     }
 };
 
@@ -131,11 +135,14 @@ struct Schedule<64, 128> {
 };
 
 template <int rows, int columns, DType dtype>
+using HopperGemm =
+    GemmSm90<CutlassType<dtype>, cute::Shape<cute::Int<rows>, cute::Int<columns>, cute::_64>,
+             typename Schedule<rows, columns>::Cluster, typename Schedule<rows, columns>::Mainloop,
+             typename Schedule<rows, columns>::Epilogue>;
+
+template <int rows, int columns, DType dtype>
 GemmKernel gemm_sm90() {
-    using Tile = cute::Shape<cute::Int<rows>, cute::Int<columns>, cute::_64>;
-    using How = Schedule<rows, columns>;
-    using Gemm = GemmSm90<CutlassType<dtype>, Tile, typename How::Cluster, typename How::Mainloop,
-                          typename How::Epilogue>;
+    using Gemm = HopperGemm<rows, columns, dtype>;
     return {Gemm::run, Gemm::Kernel::SharedStorageSize};
 }
 
