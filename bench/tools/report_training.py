@@ -25,9 +25,10 @@ def _named(content: Row, rows: list[Row]) -> list[Row]:
 
 
 def figure(found: Machine, folder: Path) -> str:
-    """Accuracy against speed, of the first model and task."""
-    for name, _ in _qualities(found):
-        return found.picture(name, "Accuracy against measured speed", folder)
+    """Accuracy against speed, of the first model and task that have a curve."""
+    for name, content in _qualities(found):
+        if len(content["costs"]) > 1:
+            return found.picture(name, "Accuracy against measured speed", folder)
     return ""
 
 

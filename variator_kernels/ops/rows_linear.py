@@ -33,11 +33,11 @@ MOST = {
 """Rows up to which a product goes this way. ``python -m bench.products`` compares this kernel with
 oneDNN's; its table for AVX2 is in docs/kernels.md. Of T5-base's shapes on a core of Zen 4 it took
 0.68 to 0.87 of oneDNN's time for one row, 0.79 to 0.92 for 8, 0.87 to 1.0 for 32, 0.98 to 1.0 for
-128 (fp32: 0.98 to 1.08) and 0.98 to 1.1 for 1024. Without the instruction for pairs, or where it is slow, vectors of bf16
-are widened on the way: 111 to 155 GFLOP/s of 32 to 4,096 rows on a core of Sapphire Rapids, where
-oneDNN made 83 to 87 in bf16, and 108 to 167 in fp32 beside converting the vectors. In AMX's tiles
-it took 0.83 to 0.95 of oneDNN's time for 64 rows of bf16, 0.94 to 1.08 for 128, 0.98 to 1.15 for
-256 and 1.04 to 1.28 for 1024."""
+128 (fp32: 0.98 to 1.08) and 0.98 to 1.1 for 1024. Without the instruction for pairs, or where it is
+slow, vectors of bf16 are widened on the way: 111 to 155 GFLOP/s of 32 to 4,096 rows on a core of
+Sapphire Rapids, where oneDNN made 83 to 87 in bf16, and 108 to 167 in fp32 beside converting the
+vectors. In AMX's tiles it took 0.83 to 0.95 of oneDNN's time for 64 rows of bf16, 0.94 to 1.08 for
+128, 0.98 to 1.15 for 256 and 1.04 to 1.28 for 1024."""
 
 
 def takes_any(rows: int, dtype: torch.dtype, isa: str) -> bool:
