@@ -57,9 +57,12 @@ def has_gpu() -> bool:
 
 
 def find_nvcc() -> str | None:
-    """nvcc by CUDACXX, CUDA_HOME, PATH or the usual folders; None if nowhere or not wanted."""
-    if why_no_cuda() is not None:
-        return None
+    """:func:`any_nvcc`; None if it is not wanted either."""
+    return any_nvcc() if why_no_cuda() is None else None
+
+
+def any_nvcc() -> str | None:
+    """nvcc by CUDACXX, CUDA_HOME, PATH or the usual folders; None if nowhere."""
     candidates = [shlex.split(os.environ.get("CUDACXX", "")) or [""]]
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if home := os.environ.get(variable):
@@ -67,6 +70,15 @@ def find_nvcc() -> str | None:
     candidates.append(["nvcc"])
     candidates += [[str(path)] for path in newest_first(Path("/usr/local").glob("cuda*/bin/nvcc"))]
     return next((found for name, *_ in candidates if name and (found := shutil.which(name))), None)
+
+
+def cutlass_headers() -> str | None:
+    """The folder with CUTLASS's headers: CUTLASS_PATH, or in the package nvidia-cutlass."""
+    folder = os.environ.get("CUTLASS_PATH", "")
+    if not folder:
+        spec = importlib.util.find_spec("cutlass_library")
+        folder = str(Path(spec.origin).parent / "source") if spec and spec.origin else ""
+    return folder if Path(folder, "include", "cutlass", "cutlass.h").exists() else None
 
 
 def needs_cutlass() -> bool:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import json
 import os
 import shlex
@@ -35,7 +34,7 @@ from setuptools.errors import CompileError, OptionError
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from build_backend import environment, find_nvcc, why_no_cuda  # noqa: E402
+from build_backend import cutlass_headers, environment, find_nvcc, why_no_cuda  # noqa: E402
 
 PARTS = environment.PARTS
 # What CMake takes from the environment when it configures a folder for the first time.
@@ -102,12 +101,8 @@ def run_step(step: str, command: list[str], env: dict[str, str]) -> None:
 
 
 def find_cutlass() -> str:
-    """The folder with CUTLASS's headers: CUTLASS_PATH, or in the package nvidia-cutlass."""
-    folder = os.environ.get("CUTLASS_PATH", "")
-    if not folder:
-        spec = importlib.util.find_spec("cutlass_library")
-        folder = str(Path(spec.origin).parent / "source") if spec and spec.origin else ""
-    if not Path(folder, "include", "cutlass", "cutlass.h").exists():
+    """:func:`build_backend.cutlass_headers`, which must be there."""
+    if (folder := cutlass_headers()) is None:
         raise NotBuilt("CUTLASS's headers were not found (the package nvidia-cutlass has them)")
     return folder
 

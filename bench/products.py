@@ -3,7 +3,8 @@
 This is what decides which of them runs (``ops/rows_linear.py``, ``ops/prepacked_linear.py``): ours
 in floating point and in int8, oneDNN's on weights that it packed, and ``F.linear`` on weights as
 they are. The arms of a product take turns; each is checked against float64 before and after it is
-timed, int8 by a bound on its relative error. The weight alone is in the caches: rows are few bytes.
+timed, int8 by a bound on its relative error. Here a weight stays in the caches, which in a
+whole model it does not.
 """
 
 import sys
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import internals
-from .cases import Arm, Call, Case, Key, Work, models
+from .cases import Arm, Call, Case, Key, models
 from .harness import options, results, tables
 from .harness.checks import QUANTISED, Outputs, Truth, truth
 from .harness.clock import Wall
@@ -47,10 +48,9 @@ def case(name: str, dtype: str, rows: int) -> Case:
         return truth(exact, (F.linear(x, weight),))
 
     made = Case(name, "kernel", "forward", "t5-base", dtype, 1, rows, measure)
-    work = (Work(flops=2 * rows * inner * outputs),)
     for arm in ARMS:
         key = Key(OURS, dtype=INT8) if arm == INT8 else Key(arm, dtype=dtype)
-        made.arms.append(Arm(key, partial(_call, arm, weight, x), rows, work=work))
+        made.arms.append(Arm(key, partial(_call, arm, weight, x), rows))
     return made
 
 
@@ -96,25 +96,28 @@ def lines(rows: list[Row]) -> list[Row]:
     return list(made.values())
 
 
+def _counts(text: str) -> list[int]:
+    return [options.count(word) for word in options.words(text)]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run, print, write JSON; 1 if an arm failed."""
     made = options.parser("products", __doc__)
     made.add_argument("--dtype", type=options.words, help="default fp32, and bf16 if it is here")
-    made.add_argument("--rows", type=options.words, default=list(map(str, ROWS)),
+    made.add_argument("--rows", type=_counts, default=list(ROWS),
                       help=f"default {','.join(map(str, ROWS))}")  # fmt: skip
     made.add_argument("--rounds", type=options.count, default=15, help="default 15")
     args = made.parse_args(arguments)
     with options.refusals(made):
         options.settle_dtypes(args)
         options.check("dtype", args.dtype, models.DTYPES)
-        counts = [options.count(word) for word in args.rows]
-    settings = options.chosen(args, "threads", "rounds", "dtype") | {"rows": counts}
+    settings = options.chosen(args, "threads", "rounds", "dtype", "rows")
     content, console = options.begin("products", settings, models.architecture("t5-base"))
     path = options.path_of(args, "products")
     with torch.no_grad():
         for name in SHAPES:
             for dtype in args.dtype:
-                for rows in counts:
+                for rows in args.rows:
                     found = run(case(name, dtype, rows), [Wall()], args.rounds, warmup=2)
                     content["rows"] += [{**row, "of": dtype} for row in found]
             results.write(path, content)

@@ -1,13 +1,11 @@
 """nvcc, where there is one: the machine code of a file for Hopper, programs that the host runs."""
 
-import functools
 import hashlib
-import importlib.util
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
+import build_backend
 from bench.harness.machine import ROOT
 
 SOURCES = ROOT / "csrc" / "cuda"
@@ -15,41 +13,31 @@ KEPT = ROOT / "build" / "machine_code"
 ARCH = "sm_90a"
 
 
-@functools.cache
-def nvcc() -> str:
-    """Its path.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    places = [shutil.which("nvcc"), *map(str, Path("/usr/local").glob("cuda*/bin/nvcc"))]
-    if (found := next(filter(None, places), None)) is None:
-        raise FileNotFoundError("nvcc is neither on PATH nor in /usr/local/cuda*")
-    return found
-
-
-@functools.cache
-def cutlass() -> Path:
-    """The folder of CUTLASS's headers: CUTLASS_PATH's, or the package nvidia-cutlass's.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    folder = os.environ.get("CUTLASS_PATH", "")
-    if not folder:
-        spec = importlib.util.find_spec("cutlass_library")
-        folder = str(Path(spec.origin).parent / "source") if spec and spec.origin else ""
-    if not Path(folder, "include", "cutlass", "cutlass.h").exists():
-        raise FileNotFoundError("CUTLASS's headers were not found: CUTLASS_PATH names their folder")
-    return Path(folder)
+def _found(what: str, place: str | None) -> str:
+    if place is None:
+        raise FileNotFoundError(f"{what} was not found")
+    return place
 
 
 def _made(source: Path, *options: str) -> Path:
-    """What nvcc makes of a file: kept in ``build`` until a source or an option changes."""
-    command = [nvcc(), f"-arch={ARCH}", "-std=c++17", "-O3", "-DNDEBUG", f"-I{SOURCES}", *options]
+    """What nvcc makes of a file: kept in ``build`` until a source or an option changes.
+
+    Raises:
+        FileNotFoundError: nvcc, or CUTLASS's headers that the file needs, are missing.
+    """
+    command = [
+        _found("nvcc", build_backend.any_nvcc()),
+        f"-arch={ARCH}",
+        "-std=c++17",
+        "-O3",
+        "-DNDEBUG",
+        f"-I{SOURCES}",
+        *options,
+    ]
     if "gemm" in str(source.relative_to(ROOT)):
         command += ["--expt-relaxed-constexpr"]
-        command += [f"-isystem={cutlass() / of}" for of in ("include", "tools/util/include")]
+        headers = Path(_found("CUTLASS (CUTLASS_PATH)", build_backend.cutlass_headers()))
+        command += [f"-isystem={headers / of}" for of in ("include", "tools/util/include")]
     key = hashlib.sha256(repr(command).encode())
     for file in sorted([source, *SOURCES.rglob("*.cu*"), *SOURCES.rglob("*.h")]):
         key.update(file.read_bytes())
