@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.cases import (
     every_backend,
@@ -20,6 +21,15 @@ from variator_kernels import functional as vf
 from variator_kernels.ops.compressed_ffn import op as ffn_op
 from variator_kernels.ops.groups import NOTHING_KEPT, Keep
 from variator_kernels.ops.make_groups import make_groups
+from variator_kernels.ops.self_attention import (
+    SelfAttention,
+    Table,
+    Terms,
+    members,
+    plain_keys,
+    whole_queries,
+)
+from variator_kernels.ops.self_attention import op as attention_op
 
 needs_opcheck = pytest.mark.skipif(
     importlib.util.find_spec("expecttest") is None, reason="opcheck needs expecttest"
@@ -239,3 +249,56 @@ def test_functional_ops_compile(backend):
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(x, u), both(x, u), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@needs_opcheck
+@needs_cpu
+@pytest.mark.parametrize("kind", ["t5", "v1.1", "bert"])
+def test_opcheck_feed_forward(kind):
+    f = feed_forward(D, 40, torch.float32, kind)
+    given = (*f[:13], None)
+    torch.library.opcheck(torch.ops.variator.feed_forward.default, (torch.randn(2, N, D), *given))
+
+
+@needs_opcheck
+@needs_cpu
+@pytest.mark.parametrize("merges", [False, True])
+@pytest.mark.parametrize("padded", ["none", "left"])
+def test_opcheck_self_attention(merges, padded):
+    x, mask, heads = torch.randn(2, N, D), masked(padded, 2, N), 3
+    weights = [torch.randn(D, D) for _ in range(4)] + [torch.randn(D), None, torch.randn(D), None]
+    attention = SelfAttention(*weights[:4], D // heads, 0.3, *weights[4:], "layer", torch.ones(D))
+    groups = make_groups(x, K, mask=mask, backend="cpu") if merges else None
+    if groups is None:
+        keys, merge = plain_keys(x, mask, Terms(Table(torch.randn(32, heads)))), (None, None)
+    else:
+        terms = Terms(Table(torch.randn(32, heads)))
+        keys = whole_queries(members(groups, x), x, terms)
+        merge = plugin(D, K, R, torch.float32)[:2]
+    arguments = attention_op.arguments(x, attention, keys, None, merge, groups)
+    torch.library.opcheck(torch.ops.variator.self_attention.default, arguments)
+
+
+@needs_cpu
+@pytest.mark.parametrize("merges", [False, True])
+def test_flops_of_whole_sublayers(merges):
+    """Equal to those of the products that they consist of."""
+    x, heads, groups = torch.randn(2, N, D), 3, None
+    f = feed_forward(D, 40, torch.float32, "v1.1")
+    w_k, w_v = torch.randn(2, D // heads, D)  # one head of keys
+    attention = SelfAttention(torch.randn(D, D), w_k, w_v, torch.randn(D, D), D // heads, 0.3)
+    count = N
+    keys, merge = plain_keys(x, None, Terms()), (None, None)
+    if merges:
+        groups = make_groups(x, K, backend="cpu")
+        count = groups.shape(x)[1]
+        keys = whole_queries(members(groups, x), x, Terms())
+        merge = plugin(D, K, R, torch.float32)[:2]
+    with FlopCounterMode(display=False) as counted:
+        attention_op._node(*attention_op.arguments(x, attention, keys, None, merge, groups))
+    products = 2 * N * D * D + 2 * count * D * (D // heads) + 2 * N * count * D
+    merging = N * (K + 1) * D if merges else 0
+    assert counted.get_total_flops() == 2 * 2 * (products + merging)
+    with FlopCounterMode(display=False) as counted:
+        torch.ops.variator.feed_forward(x, *f[:13], None)
+    assert counted.get_total_flops() == 2 * 2 * N * 3 * D * 40

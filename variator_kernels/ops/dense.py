@@ -1,8 +1,10 @@
-"""A feed-forward sublayer without plugins in few passes, for inference on the CPU."""
+"""A feed-forward sublayer without plugins in few passes, for inference on the CPU. In a compiled
+graph it is a registered op, which has no gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +16,17 @@ from .cpu_arguments import dtype_code, norm_kernel, wide_norm
 from .fast_norm import in_one_pass, normalize_fast
 from .feed_forward import FeedForward
 from .fused_product import Product, runs
+from .library import LIBRARY, define
+from .transforms import graphing
 
 PIECE = 2048
 """So many tokens pass the sublayer together: what lies between its products stays in cache."""
+_FIELDS = (*FeedForward._fields[:13], "precision")
+define(
+    "feed_forward(Tensor x, Tensor w_in, Tensor w_out, Tensor? w_gate, Tensor? b_in, Tensor? b_out,"
+    " Tensor? b_gate, str activation, str norm, Tensor? norm_weight, Tensor? norm_bias, float eps,"
+    " bool post_norm, bool residual, str? precision) -> Tensor"
+)
 
 
 def feed_forward(x: Tensor, ffn: FeedForward) -> Tensor | None:
@@ -26,6 +36,10 @@ def feed_forward(x: Tensor, ffn: FeedForward) -> Tensor | None:
         return None
     if not (ffn.pack and runs(x, (*ffn[:6], ffn.norm_weight, ffn.norm_bias))):
         return None
+    return _node(x, ffn) if graphing() else _in_few_passes(x, ffn)
+
+
+def _in_few_passes(x: Tensor, ffn: FeedForward) -> Tensor:
     rows, whole = flat(x), _whole(x, ffn)
     if whole is not None:
         y = run(whole, rows)
@@ -33,6 +47,20 @@ def feed_forward(x: Tensor, ffn: FeedForward) -> Tensor | None:
     return together(_pass(rows[first:last], ffn) for first, last in pieces(len(rows), PIECE)).view(
         x.shape
     )
+
+
+def _node(x: Tensor, ffn: FeedForward) -> Tensor:
+    return torch.ops.variator.feed_forward.default(x, *(getattr(ffn, name) for name in _FIELDS))
+
+
+@torch.library.impl(LIBRARY, "feed_forward", "CPU")
+def _forward(x: Tensor, *arguments: Any) -> Tensor:
+    return _in_few_passes(x, FeedForward(**dict(zip(_FIELDS, arguments, strict=True))))
+
+
+@torch.library.register_fake("variator::feed_forward")
+def _fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _pass(rows: Tensor, ffn: FeedForward) -> Tensor:

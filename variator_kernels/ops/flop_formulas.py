@@ -110,6 +110,19 @@ def _grouped_attention_backward(d_out: Any, queries: Any, keys: Any, *_: Any, **
     return _grouped_attention(queries, keys) * 5 // 2
 
 
+def _feed_forward(x: Any, w_in: Any, w_out: Any, w_gate: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x[:-1]) * ffn_macs(x[-1], w_in[0], w_gate is not None)
+
+
+def _self_attention(x: Any, w_q: Any, w_k: Any, w_v: Any, w_o: Any, *rest: Any, **_: Any) -> int:
+    rows, n, d = x
+    # Behind the weights: biases, norm, settings, keys, rotations; W_c, b_c, groups.
+    shift, start = rest[27:29]
+    keys = n if shift is None else start[1]
+    macs = n * d * 2 * w_q[0] + keys * d * (w_k[0] + w_v[0]) + attention_macs(n, keys, w_q[0])
+    return 2 * rows * (macs + (0 if shift is None else merge_macs(n, d, shift[0])))
+
+
 _FORMULAS = {
     "group_merge": _group_merge,
     "group_merge_backward": _group_merge_backward,
@@ -118,6 +131,8 @@ _FORMULAS = {
     "compressed_ffn": _compressed_ffn,
     "compressed_ffn_backward": _compressed_ffn_backward,
     "int8_linear": _int8_linear,
+    "feed_forward": _feed_forward,
+    "self_attention": _self_attention,
     "grouped_attention": _grouped_attention,
     "grouped_attention_backward": _grouped_attention_backward,
 }

@@ -20,17 +20,18 @@ from .fast_norm import normalize_fast
 from .feed_forward import activate, autocasts
 from .int8_linear import packed as int8
 from .prepacked_linear import FEW
-from .transforms import is_plain, transformed
+from .transforms import graphing, is_plain, transformed
 
 PACKED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def runs(x: Tensor, tensors: Iterable[Tensor | None]) -> bool:
     """Whether the products of these weights, norms and biases with ``x`` go this way: memory of one
-    dtype, and nobody asks for a gradient or looks on."""
-    if not (x.is_cpu and x.dtype in PACKED and x.numel() > 0 and is_plain(x)):
+    dtype, and nobody asks for a gradient or looks on. In a graph, where a registered op can stand
+    for them, it is what it will be of."""
+    if not (x.is_cpu and x.dtype in PACKED and x.numel() > 0 and (graphing() or is_plain(x))):
         return False
-    if transformed() or autocasts(x) or extension.load() is None:
+    if transformed() or autocasts(x) or not _built():
         return False
     derives = torch.is_grad_enabled()
     if derives and x.requires_grad:
@@ -44,6 +45,11 @@ def runs(x: Tensor, tensors: Iterable[Tensor | None]) -> bool:
         ):
             return False
     return True
+
+
+@torch.compiler.assume_constant_result
+def _built() -> bool:
+    return extension.load() is not None
 
 
 class Product(NamedTuple):

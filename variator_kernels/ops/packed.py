@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from .packed_entries import Entries, Entry, Place, moved
+from .packed_entries import Entries, Entry, Place, is_scalars, key_of, layout, moved
 
 LITTLE = 1 << 16
 """Bytes that are read as fast as the kernel tells of them."""
@@ -51,20 +51,21 @@ class PackCache:
         Raises:
             RuntimeError: a frozen source was written by PyTorch.
         """
-        key = tuple(map(_layout, sources))
-        entry = self._entries.all.get(key) or self._enter(key, sources)
+        key, placed, values = key_of(sources)
+        entry = self._entries.all.get(key) or self._enter(key, placed)
         if self._frozen:
-            self._check_frozen(sources, entry.places)
+            self._check_frozen(placed, entry.places)
         changes = _changes(entry)
         if entry.changes != changes:
             entry = self._entries.all[key] = entry._replace(changes=changes, forms={})
-        if kind not in entry.forms:
+        kept = entry.forms.get(kind)
+        if kept is None or kept[0] != values:
             copies = tuple(map(_copied, sources))
             form = make(*copies)
-            if _changes(entry) != changes or not _same(entry, sources, copies):
+            if _changes(entry) != changes or not _same(entry, sources, copies, values):
                 return form  # written meanwhile: of neither state
-            entry.forms[kind] = form
-        return entry.forms[kind]
+            entry.forms[kind] = kept = values, form
+        return kept[1]
 
     def freeze(self, sources: Iterable[Tensor]) -> None:
         """From now on ``sources`` are not looked at: the caller promises that they stay."""
@@ -105,7 +106,7 @@ class PackCache:
         """Whether every look at ``source`` reads all of it, and that is more than a little."""
         if source.nbytes < LITTLE:
             return False
-        entry = self._entries.all.get((_layout(source),))
+        entry = self._entries.all.get((layout(source),))
         memory = self._memories.get(_memory(source)) if entry is None else entry.looked_at[0]
         if memory is None:
             return not self.track or extension.load().why_not_tracked() != ""
@@ -177,10 +178,6 @@ def _within(place: Place, wanted: set[Place]) -> bool:
     return any(whole.begin <= place.begin and place.end <= whole.end for whole in wanted)
 
 
-def _layout(t: Tensor) -> tuple[Any, ...]:
-    return t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()
-
-
 def _memory(t: Tensor) -> Place:
     begin, last = t.data_ptr(), 0
     if t.numel() == 0:
@@ -197,12 +194,21 @@ def _copied(t: Tensor) -> Tensor:
     return flat.clone().as_strided(t.shape, t.stride())
 
 
-def _same(entry: Entry, sources: Iterable[Tensor], copies: Iterable[Tensor]) -> bool:
+def _same(
+    entry: Entry,
+    sources: Iterable[Tensor],
+    copies: Iterable[Tensor],
+    values: tuple[list[float], ...],
+) -> bool:
     """Whether ``copies`` are what the last look saw: a value may come and go between two."""
-    return all(
-        entry.memories[_memory(source)].holds(copy.data_ptr(), torch.get_num_threads())
-        for source, copy in zip(sources, copies, strict=True)
-    )
+    given = iter(values)
+    for source, copy in zip(sources, copies, strict=True):
+        if values and is_scalars(source):
+            if copy.tolist() != next(given):
+                return False
+        elif not entry.memories[_memory(source)].holds(copy.data_ptr(), torch.get_num_threads()):
+            return False
+    return True
 
 
 def _is_cpu(t: Tensor) -> bool:

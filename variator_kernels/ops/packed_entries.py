@@ -7,6 +7,11 @@ from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+SCALARS = 8
+"""A vector of so few numbers, beside other sources, is known by its values: PyTorch's compiler
+makes such constants anew in each call, where weights are frozen in (a merge's bias)."""
 
 
 class Place(NamedTuple):
@@ -78,3 +83,33 @@ def moved(entry: Entry, storage: torch.UntypedStorage) -> bool:
     end = begin + storage.nbytes()
     own = (p for p, owner in zip(entry.places, entry.owners, strict=True) if owner == id(storage))
     return not all(begin <= place.begin and place.end <= end for place in own)
+
+
+def is_scalars(t: Tensor) -> bool:
+    return t.dim() == 1 and t.shape[0] <= SCALARS
+
+
+def key_of(
+    sources: tuple[Tensor, ...],
+) -> tuple[Hashable, tuple[Tensor, ...], tuple[list[float], ...]]:
+    """By which an entry is found, the sources that are known by their places, and the values of
+    the others."""
+    layouts = tuple(map(layout, sources))
+    some = [len(own[2]) == 1 and own[2][0] <= SCALARS for own in layouts]
+    if True not in some or False not in some:
+        return layouts, sources, ()
+    key: list[Hashable] = []
+    placed: list[Tensor] = []
+    values: list[list[float]] = []
+    for source, own, scalars in zip(sources, layouts, some, strict=True):
+        if scalars:
+            key.append(own[1:3])
+            values.append(source.tolist())
+        else:
+            key.append(own)
+            placed.append(source)
+    return tuple(key), tuple(placed), tuple(values)
+
+
+def layout(t: Tensor) -> tuple[Any, ...]:
+    return t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()

@@ -40,6 +40,12 @@ def is_plain(x: Tensor) -> bool:
     )
 
 
+def graphing() -> bool:
+    """Whether ``torch.compile`` makes a graph of what runs, for this process alone: a registered op
+    may stand there for code that reads memory. No exporter runs."""
+    return torch.compiler.is_compiling() and not (exporting() or torch.onnx.is_in_onnx_export())
+
+
 def nobody_changes() -> bool:
     """Whether nobody (compiler, mode, transform) has a say in what runs now."""
     return not (

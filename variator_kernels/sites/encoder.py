@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.transforms import tracing
+from ..ops.transforms import graphing, tracing
 from ..runtime.context import Context, is_token_mask, token_mask
 from ..runtime.level import Level
 from ..runtime.packed import Packed, check_one_sequence, packed_sequences
@@ -74,7 +74,9 @@ class Encoder(nn.Module):
         state = self.variator_state
         if state.method.config.optimize != "encoder" or self.training:
             return False
-        if torch.compiler.is_compiling() or tracing() or state.local.observer is not None:
+        if (torch.compiler.is_compiling() and not graphing()) or tracing():
+            return False
+        if state.local.observer is not None:
             return False
         if nn.modules.module._has_any_global_hook():  # on every module, those passed by too
             return False

@@ -21,8 +21,7 @@ from .causal import causal_attention
 from .decoding import Single, single
 from .decoding import attend as attend_single
 from .description import GlobalKeys, OfDistances, Projections, SelfAttention
-from .fused import dense, fuses
-from .fused import merged_keys as fused_merged_keys
+from .fused import fuses
 from .keys import (
     Keys,
     members,
@@ -31,6 +30,8 @@ from .keys import (
     whole_queries,
 )
 from .merged_keys import MergedKeys
+from .op import dense
+from .op import merged_keys as fused_merged_keys
 from .pairs import Pairs
 from .pairs import attention as of_pairs
 from .products import by_content, keys_and_values, output, queries
