@@ -73,12 +73,12 @@ void bind_sublayers(py::module_& m) {
 
     py::class_<DenseFfn>(m, "DenseFfn")
         .def(py::init([](const std::string& isa, int dtype, const FfnProducts& products,
-                         const NormParams& norm, bool residual) {
+                         const NormParams& norm, const NormParams& behind, bool residual) {
                  const DType type = static_cast<DType>(dtype);
-                 return DenseFfn{&find_kernels(isa, type), type, products, norm, residual};
+                 return DenseFfn{&find_kernels(isa, type), type, products, norm, behind, residual};
              }),
              py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("products"), py::arg("norm"),
-             py::arg("residual"))
+             py::arg("behind"), py::arg("residual"))
         .def(
             "run",
             [](const DenseFfn& ffn, int threads, int64_t rows, Address x, int64_t x_stride,
@@ -96,17 +96,18 @@ void bind_sublayers(py::module_& m) {
     py::class_<CompressedFfn>(m, "CompressedFfn")
         .def(py::init([](const std::string& isa, const MergeParams& merge,
                          const FfnProducts& products, int phi, Address w1u, Address b1, Address w2,
-                         Address b2, bool residual) {
+                         Address b2, const NormParams& behind, bool residual) {
                  DecompressParams p{};
                  p.dtype = merge.dtype, p.d = merge.d, p.r = merge.r;
                  p.phi = static_cast<Phi>(phi);
                  p.w1u_packed = pointer(w1u), p.b1 = pointer(b1);
                  p.w2_packed = pointer(w2), p.b2 = pointer(b2);
-                 return CompressedFfn{&find_kernels(isa, merge.dtype), products, merge, p,
-                                      residual};
+                 return CompressedFfn{
+                     &find_kernels(isa, merge.dtype), products, merge, p, behind, residual};
              }),
              py::kw_only(), py::arg("isa"), py::arg("merge"), py::arg("products"), py::arg("phi"),
-             py::arg("w1u"), py::arg("b1"), py::arg("w2"), py::arg("b2"), py::arg("residual"))
+             py::arg("w1u"), py::arg("b1"), py::arg("w2"), py::arg("b2"), py::arg("behind"),
+             py::arg("residual"))
         .def(
             "run",
             [](const CompressedFfn& ffn, int threads, const Groups& groups, bool outside,
@@ -123,16 +124,16 @@ void bind_sublayers(py::module_& m) {
                          int64_t kv_heads, int64_t head_size, double scale, const Linear& w_in,
                          const OptionalLinear& w_kv, const Linear& w_o,
                          const std::optional<MergeParams>& merge, const NormParams& norm,
-                         bool residual) {
+                         const NormParams& behind, bool residual) {
                  AttentionParams p{};
                  p.dtype = static_cast<DType>(dtype), p.path = static_cast<AttentionPath>(path);
                  p.heads = heads, p.kv_heads = kv_heads, p.d = head_size, p.scale = scale;
-                 return AttentionSublayer{&find_kernels(isa, p.dtype),   p,    w_in,    w_kv, w_o,
-                                          merge.value_or(MergeParams{}), norm, residual};
+                 return AttentionSublayer{&find_kernels(isa, p.dtype),   p,    w_in,   w_kv,    w_o,
+                                          merge.value_or(MergeParams{}), norm, behind, residual};
              }),
              py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("path"), py::arg("heads"),
              py::arg("kv_heads"), py::arg("head_size"), py::arg("scale"), py::arg("w_in"),
-             py::arg("w_kv"), py::arg("w_o"), py::arg("merge"), py::arg("norm"),
+             py::arg("w_kv"), py::arg("w_o"), py::arg("merge"), py::arg("norm"), py::arg("behind"),
              py::arg("residual"))
         .def(
             "run",

@@ -144,7 +144,8 @@ bool Memory::holds(uintptr_t copy, int threads) const {
 
 // Before the bytes are read: what is written afterwards shows.
 void Memory::start_tracking() {
-    tracked = !pages.empty() && !write_tracking::why_unavailable() && write_tracking::track(pages);
+    tracked = !pages.empty() && !write_tracking::why_unavailable() &&
+              write_tracking::track(pages, anonymous);
     Registry::get().mark({pages, false});  // others' marks are gone
     if (!tracked) pages = {bytes.begin, bytes.begin};
 }
@@ -164,7 +165,7 @@ int64_t Memory::look(int threads) {
     if (frozen) return count;
     if (tracked) {
         std::vector<write_tracking::Found> found;
-        if (!write_tracking::written(pages, found)) found = {{pages, true}};
+        if (!write_tracking::written(pages, anonymous, found)) found = {{pages, true}};
         for (const auto& part : found) Registry::get().mark(part);
     }
     // After a fork, or where other memory took the place of this.

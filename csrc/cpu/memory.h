@@ -38,7 +38,7 @@ class Memory {
     void start_tracking();
 
     write_tracking::Range bytes, pages;
-    bool trackable, tracked = false, frozen = false, stale = true;
+    bool trackable, tracked = false, anonymous = false, frozen = false, stale = true;
     uint64_t outside = 0, content = 0;  // checksums: of the bytes outside of `pages`; of all
     int64_t count = 0;
 

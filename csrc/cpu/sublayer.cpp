@@ -47,6 +47,23 @@ void describe(P& p, const Linear& linear, const How& how, const Rows& x, const A
     p.other = around.other, p.residual = around.residual, p.y = y;
 }
 
+// norm(x), [x.count, d].
+void norm_rows(const Kernels* kernels, const How& how, const NormParams& norm, const Rows& x,
+               int64_t d, void* y) {
+    NormRowsParams p{};
+    p.dtype = how.dtype, p.threads = how.threads, p.rows = x.count, p.d = d;
+    p.x = x.data, p.x_stride = x.stride;
+    p.norm = norm.kind, p.norm_weight = norm.weight, p.norm_bias = norm.bias;
+    p.eps = norm.eps, p.y = y;
+    kernels->norm_rows(p);
+}
+
+// A norm behind a sublayer, in place.
+void norm_behind(const Kernels* kernels, const How& how, const NormParams& norm, int64_t rows,
+                 int64_t d, void* y) {
+    if (norm.kind != Norm::none) norm_rows(kernels, how, norm, {rows, y, d}, d, y);
+}
+
 }  // namespace
 
 void multiply(const Linear& linear, const How& how, const Rows& x, const Around& around, void* y) {
@@ -89,16 +106,13 @@ void DenseFfn::run(const Rows& x, void* y, int threads) const {
         const char* data = static_cast<const char*>(x.data) + at * x.stride * size;
         Rows rows{std::min(most, x.count - at), data, x.stride};
         if (first) {
-            NormRowsParams p{};
-            p.dtype = dtype, p.threads = threads, p.rows = rows.count, p.d = d;
-            p.x = rows.data, p.x_stride = rows.stride;
-            p.norm = norm.kind, p.norm_weight = norm.weight, p.norm_bias = norm.bias;
-            p.eps = norm.eps, p.y = scratch.at(normed_at);
-            kernels->norm_rows(p);
+            norm_rows(kernels, how, norm, rows, d, scratch.at(normed_at));
             rows = {rows.count, scratch.at(normed_at), d};
         }
+        char* made = static_cast<char*>(y) + at * d * size;
         products.run(how, rows, first ? NormParams{} : norm, residual ? data : nullptr,
-                     scratch.at(inner_at), static_cast<char*>(y) + at * d * size);
+                     scratch.at(inner_at), made);
+        norm_behind(kernels, how, behind, rows.count, d, made);
     }
 }
 
@@ -106,8 +120,10 @@ void CompressedFfn::run(const Rows& x, const Groups& groups, bool outside, void*
                         int threads) const {
     const How how{merge.dtype, threads};
     const int64_t size = bytes_of(merge.dtype), d = merge.d;
-    if (residual && outside) copy_outside(groups, x.count, x.data, x.stride, y, d, size);
-    if (groups.count == 0) return;
+    if (groups.count == 0) {
+        if (residual && outside) copy_outside(groups, x.count, x.data, x.stride, y, d, size);
+        return;
+    }
     const int64_t most = std::min(most_rows, groups.count), acc = sizeof(float);
     Scratch scratch;
     const int64_t projected_at = scratch.reserve(x.count * merge.r * acc),
@@ -130,6 +146,9 @@ void CompressedFfn::run(const Rows& x, const Groups& groups, bool outside, void*
                      m.merged);
         kernels->decompress(out);
     }
+    norm_behind(kernels, how, behind, x.count, d, y);
+    // Last: the norm went over all rows.
+    if (residual && outside) copy_outside(groups, x.count, x.data, x.stride, y, d, size);
 }
 
 void AttentionSublayer::run(const Rows& x, AttentionParams p, const Groups& groups, void* y,
@@ -163,6 +182,7 @@ void AttentionSublayer::run(const Rows& x, AttentionParams p, const Groups& grou
     kernels->attention(p);
     multiply(out, how, {x.count, p.out, queries},
              {Activation::none, {}, nullptr, residual ? x.data : nullptr}, y);
+    norm_behind(kernels, how, behind, x.count, out.columns, y);
 }
 
 }  // namespace variator

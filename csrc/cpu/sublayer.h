@@ -62,30 +62,31 @@ struct FfnProducts {
              void* inner, void* y) const;
 };
 
-// Norm, products, residual; no norm behind.
+// Norm, products, residual, norm.
 struct DenseFfn {
     const Kernels* kernels;
     DType dtype;
     FfnProducts products;
-    NormParams norm;
+    NormParams norm, behind;
     bool residual;  // then rows of x are contiguous
 
     void run(const Rows& x, void* y, int threads) const;
 };
 
-// Norm, merge, products, decompress, residual; no norm behind.
+// Norm, merge, products, decompress, residual, norm.
 struct CompressedFfn {
     const Kernels* kernels;
     FfnProducts products;
     MergeParams merge;            // but for what a call has of its own: threads, groups, x, outputs
     DecompressParams decompress;  // the same
+    NormParams behind;            // with a residual alone: what lies in no group passes it by
     bool residual;
 
     // Groups without a slot are left out. `outside`: some token lies in no group.
     void run(const Rows& x, const Groups& groups, bool outside, void* y, int threads) const;
 };
 
-// Norm, attention, residual; no norm behind.
+// Norm, attention, residual, norm.
 struct AttentionSublayer {
     const Kernels* kernels;
     AttentionParams attention;  // of its own: heads and scale
@@ -93,7 +94,7 @@ struct AttentionSublayer {
     std::optional<Linear> keys_values;  // of merged vectors
     Linear out;
     MergeParams merge;  // without W_1h
-    NormParams norm;
+    NormParams norm, behind;
     bool residual;  // then rows of x are contiguous
 
     // `given` has rows, queries, keys and what holds of these; groups are of merged vectors.

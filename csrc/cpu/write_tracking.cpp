@@ -36,11 +36,19 @@ struct PageScan {
     uint64_t size, flags, start, end, walk_end, regions, region_count, max_pages;
     uint64_t inverted, mask, any_of, returned;
 };
+struct MapQuery {
+    uint64_t size, flags, address;
+    uint64_t begin, end, map_flags, page_size, offset, inode;
+    uint32_t device[2], name_size, build_id_size;
+    uint64_t name, build_id;
+};
 constexpr unsigned long uffd_api = _IOWR(0xAA, 0x3F, UffdApi);
 constexpr unsigned long uffd_register = _IOWR(0xAA, 0x00, UffdRegister);
 constexpr unsigned long uffd_unregister = _IOR(0xAA, 0x01, UffdRange);
 constexpr unsigned long uffd_write_protect = _IOWR(0xAA, 0x06, UffdWriteProtect);
 constexpr unsigned long pagemap_scan = _IOWR('f', 16, PageScan);
+constexpr unsigned long map_query = _IOWR('f', 17, MapQuery);
+constexpr uint64_t map_or_next = 0x10, map_of_file = 0x20;
 constexpr int user_mode_only = 1;
 constexpr uint64_t version = 0xAA;
 constexpr uint64_t feature_unpopulated = 1u << 13, feature_async = 1u << 15;
@@ -74,7 +82,7 @@ class Descriptor {
 };
 
 struct Descriptors {
-    Descriptor uffd, pagemap;
+    Descriptor uffd, pagemap, maps;
     pid_t process = 0;
 };
 Descriptors open_here;
@@ -84,6 +92,7 @@ bool opened = false;
 void close_all() {
     open_here.uffd.close();
     open_here.pagemap.close();
+    open_here.maps.close();
     opened = false;
 }
 
@@ -116,6 +125,18 @@ bool any_of_file(Range pages, bool& answer) {
     return scan(question, pages, [&](const PageRegion&) { answer = true; });
 }
 
+// Whether no file is behind these addresses, written or not; false too where nobody says (before
+// Linux 6.11).
+bool is_anonymous(Range pages) {
+    MapQuery query{};
+    query.size = sizeof query;
+    query.flags = map_or_next | map_of_file;
+    query.address = pages.begin;
+    if (!open_here.maps.is_ours()) return false;
+    if (ioctl(open_here.maps.number, map_query, &query) != 0) return errno == ENOENT;
+    return query.begin >= pages.end;
+}
+
 // Two pages of our own: a write to the second must show, and nothing else.
 const char* try_out() {
     const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
@@ -127,9 +148,10 @@ const char* try_out() {
     const auto begin = reinterpret_cast<uintptr_t>(memory);
     const Range pages{begin, begin + 2 * page};
     std::vector<Found> none, first, second;
-    bool works = track(pages) && written(pages, none);
+    bool anonymous = false;
+    bool works = track(pages, anonymous) && written(pages, anonymous, none);
     bytes[page] = 2;
-    works = works && written(pages, first) && written(pages, second);
+    works = works && written(pages, anonymous, first) && written(pages, anonymous, second);
     works = works && none.empty() && second.empty() && first.size() == 1 &&
             first[0].pages.begin == begin + page && first[0].pages.end == pages.end;
     munmap(memory, 2 * page);
@@ -152,6 +174,7 @@ const char* open_all() {
     if (!open_here.pagemap.open(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)))
         return errno == EMFILE || errno == ENFILE ? no_descriptor
                                                   : "/proc/self/pagemap does not open";
+    open_here.maps.open(open("/proc/self/maps", O_RDONLY | O_CLOEXEC));  // or is_anonymous is false
     return try_out();
 }
 
@@ -176,7 +199,7 @@ const char* why_unavailable() {
     return unavailable;
 }
 
-bool track(Range pages) {
+bool track(Range pages, bool& anonymous) {
     void* memory = reinterpret_cast<void*>(pages.begin);
     const size_t size = pages.end - pages.begin;
     // What is not in memory yet does not tell whether it is a file's.
@@ -190,7 +213,10 @@ bool track(Range pages) {
     UffdRegister registration{kernel_range(pages), mode_write_protect, 0};
     if (ioctl(open_here.uffd.number, uffd_register, &registration) != 0) return false;
     UffdWriteProtect order{kernel_range(pages), protect};
-    if (ioctl(open_here.uffd.number, uffd_write_protect, &order) == 0) return true;
+    if (ioctl(open_here.uffd.number, uffd_write_protect, &order) == 0) {
+        anonymous = is_anonymous(pages);  // and stays so: other mappings would not be tracked
+        return true;
+    }
     untrack(pages);
     return false;
 }
@@ -200,9 +226,19 @@ void untrack(Range pages) {
     ioctl(open_here.uffd.number, uffd_unregister, &range);
 }
 
-bool written(Range pages, std::vector<Found>& found) {
+bool written(Range pages, bool anonymous, std::vector<Found>& found) {
     PageScan question{};
     question.flags = scan_protects | scan_needs_tracking;
+    if (anonymous) {
+        // The kernel takes 0.6 ns a page for this one question, and 27 ns for the other (Zen 5). A
+        // page that was taken away counts as written, and one that was swapped out is what it was.
+        question.mask = question.returned = page_written;
+        return scan(question, pages, [&](const PageRegion& region) {
+            found.push_back(
+                {{static_cast<uintptr_t>(region.start), static_cast<uintptr_t>(region.end)},
+                 false});
+        });
+    }
     question.inverted = page_present;
     question.any_of = question.returned = page_written | page_present | page_of_file;
     return scan(question, pages, [&](const PageRegion& region) {
@@ -222,9 +258,9 @@ namespace variator::write_tracking {
 
 Range whole_pages(Range range) { return {range.begin, range.begin}; }
 const char* why_unavailable() { return "only Linux reports written pages"; }
-bool track(Range) { return false; }
+bool track(Range, bool&) { return false; }
 void untrack(Range) {}
-bool written(Range, std::vector<Found>&) { return false; }
+bool written(Range, bool, std::vector<Found>&) { return false; }
 void restart_after_fork() {}
 
 }  // namespace variator::write_tracking

@@ -23,8 +23,8 @@ const char* why_unavailable();
 
 // From now on writes to these pages are seen. False: the kernel cannot see all of them, as where
 // other processes share the memory. Pages that a file would still show through are made this
-// process's own first. Marks of earlier writes are gone.
-bool track(Range pages);
+// process's own first. Marks of earlier writes are gone. `anonymous`: no file is behind them.
+bool track(Range pages, bool& anonymous);
 void untrack(Range pages);
 
 struct Found {
@@ -33,7 +33,7 @@ struct Found {
 };
 // Appends what was written since the last look, whoever wrote it, and what is lost; marks are taken
 // away. False: the pages are not tracked any more, and some marks are gone with nothing to show.
-bool written(Range pages, std::vector<Found>& found);
+bool written(Range pages, bool anonymous, std::vector<Found>& found);
 
 // In a forked child: its parent's descriptors say nothing of it, and its pages are not tracked.
 void restart_after_fork();

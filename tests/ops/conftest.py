@@ -7,7 +7,7 @@ import torch
 
 from tests.ops import cases
 from variator_kernels import extension
-from variator_kernels.ops import prepack, rows_linear
+from variator_kernels.ops import fast_norm, prepack, rows_linear
 from variator_kernels.ops.grouped_attention import cpu
 from variator_kernels.ops.int8_linear import kernels
 from variator_kernels.ops.packed import cache
@@ -52,3 +52,9 @@ def own_products(monkeypatch):
         yield
     cases.CPU.set_isa(before)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def own_norms(monkeypatch):
+    """Of sublayers in steps too, where PyTorch's would run: they sum in another order."""
+    monkeypatch.setattr(fast_norm, "in_one_pass", lambda norm, _: norm.weight is not None)

@@ -24,7 +24,7 @@ from variator_kernels.ops.self_attention import (
     whole_queries,
 )
 
-pytestmark = [cases.needs_cpu, pytest.mark.usefixtures("own_products")]
+pytestmark = [cases.needs_cpu, pytest.mark.usefixtures("own_products", "own_norms")]
 HEADS, KV_HEADS, SIZE = 6, 2, 8
 KINDS = ["none", "right", "holes", "empty row", "kept", "strided", "NaN", "nothing"]
 

@@ -42,8 +42,7 @@ def feed_forward(x: Tensor, ffn: FeedForward) -> Tensor | None:
 def _in_few_passes(x: Tensor, ffn: FeedForward) -> Tensor:
     rows, whole = flat(x), _whole(x, ffn)
     if whole is not None:
-        y = run(whole, rows)
-        return normalize_fast(y.view(x.shape), ffn.any_norm) if ffn.post_norm else y.view(x.shape)
+        return run(whole, rows).view(x.shape)
     return together(_pass(rows[first:last], ffn) for first, last in pieces(len(rows), PIECE)).view(
         x.shape
     )
@@ -77,14 +76,16 @@ def _pass(rows: Tensor, ffn: FeedForward) -> Tensor:
 
 
 def _whole(x: Tensor, ffn: FeedForward) -> own_products.Own | None:
-    """What runs the sublayer up to its residual; None where a product is not this package's own."""
-    norm, dtype, d, isa = ffn.pre_norm, x.dtype, x.shape[-1], prepack.instruction_set()
+    """What runs the sublayer; None where a product is not this package's own."""
+    dtype, d, isa = x.dtype, x.shape[-1], prepack.instruction_set()
+    norm = NO_NORM if ffn.norm == "none" else ffn.any_norm
     vectors = tuple(t for t in (norm.weight, norm.bias) if t is not None)
     if ffn.precision is None:
         if not own_products.takes((x.numel() // d,), own_products.weights(ffn), dtype, isa):
             return None
         # PyTorch's norm goes in front of two products.
-        if ffn.w_gate is not None and norm is not NO_NORM and not in_one_pass(norm, dtype):
+        front = ffn.pre_norm
+        if ffn.w_gate is not None and front is not NO_NORM and not in_one_pass(front, dtype):
             return None
 
     def make(*copies: Tensor) -> own_products.Own | None:
@@ -97,12 +98,13 @@ def _whole(x: Tensor, ffn: FeedForward) -> own_products.Own | None:
             isa=isa,
             dtype=dtype_code(dtype),
             products=products.kernel,
-            norm=norm_kernel(its),
+            norm=norm_kernel(NO_NORM if ffn.post_norm else its),
+            behind=norm_kernel(its if ffn.post_norm else NO_NORM),
             residual=ffn.residual,
         )
         return own_products.Own(kernel, its, products)
 
-    form = "dense", dtype, d, *norm_form(norm), isa, *own_products.form(ffn)
+    form = "dense", dtype, d, *norm_form(norm), ffn.post_norm, isa, *own_products.form(ffn)
     return prepack.cache.get((*own_products.sources(ffn), *vectors), form, make)
 
 

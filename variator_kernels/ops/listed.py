@@ -41,15 +41,14 @@ def listed(groups: Groups, tokens: int, *, compact: bool = False) -> Listed:
         ValueError: a group lies outside of the list, or on another: the kernels would read memory
             of others, or write a token twice.
     """
-    given = [t for t in groups[:5] if t is not None]
-    counted = not any(t.is_inference() for t in given)  # then nobody knows of writes
-    versions = tuple(t._version for t in given) if counted else ()
+    # Of tensors of inference mode nobody knows of writes; groups are their maker's alone.
+    given = (t for t in groups[:5] if t is not None)
+    versions = tuple(0 if t.is_inference() else t._version for t in given)
     last = _seen.get(compact)
     if last is not None and last.groups is groups and last[1:3] == (tokens, versions):
         return last.found
     found = _listed(groups, tokens, compact)
-    if counted:
-        _seen[compact] = _Seen(groups, tokens, versions, found)
+    _seen[compact] = _Seen(groups, tokens, versions, found)
     return found
 
 

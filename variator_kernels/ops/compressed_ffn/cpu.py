@@ -11,12 +11,23 @@ from torch import Tensor
 from ... import extension
 from .. import own_products, prepack, prepacked_linear
 from ..adapter_decompress import cpu as decompress
-from ..arguments import Norm, check_adapter, check_ffn, check_merge, flat, norm_form, norm_of
+from ..arguments import (
+    NO_NORM,
+    Norm,
+    check_adapter,
+    check_ffn,
+    check_merge,
+    flat,
+    norm_form,
+    norm_of,
+)
 from ..cpu_arguments import (
     PrepackedAdapter,
     PrepackedMerge,
+    norm_kernel,
     prepack_adapter,
     prepack_merge,
+    wide_norm,
 )
 from ..feed_forward import FeedForward, PluginWeights, products
 from ..group_merge import cpu as merge
@@ -95,6 +106,8 @@ def compressed_ffn(x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: G
             x_stride=rows.stride(0),
             y=y.data_ptr(),
         )
+        if ffn.residual:
+            return y
     else:
         check_ffn(d, ffn[:6], ffn.any_norm)
         packed = _prepacked_plugin(x, plugin, ffn, groups, isa)
@@ -164,16 +177,20 @@ def _prepacked_plugin(
 def _whole(
     x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups, isa: str
 ) -> own_products.Own | None:
-    """What runs the sublayer up to its residual; None where a product is not this package's own.
-    All of its weights are looked up at once, and packed each for itself: ratios share an FFN's."""
+    """What runs the sublayer, a norm behind only with a residual (or padding would get it too);
+    None where a product is not this package's own. All of its weights are looked up at once, and
+    packed each for itself: ratios share an FFN's."""
     norm, d = ffn.pre_norm, x.shape[-1]
+    behind = ffn.any_norm if ffn.post_norm and ffn.norm != "none" else NO_NORM
+    vectors = tuple(t for t in (behind.weight, behind.bias) if t is not None)
 
-    def make(*_: Tensor) -> own_products.Own | None:
+    def make(*copies: Tensor) -> own_products.Own | None:
         check_ffn(d, ffn[:6], ffn.any_norm)
         packed, adapter = _prepacked_plugin(x, plugin, ffn, groups, isa)
         products = own_products.products(ffn, x.dtype, isa)
         if products is None:
             return None
+        its = wide_norm(norm_of(behind, copies[len(copies) - len(vectors) :]), x.dtype)
         kernel = extension.load().CompressedFfn(
             isa=isa,
             merge=merge.known(packed, x.dtype, groups.ratio, d),
@@ -183,10 +200,14 @@ def _whole(
             b1=adapter.b1.data_ptr(),
             w2=adapter.w2.data_ptr(),
             b2=adapter.b2.data_ptr(),
+            behind=norm_kernel(its if ffn.residual else NO_NORM),
             residual=ffn.residual,
         )
-        return own_products.Own(kernel, packed, adapter, products)
+        return own_products.Own(kernel, packed, adapter, products, its)
 
-    behind = tuple(None if t is None else t.shape for t in ffn.any_norm[1:3])
-    form = "whole", *_form(x, plugin, norm, groups.ratio, isa), *own_products.form(ffn), behind
-    return prepack.cache.get((*_of_plugin(plugin, norm), *own_products.sources(ffn)), form, make)
+    form = (
+        *("whole", *_form(x, plugin, norm, groups.ratio, isa), *own_products.form(ffn)),
+        *norm_form(behind),
+    )
+    sources = (*_of_plugin(plugin, norm), *own_products.sources(ffn), *vectors)
+    return prepack.cache.get(sources, form, make)

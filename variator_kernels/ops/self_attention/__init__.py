@@ -102,7 +102,7 @@ def attention_kv(
     fused = backend == "cpu" and keys.pairs is None and keys.sums is None
     if fused and fuses(x, attention, table, merge):
         y = fused_merged_keys(x, merge, groups, attention, keys, rotations)
-        return _behind(y, x, real, attention, groups)
+        return y if real is None else torch.where(real, y, x if attention.residual else 0)
     norm = attention.pre_norm
     if backend == "reference":
         h = normalize(tokens, norm.name, norm.weight, norm.bias, norm.eps)
@@ -117,13 +117,6 @@ def attention_kv(
     if attention.dropout_outer > 0:
         o = F.dropout(o, attention.dropout_outer)
     y = x + o if attention.residual else o
-    return _behind(y, x, real, attention, groups)
-
-
-def _behind(
-    y: Tensor, x: Tensor, real: Tensor | None, attention: SelfAttention, groups: Groups
-) -> Tensor:
-    """Padding as it came, or 0, and the norm behind."""
     if real is not None:
         y = torch.where(real, y, x if attention.residual else 0)
     return normalize_real(y, attention.any_norm, groups) if attention.post_norm else y

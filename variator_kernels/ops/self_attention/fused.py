@@ -56,9 +56,7 @@ def dense(x: Tensor, attention: SelfAttention, keys: Keys, rotation: Rotation | 
 
 def _dense(x: Tensor, a: SelfAttention, keys: Keys, rotation: Rotation | None) -> Tensor:
     y = at_once(x, a, keys) if rotation is None else None
-    if y is None:
-        y = _in_steps(x, a, keys, rotation)
-    return normalize_fast(y, a.any_norm) if a.post_norm else y
+    return _in_steps(x, a, keys, rotation) if y is None else y
 
 
 def _in_steps(x: Tensor, a: SelfAttention, keys: Keys, rotation: Rotation | None) -> Tensor:
@@ -77,8 +75,8 @@ def merged_keys(
     keys: Keys,
     rotations: tuple[Rotation, Rotation] | None,
 ) -> Tensor:
-    """``x + o``, or o without a residual: queries of ``x [B, n, d]`` over keys and values of its
-    merged vectors. Before a norm behind."""
+    """The sublayer with keys and values of merged vectors: ``x [B, n, d]`` to the same shape, norm
+    to residual, or to a norm behind. Padding gets some output."""
     a, norm = attention, attention.pre_norm
     y = at_once(x, a, keys, merge, groups) if rotations is None else None
     if y is not None:
@@ -110,9 +108,9 @@ def _attend(
     call = grouped_attention.Attention(q, k, v, visible, keys.relative, a.scale)
     out = grouped_attention.grouped_attention(call, "cpu")
     residual = flat(x) if a.residual else None
-    return Product((a.w_o,), (a.b_o,), a.precision)(
-        out.view(-1, a.w_o.shape[1]), residual=residual
-    ).view(x.shape)
+    rows = out.view(-1, a.w_o.shape[1])
+    y = Product((a.w_o,), (a.b_o,), a.precision)(rows, residual=residual).view(x.shape)
+    return normalize_fast(y, a.any_norm) if a.post_norm else y
 
 
 def _rows(keys: Keys, first: int, last: int) -> Keys:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ... import extension
 from .. import own_products, prepack
-from ..arguments import MergeWeights, check_merge, flat, norm_form, norm_of, require
+from ..arguments import NO_NORM, MergeWeights, check_merge, flat, norm_form, norm_of, require
 from ..cpu_arguments import dtype_code, norm_kernel, wide_norm
 from ..group_merge import cpu as group_merge
 from ..grouped_attention import cpu as attention_cpu
@@ -28,7 +28,7 @@ def at_once(
     merge: MergeWeights | None = None,
     groups: Groups | None = None,
 ) -> Tensor | None:
-    """``x + o``, or o without a residual, before a norm behind: of ``x [B, n, d]``, with keys and
+    """``x + o``, or o without a residual, and its norm behind: of ``x [B, n, d]``, with keys and
     values of tokens, or of vectors that ``merge`` makes of ``groups``. None where it does not run
     so."""
     if a.q_norm is not None or a.k_norm is not None or x.shape[1] >= 2**24:
@@ -67,7 +67,7 @@ def at_once(
 def _whole(
     x: Tensor, a: SelfAttention, isa: str, merge: MergeWeights | None, groups: Groups | None
 ) -> own_products.Own | None:
-    norm, dtype, d = a.pre_norm, x.dtype, x.shape[-1]
+    norm, dtype, d = NO_NORM if a.norm == "none" else a.any_norm, x.dtype, x.shape[-1]
     weights, biases = (a.w_q, a.w_k, a.w_v), (a.b_q, a.b_k, a.b_v)
     vectors = tuple(t for t in (norm.weight, norm.bias) if t is not None)
     of_merge = () if merge is None else (merge.weight, merge.bias)
@@ -91,8 +91,8 @@ def _whole(
             return None
         packed = known = None
         if merge is not None and groups is not None:
-            check_merge(x, merge, groups, norm)
-            packed = group_merge.prepacked(merge, norm, dtype, isa)
+            check_merge(x, merge, groups, a.pre_norm)
+            packed = group_merge.prepacked(merge, a.pre_norm, dtype, isa)
             known = group_merge.known(packed, dtype, groups.ratio, d)
         its = wide_norm(norm_of(norm, copies[len(given) :]), dtype)
         kernel = extension.load().AttentionSublayer(
@@ -107,13 +107,14 @@ def _whole(
             w_kv=None if merge is None else linear[1],
             w_o=linear[-1],
             merge=known,
-            norm=norm_kernel(its),
+            norm=norm_kernel(NO_NORM if a.post_norm else its),
+            behind=norm_kernel(its if a.post_norm else NO_NORM),
             residual=a.residual,
         )
         return own_products.Own(kernel, its, packed, products)
 
     absent = tuple(t is None for t in (*biases, a.b_o))
     ratio = None if groups is None else groups.ratio
-    settings = a.head_size, a.scale, a.precision, a.residual, attention_cpu.PATH
+    settings = a.head_size, a.scale, a.precision, a.residual, a.post_norm, attention_cpu.PATH
     form = "attention", dtype, d, ratio, *norm_form(norm), absent, *settings, isa
     return prepack.cache.get((*given, *vectors), form, make)
