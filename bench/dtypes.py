@@ -1,10 +1,11 @@
-"""Dtypes: the FFN sublayer in bf16, fp16 and under autocast, against the same work in fp32.
+"""Dtypes: the FFN sublayer in bf16, fp16, int8 and under autocast, against the same work in fp32.
 
 Inference, inference with gradients enabled, and a training step of the plugin (FFN frozen), on the
-CPU. Every arm is checked before and after it is timed against float64, by the error of the plain
-reference in the same dtype; ratios are of the same round. One rule decides in what dtype a product
-runs: where the processor has none in 16 bits, fp32, and then an arm should take at most 1.15 times
-as long.
+CPU; int8 (beside bf16 where the processor has its products) in inference alone. Every arm is
+checked before and after it is timed against float64: by the error of the plain reference in the
+same dtype, in int8 by a bound on the relative error. Ratios are of the same round. One rule decides
+in what dtype a product runs: where the processor has none in 16 bits, fp32, and then an arm should
+take at most 1.15 times as long.
 """
 
 import sys
@@ -16,13 +17,14 @@ from torch import Tensor
 
 from .cases import Arm, Call, Case, Key, models
 from .cases.sublayer import Plugged, Sublayer
-from .harness import allocator, options, results, tables
-from .harness.checks import Outputs, Truth, truth
+from .harness import allocator, machine, options, results, tables
+from .harness.checks import QUANTISED, Outputs, Truth, truth
 from .harness.clock import Wall, ratio
 from .harness.runner import run
 
 RATIO, LIMIT = 4, 1.15
 ARMS = (*models.DTYPES, "autocast")
+INFERENCE = (*ARMS, "int8")
 CASES = ("inference", "gradients enabled", "training step")
 
 
@@ -35,12 +37,14 @@ class Work:
 
     def parts(self, arm: str, wide: bool = False) -> tuple[Plugged, Tensor, Plugged]:
         """Our module, its input, and the reference's with the same weights."""
-        layer = Sublayer(self.model, arm if arm in models.DTYPES else "fp32", *self.size)
+        beside = "bf16" if arm == "int8" and machine.has_bf16() else "fp32"
+        layer = Sublayer(self.model, arm if arm in models.DTYPES else beside, *self.size)
         ffn, plugin, x = layer.ffn, layer.plugin(RATIO), layer.x
         if wide:
             ffn, plugin = models.moved(ffn, torch.float64), models.moved(plugin, torch.float64)
             x = x.double()
-        return Plugged(ffn, plugin, "auto", True), x, Plugged(ffn, plugin, "reference", True)
+        own = ffn._replace(precision="int8") if arm == "int8" else ffn
+        return Plugged(own, plugin, "auto", True), x, Plugged(ffn, plugin, "reference", True)
 
     def call(self, case: str, arm: str, module: Plugged, x: Tensor) -> Outputs:
         """What is timed: the output, and in training the gradients of input and plugin."""
@@ -60,6 +64,8 @@ class Work:
         """Float64 of the arm's own weights, and the reference's error in the arm's dtype."""
         _, x, reference = self.parts(key.arm, wide=True)
         exact = self.call(case, "", reference, x)
+        if key.arm == "int8":
+            return Truth(exact, (), QUANTISED)
         _, x, plain = self.parts(key.arm)
         return truth(exact, self.call(case, key.arm, plain, x))
 
@@ -74,16 +80,18 @@ class Work:
         made = Case(name, "sublayer", direction, self.model.name, "", batch, length,
                     partial(self.truth, name))  # fmt: skip
         # The padding tells truths of a case apart: here every dtype has its own.
-        keys = [Key(arm, RATIO, arm) for arm in ARMS]
+        arms = INFERENCE if name == "inference" else ARMS
+        keys = [Key(arm, RATIO, arm) for arm in arms]
         made.arms = [Arm(key, partial(self.build, name, key.arm), batch * length) for key in keys]
         return made
 
 
-def over_fp32(rows: list[results.Row]) -> None:
-    """Each row's time over fp32's, by round."""
-    if base := results.one(rows, arm="fp32"):
-        for row in results.pick(rows, status="ok"):
-            row["over_fp32"] = ratio(row["samples"], base["samples"])
+def over(rows: list[results.Row]) -> None:
+    """Each row's time over fp32's and bf16's, by round."""
+    for dtype in ("fp32", "bf16"):
+        if base := results.one(rows, arm=dtype):
+            for row in results.pick(rows, status="ok"):
+                row[f"over_{dtype}"] = ratio(row["samples"], base["samples"])
 
 
 COLUMNS = [
@@ -93,6 +101,7 @@ COLUMNS = [
     tables.number("over fp32", lambda row: row["over_fp32"]["median"], ".2f"),
     tables.number("q1", lambda row: row["over_fp32"]["q1"], ".2f"),
     tables.number("q3", lambda row: row["over_fp32"]["q3"], ".2f"),
+    tables.number("over bf16", lambda row: row.get("over_bf16", {}).get("median"), ".2f"),
 ]
 
 
@@ -115,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     work = Work(model, args.batch, args.length)
     for name in CASES:
         rows = run(work.case(name), [Wall()], args.rounds, warmup=2)
-        over_fp32(rows)
+        over(rows)
         content["rows"] += rows
     title = f"{model.name} sublayer, k={RATIO}, {args.batch} x {args.length}"
     table = tables.screen(title, COLUMNS, content["rows"], note=_note)

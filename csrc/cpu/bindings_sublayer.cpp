@@ -138,16 +138,18 @@ void bind_sublayers(py::module_& m) {
         .def(
             "run",
             [](const AttentionSublayer& sublayer, const AttentionParams& given,
-               const std::optional<Groups>& groups, Address x, int64_t x_stride, Address y) {
+               const std::optional<Groups>& groups, bool outside, Address x, int64_t x_stride,
+               Address y) {
                 if (sublayer.keys_values.has_value() != groups.has_value() ||
                     (groups && groups->count != given.rows * given.keys))
                     throw std::invalid_argument("groups are of merged keys, one each");
                 if (groups) check_ratio(sublayer.merge, *groups);
                 sublayer.run({given.rows * given.queries, pointer(x), x_stride}, given,
-                             groups.value_or(Groups{}), pointer(y), usable_threads(given.threads));
+                             groups.value_or(Groups{}), groups && outside, pointer(y),
+                             usable_threads(given.threads));
             },
-            py::kw_only(), py::arg("given"), py::arg("groups"), py::arg("x"), py::arg("x_stride"),
-            py::arg("y"), Quiet());
+            py::kw_only(), py::arg("given"), py::arg("groups"), py::arg("outside"), py::arg("x"),
+            py::arg("x_stride"), py::arg("y"), Quiet());
 }
 
 }  // namespace variator

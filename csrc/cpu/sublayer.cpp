@@ -151,8 +151,8 @@ void CompressedFfn::run(const Rows& x, const Groups& groups, bool outside, void*
     if (residual && outside) copy_outside(groups, x.count, x.data, x.stride, y, d, size);
 }
 
-void AttentionSublayer::run(const Rows& x, AttentionParams p, const Groups& groups, void* y,
-                            int threads) const {
+void AttentionSublayer::run(const Rows& x, AttentionParams p, const Groups& groups, bool outside,
+                            void* y, int threads) const {
     const How how{attention.dtype, threads};
     const int64_t size = bytes_of(how.dtype), merged = keys_values ? p.rows * p.keys : 0;
     p.dtype = how.dtype, p.path = attention.path, p.threads = threads, p.scale = attention.scale;
@@ -183,6 +183,7 @@ void AttentionSublayer::run(const Rows& x, AttentionParams p, const Groups& grou
     multiply(out, how, {x.count, p.out, queries},
              {Activation::none, {}, nullptr, residual ? x.data : nullptr}, y);
     norm_behind(kernels, how, behind, x.count, out.columns, y);
+    if (residual && outside) copy_outside(groups, x.count, x.data, x.stride, y, out.columns, size);
 }
 
 }  // namespace variator

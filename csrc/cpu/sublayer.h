@@ -98,7 +98,8 @@ struct AttentionSublayer {
     bool residual;  // then rows of x are contiguous
 
     // `given` has rows, queries, keys and what holds of these; groups are of merged vectors.
-    void run(const Rows& x, AttentionParams given, const Groups& groups, void* y,
+    // `outside`: some token lies in no group; with a residual it comes out as it was.
+    void run(const Rows& x, AttentionParams given, const Groups& groups, bool outside, void* y,
              int threads) const;
 };
 

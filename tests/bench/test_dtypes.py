@@ -1,4 +1,4 @@
-"""The command that measures 16-bit dtypes against fp32."""
+"""The command that measures dtypes against fp32."""
 
 import json
 
@@ -17,12 +17,15 @@ def test_every_case_is_measured_and_checked(tiny, tmp_path):
     assert dtypes.main(["--model", tiny, *QUICK, "--output", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "dtypes.json").read_text())["rows"]
     assert [(row["case"], row["arm"]) for row in rows] == [
-        (case, arm) for case in dtypes.CASES for arm in dtypes.ARMS
+        (case, arm)
+        for case in dtypes.CASES
+        for arm in (dtypes.INFERENCE if case == "inference" else dtypes.ARMS)
     ]
     for row in rows:
         assert row["status"] == "ok" and row["error"] <= row["allowed"]
         assert row["over_fp32"]["median"] > 0
-        assert row["arm"] != "fp32" or row["over_fp32"]["median"] == 1
+        for dtype in ("fp32", "bf16"):
+            assert row["arm"] != dtype or row[f"over_{dtype}"]["median"] == 1
 
 
 @one_ffn

@@ -101,8 +101,7 @@ def attention_kv(
     table = None if keys.relative is None else keys.relative.values
     fused = backend == "cpu" and keys.pairs is None and keys.sums is None
     if fused and fuses(x, attention, table, merge):
-        y = fused_merged_keys(x, merge, groups, attention, keys, rotations)
-        return y if real is None else torch.where(real, y, x if attention.residual else 0)
+        return fused_merged_keys(x, merge, groups, attention, keys, rotations)
     norm = attention.pre_norm
     if backend == "reference":
         h = normalize(tokens, norm.name, norm.weight, norm.bias, norm.eps)

@@ -13,7 +13,7 @@ from ..fused_product import Product, runs
 from ..group_merge import cpu as group_merge
 from ..grouped_attention import op as grouped_attention
 from ..grouped_attention.reference import Visible
-from ..groups import Groups
+from ..groups import Groups, real_tokens
 from .description import SelfAttention
 from .keys import Keys
 from .rotation import Rotation
@@ -76,11 +76,25 @@ def merged_keys(
     rotations: tuple[Rotation, Rotation] | None,
 ) -> Tensor:
     """The sublayer with keys and values of merged vectors: ``x [B, n, d]`` to the same shape, norm
-    to residual, or to a norm behind. Padding gets some output."""
-    a, norm = attention, attention.pre_norm
+    to residual, or to a norm behind. Padding passes through, or is 0 without a residual."""
+    a, real = attention, real_tokens(groups, x)
     y = at_once(x, a, keys, merge, groups) if rotations is None else None
-    if y is not None:
+    if y is not None and (real is None or a.residual):
         return y
+    if y is None:
+        y = _merged_in_steps(x, merge, groups, a, keys, rotations)
+    return y if real is None else torch.where(real[..., None], y, x if a.residual else 0)
+
+
+def _merged_in_steps(
+    x: Tensor,
+    merge: MergeWeights,
+    groups: Groups,
+    a: SelfAttention,
+    keys: Keys,
+    rotations: tuple[Rotation, Rotation] | None,
+) -> Tensor:
+    norm = a.pre_norm
     merged = group_merge.merged(x, merge, groups, norm)
     q = Product((a.w_q,), (a.b_q,), a.precision)(flat(x), norm)
     both = Product((a.w_k, a.w_v), (a.b_k, a.b_v), a.precision)(flat(merged))

@@ -29,8 +29,8 @@ def at_once(
     groups: Groups | None = None,
 ) -> Tensor | None:
     """``x + o``, or o without a residual, and its norm behind: of ``x [B, n, d]``, with keys and
-    values of tokens, or of vectors that ``merge`` makes of ``groups``. None where it does not run
-    so."""
+    values of tokens, or of vectors that ``merge`` makes of ``groups``; then tokens of no group come
+    out as they were, if there is a residual. None where it does not run so."""
     if a.q_norm is not None or a.k_norm is not None or x.shape[1] >= 2**24:
         return None
     visible, relative = Visible(keys.bias, keys.first, keys.last), keys.relative
@@ -56,6 +56,7 @@ def at_once(
     whole.kernel.run(
         given=given,
         groups=None if lists is None else lists.kernel,
+        outside=lists is not None and not lists.covers_all,
         x=rows.data_ptr(),
         x_stride=rows.stride(0),
         y=y.data_ptr(),
