@@ -80,6 +80,9 @@ class Case:
     truth: Callable[[Key], Truth]
     arms: list[Arm] = field(default_factory=list)
     compared: Callable[[Outputs], Outputs] = lambda outputs: outputs
+    rest: float = 0.0
+    """Seconds in which nothing runs before an arm's turn: until threads of the arm before it no
+    longer spin, where each has a pool of its own."""
 
     @property
     def title(self) -> str:

@@ -52,6 +52,7 @@ class Wall:
         settle: bool = False,
         until: float = math.inf,
         before: Callable[[Key], None] = lambda key: None,
+        rest: float = 0.0,
     ) -> tuple[dict[Key, list[float]], dict[Key, Any]]:
         """Seconds of each call in each round, and each call's last output.
 
@@ -60,6 +61,7 @@ class Wall:
         Every arm runs once a round, so that drift of the machine hits all alike. The order changes
         from round to round, from a fixed seed: no arm always follows the same one. ``settle``: an
         arm pays neither for what the one before it left in the caches nor for memory it gave back.
+        ``rest``: seconds in which nothing runs before each turn.
         """
         marks: dict[Key, list[Any]] = {key: [] for key in calls}
         last: dict[Key, Any] = {}
@@ -73,6 +75,8 @@ class Wall:
                 last.clear()  # outputs of one round alone are kept
                 shuffle(order)
                 for key in order:
+                    if rest:
+                        time.sleep(rest)
                     if settle and self.settles:
                         calls[key]()
                     before(key)

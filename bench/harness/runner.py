@@ -75,7 +75,9 @@ def run(
             first = clock is clocks[0]
             advance = (lambda: progress.step("timing")) if first else (lambda: None)
             turns = max(1, rounds // clock.share)
-            samples, outputs = clock.interleave(timed, turns, advance, case.settles, until)
+            samples, outputs = clock.interleave(
+                timed, turns, advance, case.settles, until, rest=case.rest
+            )
             if first:
                 for key, out in outputs.items():
                     _judge(case, rows[key], out, truths[key[1:]])

@@ -24,6 +24,8 @@ PEERS: dict[str, tuple[Callable[[Source, str], Call], tuple[str, ...]]] = {
 }
 """Runtimes that are not plain PyTorch, and the dtypes that they are measured in."""
 HUGGING_FACE = {"hf": ("fp32",), "hf-sdpa": FLOATS, "hf-compiled": FLOATS}
+REST = 0.02
+"""Seconds. libgomp's threads spin for three milliseconds, others' for about as long."""
 ARMS = (*HUGGING_FACE, *PEERS, *PLUGIN_ARMS)
 
 
@@ -54,7 +56,7 @@ class Peers:
         """Dense arms first, in each dtype that they have."""
         wide, given = self.wide, self.given
         made = Case("peers", "encoder", "forward", wide.model.name, "", given.batch, given.length,
-                    self.truth, compared=wide.rows)  # fmt: skip
+                    self.truth, compared=wide.rows, rest=REST)  # fmt: skip
         for key in self.keys(set(arms)):
             made.arms.append(Arm(key, partial(self.build, key), wide.tokens, wide.bound(key)))
         return made
