@@ -13,6 +13,13 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 SETTINGS = ((MMAP_THRESHOLD, 1 << 30), (TRIM_THRESHOLD, (1 << 31) - 1), (TOP_PAD, 64 << 20))
 
 
+def environment() -> dict[str, str]:
+    """The same for another process that an arm starts."""
+    names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+    found = {name: str(value) for name, (_, value) in zip(names, SETTINGS, strict=True)}
+    return found | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
 def keep_freed_memory() -> dict[str, bool]:
     """Called before the first tensor exists; says what took effect."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages for large arrays

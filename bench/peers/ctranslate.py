@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..cases import Call
+from ..harness import allocator
 from ..harness.compiling import Unavailable
 from .source import Source, need
 
@@ -40,10 +41,11 @@ class _Apart:
             file = Path(folder) / "inputs.npz"
             np.savez(file, **inputs)
             threads = str(torch.get_num_threads())
+            paths = os.pathsep.join(filter(None, sys.path))
             self.process = subprocess.Popen(
                 [sys.executable, str(script), path, compute_type, threads, str(file)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env=os.environ | allocator.environment() | {"PYTHONPATH": paths},
             )  # fmt: skip
             named = json.loads(self._answer())
         self.blocks = [(SharedMemory(name), shape) for name, shape in named]
