@@ -137,6 +137,20 @@ bool is_anonymous(Range pages) {
     return query.begin >= pages.end;
 }
 
+// What a whole table of pages maps, where the first page is not in memory.
+void lost_tables(Range pages, std::vector<Found>& found) {
+    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const uintptr_t size = page / sizeof(uint64_t) * page;
+    for (uintptr_t at = (pages.begin + size - 1) / size * size; at + size <= pages.end;
+         at += size) {
+        uint64_t entry = 0;
+        const auto place = static_cast<off_t>(at / page * sizeof entry);
+        const bool read = pread(open_here.pagemap.number, &entry, sizeof entry, place) ==
+                          static_cast<ssize_t>(sizeof entry);
+        if (!read || !(entry >> 63)) found.push_back({{at, at + size}, true});
+    }
+}
+
 // Two pages of our own: a write to the second must show, and nothing else.
 const char* try_out() {
     const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
@@ -232,6 +246,8 @@ bool written(Range pages, bool anonymous, std::vector<Found>& found) {
     if (anonymous) {
         // The kernel takes 0.6 ns a page for this one question, and 27 ns for the other (Zen 5). A
         // page that was taken away counts as written, and one that was swapped out is what it was.
+        // Of a whole table of pages that is gone it says nothing.
+        lost_tables(pages, found);
         question.mask = question.returned = page_written;
         return scan(question, pages, [&](const PageRegion& region) {
             found.push_back(

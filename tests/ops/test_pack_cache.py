@@ -138,3 +138,44 @@ def test_forms_of_several_sources_that_share_some_stay():
         for sources in ((a, b, c), (b, c), (c,)):
             cache.get(sources, "form", make)
     assert made == [3, 2, 1]
+
+
+def test_few_numbers_beside_a_weight_are_known_by_their_values():
+    """Wherever they lie; what they are counts."""
+    weight, made = torch.randn(ROWS, COLUMNS), []
+
+    def get(bias):
+        return cache.get(
+            (weight, bias), "both", lambda *copies: made.append(1) or copies[1].clone()
+        )
+
+    first = torch.tensor([1.0, torch.nan, -0.0, 3.0])
+    for _ in range(3):
+        assert torch.equal(get(first.clone())[:1], first[:1])
+    assert len(made) == 1
+    first[3] = 4.0
+    assert get(first)[3] == 4 and len(made) == 2
+    first.numpy()[3] = 5.0
+    assert get(first)[3] == 5 and get(first.clone())[3] == 5 and len(made) == 3
+    assert get(first.double()).dtype == torch.float64 and len(made) == 4
+    entries = len(cache._entries.all)
+    for value in range(20):
+        get(torch.full((4,), float(value)))
+    assert len(cache._entries.all) == entries  # nothing piles up
+    alone = torch.randn(4)
+    assert cache.get((alone,), "alone", lambda copy: copy.clone()) is not None
+    alone[0] = 7.0
+    assert cache.get((alone,), "alone", lambda copy: copy.clone())[0] == 7
+
+
+def test_few_numbers_that_are_written_while_something_is_made_of_them():
+    """By what reads the source itself, not its copy."""
+    weight, bias = torch.randn(ROWS, COLUMNS), torch.zeros(4)
+
+    def make(_, copy):
+        bias.fill_(2.0)
+        return bias.clone()
+
+    assert cache.get((weight, bias), "late", make)[0] == 2
+    bias.zero_()
+    assert cache.get((weight, bias), "late", lambda _, copy: copy.clone())[0] == 0

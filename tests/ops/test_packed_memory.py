@@ -25,7 +25,8 @@ LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, cty
 LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 PAGE = os.sysconf("SC_PAGESIZE")
-READ_WRITE, PRIVATE_ANONYMOUS, FIXED, DONT_NEED = 3, 0x22, 0x10, 4
+READ_WRITE, PRIVATE_ANONYMOUS, FIXED = 3, 0x22, 0x10
+DONT_NEED, HUGE_PAGE, NO_HUGE_PAGE = 4, 14, 15
 
 
 def new_memory(address, size):
@@ -83,6 +84,35 @@ def test_memory_that_loses_what_it_held(mapped, pages, how):
     assert same(mapped)
     mapped.numpy()[50] = 2.0
     assert same(mapped)
+
+
+@pytest.mark.parametrize("large_pages", [False, True])
+@pytest.mark.parametrize("then", ["", "read", "written"])
+def test_a_whole_table_of_pages_that_is_gone(large_pages, then):
+    """The kernel takes the table away with its pages, and has no page to tell of."""
+    table = PAGE // 8 * PAGE
+    size = 4 * table
+    address = LIBC.mmap(None, size, READ_WRITE, PRIVATE_ANONYMOUS, -1, 0)
+    LIBC.madvise(address, size, HUGE_PAGE if large_pages else NO_HUGE_PAGE)
+    values = np.frombuffer((ctypes.c_char * size).from_address(address), np.float32)
+    weight = torch.from_numpy(values.reshape(-1, 1024))
+    weight.fill_(1.0)
+
+    def kept():
+        return cache.get((weight,), "copy", lambda copy: copy)
+
+    assert torch.equal(kept(), weight)
+    first = (address + table - 1) // table * table
+    assert LIBC.madvise(first, 2 * table, DONT_NEED) == 0
+    if then == "written":
+        weight[len(weight) // 2, 3] = 5.0
+    if then == "read":
+        assert weight.sum() < weight.numel()
+    for value in (2.0, 3.0):
+        assert torch.equal(kept(), weight) and (weight == 0).any()
+        weight[len(weight) // 2, 7] = value
+    assert torch.equal(kept(), weight)
+    cache.forget([weight])
 
 
 def copied_map(path):

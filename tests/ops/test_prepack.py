@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.ops.cases import assert_close, cast, feed_forward, needs_cpu, plugin
 from variator_kernels import functional as vf
-from variator_kernels.ops import packed, prepack
+from variator_kernels.ops import packed, packed_entries, prepack
 from variator_kernels.ops.arguments import Norm
 from variator_kernels.ops.feed_forward import FeedForward
 from variator_kernels.ops.group_merge.op import group_merge
@@ -88,7 +88,7 @@ def test_unchanged_weights_are_packed_once():
     layer, x = Layer(), torch.randn(2, 19, D)
     layer(x)
     forms = {key: dict(entry.forms) for key, entry in prepack.cache._entries.all.items()}
-    assert (packed._layout(layer.wi.weight),) in forms
+    assert (packed_entries.layout(layer.wi.weight),) in forms
     layer(x)
     for key, found in forms.items():
         for kind, form in found.items():
@@ -149,7 +149,7 @@ def test_stale_forms_are_dropped():
         layer(x)
         halve_in_place(layer)
     layer(x)
-    entry = prepack.cache._entries.all[packed._layout(layer.wi.weight),]
+    entry = prepack.cache._entries.all[packed_entries.layout(layer.wi.weight),]
     assert len(entry.forms) == 1 and entry.changes == packed._changes(entry)
 
 

@@ -138,14 +138,16 @@ def test_more_groups_than_pass_at_once(monkeypatch, precision, threads):
     assert same(at_once(monkeypatch, *arguments), in_steps(*arguments))
 
 
+@pytest.mark.parametrize("post", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_write_to_any_source_is_noticed(monkeypatch, precision):
+def test_a_write_to_any_source_is_noticed(monkeypatch, precision, post):
     dtype = torch.float32
-    ffn = ffn_of(dtype, "layer", False, True, "silu")._replace(precision=precision)
+    ffn = ffn_of(dtype, "layer", post, not post, "silu")._replace(precision=precision)
     plugin = cases.plugin(D, 4, R, dtype)
     x, groups = inputs(dtype, "right", 4)
     before = at_once(monkeypatch, x, plugin, ffn, groups)
-    for source in (*plugin[:6], *ffn[:4], ffn.norm_weight, ffn.norm_bias):
+    of_ffn = (t for t in (*ffn[:6], ffn.norm_weight, ffn.norm_bias) if t is not None)
+    for source in (*plugin[:6], *of_ffn):
         source.data.view(-1)[0] += 0.25
         found = at_once(monkeypatch, x, plugin, ffn, groups)
         assert not same(found, before)
@@ -153,11 +155,12 @@ def test_a_write_to_any_source_is_noticed(monkeypatch, precision):
         before = found
 
 
+@pytest.mark.parametrize("post", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_write_to_any_source_of_a_dense_one_is_noticed(monkeypatch, precision):
+def test_a_write_to_any_source_of_a_dense_one_is_noticed(monkeypatch, precision, post):
     monkeypatch.setattr(dense, "_pass", None)
-    norm = "layer" if precision else "rms"
-    ffn = ffn_of(torch.float32, norm, False, True, "silu")._replace(precision=precision)
+    norm = "layer" if precision or post else "rms"
+    ffn = ffn_of(torch.float32, norm, post, not post, "silu")._replace(precision=precision)
     x, _ = inputs(torch.float32, "none", 1)
     before = dense.feed_forward(x, ffn)
     for source in (t for t in (*ffn[:6], ffn.norm_weight, ffn.norm_bias) if t is not None):

@@ -33,7 +33,9 @@ def random(dtype: torch.dtype, *shape: int) -> Tensor:
     return (torch.randn(*shape) * shape[-1] ** -0.5).to(dtype)
 
 
-def sublayer(dtype: torch.dtype, norm: str, post: bool, kv_heads: int = KV_HEADS) -> SelfAttention:
+def sublayer(
+    dtype: torch.dtype, norm: str, post: bool, kv_heads: int = KV_HEADS, residual: bool = True
+) -> SelfAttention:
     q, k = HEADS * SIZE, kv_heads * SIZE
     return SelfAttention(
         random(dtype, q, D),
@@ -50,7 +52,7 @@ def sublayer(dtype: torch.dtype, norm: str, post: bool, kv_heads: int = KV_HEADS
         norm_weight=None if norm == "none" else (1 + random(dtype, 1, D)[0]).to(dtype),
         norm_bias=random(dtype, 1, D)[0] if norm == "layer" else None,
         post_norm=post and norm != "none",
-        residual=not post,
+        residual=residual,
     )
 
 
@@ -88,7 +90,8 @@ def test_every_kind(monkeypatch, dtype, precision, isa):
     for (number, (norm, post)), kind in itertools.product(enumerate(norms), KINDS):
         torch.set_num_threads(1 + number % 2)
         kv_heads = (KV_HEADS, HEADS)[number % 2]
-        a = sublayer(dtype, norm, post, kv_heads)._replace(precision=precision)
+        residual = (number + KINDS.index(kind)) % 3 > 0
+        a = sublayer(dtype, norm, post, kv_heads, residual)._replace(precision=precision)
         ratio = (4, 2, 16)[number % 3]
         x, groups = inputs(dtype, kind, ratio)
         terms = terms_of(number + KINDS.index(kind))
@@ -109,9 +112,10 @@ def test_rows_in_pieces(monkeypatch, precision):
     assert same(*both(monkeypatch, fused.dense, x, a, keys, None))
 
 
+@pytest.mark.parametrize("post", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_write_to_any_source_is_noticed(monkeypatch, precision):
-    a = sublayer(torch.float32, "layer", False)._replace(precision=precision)
+def test_a_write_to_any_source_is_noticed(monkeypatch, precision, post):
+    a = sublayer(torch.float32, "layer", post)._replace(precision=precision)
     x, groups = inputs(torch.float32, "right", 4)
     merge, terms = merge_of(torch.float32, 4), Terms()
     before, _ = both(monkeypatch, merged, x, a, merge, groups, terms)

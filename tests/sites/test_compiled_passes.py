@@ -7,14 +7,35 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 
 import variator_kernels as vk
 from tests.ops.cases import needs_cpu
 from tests.sites.optimize_cases import batch, plain
+from variator_kernels.ops.arguments import MergeWeights
+from variator_kernels.ops.make_groups import make_groups
 from variator_kernels.ops.packed import PackCache
+from variator_kernels.ops.self_attention import (
+    SelfAttention,
+    Terms,
+    attention_kv,
+    members,
+    whole_queries,
+)
+from variator_kernels.ops.transforms import graphing
 from variator_kernels.sites.find import find
 
-pytestmark = needs_cpu
+
+def _tells():
+    """Whether this PyTorch tells compiled code apart from code that is exported."""
+    compiled = torch.compile(lambda x: x + float(graphing()), fullgraph=True, backend="eager")
+    return bool(compiled(torch.zeros(1)) == 1)
+
+
+pytestmark = [
+    needs_cpu,
+    pytest.mark.skipif(not _tells(), reason="PyTorch takes compiled code for exported code"),
+]
 ATTENTION, DENSE, COMPRESSED, EACH = (
     "variator.self_attention.default", "variator.feed_forward.default",
     "variator.compressed_ffn.default", "variator.int8_linear.default",
@@ -108,6 +129,27 @@ def test_int8():
         torch._dynamo.reset()
 
 
+@torch.no_grad()
+def test_norms_of_heads_stay_in_the_graph():
+    """They are modules, which no registered op takes."""
+    heads, size = 4, 8
+    q_norm, k_norm = nn.RMSNorm(size), nn.RMSNorm(size)
+    q_norm.weight.fill_(4.0)
+    weights = [torch.randn(heads * size, heads * size) for _ in range(4)]
+    a = SelfAttention(*weights, size, 0.3, q_norm=q_norm, k_norm=k_norm)
+    merge = MergeWeights(torch.randn(2, 2 * heads * size), torch.randn(2))
+
+    def run(x):
+        groups = make_groups(x, 2, backend="cpu")
+        keys = whole_queries(members(groups, x), x, Terms())
+        return attention_kv(x, merge, a, groups, keys, None, "cpu")
+
+    x, graphs = torch.randn(2, 7, heads * size), Graphs()
+    found = torch.compile(run, fullgraph=True, backend=graphs)(x)
+    torch.testing.assert_close(found, run(x), rtol=1e-4, atol=1e-4)
+    assert graphs.called[ATTENTION] == 0
+
+
 def test_where_a_gradient_may_be_asked_for_every_step_is_in_the_graph():
     model = vk.patch(plain("bert"), 2, (2,), 8, placements=("ffn", "attention_kv"))
     model.get_input_embeddings().weight.requires_grad_(True)
@@ -174,9 +216,12 @@ def test_weights_that_are_frozen_in_are_packed_once(monkeypatch):
     with torch._inductor.config.patch(freezing=True):
         torch.testing.assert_close(run(compiled), run(), rtol=1e-4, atol=1e-4)
     run(compiled)
-    made, enter = [], PackCache._enter
-    monkeypatch.setattr(
-        PackCache, "_enter", lambda self, *given: made.append(given) or enter(self, *given)
-    )
+    made, asked, get = [], [], PackCache.get
+
+    def counted(self, sources, kind, make):
+        asked.append(kind)
+        return get(self, sources, kind, lambda *copies: made.append(kind) or make(*copies))
+
+    monkeypatch.setattr(PackCache, "get", counted)
     run(compiled)
-    assert not made
+    assert len(asked) >= 4 and not made

@@ -89,6 +89,11 @@ def is_scalars(t: Tensor) -> bool:
     return t.dim() == 1 and t.shape[0] <= SCALARS
 
 
+def same_values(first: Any, second: Any) -> bool:
+    """Of two looks at the same numbers; NaN is what it is."""
+    return first == second or repr(first) == repr(second)
+
+
 def key_of(
     sources: tuple[Tensor, ...],
 ) -> tuple[Hashable, tuple[Tensor, ...], tuple[list[float], ...]]:

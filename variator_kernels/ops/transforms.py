@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 """Whether ``torch.export`` runs; PyTorch 2.6 does not tell."""
+_TELLS = hasattr(torch.compiler, "is_exporting")
 _DERIVING = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
 
 
@@ -42,8 +43,11 @@ def is_plain(x: Tensor) -> bool:
 
 def graphing() -> bool:
     """Whether ``torch.compile`` makes a graph of what runs, for this process alone: a registered op
-    may stand there for code that reads memory. No exporter runs."""
-    return torch.compiler.is_compiling() and not (exporting() or torch.onnx.is_in_onnx_export())
+    may stand there for code that reads memory. No exporter runs; where PyTorch does not tell (2.6),
+    one may."""
+    if not (_TELLS and torch.compiler.is_compiling()):
+        return False
+    return not (exporting() or torch.onnx.is_in_onnx_export())
 
 
 def nobody_changes() -> bool:

@@ -14,6 +14,7 @@ from ..group_merge import cpu as group_merge
 from ..grouped_attention import op as grouped_attention
 from ..grouped_attention.reference import Visible
 from ..groups import Groups, real_tokens
+from ..transforms import graphing
 from .description import SelfAttention
 from .keys import Keys
 from .rotation import Rotation
@@ -26,12 +27,11 @@ def fuses(
     """Whether the sublayer is no more than its weights, and :func:`fused_product.runs` holds, of a
     merge too. ``table``: of distances, which has its own dtype."""
     a = attention
-    if torch.is_grad_enabled():
-        # Norms of heads are modules, whose weights may get gradients.
-        if a.q_norm is not None or a.k_norm is not None:
-            return False
-        if table is not None and table.requires_grad:
-            return False
+    # Norms of heads are modules: their weights may get gradients, and no registered op takes them.
+    if (a.q_norm is not None or a.k_norm is not None) and (torch.is_grad_enabled() or graphing()):
+        return False
+    if torch.is_grad_enabled() and table is not None and table.requires_grad:
+        return False
     if a.modules is not None or not a.pack or a.dropout_weights > 0 or a.dropout_outer > 0:
         return False
     weights = (a.w_q, a.w_k, a.w_v, a.w_o, a.b_q, a.b_k, a.b_v, a.b_o)

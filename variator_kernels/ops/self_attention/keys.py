@@ -10,7 +10,7 @@ from torch import Tensor
 from ..grouped_attention import DistanceBias, distance_bias
 from ..grouped_attention.relative import joined
 from ..groups import Groups, real_tokens, slots
-from ..transforms import tracing
+from ..transforms import graphing, tracing
 from .blocks import Blocks, Sums
 from .pairs import Pairs
 from .terms import Terms
@@ -174,7 +174,7 @@ def _bounds(
     terms: Terms, x: Tensor, start: Tensor, slots: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """Under queries that are tokens, of keys of up to so many slots from ``start [B, G]`` on."""
-    if terms.window is None or tracing() or torch.compiler.is_compiling():
+    if terms.window is None or tracing() or (torch.compiler.is_compiling() and not graphing()):
         return None, None
     before, behind = terms.window
     if x.shape[1] <= 2 * (before + behind):  # a block of queries sees about all of them
