@@ -302,3 +302,38 @@ def test_flops_of_whole_sublayers(merges):
     with FlopCounterMode(display=False) as counted:
         torch.ops.variator.feed_forward(x, *f[:13], None)
     assert counted.get_total_flops() == 2 * 2 * N * 3 * D * 40
+
+
+@needs_opcheck
+@needs_cpu
+@pytest.mark.parametrize("form", ["mask", "keep", "both", "varlen", "nothing"])
+def test_lists_in_a_graph(form):
+    """The groups that are made without one, and empty ones behind."""
+    x, mask, keep = torch.randn(3, 11, D), None, NOTHING_KEPT
+    options = {}
+    if form in ("mask", "both"):
+        mask = torch.rand(3, 11) < 0.7
+        options["mask"] = mask
+    if form == "both":
+        keep = Keep(1, 2, torch.rand(3, 11) < 0.2)
+    elif form == "keep":
+        keep = Keep(2, 1)
+    elif form == "varlen":
+        x, keep = x.view(33, D), Keep(1)
+        options["cu_seqlens"] = torch.tensor([0, 4, 4, 20, 33])
+    groups = make_groups(x, K, backend="cpu", keep=keep, **options)
+    torch._dynamo.reset()
+    made = torch.compile(
+        lambda x: make_groups(x, K, backend="cpu", keep=keep, **options)[:5],
+        fullgraph=True, backend="aot_eager",
+    )(x)  # fmt: skip
+    count = groups.start.shape[-1]
+    rows = groups.span > 0
+    assert torch.equal(made[1][..., :count], groups.span) and not made[1][..., count:].any()
+    assert torch.equal(made[0][..., :count][rows], groups.start[rows])
+    assert (made[3] is None) == (groups.kept is None)
+    if groups.kept is not None:
+        assert torch.equal(made[3][..., :count], groups.kept) and not made[3][..., count:].any()
+    offsets = options.get("cu_seqlens")
+    arguments = (x, mask, offsets, keep.mask, made[0].shape[-1], K, keep.first, keep.last)
+    torch.library.opcheck(torch.ops.variator.list_groups.default, arguments)

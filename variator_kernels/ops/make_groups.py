@@ -19,7 +19,8 @@ from .groups import (
     varlen_lists,
 )
 from .kept_groups import kept_lists, rows_of_batch, rows_of_sequences
-from .transforms import exporting, is_plain
+from .library import LIBRARY, define
+from .transforms import exporting, graphing, is_plain
 
 
 def make_groups(
@@ -42,6 +43,8 @@ def make_groups(
     on_gpu = backend in ("triton", "cuda")
     spare = 1 if inner and exporting() else 0
     mask = _as_bool(mask)
+    if backend == "cpu" and x.is_cpu and graphing():
+        return _node(x, ratio, mask, cu_seqlens, keep)
     if not keep.nothing:
         keep = keep._replace(mask=_as_bool(keep.mask))
         offsets = None if cu_seqlens is None else cu_seqlens.long()
@@ -63,6 +66,49 @@ def make_groups(
         return Groups(first_real(mask), None, None, None, mask, ratio, "masked")
     start, span = _masked(mask, ratio, backend, spare)
     return Groups(start, span, None, None, mask, ratio, "listed")
+
+
+# A graph holds the lists of the CPU's kernels as one op. PyTorch's compiler (2.13, AVX2) made other
+# numbers of their arithmetic in 64-bit integers.
+define(
+    "list_groups(Tensor x, Tensor? mask, Tensor? offsets, Tensor? keep, SymInt count, int ratio,"
+    " SymInt first, SymInt last) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _node(
+    x: Tensor, ratio: int, mask: Tensor | None, cu_seqlens: Tensor | None, keep: Keep
+) -> Groups:
+    keep = keep._replace(mask=_as_bool(keep.mask))
+    offsets = None if cu_seqlens is None else cu_seqlens.long()
+    count = max_groups(x, ratio, cu_seqlens, keep)
+    start, span, kept = torch.ops.variator.list_groups.default(
+        x, mask, offsets, keep.mask, count, ratio, keep.first, keep.last
+    )
+    return Groups(start, span, None, None if keep.nothing else kept, mask, ratio, "listed")
+
+
+@torch.library.impl(LIBRARY, "list_groups", "CPU")
+def _list_groups(
+    x: Tensor, mask: Tensor | None, offsets: Tensor | None, keep: Tensor | None, count: int,
+    ratio: int, first: int, last: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    found = _kept_by_call(x, ratio, mask, offsets, Keep(first, last, keep))
+    shape = (count,) if offsets is not None else (x.shape[0], count)
+    made = [torch.zeros(shape, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.bool)]
+    for some, lists in zip((found.start, found.span, found.kept), made, strict=True):
+        assert some is not None
+        lists[..., : some.shape[-1]] = some
+    return made[0], made[1], made[2]
+
+
+@torch.library.register_fake("variator::list_groups")
+def _fake(
+    x: Tensor, mask: Tensor | None, offsets: Tensor | None, keep: Tensor | None, count: int, *_: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (count,) if offsets is not None else (x.shape[0], count)
+    start, span = (x.new_empty(shape, dtype=torch.int64) for _ in range(2))
+    return start, span, x.new_empty(shape, dtype=torch.bool)
 
 
 def _as_bool(mask: Tensor | None) -> Tensor | None:
