@@ -24,6 +24,7 @@ from variator_kernels.ops.self_attention import (
 )
 from variator_kernels.ops.transforms import graphing
 from variator_kernels.sites.find import find
+from variator_kernels.sites.unchanged import check_attention
 
 
 def _tells():
@@ -86,7 +87,12 @@ def run_of(model):
 @pytest.mark.parametrize("name", ["bert", "modernbert", "t5"])
 @torch.no_grad()
 def test_a_graph_holds_sublayers_whole(name, placements):
-    model = vk.patch(plain(name), 1, (2,), 8, placements=placements, optimize="encoder")
+    model = plain(name)
+    try:
+        check_attention(find(model))
+    except ValueError as error:  # of an older transformers
+        pytest.skip(str(error))
+    vk.patch(model, 1, (2,), 8, placements=placements, optimize="encoder")
     run = run_of(model)
     for ratio, calls in (
         (1, {ATTENTION: 2, DENSE: 2, COMPRESSED: 0}),
