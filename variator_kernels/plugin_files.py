@@ -32,7 +32,9 @@ def checked(found: Found, source: str | os.PathLike[str]) -> Checked:
     path = Path(source)
     path = path / TENSORS if path.is_dir() else path
     if not path.is_file():
-        raise FileNotFoundError(f"source must hold plugins, there is no file {path}")
+        raise FileNotFoundError(
+            f"source must hold plugins (a folder, its {TENSORS}, or a hub id), there is no file {path}"
+        )
     if path.suffix == ".json":
         raise ValueError(f"source must be the folder of plugins or its {TENSORS}, got {path}")
     read = _read if path.suffix == ".safetensors" else released.read
