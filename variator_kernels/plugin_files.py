@@ -33,7 +33,7 @@ def checked(found: Found, source: str | os.PathLike[str]) -> Checked:
     path = path / TENSORS if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(
-            f"source must hold plugins (a folder, its {TENSORS}, or a hub id), there is no file {path}"
+            f"source must hold plugins (a folder, its {TENSORS}, a hub id), there is no file {path}"
         )
     if path.suffix == ".json":
         raise ValueError(f"source must be the folder of plugins or its {TENSORS}, got {path}")
