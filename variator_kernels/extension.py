@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401  (first: the kernels run on torch's own OpenMP threads)
+import torch  # (first: the kernels run on torch's own OpenMP threads)
 
 from . import environment
 
@@ -117,3 +117,9 @@ def enum_value(part: str, kind: str, name: str) -> int:
 def why_missing(part: str = "cpu") -> str:
     """Why :func:`load` gives None; empty if it does not."""
     return _LOADED[part][1]
+
+
+@torch.compiler.assume_constant_result
+def built() -> bool:
+    """Whether there are kernels for the CPU; a constant of a graph."""
+    return load() is not None

@@ -31,7 +31,7 @@ def runs(x: Tensor, tensors: Iterable[Tensor | None]) -> bool:
     for them, it is what it will be of."""
     if not (x.is_cpu and x.dtype in PACKED and x.numel() > 0 and (graphing() or is_plain(x))):
         return False
-    if transformed() or autocasts(x) or not _built():
+    if transformed() or autocasts(x) or not extension.built():
         return False
     derives = torch.is_grad_enabled()
     if derives and x.requires_grad:
@@ -45,11 +45,6 @@ def runs(x: Tensor, tensors: Iterable[Tensor | None]) -> bool:
         ):
             return False
     return True
-
-
-@torch.compiler.assume_constant_result
-def _built() -> bool:
-    return extension.load() is not None
 
 
 class Product(NamedTuple):

@@ -20,7 +20,7 @@ from .groups import (
 )
 from .kept_groups import kept_lists, rows_of_batch, rows_of_sequences
 from .library import LIBRARY, define
-from .transforms import exporting, graphing, is_plain
+from .transforms import exporting, graphing, is_plain, transformed
 
 
 def make_groups(
@@ -43,7 +43,7 @@ def make_groups(
     on_gpu = backend in ("triton", "cuda")
     spare = 1 if inner and exporting() else 0
     mask = _as_bool(mask)
-    if backend == "cpu" and x.is_cpu and graphing():
+    if not on_gpu and x.is_cpu and graphing() and not transformed() and extension.built():
         return _node(x, ratio, mask, cu_seqlens, keep)
     if not keep.nothing:
         keep = keep._replace(mask=_as_bool(keep.mask))
@@ -68,7 +68,7 @@ def make_groups(
     return Groups(start, span, None, None, mask, ratio, "listed")
 
 
-# A graph holds the lists of the CPU's kernels as one op. PyTorch's compiler (2.13, AVX2) made other
+# A graph holds the lists of groups on the CPU as one op. PyTorch's compiler (2.13, AVX2) made other
 # numbers of their arithmetic in 64-bit integers.
 define(
     "list_groups(Tensor x, Tensor? mask, Tensor? offsets, Tensor? keep, SymInt count, int ratio,"
