@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch  # (first: the kernels run on torch's own OpenMP threads)
+import torch  # first: the kernels run on its OpenMP threads
 
 from . import environment
 
