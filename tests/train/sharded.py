@@ -4,6 +4,7 @@ accelerate shards on accelerators alone; told that two processes on CPUs are som
 code there.
 """
 
+import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
@@ -21,3 +22,4 @@ if __name__ == "__main__":
 
     PartialState.__init__ = _as_on_gpus
     main()
+    assert not dist.is_initialized(), "the command left its process group behind"

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from . import projection_command
-from .command import unknown_option
+from .command import own_group, unknown_option
 from .config import STEP_DEFAULTS, STEPS, DistillationConfig
 from .job import Job
 from .run import run
@@ -116,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+@own_group()
 def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     if words[:1] == [projection_command.STEP]:
