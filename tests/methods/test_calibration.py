@@ -10,7 +10,7 @@ from variator_kernels.methods.variator.calibration import descent, run
 from variator_kernels.methods.variator.calibration.fit import SiteFit
 from variator_kernels.ops import prepack, prepacked_linear
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:the plugins of ratio")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:plugins are untrained")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from variator_kernels.runtime.state import STATE
 from variator_kernels.sites.feed_forward import describe
 from variator_kernels.sites.find import find
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:the plugins of ratio")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:plugins are untrained")
 
 
 def with_sink(family="bert", act="gelu", strength=12.0):

@@ -13,7 +13,7 @@ from tests.ops.cases import needs_cpu
 from tests.sites import tiny
 from variator_kernels.methods.variator.calibration import descent, run
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:the plugins of ratio")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:plugins are untrained")
 
 
 @pytest.mark.parametrize("part", ["merge", "adapter"])

@@ -10,7 +10,7 @@ from tests.methods.test_calibration import batches, few_steps  # noqa: F401
 from tests.sites import tiny
 from variator_kernels.methods.variator.calibration import inputs, sensitivity
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:the plugins of ratio")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:plugins are untrained")
 NAMES = ("input_ids", "attention_mask")
 
 

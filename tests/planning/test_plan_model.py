@@ -16,7 +16,7 @@ from variator_kernels.planning.options import Options
 from variator_kernels.runtime.level import Level
 from variator_kernels.runtime.state import states
 
-pytestmark = pytest.mark.filterwarnings("ignore:the plugins of ratio")
+pytestmark = pytest.mark.filterwarnings("ignore:plugins are untrained")
 
 
 def model(family="bert", act="gelu", placements=("ffn", "attention_kv"), **settings):

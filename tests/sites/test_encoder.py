@@ -137,7 +137,7 @@ def test_warns_once_while_untrained():
         warnings.simplefilter("error")
         tiny.encode(model, ids, mask)
     model.eval()
-    with pytest.warns(UserWarning, match="plugins of ratio 4 are untrained"):
+    with pytest.warns(UserWarning, match=r"untrained \(ffn of ratio 4\): each .* FFN output"):
         tiny.encode(model, ids, mask)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -145,6 +145,9 @@ def test_warns_once_while_untrained():
         tiny.encode(tiny.patched(), ids, mask)
         dense = vk.patch_t5(tiny.model(), ratio=1)
         tiny.encode(dense, ids, mask)
+    both = vk.patch_t5(tiny.model(), {"ffn": 4, "attention_kv": 2})
+    with pytest.warns(UserWarning, match=r"\(attention_kv of ratio 2, ffn of ratio 4\)"):
+        tiny.encode(both.eval(), ids, mask)
 
 
 @pytest.mark.parametrize("act", ["relu", "gated-gelu"])

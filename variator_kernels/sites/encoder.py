@@ -156,6 +156,14 @@ def argument(
     return value
 
 
+_UNTRAINED = {
+    "ffn": "each group of tokens gets the FFN output of its mean",
+    "attention": "each group of tokens gets what its mean attends to",
+    "attention_kv": "each group of tokens is seen as its mean",
+}
+"""What a placement does until then."""
+
+
 def _warn_if_untrained(encoder: Encoder, ratios: tuple[int, ...]) -> None:
     """Once per model: plugins that run still have their initial values."""
     state = encoder.variator_state
@@ -177,13 +185,11 @@ def _warn_if_untrained(encoder: Encoder, ratios: tuple[int, ...]) -> None:
             unknown.discard(key)
     if not unknown:
         return
-    placement, ratio = min(unknown)
     state.warned = True
-    what = {"ffn": "the FFN output of its mean", "attention": "what its mean attends to"}
+    names = ", ".join(f"{placement} of ratio {ratio}" for placement, ratio in sorted(unknown))
     warnings.warn(
-        f"the {placement} plugins of ratio {ratio} are untrained: each group of {ratio} tokens "
-        f"{'gets ' + what[placement] if placement in what else 'is seen as its mean'}. Train them "
-        "or load_plugins()",
+        f"plugins are untrained ({names}): {_UNTRAINED[min(unknown)[0]]}. Train them or "
+        "load_plugins()",
         UserWarning,
         stacklevel=4,
     )

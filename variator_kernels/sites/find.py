@@ -68,21 +68,21 @@ def _key(kind: type) -> tuple[str, str]:
 def _not_one(model: nn.Module, families: tuple[Family, ...], number: int) -> str:
     decoders = len(_stacks(model, families)) - number
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    text = (
-        f"model must hold exactly one encoder of a known family, "
-        f"{tuple(family.name for family in families)}, got {number} in a {type(model).__name__}"
-    )
+    text = f"model must hold exactly one encoder of a known family, got {number} in a "
+    text += type(model).__name__
     if number == 0 and not decoders and kind:
         text += f" of model_type {kind!r}"
         if kind in REFUSED:
             return f"{text}, which cannot be patched: {REFUSED[kind]}"
         if kind not in FAMILIES:
             text += ": describe it by vk.patch(model, family=vk.Family(...)), see docs/families.md"
+        elif kind not in {family.name for family in families}:
+            text += ": vk.patch(model) takes that"
     if decoders > 0:
         text += f", and {decoders} with config.is_decoder=True, which stay dense"
     if number > 1:
         text += ": call this for each of them, or see docs/families.md on two encoders in one model"
-    return text
+    return f"{text}. Known here: {', '.join(family.name for family in families)}"
 
 
 def replaced(module: nn.Module) -> bool:
