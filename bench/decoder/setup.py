@@ -46,6 +46,13 @@ def load(model: models.Architecture, dtype: torch.dtype) -> Any:
     return models.cast(built, dtype)
 
 
+def tokenizer(model: models.Architecture) -> Any:
+    """Of a folder that has one; without a padding token it pads with the end's."""
+    found: Any = AutoTokenizer.from_pretrained(model.tokenizer, local_files_only=True)
+    found.pad_token = found.pad_token or found.eos_token
+    return found
+
+
 def text(model: models.Architecture, data: Path, count: int) -> Tensor:
     """So many tokens of wikitext2's test text, ``[count]``; random ones without a tokenizer.
 
@@ -56,8 +63,8 @@ def text(model: models.Architecture, data: Path, count: int) -> Tensor:
         return models.tokens(1, count, model.config.vocab_size)[0]
     if not (data / TEXT).is_file():
         raise FileNotFoundError(f"data must be a folder with {TEXT}, got {data}")
-    tokenize: Any = AutoTokenizer.from_pretrained(model.tokenizer, local_files_only=True)
-    found = tokenize((data / TEXT).read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]
+    read = (data / TEXT).read_text(encoding="utf-8")
+    found: Tensor = tokenizer(model)(read, return_tensors="pt")["input_ids"]
     if found.shape[1] < count:
         raise ValueError(f"data must hold {count} tokens, {data / TEXT} has {found.shape[1]}")
     return found[0, :count]

@@ -3,6 +3,9 @@
 from ..harness.results import Row
 from ..harness.tables import Column, key, mib, number
 
+TARGETS = {("ffn/2", 2): 1.0}
+"""Points that a level may lose, at most, on the dev set."""
+
 
 def columns(content: Row) -> list[Column]:
     """Of the tables on the screen and in the documentation."""
@@ -29,6 +32,35 @@ def columns(content: Row) -> list[Column]:
     kinds = dict.fromkeys(kind for row in content["rows"] for kind in row.get("perplexity", ()))
     made += [_perplexity(kind, str(n)) for kind in kinds for n in settings["contexts"]]
     return made
+
+
+def task_columns(content: Row) -> list[Column]:
+    """The same of ``bench.decoder.task``."""
+
+    def lost(row: Row) -> str:
+        limit = TARGETS.get((row["where"], row["k"]))
+        aim = "" if limit is None else f" (target {limit})"
+        return f"{row['dev_lost']:.1f}{aim}" if row["where"] else ""
+
+    made = [
+        Column("compressed", lambda row: row["where"] or "nothing, HF SDPA", True),
+        Column("k", lambda row: str(row["k"]) if row["where"] else "", True),
+        number("right, dev, %", lambda row: 100 * row["dev"], ".1f"),
+        Column("points lost", lost),
+    ]
+    if "test" in content["rows"][0]:
+        made += [
+            number("right, test, %", lambda row: 100 * row["test"], ".1f"),
+            number(
+                "points lost, test", lambda row: row["test_lost"] if row["where"] else None, ".1f"
+            ),
+        ]
+    return [
+        *made,
+        key("seeds", "seeds"),
+        number("multiply-adds left", lambda row: row.get("multiply_adds_left"), ".0%"),
+        number("over HF", lambda row: row["speedup"]["median"]),
+    ]
 
 
 def _milliseconds(heading: str, name: str) -> Column:

@@ -177,7 +177,7 @@ def of_keeping(found: Machine, folder: Path) -> str:
 def of_decoder(found: Machine, folder: Path) -> str:
     """A row a level of every run of ``bench.decoder``."""
     parts = []
-    for content in _named(found, "decoder").values():
+    for content in _decoders(found).values():
         measured = pick(content["rows"], status="ok")
         parts.append(tables.markdown(decoder.columns(content), measured))
     return "\n\n".join(parts)
@@ -186,7 +186,22 @@ def of_decoder(found: Machine, folder: Path) -> str:
 def decoder_figure(found: Machine, folder: Path) -> str:
     """Perplexity against the cache and the time to first token."""
     text = "Perplexity against cache memory and time to first token"
-    return "\n".join(found.picture(name, text, folder) for name in _named(found, "decoder"))
+    return "\n".join(found.picture(name, text, folder) for name in _decoders(found))
+
+
+def _decoders(found: Machine) -> dict[str, Row]:
+    named = _named(found, "decoder").items()
+    return {name: content for name, content in named if content["benchmark"] == "decoder"}
+
+
+def of_decoder_task(found: Machine, folder: Path) -> str:
+    """Points that levels of a fine-tuned decoder lose."""
+    parts = []
+    for content in _named(found, "decoder_task").values():
+        parts.append(
+            tables.markdown(decoder.task_columns(content), pick(content["summary"], status="ok"))
+        )
+    return "\n\n".join(parts)
 
 
 def _named(found: Machine, start: str) -> dict[str, Row]:
@@ -222,5 +237,5 @@ TABLES: dict[str, Callable[[Machine, Path], str]] = {
     "backward": _of_cells("backward", BACKWARD), "ragged": _of_cells("ragged", RAGGED),
     "memory": of_memory, "packing": of_packing, "keeping": of_keeping, "products": of_products,
     "targets": of_targets, "decoder": of_decoder,
-    "decoder-figure": decoder_figure, "peers": of_peers,
+    "decoder-figure": decoder_figure, "decoder-task": of_decoder_task, "peers": of_peers,
 }  # fmt: skip
