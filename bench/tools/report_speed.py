@@ -123,10 +123,17 @@ def encoder(found: Machine, folder: Path) -> str:
 def with_placements(found: Machine, folder: Path) -> str:
     """The encoder with plugins at each set of placements, of every file that has several."""
     rows: list[Row] = []
-    for name in sorted(found.files):
+    where = ""
+    for name, content in sorted(found.files.items()):
         some = pick(found.rows(name), case="encoder", arm="ours", status="ok")
-        rows += some if len(set(map(placements, some))) > 1 else []
-    return tables.markdown(PLACEMENTS, rows)
+        if len(set(map(placements, some))) > 1:
+            rows += some
+            here, settings = content["machine"], content["settings"]
+            where = (
+                f"{here['cpu']} (family {here['family']}, model {here['model']}), "
+                f"{settings['threads']} threads, kernels {here['kernels_isa']}:\n\n"
+            )
+    return where + tables.markdown(PLACEMENTS, rows)
 
 
 def of_memory(found: Machine, folder: Path) -> str:
