@@ -27,7 +27,7 @@ from variator_kernels.ops.fused_product import runs as product_runs
 from variator_kernels.ops.group_merge import op as merge_op
 from variator_kernels.ops.grouped_attention import DistanceBias
 from variator_kernels.ops.grouped_attention.op import Attention
-from variator_kernels.ops.grouped_attention.reference import Visible
+from variator_kernels.ops.grouped_attention.reference import Visible, looked_up
 from variator_kernels.ops.groups import Keep
 from variator_kernels.ops.int8_linear import own_precision
 from variator_kernels.ops.int8_linear import packed as int8_packed
@@ -47,7 +47,7 @@ from variator_kernels.sites.merged_cache import MergedLayer
 __all__ = [
     "ControllerPolicy", "ControllerSettings", "DistanceBias", "LevelTimes", "Product",
     "RunningBatch", "Ticket", "additions", "collecting", "counted", "describe", "is_projected",
-    "own_precision", "parameter_groups", "product_runs", "projections", "send",
+    "looked_up", "own_precision", "parameter_groups", "product_runs", "projections", "send",
 ]  # fmt: skip
 
 

@@ -6,22 +6,18 @@ from pathlib import Path
 from bench import overhead, plans
 from bench.dynamic_load import table as load
 from bench.harness import tables
-from bench.harness.results import Row, pick
-from bench.tools.report_speed import Machine
+from bench.harness.results import pick
+from bench.tools.report_speed import Machine, named
 
 LOAD = {
     "trace": load.TRACE, "bursts": load.BURSTS, "soak": load.SOAK, "simulation": load.SIMULATION
 }  # fmt: skip
 
 
-def _named(found: Machine, start: str) -> dict[str, Row]:
-    return {name: found.files[name] for name in sorted(found.files) if name.startswith(start)}
-
-
 def of_plans(found: Machine, folder: Path) -> str:
     """Every run of ``bench.plans``: a row a level, and its picture."""
     parts = []
-    for name, content in _named(found, "plans_").items():
+    for name, content in named(found, "plans_").items():
         settings = content["settings"]
         what = f"{content['model']['name']}, {' + '.join(settings['placements'])}"
         rows = pick(content["rows"], status="ok")
@@ -37,7 +33,7 @@ def of_plans(found: Machine, folder: Path) -> str:
 def of_load(found: Machine, folder: Path) -> str:
     """Every run of ``bench.dynamic_load``: where, and a table a part."""
     parts = []
-    for content in _named(found, "dynamic_load").values():
+    for content in named(found, "dynamic_load").values():
         here, settings = content["machine"], content["settings"]
         parts.append(
             f"{here['cpu']}, {here['cores']} cores, {settings['threads']} for the model, kernels "
