@@ -18,7 +18,7 @@ def test_writes_times_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     found = [(row["case"], row["k"], row["arm"]) for row in content["rows"]]
     assert found == [(t, k, a) for t in attention.TERMS for k in (1, 3) for a in attention.ARMS]
     for row in content["rows"]:
-        assert row["status"] == "ok" and row["speedup"]["sdpa"]["median"] > 0, row
+        assert row["status"] == "ok" and row["speedup"]["hf-sdpa"]["median"] > 0, row
         assert row["error"] <= row["allowed"]
         if row["arm"] == "ours":
             assert row["largest_bytes"] <= row["output_bytes"], "an array of queries by keys"
