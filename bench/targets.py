@@ -19,6 +19,8 @@ SUBLAYER = {
 ENCODER = {"fp32": 1.85, "bf16": 1.5}
 WITH_KEYS = {(8, 512): 2.4, (1, 2048): 2.6}
 """Of T5-base and BERT-base with plugins at FFNs, keys and values, in any dtype."""
+ATTENTION = 1.3
+"""Over SDPA with the same merged keys and a mask that is ready."""
 SMALL_DENSE, BACKWARD, RAGGED, MEMORY = 3.0, 1.2, 1.15, 0.4
 TRAINING = 0.8
 
@@ -118,6 +120,8 @@ def _targets() -> list[Target]:
                     "Hugging Face SDPA", limit, _speedup("hf-sdpa", **cell))  # fmt: skip
         add(f"ffn + attention_kv, {dtype}, from 128 tokens: least speed-up over ffn alone", 1.0,
             _worst("ours, ffn", 128, **both))  # fmt: skip
+        add(f"attention alone, {dtype}, any k: least speed-up over SDPA", ATTENTION,
+            _worst("hf-sdpa", scope="kernel", dtype=dtype))  # fmt: skip
     for dtype in ENCODER:
         cell = {"dtype": dtype, "k": 4}
         small = {"case": "small", "batch": 1, "length": 512, **cell}
