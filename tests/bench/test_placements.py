@@ -182,8 +182,11 @@ def test_a_table_of_every_file_with_placements(tmp_path: Path) -> None:
     new["speedup"]["ours, ffn"] = dict.fromkeys(("q1", "median", "q3"), 1.25)
     one = [dense, row("bert-base", 1.7, ["ffn"]), new]
     files = {"speed_vs_k": [row("t5-base", 1.8, None)], "bert": one, "memory": [{"case": "memory"}]}
-    found = Machine(tmp_path, {name: {"rows": rows} for name, rows in files.items()})
-    _, _, *lines = report.TABLES["placements"](found, tmp_path).splitlines()
+    here = {"cpu": "A", "family": "6", "model": "1", "kernels_isa": "avx2"}
+    common = {"machine": here, "settings": {"threads": 2}}
+    found = Machine(tmp_path, {name: {"rows": rows, **common} for name, rows in files.items()})
+    where, _, _, _, *lines = report.TABLES["placements"](found, tmp_path).splitlines()
+    assert where == "A (family 6, model 1), 2 threads, kernels avx2:"
     assert lines == [
         "| bert-base | 8 x 512 | fp32 | 4 | ffn | 0.50 | 1.70 |  | 2.60 |",
         "| bert-base | 8 x 512 | fp32 | 4 | ffn + attention_kv | 0.50 | 2.30 | 1.25 | 2.60 |",
