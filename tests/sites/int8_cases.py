@@ -14,7 +14,7 @@ from tests.decoders import tiny as decoders
 from tests.ops.cases import needs_cpu
 from tests.sites import tiny, zoo
 from variator_kernels.ops import int8_linear
-from variator_kernels.ops.int8_linear import reference
+from variator_kernels.ops.int8_linear import module, reference
 from variator_kernels.ops.int8_linear.module import Linear
 from variator_kernels.sites.find import find
 from variator_kernels.sites.install import products_of
@@ -30,6 +30,9 @@ BOTH = {"ffn": 2, "attention_kv": 3}
 OFF = 3e-3
 """How far outputs may be from the definition in float64, as a part of their size: rounding to whole
 numbers makes a last bit a step of a 127th now and then. int8 itself costs far more."""
+FFN_ALONE = ["albert", "longformer", "deberta-v2", "longt5"]
+FAMILIES = ["t5", "mt5", "bert", "bart", "mpnet", "modernbert", "eurobert", *FFN_ALONE]
+DECODERS = ["llama", "qwen3", "phi3", "gemma"]
 
 
 class Defined(nn.Module):
@@ -111,3 +114,18 @@ def distance(found, expected) -> float:
 
 def swapped(model):
     return [module for module in model.modules() if type(module) is Linear]
+
+
+@pytest.fixture(autouse=True)
+def small_layers(monkeypatch):
+    """The models here are smaller than what is worth it."""
+    monkeypatch.setattr(module, "LEAST", 1)
+
+
+def ratio_of(name):
+    return {"ffn": 2} if name in FFN_ALONE else None
+
+
+def ready(name="bert", **settings):
+    model, exact = pair(name, ratio_of(name), **settings)
+    return model, exact, tiny.batch(19, 7, 12)
