@@ -25,6 +25,7 @@ from .sites import base_weights
 from .sites.family import ROW, Family, is_a
 from .sites.find import find, find_all, is_patched
 from .sites.found import Found
+from .sites.in_place import patched
 from .sites.wrappers import NO_VALUES
 from .version import __version__
 
@@ -73,9 +74,7 @@ def gather(
     model: nn.Module, value: Callable[[Tensor], Tensor] = sharding.whole
 ) -> tuple[Settings, dict[str, Tensor]]:
     """What :func:`write` puts into files, on the CPU; ``value`` of a parameter is all of it."""
-    states(model)
-    found = find(model)
-    state: State = vars(found.encoder)[STATE]
+    found, state = patched(model)
     config = state.method.config
     settings = Settings(
         state.family,

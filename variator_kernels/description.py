@@ -14,8 +14,9 @@ from .ops.int8_linear import StoredWeight
 from .runtime.level import Level
 from .runtime.site import Site
 from .runtime.state import STATE, State, kept_masks, states
-from .sites.find import find, find_all
+from .sites.find import find_all
 from .sites.found import Found
+from .sites.in_place import patched
 from .sites.install import products_of
 from .sites.plain import plain_linear
 from .sites.quantised import stored_products
@@ -52,9 +53,7 @@ OPTIMIZED = {
 
 def lines(model: nn.Module) -> list[tuple[str, str]]:
     """The same as names and values."""
-    states(model)
-    found = find(model)
-    state: State = vars(found.encoder)[STATE]
+    found, state = patched(model)
     config = state.method.config
     return [
         ("family", f"{state.family}, hidden size {found.hidden_size}"),

@@ -21,6 +21,7 @@ from .runtime.state import STATE
 from .sites.family import lookup
 from .sites.find import find
 from .sites.found import Found
+from .sites.in_place import check_in_place
 from .sites.install import attached, owners_of, sites_of
 
 
@@ -102,6 +103,7 @@ def count(
         places = ("ffn",) if named is None else tuple(named)
         sites = sites_of(found, places)
     else:
+        check_in_place(found, state)
         sites = state.sites
     every = tuple(map(checks.ratio, mentioned(ratio)))
     available = {site.placement: every for site in sites}

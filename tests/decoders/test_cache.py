@@ -347,3 +347,18 @@ def test_refuses_what_is_no_cache():
 
     with pytest.raises(ValueError, match="must be a DynamicCache"):
         patched(tiny.ids(), past_key_values=Own())
+
+
+@torch.no_grad()
+def test_a_cache_leaves_inference_mode():
+    model, tokens = tiny.patched("llama", {"attention_kv": 3}, window=5), tiny.ids(1, 24)
+    for first in (20, 21):
+        cache = DynamicCache()
+        with torch.inference_mode():
+            model(tokens[:, :first], past_key_values=cache)
+            model(tokens[:, first : first + 1], past_key_values=cache)
+        rest = [
+            model(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(first + 1, 24)
+        ]
+        wanted = model(tokens).logits[:, first + 1 :]
+        torch.testing.assert_close(torch.cat(rest, 1), wanted)

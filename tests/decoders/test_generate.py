@@ -172,3 +172,16 @@ def test_compiled_steps():
     for at in range(11, 26):
         got = step(tokens[:, at : at + 1], past_key_values=cache).logits
         torch.testing.assert_close(got, whole[:, at : at + 1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("ratio", [{"attention_kv": 3}, {"attention_kv": 3, "ffn": 2}])
+@torch.no_grad()
+def test_a_compiled_prompt_knows_its_mask(ratio):
+    model = tiny.patched("llama", ratio, num_hidden_layers=2)
+    tokens, mask = tiny.ids(2, 20), torch.ones(2, 20).long()
+    mask[0, :5] = 0
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    for given in (None, mask):
+        wanted = model(tokens, attention_mask=given).logits
+        assert torch.equal(compiled(tokens, attention_mask=given).logits, wanted)

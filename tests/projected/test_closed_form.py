@@ -109,3 +109,15 @@ def test_moments_are_least_squares():
     prior = torch.zeros(7, 5, dtype=torch.float64)
     prior[:, 0] = 1.0
     assert torch.isfinite(closed_form.Moments([(y, x)]).fitted(prior)).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_ffn_alone(name, dtype):
+    """The stream stays whole, so some matrices have no P, and the others' dtype is the model's."""
+    model = cases.model(name).to(dtype)
+    inner = model.config.intermediate_size // 2
+    inputs = cases.batch(model)
+    small = vk.project(model, [inputs], ffn=inner)
+    assert {parameter.dtype for parameter in small.parameters()} == {dtype}
+    assert small(**inputs).logits.isfinite().all() and small.config.intermediate_size == inner

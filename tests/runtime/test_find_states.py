@@ -134,3 +134,14 @@ def test_plans_are_told_apart():
         vk.set_ratio(model, True)
     with pytest.raises(ValueError, match="ratio must be"):
         vk.set_ratio(model, 3)
+
+
+def test_lists_that_a_forward_makes_walk_nowhere(walks):
+    model = tiny.patched()
+    vk.set_ratio(model, 1)
+    nn.ModuleList(list(model.encoder.block)[:1])  # as transformers does in decoders
+    vk.set_ratio(model, 2)
+    assert len(walks) == 1
+    model.encoder.block[0] = model.encoder.block[1]
+    vk.set_ratio(model, 4)
+    assert len(walks) == 2

@@ -132,6 +132,15 @@ def test_an_unknown_option_names_one_that_is_like_it(folder, tmp_path, capsys, g
     assert f"unknown option {given}" in (text := capsys.readouterr().err) and near in text
 
 
+@pytest.mark.parametrize("level", ["4", "[]", "{}", "null"])
+def test_a_level_names_placements(folder, tmp_path, capsys, level):
+    with pytest.raises(SystemExit):
+        main(command(folder, tmp_path / "output", "pretrain", "text.txt", "--level", level))
+    assert f'must be a JSON object of placements, such as {{"ffn": 4}}, got {level}' in (
+        capsys.readouterr().err
+    )
+
+
 def test_data_that_changed_are_another_run(folder, tmp_path, caplog):
     data = tmp_path / "a.txt"
     data.write_text((folder / "text.txt").read_text())

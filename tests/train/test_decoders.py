@@ -324,3 +324,19 @@ def test_runs_with_a_rate_for_keys_go_on(tmp_path):
     again.train(resume_from_checkpoint=True)
     for a, b in zip(plugins(whole.model), plugins(again.model), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_step_without_a_complete_group_learns_nothing(tmp_path):
+    """Rows too short for one may come at any step."""
+    made = model({"attention_kv": 4}, keep_first=1)
+    before = plugins(made)
+    short = [{"input_ids": [3, 4, 5, 6], "labels": [3, 4, 5, 6]}] * 8
+    trainer(tmp_path, made, short, max_steps=2, logits_weight=0.0, weight_decay=0.0).train()
+    assert all(torch.equal(a, b) for a, b in zip(before, plugins(made), strict=True))
+
+
+def test_labels_of_another_shape_are_refused(tmp_path):
+    made = objective(model(), task_weight=1.0)
+    given = batch([12, 9], [4, 4]) | {"labels": torch.tensor([0, 1])}
+    with pytest.raises(ValueError, match=r"labels of a decoder must be tokens.*got \[2\]"):
+        made.counts(given)

@@ -1,10 +1,10 @@
 """The states inside a model, found again without a walk through all its modules.
 
 A switch of levels takes microseconds only if it does not visit hundreds of modules. What a walk
-found holds as long as no module was registered anywhere since, the way from the model down to each
-state is the same, and so are the children of ``Sequential`` and ``ModuleList``, whose ``insert``
-registers nothing. (A patched module that is written into another module's ``_modules`` by hand is
-the one thing that this cannot see.)
+found holds as long as no module was registered since in another than a list, the way from the model
+down to each state is the same, and so are the children of ``Sequential`` and ``ModuleList``. (A
+patched module that is written into another module's ``_modules`` by hand is the one thing that this
+cannot see.)
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ import operator
 import weakref
 from typing import NamedTuple, cast
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from .state import STATE, State, states
+
+_LISTS = (nn.Sequential, nn.ModuleList)
 
 
 class _Changes:
@@ -25,7 +28,10 @@ class _Changes:
 
 
 def _registered(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
-    _Changes.number += 1
+    # transformers slices its list of layers in each forward, which fills a new list. Those of a
+    # model are looked at anyway; and what counted here would be guarded on in a compiled graph.
+    if not isinstance(module, _LISTS) and not torch.compiler.is_compiling():
+        _Changes.number += 1
 
 
 register_module_module_registration_hook(_registered)
@@ -87,7 +93,7 @@ def _looked_up(model: nn.Module, changes: int, current: list[State]) -> _Found:
     links: dict[str, tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]] = {}
     containers: list[tuple[weakref.ref[nn.Module], tuple[weakref.ref[nn.Module], ...]]] = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.Sequential | nn.ModuleList):
+        if isinstance(module, _LISTS):
             container: nn.Module = module
             parts = tuple(weakref.ref(part) for part in module)
             containers.append((weakref.ref(container), parts))

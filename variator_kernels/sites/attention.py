@@ -17,7 +17,7 @@ from ..ops.transforms import tracing
 from .attention_paths import AttentionPaths
 from .described import Described, memory_of
 from .family import ROW, Family, follow, lookup
-from .feed_forward import check_bypassed, probability
+from .feed_forward import check_bypassed, check_norm, epsilon, probability
 from .plain import plain_linear
 from .quantised import stored_product, watch_stored
 from .watch import Watch
@@ -93,6 +93,9 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
     assert paths is not None
     check_present(layer)
     check_bypassed(layer, paths.bypassed, family.module)
+    check_norm(layer, paths.norm, paths.norm_kind, family.norm_class)
+    if paths.global_keys is not None:
+        check_norm(layer, paths.global_keys.norm, "rms", family.norm_class)
     inner = type(follow(layer, paths.inner)).__name__
     if paths.inner and inner != paths.inner_class:
         raise TypeError(
@@ -123,7 +126,7 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
             norm=paths.norm_kind,
             norm_weight=norm.weight,
             norm_bias=getattr(norm, "bias", None),
-            eps=next(getattr(norm, name) for name in paths.eps if hasattr(norm, name)),
+            eps=epsilon(norm, paths.eps),
         )
     products = [follow(layer, path) for path in (paths.q, paths.k, paths.v, paths.qkv) if path]
     beside = [lookup(layer, path) for path in (paths.q_bias, "", paths.v_bias)]
@@ -153,7 +156,8 @@ def _scale(layer: nn.Module, paths: AttentionPaths, size: int) -> float:
     kinds = () if apart is None else lookup(layer, apart.kinds) or ()
     if apart is not None and not apart.counts_all:
         kinds = {"c2p", "p2c"} & {*kinds}
-    return lookup(layer, paths.scaling) or paths.scale or 1 / math.sqrt(size * (1 + len(kinds)))
+    own = lookup(layer, paths.scaling)
+    return paths.scale or 1 / math.sqrt(size * (1 + len(kinds))) if own is None else own
 
 
 def _of_distances(layer: nn.Module, paths: AttentionPaths) -> OfDistances | None:
@@ -174,8 +178,7 @@ def _global_keys(layer: nn.Module, paths: AttentionPaths) -> GlobalKeys | None:
     if where is None:
         return None
     norm = follow(layer, where.norm)
-    eps = next(getattr(norm, name) for name in paths.eps if hasattr(norm, name))
-    return GlobalKeys(norm.weight, eps, follow(layer, where.size))
+    return GlobalKeys(norm.weight, epsilon(norm, paths.eps), follow(layer, where.size))
 
 
 def _of_heads(product: Any, size: int, number: int) -> Callable[[Tensor], Tensor]:

@@ -20,6 +20,7 @@ def t5(prefix: str, **own: Any) -> AttentionPaths:
         o=f"{inner}.o",
         head_size=f"{inner}.key_value_proj_dim",
         scale=1.0,
+        scaling=f"{inner}.scaling",
         dropout=f"{inner}.dropout",
         outer_dropout="dropout",
         norm="layer_norm",
@@ -46,6 +47,7 @@ def _longt5(kind: str, **own: Any) -> AttentionPaths:
         layer=f"LongT5Layer{inner}",
         **{part: f"{inner}.{part}" for part in "qkvo"},
         head_size=f"{inner}.key_value_proj_dim",
+        scaling=f"{inner}.scaling",
         dropout=f"{inner}.dropout",
         bypassed=("layer_norm", "dropout", inner, *own.pop("bypassed", ())),
         table=f"block.0.layer.0.{inner}.relative_attention_bias",
@@ -79,6 +81,7 @@ def bert(prefix: str, **own: Any) -> AttentionPaths:
         v="self.value",
         o="output.dense",
         head_size="self.attention_head_size",
+        scaling="self.scaling",
         dropout="self.dropout",
         outer_dropout="output.dropout",
         norm="output.LayerNorm",
@@ -101,7 +104,10 @@ ROFORMER = bert(
     turned="sinusoidal_pos",
     encoder_absent=("config.rotary_value",),
 )
-ESM = dataclasses.replace(pre_norm("Esm", "LayerNorm"), rotary="rotary_embeddings", returns=())
+# Its queries are divided by the root of the head's size before they turn; its scaling is 1.
+ESM = dataclasses.replace(
+    pre_norm("Esm", "LayerNorm"), scaling="", rotary="rotary_embeddings", returns=()
+)
 _DISTANCES = DistancePaths(
     vectors="encoder.get_rel_embedding",
     kinds="self.pos_att_type",
@@ -177,6 +183,7 @@ def rotary(prefix: str, sublayer: str = "self_attn", **own: Any) -> AttentionPat
         v="v_proj",
         o="o_proj",
         head_size="head_dim",
+        scaling="scaling",
         dropout="attention_dropout",
         rotary="rotary_emb",
     )
@@ -196,6 +203,7 @@ DISTILBERT = AttentionPaths(
     v="v_lin",
     o="out_lin",
     head_size="attention_head_size",
+    scaling="scaling",
     dropout="dropout",
     bypassed=("dropout",),
 )
@@ -207,6 +215,7 @@ ALBERT = AttentionPaths(
     v="value",
     o="dense",
     head_size="attention_head_size",
+    scaling="scaling",
     dropout="attention_dropout",
     outer_dropout="output_dropout",
     norm="LayerNorm",
@@ -245,4 +254,4 @@ MODERNBERT = rotary(
 
 def causal(prefix: str, **own: Any) -> AttentionPaths:
     """A LLaMA's or a relative's."""
-    return rotary(prefix, scaling="scaling", absent=("attn_logit_softcapping",), **own)
+    return rotary(prefix, absent=("attn_logit_softcapping",), **own)

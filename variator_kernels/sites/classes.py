@@ -91,7 +91,7 @@ def patched_class(family: Family, name: str) -> type[nn.Module]:
     if issubclass(mixin, Encoder):
         # generate() reads the encoder's signature to learn which arguments it takes.
         signature = inspect.signature(original.forward)
-        forward: Any = Encoder.forward
+        forward: Any = mixin.forward
         copy: Any = types.FunctionType(
             forward.__code__, forward.__globals__, "forward", None, forward.__closure__
         )

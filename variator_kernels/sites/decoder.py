@@ -28,6 +28,22 @@ class Decoder(Encoder):
     """Holds the context ready, as an encoder does. A forward of one token a row is a step of
     decoding, in which FFNs are dense; one of more is a prompt, or a part of it."""
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            and not torch.compiler.is_exporting()
+            and self._length(args, kwargs) > 1
+            and self._compressed(self.variator_state.current()).schemes
+        ):
+            return self._beside_the_graph(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+    @torch.compiler.disable
+    def _beside_the_graph(self, *args: Any, **kwargs: Any) -> Any:
+        """A prompt whose keys are merged: a graph that breaks at each layer loses the context, and
+        with it the mask."""
+        return super().forward(*args, **kwargs)
+
     def _level(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Level:
         level = self.variator_state.current()
         if self._length(args, kwargs) == 1:

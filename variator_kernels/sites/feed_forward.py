@@ -72,6 +72,7 @@ def describe(layer: nn.Module, family: Family | None = None) -> FeedForward:
     family = family_of(layer) if family is None else family
     check_present(layer)
     check_bypassed(layer, family.bypassed, family.module)
+    check_norm(layer, family.norm, family.norm_kind, family.norm_class)
     found = (lookup(layer, name) for name in family.w_in)
     w_in: Any = next((part for part in found if part is not None), None)
     w_gate = lookup(layer, family.w_gate)
@@ -90,7 +91,7 @@ def describe(layer: nn.Module, family: Family | None = None) -> FeedForward:
             norm=family.norm_kind,
             norm_weight=norm.weight,
             norm_bias=getattr(norm, "bias", None),
-            eps=next(getattr(norm, name) for name in family.eps if hasattr(norm, name)),
+            eps=epsilon(norm, family.eps),
         )
     plain = (
         _tells_all(lookup(layer, family.container), family)
@@ -174,6 +175,36 @@ def check_bypassed(layer: nn.Module, names: tuple[str, ...], module: str) -> Non
                 f"{name} of {type(layer).__name__} was replaced or hooked ({type(part).__name__}): "
                 "the compressed layer would pass it by; unpatch the model to use it"
             )
+
+
+_NORMS = {"layer": ("LayerNorm", "FusedLayerNorm"), "rms": ("RMSNorm", "FusedRMSNorm")}
+"""Classes of PyTorch and apex that compute what the kernels do, by kind."""
+
+
+def check_norm(layer: nn.Module, path: str, kind: str, own: str) -> None:
+    """A norm, whose weight and epsilon the kernels take, is of the ``kind`` that they compute.
+
+    ``own``: the family's class of norms. Each is known by the class that has its ``forward``.
+
+    Raises:
+        TypeError: it is another.
+    """
+    part = lookup(layer, path)
+    if part is None:
+        return
+    home = type(part).forward.__qualname__.rpartition(".")[0]
+    if home not in (own, *_NORMS[kind]) or getattr(part, "weight", None) is None:
+        raise TypeError(
+            f"{path} of {type(layer).__name__} was replaced by a {type(part).__name__}: the "
+            f"compressed layer computes a {own}; unpatch the model to use it"
+        )
+
+
+def epsilon(norm: Any, names: tuple[str, ...]) -> float:
+    """Of a norm: the first of these attributes that is there."""
+    found = next(getattr(norm, name) for name in names if hasattr(norm, name))
+    # What PyTorch's RMSNorm does where it is given none.
+    return torch.finfo(norm.weight.dtype).eps if found is None else found
 
 
 def family_of(layer: nn.Module) -> Family:

@@ -150,6 +150,7 @@ def merged_layer(cache: Any, number: int, scheme: Scheme) -> MergedLayer:
     if layers is not None and number < len(layers):
         layer = layers[number]
         if type(layer) is MergedLayer and layer.scheme == scheme:
+            layer.leave_inference()
             return layer
     own = getattr(type(cache), "update", None) is not Cache.update
     if layers is None or own or getattr(cache, "offloading", False):

@@ -69,13 +69,15 @@ class Reach(NamedTuple):
         """T5's table on the device of ``like``; as it is looked up, where it is not a plain one.
         ``table``: :attr:`table`, of a caller that has it."""
         table = self.table if table is None else table
-        return None if table is None else self._of(table, like)
+        return None if table is None else self._of(table, self.table_path, like)
 
-    def _of(self, table: Any, like: Tensor) -> Table:
+    def _of(self, table: Any, path: str, like: Tensor) -> Table:
         weight = table.weight
         if not plain_embedding(table):
             weight = table(torch.arange(weight.shape[0], device=weight.device))
-        return Table(weight.to(like.device), self.max_distance)
+        own = lookup(self.owner, path.rpartition(".")[0])  # a list has blocks by numbers, as names
+        most = getattr(own, "relative_attention_max_distance", self.max_distance)
+        return Table(weight.to(like.device), most)
 
     def terms(
         self,
@@ -103,7 +105,9 @@ class Reach(NamedTuple):
             places.append(PlaceTable(most, where if where.dim() == 2 else where[..., place.column]))
         blocks = None
         if attention.global_keys is not None:
-            blocks = BlockTable(self._of(self.global_table, x), attention.global_keys.size)
+            assert self.paths.global_keys is not None
+            table = self._of(self.global_table, self.paths.global_keys.table, x)
+            blocks = BlockTable(table, attention.global_keys.size)
         return Terms(self.distances(x, table), attention.window, tuple(places), vectors, blocks)
 
     def rotation(self, x: Tensor, positions: Tensor) -> Rotation:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.feed_forward import FeedForward, normalize, products
+from .families import FAMILIES
 from .family import Family, follow, lookup
 from .feed_forward import describe
 from .find import replaced, whole_rows
@@ -90,8 +91,10 @@ def check_attention(found: Found) -> None:
             reach(found.encoder, block, number, paths)
             for name in ("q", "k", "v", "qkv", "o", "head_size", "norm", "table_of", "window"):
                 follow(layer, getattr(paths, name))
-            for name in ("q_norm", "k_norm", "scaling", "sliding", "turns", "q_bias", "v_bias"):
+            for name in ("q_norm", "k_norm", "sliding", "turns", "q_bias", "v_bias"):
                 follow(layer, getattr(paths, name))
+            if FAMILIES.get(family.name) != found.family:  # older transformers had no such numbers
+                follow(layer, paths.scaling)
             if paths.distances is not None:
                 follow(layer, paths.distances.kinds)
                 follow(layer, paths.distances.used)

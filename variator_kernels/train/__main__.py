@@ -33,6 +33,15 @@ def _integers(words: list[str], name: str, least: int) -> tuple[int, ...]:
         raise ValueError(f"{name} must be integers >= {least}, got {got!r}") from None
 
 
+def _level(text: str) -> dict[str, Any]:
+    level = json.loads(text)
+    if not isinstance(level, dict) or not level:
+        raise argparse.ArgumentTypeError(
+            f'must be a JSON object of placements, such as {{"ffn": 4}}, got {text}'
+        )
+    return level
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m variator_kernels.train",
@@ -64,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--level",
-        type=json.loads,
+        type=_level,
         help="JSON instead of --ratios and --placements, this one level is trained: "
         '\'{"ffn": 4, "attention_kv": 2}\', or {"ffn": {"-1": 4}} for layers',
     )

@@ -71,17 +71,13 @@ class DecoderObjective(Objective):
             next_tokens.check_head(model, self.head)
 
     def student(self, forward: Any, batch: Batch, level: Level) -> Any:
-        labels, ids = batch.get("labels"), batch["input_ids"]
-        if labels is not None and labels.shape != ids.shape:
-            raise ValueError(
-                f"labels of a decoder must be tokens, of input_ids' shape {list(ids.shape)}, got "
-                f"{list(labels.shape)}"
-            )
+        _check_labels(batch)
         return super().student(forward, batch, level)
 
     def counts(self, batch: Batch) -> Tensor:
         found, labels = losses.counts(batch), batch.get("labels")
         if labels is not None:
+            _check_labels(batch)
             found[2] = (labels[:, 1:] != losses.IGNORED).sum()  # nothing predicts a row's first one
         return found
 
@@ -122,6 +118,15 @@ class DecoderObjective(Objective):
         rows = counted.nonzero()[:, 0]
         none = found[0].new_zeros(len(counted))
         return none.index_add(0, rows, found[0]), none.index_add(0, rows, found[1])
+
+
+def _check_labels(batch: Batch) -> None:
+    labels, size = batch.get("labels"), list(losses.masks(batch)[0].shape)
+    if labels is not None and list(labels.shape) != size:
+        raise ValueError(
+            f"labels of a decoder must be tokens, of input_ids' shape {size}, got "
+            f"{list(labels.shape)}"
+        )
 
 
 def weighs_tokens(args: DistillationConfig) -> bool:

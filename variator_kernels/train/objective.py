@@ -82,6 +82,11 @@ class Objective:
     def answers(self, student: Any, teacher: Any, batch: Batch, total: Tensor) -> Tensor:
         """The parts that look at what a model says, not at its hidden states."""
         args, loss = self.args, torch.zeros((), device=total.device)
+        if (args.task_weight or args.logits_weight) and batch.get("labels") is None:
+            raise ValueError(
+                "a batch must have labels where task_weight or logits_weight is above 0, got one "
+                f"with {sorted(batch)}"
+            )
         if args.task_weight:
             loss = loss + args.task_weight * losses.task(student, batch, total)
         if args.logits_weight:

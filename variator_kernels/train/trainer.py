@@ -158,6 +158,8 @@ class DistillationTrainer(ResumableTrainer):
             share = self.objective.distance(student, teacher, inputs, total)
             self._check(share, ratio)
             loss = loss + share
+        if torch.is_grad_enabled() and not loss.requires_grad:  # no group was complete
+            loss = loss + 0.0 * torch.stack([p.sum() for p in self.trained]).sum().to(loss)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # whose gradients will be averaged
         return (loss, student) if return_outputs else loss

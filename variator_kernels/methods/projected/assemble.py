@@ -44,7 +44,7 @@ class Builder:
         place: Any = module.weight
         if factors.p_in is None and factors.p_out is None:
             value = frozen if factors.addition is None else frozen + factors.addition
-            module.weight = nn.Parameter(value.detach().clone())
+            module.weight = nn.Parameter(value.detach().to(place.dtype, copy=True))
         else:
             made = [
                 # Copies: matrices start with the same P, but each trains its own.

@@ -112,7 +112,8 @@ class Book(NamedTuple):
             raise ValueError(
                 f"crop cannot take back {columns} tokens: the plain keys and inputs that were "
                 "merged are gone, except for what the last forward brought (its last "
-                f"{ROLLBACK} tokens)"
+                f"{ROLLBACK} tokens; an assistant drafts its tokens one by one, so its own keys "
+                "cannot be merged)"
             )
         every = None if self.every is None else self.every - columns
         shown = None if self.shown is None else self.shown[:, : self.columns - columns]

@@ -49,6 +49,13 @@ class MergedKeys:
             )
         return self.book
 
+    def leave_inference(self) -> None:
+        """What inference mode wrote is copied outside of it, where it could not be written to."""
+        entries: Tensor | None = self.entries
+        if entries is None or not entries.is_inference() or torch.is_inference_mode_enabled():
+            return
+        self.entries, self.recent = entries.clone(), self.recent.clone()
+
     @property
     def room(self) -> int:
         """For so many merged keys."""

@@ -18,9 +18,9 @@ from ....ops.prepacked_linear import FrozenProducts
 from ....runtime.level import Level
 from ....runtime.plan import Plan
 from ....runtime.site import Site
-from ....runtime.state import STATE, State, states
-from ....sites.find import find
+from ....runtime.state import State
 from ....sites.found import Found
+from ....sites.in_place import patched
 from ....sites.wrappers import check_values
 from ..method import plugin_parameters
 from .inputs import chunks
@@ -99,15 +99,14 @@ def patched_encoder(model: nn.Module, what: str) -> tuple[Found, State]:
     Raises:
         ValueError: it is not patched, takes no ``attention_mask``, or has no values.
     """
-    states(model)
-    found = find(model)
+    found, state = patched(model)
     if found.family.mask != "attention_mask":
         raise ValueError(
             f"{what} needs an encoder that takes attention_mask, the family of this one says "
             f"mask={found.family.mask!r}: give its forward such an argument"
         )
     check_values(found.encoder)
-    return found, vars(found.encoder)[STATE]
+    return found, state
 
 
 def _levels(state: State, ratios: Iterable[Any]) -> list[Level]:

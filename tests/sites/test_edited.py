@@ -1,0 +1,170 @@
+"""Modules that somebody edits, replaces, moves or removes, before patching or behind it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import variator_kernels as vk
+from tests.decoders import tiny as decoders
+from tests.sites import tiny, zoo
+from variator_kernels.sites.find import find
+
+PLACES = {"ffn": 2, "attention_kv": 2}
+NUMBERS = {"scaling": 0.1, "relative_attention_max_distance": 20}
+IDS, MASK = tiny.batch(40, 31)
+
+
+def edited(model: nn.Module, name: str) -> nn.Module:
+    for module in model.modules():
+        if name in vars(module):
+            setattr(module, name, NUMBERS[name])
+    return model
+
+
+def patched(model: nn.Module) -> nn.Module:
+    made = vk.patch(model, 1, (2,), placements=tuple(PLACES), optimize="encoder")
+    for parameter in vk.plugin_parameters(made):
+        nn.init.normal_(parameter, 0, 0.1)
+    return made
+
+
+@torch.no_grad()
+def hidden(model: nn.Module) -> torch.Tensor:
+    return find(model).encoder(IDS, attention_mask=MASK).last_hidden_state[MASK.bool()]
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(family, "scaling") for family in ("t5", "bert", "albert", "distilbert", "bart", "gte")]
+    + [("t5", "relative_attention_max_distance"), ("umt5", "relative_attention_max_distance")],
+)
+def test_numbers_of_a_module_are_its_own(family: str, name: str) -> None:
+    """Where all tokens stay whole, and at k = 1, the model computes what it did. T5's norm has its
+    sums of squares in fp32, whatever the model is in."""
+    if not zoo.installed(family):
+        pytest.skip(f"this version of transformers has no {family}")
+
+    def plain() -> nn.Module:
+        return zoo.plain(family).double().requires_grad_(False)
+
+    if not any(name in vars(module) for module in plain().modules()):
+        pytest.skip(f"{family} of this version of transformers has no {name}")
+    wanted, before = hidden(edited(plain(), name)), hidden(plain())
+    assert (wanted - before).abs().max() > 1e-3, "it matters"
+    late = patched(plain())
+    hidden(late)  # what was described then holds no longer
+    for model in (patched(edited(plain(), name)), edited(late, name)):
+        torch.testing.assert_close(hidden(model), wanted, atol=1e-5, rtol=1e-4)
+        vk.set_ratio(model, PLACES)
+        with vk.keep(model, torch.ones_like(MASK)):
+            torch.testing.assert_close(hidden(model), wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@torch.no_grad()
+def test_a_decoders_scaling_is_its_own(family: str) -> None:
+    tokens = decoders.ids()
+    wanted = edited(decoders.model(family), "scaling")(tokens).logits
+    model = edited(decoders.patched(family, {"attention_kv": 3}, window=64), "scaling")
+    torch.testing.assert_close(model(tokens).logits, wanted)
+
+
+@pytest.mark.parametrize(
+    ("family", "path", "other"),
+    [
+        ("bert", "output.LayerNorm", nn.RMSNorm(24, eps=1e-5)),
+        ("bert", "output.LayerNorm", nn.Identity()),
+        ("bert", "output.LayerNorm", nn.LayerNorm(24, elementwise_affine=False)),
+        ("bert", "attention.output.LayerNorm", nn.RMSNorm(24, eps=1e-5)),
+        ("t5", "layer.0.layer_norm", nn.LayerNorm(24)),
+        ("t5", "layer.1.layer_norm", nn.Linear(24, 24)),
+    ],
+)
+def test_another_kind_of_norm_is_refused(family, path, other) -> None:
+    """Dense, the model's own modules may run; then they do what they are."""
+    model = patched(tiny.model(family, "gelu" if family == "bert" else "relu", head="Model"
+                               if family == "bert" else "EncoderModel"))  # fmt: skip
+    hidden(model)
+    find(model).blocks[0].set_submodule(path, other)
+    try:
+        dense = hidden(model)
+    except TypeError as error:
+        assert "was replaced by a " in str(error)
+    else:
+        torch.testing.assert_close(dense, hidden(vk.unpatch(copy.deepcopy(model))))
+    vk.set_ratio(model, 2)
+    with pytest.raises(TypeError, match=r"orm of .* was replaced by a "):
+        hidden(model)
+
+
+def test_a_norm_of_pytorch_in_the_place_of_t5s() -> None:
+    """It says no epsilon: PyTorch takes that of its dtype."""
+    model = patched(tiny.model(head="EncoderModel"))
+    norm = nn.RMSNorm(24)
+    for block in find(model).blocks:
+        norm.load_state_dict(block.layer[1].layer_norm.state_dict())
+        block.layer[1].layer_norm = copy.deepcopy(norm)
+    dense = hidden(vk.unpatch(copy.deepcopy(model)))
+    vk.set_ratio(model, 2)
+    with vk.keep(model, torch.ones_like(MASK)):
+        torch.testing.assert_close(hidden(model), dense, atol=1e-4, rtol=1e-4)
+
+
+def test_the_same_kind_of_norm_takes_its_place() -> None:
+    model = patched(tiny.model("bert", "gelu"))
+    before = hidden(model)
+    block = find(model).blocks[0]
+    norm = nn.LayerNorm(24, eps=block.output.LayerNorm.eps)
+    norm.load_state_dict(block.output.LayerNorm.state_dict())
+    block.output.LayerNorm = norm
+    assert torch.equal(hidden(model), before)
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    return model.encoder.layer
+
+
+@pytest.mark.parametrize("cut", [True, False], ids=["removed", "moved"])
+def test_layers_that_are_no_longer_where_they_were(cut: bool, tmp_path) -> None:
+    """Levels, plans and files name them by number."""
+    model = patched(tiny.model("bert", "gelu"))
+    layers = list(layers_of(model))
+    model.encoder.layer = nn.ModuleList(layers[:1] if cut else layers[::-1])
+    hidden(model)
+    for call in (
+        lambda: vk.save_plugins(model, tmp_path / "plugins"),
+        lambda: model.save_pretrained(tmp_path / "model"),
+        lambda: vk.describe(model),
+        lambda: vk.flops.count(model, length=8),
+        lambda: vk.plan(model, cost=0.7, batches=[{"input_ids": IDS, "attention_mask": MASK}]),
+    ):
+        with pytest.raises(ValueError, match="layers must be those that were patched"):
+            call()
+    assert not (tmp_path / "plugins").exists()
+    vk.unpatch(model)
+    vk.save_plugins(patched(model), tmp_path / "plugins")
+
+
+def test_shared_layers_are_where_they_were() -> None:
+    model = vk.patch(zoo.plain("albert"), 2, (2,))
+    assert "albert" in vk.describe(model)
+
+
+def test_importing_the_package_recompiles_nothing() -> None:
+    """transformers makes a list of layers anew in each forward of a decoder."""
+    model, graphs = decoders.model("llama"), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        for _ in range(4):
+            compiled(decoders.ids(), use_cache=False)
+    assert len(graphs) == 1
