@@ -184,7 +184,8 @@ _NORMS = {"layer": ("LayerNorm", "FusedLayerNorm"), "rms": ("RMSNorm", "FusedRMS
 def check_norm(layer: nn.Module, path: str, kind: str, own: str) -> None:
     """A norm, whose weight and epsilon the kernels take, is of the ``kind`` that they compute.
 
-    ``own``: the family's class of norms. Each is known by the class that has its ``forward``.
+    ``own``: the family's class of norms. Each is known by its class's name; that its ``forward`` is
+    no other, :func:`check_bypassed` sees.
 
     Raises:
         TypeError: it is another.
@@ -192,8 +193,9 @@ def check_norm(layer: nn.Module, path: str, kind: str, own: str) -> None:
     part = lookup(layer, path)
     if part is None:
         return
-    home = type(part).forward.__qualname__.rpartition(".")[0]
-    if home not in (own, *_NORMS[kind]) or getattr(part, "weight", None) is None:
+    known = (own, *_NORMS[kind])
+    named = any(base.__name__ in known for base in type(part).__mro__)
+    if not named or getattr(part, "weight", None) is None:
         raise TypeError(
             f"{path} of {type(layer).__name__} was replaced by a {type(part).__name__}: the "
             f"compressed layer computes a {own}; unpatch the model to use it"

@@ -93,8 +93,9 @@ def check_attention(found: Found) -> None:
                 follow(layer, getattr(paths, name))
             for name in ("q_norm", "k_norm", "sliding", "turns", "q_bias", "v_bias"):
                 follow(layer, getattr(paths, name))
-            if FAMILIES.get(family.name) != found.family:  # older transformers had no such numbers
-                follow(layer, paths.scaling)
+            known = FAMILIES.get(family.name)
+            if known is None or family not in known.forms():
+                follow(layer, paths.scaling)  # of the table's, older transformers had none
             if paths.distances is not None:
                 follow(layer, paths.distances.kinds)
                 follow(layer, paths.distances.used)
