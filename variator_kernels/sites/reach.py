@@ -106,8 +106,8 @@ class Reach(NamedTuple):
         blocks = None
         if attention.global_keys is not None:
             assert self.paths.global_keys is not None
-            table = self._of(self.global_table, self.paths.global_keys.table, x)
-            blocks = BlockTable(table, attention.global_keys.size)
+            between = self._of(self.global_table, self.paths.global_keys.table, x)
+            blocks = BlockTable(between, attention.global_keys.size)
         return Terms(self.distances(x, table), attention.window, tuple(places), vectors, blocks)
 
     def rotation(self, x: Tensor, positions: Tensor) -> Rotation:
