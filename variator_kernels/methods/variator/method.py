@@ -114,13 +114,14 @@ class Variator:
                 assert merged_rotation is not None
                 rotations = rotation, merged_rotation
             groups = context.groups(x, ratio, backend)
-            return attention_kv(x, weights, attention, groups, keys, rotations, backend)
+            places = keys, rotations, backend, config.backend
+            return attention_kv(x, weights, attention, groups, *places)
         attention = layer.self_attention()._replace(pack=config.pack, precision=config.precision)
         backend = fitting(config.backend, backends.resolve(config.backend, x))
         attention.check(x)
         keys, merged_rotation = _merged_keys(layer, x, ratio, context, attention, backend)
         rotations = None if merged_rotation is None else (merged_rotation, merged_rotation)
-        sublayer = around(attention, keys, rotations, backend)
+        sublayer = around(attention, keys, rotations, backend, config.backend)
         check_present(plugin)
         weights = plugin.weights()
         checks.compressed_ffn(x, weights, sublayer)

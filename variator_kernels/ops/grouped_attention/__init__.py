@@ -11,7 +11,7 @@ from ... import backends
 from .. import checks
 from ..feed_forward import autocasts
 from ..transforms import fitting
-from . import op, reference
+from . import op, reference, sdpa
 from .reference import Visible
 from .relative import DistanceBias, distance_bias
 
@@ -64,7 +64,9 @@ def grouped_attention(
         relative: terms of the distance, made by :func:`distance_bias`. The kernels know no gradient
             for them: ``auto`` takes the reference where it is asked for.
         dropout_p: of the weights; only the reference drops, and ``auto`` takes it then.
-        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``. On a GPU where no kernel of
+            ours is proven, ``auto`` is PyTorch's fused attention as long as there are no terms of
+            distances and no bounds, else the reference.
 
     Returns:
         ``[B, n, H, d]`` in the queries' dtype; 0 for a query without a visible key.
@@ -88,6 +90,8 @@ def grouped_attention(
                 relative=relative, dropout_p=dropout_p, backend=backend,
             )  # fmt: skip
     chosen = _backend(backend, queries, relative, dropout_p)
+    if chosen == "reference" and backend == "auto" and sdpa.fits(queries, visible, relative):
+        return sdpa.grouped_attention(queries, keys, values, bias, scale, dropout_p)
     if chosen == "reference":
         return reference.grouped_attention(
             queries, keys, values, visible, relative, scale, dropout_p

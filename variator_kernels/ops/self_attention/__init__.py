@@ -85,12 +85,13 @@ def attention_kv(
     keys: Keys,
     rotations: tuple[Rotation, Rotation] | None,
     backend: str,
+    asked: str = "",
 ) -> Tensor:
     """The sublayer with whole queries, and keys and values of merged vectors (paper section 3.2,
     merge alone): ``x [B, n, d]`` to the same shape, norm to residual.
 
-    ``rotations``: of queries and keys. Padding passes through unchanged, or is 0 without a
-    residual.
+    ``rotations``: of queries and keys. ``asked``: what ``backend`` was chosen for, if that is
+    known. Padding passes through unchanged, or is 0 without a residual.
     """
     real = real_tokens(groups, x)
     real = None if real is None else real[..., None]
@@ -112,7 +113,7 @@ def attention_kv(
     else:
         merged = merge_op.group_merge(x, merge, groups, norm, backend)[0]
     merged = with_global_keys(merged, h, keys.sums, attention.global_keys)
-    o = attend(h, merged, attention, keys, rotations, backend)
+    o = attend(h, merged, attention, keys, rotations, backend, asked)
     if attention.dropout_outer > 0:
         o = F.dropout(o, attention.dropout_outer)
     y = x + o if attention.residual else o
@@ -128,6 +129,7 @@ def attend(
     keys: Keys,
     rotations: tuple[Rotation, Rotation] | None,
     backend: str,
+    asked: str = "",
 ) -> Tensor:
     """``[B, n, d]``: queries of ``h [B, n, d]`` over keys and values of ``source [B, G, d]``."""
     q = queries(h, attention)
@@ -151,14 +153,16 @@ def attend(
         last=keys.last,
         relative=keys.relative,
         dropout_p=attention.dropout_weights,
-        backend=_kernels(backend, q, keys, attention),
+        backend=_kernels(backend, asked, q, keys, attention),
     )
     return output(out, attention)
 
 
-def _kernels(backend: str, q: Tensor, keys: Keys, attention: SelfAttention) -> str:
+def _kernels(backend: str, asked: str, q: Tensor, keys: Keys, attention: SelfAttention) -> str:
     """The backend of attention alone: a sublayer's own, ``"auto"`` where that one has no such
-    kernel."""
+    kernel, or where no kernels were proven on a GPU, which has fused attention of PyTorch's."""
+    if backend == "reference" and asked == "auto" and q.is_cuda:
+        return asked
     if backend in ("reference", "auto"):
         return backend
     lacking = lacks(backend, q, keys.relative, attention.dropout_weights)
@@ -170,12 +174,13 @@ def around(
     keys: Keys,
     rotations: tuple[Rotation, Rotation] | None,
     backend: str,
+    asked: str = "",
 ) -> FeedForward:
     """The sublayer as what plugins go around: merged vectors attend to merged vectors."""
 
     def attends(merged: Tensor) -> Tensor:
         source = with_global_keys(merged, merged, keys.sums, attention.global_keys)
-        return attend(merged, source, attention, keys, rotations, backend)
+        return attend(merged, source, attention, keys, rotations, backend, asked)
 
     return FeedForward(
         attention.w_o,
