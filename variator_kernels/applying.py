@@ -82,7 +82,7 @@ def apply(
         )
         method = Variator(config)
         sites = sites_of(found, config.placements)
-        state = State(row.name, method, sites, owners_of(found, sites))
+        state = State(row.name, method, sites, owners_of(found, sites), len(found.layers))
         state.kept = chosen
         state.level = state.check(active)
         modules = {

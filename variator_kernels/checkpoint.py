@@ -25,7 +25,7 @@ from .sites import base_weights
 from .sites.family import ROW, Family, is_a
 from .sites.find import find, find_all, is_patched
 from .sites.found import Found
-from .sites.in_place import patched
+from .sites.in_place import check_in_place, patched
 from .sites.wrappers import NO_VALUES
 from .version import __version__
 
@@ -195,6 +195,7 @@ def _fill(
         )
     sharding.reshard(model)
     state: State = vars(found.encoder)[STATE]
+    check_in_place(found, state)
     with torch.no_grad():
         for _, site in state.own_sites:
             for k in settings.placements.get(site.placement, ()):

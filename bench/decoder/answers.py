@@ -22,6 +22,8 @@ from .levels import Level
 PROMPT = "Review: {sentence}\nSentiment:"
 LABELS = ("negative", "positive")
 TASK = tasks.TASKS["sst2"]
+WHOLE = "complete"
+"""An empty file in the folder of a fine-tuned model, written last."""
 ROWS = 32
 """Of a batch of prompts; rows of similar length share one."""
 
@@ -34,7 +36,7 @@ class Recipe:
     tune_rate: float = 3e-5
     tune_batch: int = 32
     least: int = 8
-    """Sentences of fewer tokens are left out of fine-tuning and training."""
+    """Sentences of fewer tokens are left out of fine-tuning."""
     calibration_rows: int = 1500
     steps: int = 600
     batch: int = 16
@@ -113,7 +115,7 @@ def ask(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 def original(base: Architecture, folder: Path, source: Path, recipe: Recipe) -> Path:
     """The folder of ``base`` fine-tuned on the task, all of its weights."""
     made = folder / "original"
-    if not (made / "config.json").is_file():
+    if not (made / WHOLE).is_file():
         set_seed(0)
         tokenizer, model = setup.tokenizer(base), setup.load(base, torch.float32)
         model.requires_grad_(True)
@@ -123,6 +125,7 @@ def original(base: Architecture, folder: Path, source: Path, recipe: Recipe) -> 
             per_device_train_batch_size=recipe.tune_batch, learning_rate=recipe.tune_rate,
             warmup_steps=recipe.tune_steps // 10, save_steps=100,
         )  # fmt: skip
+        (made / WHOLE).touch()
     return made
 
 

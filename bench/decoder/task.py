@@ -146,7 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
         levels.check_places(args.places, model.config.num_hidden_layers)
         name = "quick" if args.quick else model.name
         work = args.work or machine.ROOT / "build" / "decoder_task" / name
-        stages.claim(work, asdict(recipe))
+        made_of = {"model": str(model.folder), "data": str(args.data.resolve())}
+        stages.claim(work, asdict(recipe) | made_of | {"prompt": answers.PROMPT})
     settings = options.settings(args, "data", "model", "work") | asdict(recipe)
     content, console = options.begin("decoder_task", settings, model)
     content["task"] = answers.TASK.name

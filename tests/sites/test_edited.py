@@ -39,7 +39,7 @@ def hidden(model: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [(family, "scaling") for family in ("t5", "bert", "albert", "distilbert", "bart", "gte")]
+    [(family, "scaling") for family in ("t5", "bert", "albert", "distilbert", "bart", "gte", "esm")]
     + [("t5", "relative_attention_max_distance"), ("umt5", "relative_attention_max_distance")],
 )
 def test_numbers_of_a_module_are_its_own(family: str, name: str) -> None:
@@ -147,6 +147,44 @@ def test_layers_that_are_no_longer_where_they_were(cut: bool, tmp_path) -> None:
     assert not (tmp_path / "plugins").exists()
     vk.unpatch(model)
     vk.save_plugins(patched(model), tmp_path / "plugins")
+
+
+def test_a_layer_more_or_twice_is_refused() -> None:
+    for change in (lambda own: [*own, copy.deepcopy(own[0])], lambda own: [own[0], own[0]]):
+        model = patched(tiny.model("bert", "gelu"))
+        model.encoder.layer = nn.ModuleList(change(list(layers_of(model))))
+        with pytest.raises(ValueError, match="layers must be those that were patched"):
+            vk.describe(model)
+
+
+def test_plugins_are_not_loaded_into_layers_that_moved(tmp_path) -> None:
+    model = patched(tiny.model("bert", "gelu"))
+    vk.save_plugins(model, tmp_path)
+    before = [p.clone() for p in vk.plugin_parameters(model)]
+    layers = list(layers_of(model))
+    model.encoder.layer = nn.ModuleList(layers[::-1])
+    with pytest.raises(ValueError, match="layers must be those that were patched"):
+        vk.load_plugins(model, tmp_path)
+    model.encoder.layer = nn.ModuleList(layers)
+    for ours, theirs in zip(vk.plugin_parameters(model), before, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+def test_a_bias_that_layers_share_is_made_in_one_way() -> None:
+    """transformers makes it in the first layer; where that is compressed, the next one does."""
+    model = patched(tiny.model(head="EncoderModel").double())
+    inner = [block.layer[0].SelfAttention for block in model.encoder.block]
+    inner[0].relative_attention_max_distance = 20
+    vk.set_ratio(model, 2)
+    hidden(model)
+    vk.set_ratio(model, {"attention_kv": {0: 2}})
+    with pytest.raises(ValueError, match="max_distance must be the same in all layers"):
+        hidden(model)
+    inner[0].relative_attention_num_buckets = 16
+    vk.set_ratio(model, 2)
+    with pytest.raises(ValueError, match="num_buckets must be 32, the rows of the table"):
+        hidden(model)
 
 
 def test_shared_layers_are_where_they_were() -> None:

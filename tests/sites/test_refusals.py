@@ -210,7 +210,7 @@ def test_refuses_other_models():
         vk.patch_t5(tiny.model().decoder)
     with pytest.raises(
         ValueError,
-        match=r"got 0 in a BertModel.*'bert': vk.patch\(model\) takes.*: t5, mt5, umt5, longt5$",
+        match=r"got 0 in a BertModel.*'bert': vk.patch\(model\) supports.*: t5, mt5, umt5, longt5$",
     ):
         vk.patch_t5(tiny.model("bert", "gelu"))
     with pytest.raises(ValueError, match=r"got 0 in a T5EncoderModel.*Known here: bert, "):

@@ -326,12 +326,17 @@ def test_runs_with_a_rate_for_keys_go_on(tmp_path):
         assert torch.equal(a, b)
 
 
-def test_a_step_without_a_complete_group_learns_nothing(tmp_path):
-    """Rows too short for one may come at any step."""
+def test_a_step_without_a_complete_group(tmp_path):
+    """Rows too short for one may come at any step; if there are no others, that is said."""
+    short = [{"input_ids": [3, 4, 5, 6], "labels": [3, 4, 5, 6]}] * 4
+    given = {"max_steps": 3, "logits_weight": 0.0}
     made = model({"attention_kv": 4}, keep_first=1)
     before = plugins(made)
-    short = [{"input_ids": [3, 4, 5, 6], "labels": [3, 4, 5, 6]}] * 8
-    trainer(tmp_path, made, short, max_steps=2, logits_weight=0.0, weight_decay=0.0).train()
+    trainer(tmp_path / "some", made, rows() + short, **given).train()
+    assert not all(torch.equal(a, b) for a, b in zip(before, plugins(made), strict=True))
+    made = model({"attention_kv": 4}, keep_first=1)
+    with pytest.raises(ValueError, match="nothing was trained, in no step"):
+        trainer(tmp_path / "none", made, short, **given, weight_decay=0.0).train()
     assert all(torch.equal(a, b) for a, b in zip(before, plugins(made), strict=True))
 
 

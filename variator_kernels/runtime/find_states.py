@@ -1,7 +1,7 @@
 """The states inside a model, found again without a walk through all its modules.
 
 A switch of levels takes microseconds only if it does not visit hundreds of modules. What a walk
-found holds as long as no module was registered since in another than a list, the way from the model
+found holds as long as no module was registered since outside of a list, the way from the model
 down to each state is the same, and so are the children of ``Sequential`` and ``ModuleList``. (A
 patched module that is written into another module's ``_modules`` by hand is the one thing that this
 cannot see.)

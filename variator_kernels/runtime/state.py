@@ -93,13 +93,20 @@ class State:
     """
 
     def __init__(
-        self, family: str, method: Method, sites: tuple[Site, ...], owners: tuple[int, ...]
+        self,
+        family: str,
+        method: Method,
+        sites: tuple[Site, ...],
+        owners: tuple[int, ...],
+        layers: int = 0,
     ) -> None:
-        """``owners``: for each site the first that is the same module."""
+        """``owners``: for each site the first that is the same module; ``layers``: how many the
+        encoder has, 0 where nobody counted."""
         self.family = family
         self.method = method
         self.sites = sites
         self.owners = owners
+        self.layers = layers
         self.level = Level((1,) * len(sites))
         self.kept = Kept()
         self.trained: set[tuple[str, int]] = set()
@@ -118,7 +125,7 @@ class State:
         return {k: value for k, value in vars(self).items() if k not in _OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update({"layers": 0} | state)  # of an older version
         self._begin()
 
     @property

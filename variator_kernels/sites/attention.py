@@ -93,7 +93,8 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
     assert paths is not None
     check_present(layer)
     check_bypassed(layer, paths.bypassed, family.module)
-    check_norm(layer, paths.norm, paths.norm_kind, family.norm_class)
+    if family.norm:  # else nothing says of which class this one is
+        check_norm(layer, paths.norm, paths.norm_kind, family.norm_class)
     if paths.global_keys is not None:
         check_norm(layer, paths.global_keys.norm, "rms", family.norm_class)
     inner = type(follow(layer, paths.inner)).__name__
@@ -157,7 +158,10 @@ def _scale(layer: nn.Module, paths: AttentionPaths, size: int) -> float:
     if apart is not None and not apart.counts_all:
         kinds = {"c2p", "p2c"} & {*kinds}
     own = lookup(layer, paths.scaling)
-    return paths.scale or 1 / math.sqrt(size * (1 + len(kinds))) if own is None else own
+    usual = paths.scale or 1 / math.sqrt(size * (1 + len(kinds)))
+    if own is None:
+        return usual
+    return usual * own if paths.scales_scaled else own
 
 
 def _of_distances(layer: nn.Module, paths: AttentionPaths) -> OfDistances | None:

@@ -76,7 +76,12 @@ class AttentionLayer(AtSite):
         """The tables that this layer makes a bias of in the place of the first one are those that
         are there now."""
         paths = paths_of(self)
-        own = vars(follow(self, paths.table_of)) if paths.table_of else {}
+        inner = follow(self, paths.table_of) if paths.table_of else None
+        if inner is None:
+            return
+        own = vars(inner)
+        if own.keys() & reach_of(self).lent.keys():
+            reach_of(self).check_lent(inner)
         for name, table in reach_of(self).lent.items():
             if name in own and own[name] is not table:
                 own[name] = table

@@ -38,6 +38,8 @@ class AttentionPaths:
     """Of the scores; 0: one over the root of the head's size."""
     scaling: str = ""
     """To that scale, where a module has it."""
+    scales_scaled: bool = False
+    """Whether that one multiplies the usual scale in the place of being it."""
     q_norm: str = ""
     """To the norms of queries and keys, over a head or over all of them."""
     k_norm: str = ""

@@ -104,9 +104,9 @@ ROFORMER = bert(
     turned="sinusoidal_pos",
     encoder_absent=("config.rotary_value",),
 )
-# Its queries are divided by the root of the head's size before they turn; its scaling is 1.
+# Its queries are divided by the root of the head's size before they turn.
 ESM = dataclasses.replace(
-    pre_norm("Esm", "LayerNorm"), scaling="", rotary="rotary_embeddings", returns=()
+    pre_norm("Esm", "LayerNorm"), scales_scaled=True, rotary="rotary_embeddings", returns=()
 )
 _DISTANCES = DistancePaths(
     vectors="encoder.get_rel_embedding",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.self_attention import Rotation, Scheme, SelfAttention
-from ..ops.transforms import is_plain, nobody_changes
+from ..ops.transforms import exporting, is_plain, nobody_changes
 from ..runtime.context import Context
 from ..runtime.kept import Kept
 from ..runtime.level import Level
@@ -31,15 +31,15 @@ class Decoder(Encoder):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if (
             torch.compiler.is_compiling()
-            and not torch.compiler.is_exporting()
+            and not exporting()
             and self._length(args, kwargs) > 1
             and self._compressed(self.variator_state.current()).schemes
         ):
-            return self._beside_the_graph(*args, **kwargs)
+            return self._outside_the_graph(*args, **kwargs)
         return super().forward(*args, **kwargs)
 
     @torch.compiler.disable
-    def _beside_the_graph(self, *args: Any, **kwargs: Any) -> Any:
+    def _outside_the_graph(self, *args: Any, **kwargs: Any) -> Any:
         """A prompt whose keys are merged: a graph that breaks at each layer loses the context, and
         with it the mask."""
         return super().forward(*args, **kwargs)

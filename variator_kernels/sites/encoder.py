@@ -161,7 +161,7 @@ _UNTRAINED = {
     "attention": "each group of tokens gets what its mean attends to",
     "attention_kv": "each group of tokens is seen as its mean",
 }
-"""What a placement does until then."""
+"""What a placement does while its plugins are untrained."""
 
 
 def _warn_if_untrained(encoder: Encoder, ratios: tuple[int, ...]) -> None:

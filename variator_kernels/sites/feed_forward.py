@@ -205,8 +205,10 @@ def check_norm(layer: nn.Module, path: str, kind: str, own: str) -> None:
 def epsilon(norm: Any, names: tuple[str, ...]) -> float:
     """Of a norm: the first of these attributes that is there."""
     found = next(getattr(norm, name) for name in names if hasattr(norm, name))
+    if found is not None:
+        return found
     # What PyTorch's RMSNorm does where it is given none.
-    return torch.finfo(norm.weight.dtype).eps if found is None else found
+    return torch.finfo(torch.promote_types(norm.weight.dtype, torch.float32)).eps
 
 
 def family_of(layer: nn.Module) -> Family:

@@ -77,7 +77,7 @@ def _not_one(model: nn.Module, families: tuple[Family, ...], number: int) -> str
         if kind not in FAMILIES:
             text += ": describe it by vk.patch(model, family=vk.Family(...)), see docs/families.md"
         elif kind not in {family.name for family in families}:
-            text += ": vk.patch(model) takes that"
+            text += ": vk.patch(model) supports it"
     if decoders > 0:
         text += f", and {decoders} with config.is_decoder=True, which stay dense"
     if number > 1:

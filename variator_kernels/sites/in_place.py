@@ -29,22 +29,17 @@ def check_in_place(found: Found, state: State) -> None:
     Raises:
         ValueError: layers were removed, added or moved since.
     """
-    seen: set[int] = set()
-    for site in state.sites:
-        if site.layer >= len(found.layers):
-            raise ValueError(_moved(f"there is no layer {site.layer} any more"))
-        layer = found.at(site)
-        if id(layer) in seen:
-            continue  # a shared one has the number of its first use
-        seen.add(id(layer))
-        own = vars(layer).get(SITE)
-        if own is None or own.site != site:
+    if state.layers not in (0, len(found.layers)):
+        raise ValueError(_moved(f"{state.layers} they were, {len(found.layers)} there are"))
+    for site, owner in zip(state.sites, state.owners, strict=True):
+        own = vars(found.at(site)).get(SITE)
+        if own is None or own.number != owner:
             was = "not there" if own is None else f"layer {own.site.layer}"
             raise ValueError(_moved(f"what is layer {site.layer} now was {was}"))
 
 
 def _moved(what: str) -> str:
     return (
-        f"model's layers must be those that were patched, in their order, {what}: unpatch the "
+        f"model's layers must be those that were patched, in their order: {what}. Unpatch the "
         "model, change its layers, then patch it again"
     )

@@ -75,9 +75,35 @@ class Reach(NamedTuple):
         weight = table.weight
         if not plain_embedding(table):
             weight = table(torch.arange(weight.shape[0], device=weight.device))
-        own = lookup(self.owner, path.rpartition(".")[0])  # a list has blocks by numbers, as names
+        own = self._maker(path)
         most = getattr(own, "relative_attention_max_distance", self.max_distance)
+        buckets = getattr(own, "relative_attention_num_buckets", weight.shape[0])
+        if buckets != weight.shape[0]:
+            raise ValueError(
+                f"relative_attention_num_buckets must be {weight.shape[0]}, the rows of the table, "
+                f"where attention is compressed, got {buckets}"
+            )
         return Table(weight.to(like.device), most)
+
+    def _maker(self, path: str) -> Any:
+        """The module that has the table at ``path``; a ModuleList names its children by index."""
+        return lookup(self.owner, path.rpartition(".")[0])
+
+    def check_lent(self, inner: nn.Module) -> None:
+        """A bias that ``inner`` makes of a table that is not its own is the bias that its owner
+        would make.
+
+        Raises:
+            ValueError: they would count distances in other ways.
+        """
+        own = self._maker(self.table_path)
+        for name in ("relative_attention_max_distance", "relative_attention_num_buckets"):
+            here, there = getattr(inner, name, None), getattr(own, name, None)
+            if here != there:
+                raise ValueError(
+                    f"{name} must be the same in all layers where attention is compressed in the "
+                    f"first, whose bias they share, got {there} there and {here}"
+                )
 
     def terms(
         self,

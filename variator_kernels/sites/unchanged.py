@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.feed_forward import FeedForward, normalize, products
-from .families import FAMILIES
+from .families import known
 from .family import Family, follow, lookup
 from .feed_forward import describe
 from .find import replaced, whole_rows
@@ -93,8 +93,7 @@ def check_attention(found: Found) -> None:
                 follow(layer, getattr(paths, name))
             for name in ("q_norm", "k_norm", "sliding", "turns", "q_bias", "v_bias"):
                 follow(layer, getattr(paths, name))
-            known = FAMILIES.get(family.name)
-            if known is None or family not in known.forms():
+            if not known(family):
                 follow(layer, paths.scaling)  # of the table's, older transformers had none
             if paths.distances is not None:
                 follow(layer, paths.distances.kinds)

@@ -34,7 +34,10 @@ def _integers(words: list[str], name: str, least: int) -> tuple[int, ...]:
 
 
 def _level(text: str) -> dict[str, Any]:
-    level = json.loads(text)
+    try:
+        level = json.loads(text)
+    except json.JSONDecodeError:
+        level = None
     if not isinstance(level, dict) or not level:
         raise argparse.ArgumentTypeError(
             f'must be a JSON object of placements, such as {{"ffn": 4}}, got {text}'

@@ -24,7 +24,7 @@ def _in_group() -> bool:
 
 @contextlib.contextmanager
 def own_group() -> Iterator[None]:
-    """Leaves the process group that the body joins.
+    """Leaves the process group that the body joins, where it ends well.
 
     A thread of the group that lets go of a tensor while the interpreter ends aborts the process, as
     if the run had failed.

@@ -80,6 +80,7 @@ class DistillationTrainer(ResumableTrainer):
         kind = DecoderObjective if has_decoder(model) else Objective
         self.objective = kind(model, args, self.pooler)
         self.plugin_state = state
+        self.whole = self.learned = False
         state.warned = True  # that plugins are untrained is no news here
         model.requires_grad_(False)
         self.trained = level_parameters(model, self.levels.values())
@@ -117,10 +118,17 @@ class DistillationTrainer(ResumableTrainer):
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.whole = self.learned = False
         try:
-            return super().train(*args, **kwargs)
+            done = super().train(*args, **kwargs)
         finally:
             prepack.cache.forget(self.model.parameters())
+        if self.whole and not self.learned:
+            raise ValueError(
+                "nothing was trained, in no step did any row have a complete group: take longer "
+                "rows, a smaller ratio, or a smaller window"
+            )
+        return done
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._products(), own_precision():
@@ -158,11 +166,24 @@ class DistillationTrainer(ResumableTrainer):
             share = self.objective.distance(student, teacher, inputs, total)
             self._check(share, ratio)
             loss = loss + share
-        if torch.is_grad_enabled() and not loss.requires_grad:  # no group was complete
-            loss = loss + 0.0 * torch.stack([p.sum() for p in self.trained]).sum().to(loss)
+        if torch.is_grad_enabled():
+            loss = self._learning(loss)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # whose gradients will be averaged
         return (loss, student) if return_outputs else loss
+
+    def _learning(self, loss: Tensor) -> Tensor:
+        """The loss of a step with something to learn from: some group was complete."""
+        self.whole |= self.state.global_step == 0  # and does not go on from a checkpoint
+        self.learned |= loss.requires_grad
+        if loss.requires_grad:
+            return loss
+        what = "no row of a step had a complete group: leave out rows that are that short"
+        if self.accelerator.num_processes > 1:  # the others wait for this one's gradients
+            raise ValueError(f"{what}, or train in one process")
+        names = self.turns.at(self.state.global_step)
+        trained = level_parameters(self.model, [self.levels[name] for name in names])
+        return loss + 0.0 * torch.stack([p.sum() for p in trained]).sum().to(loss)
 
     def _check(self, loss: Tensor, ratio: int | str) -> None:
         if not bool(torch.isfinite(loss)):

@@ -51,6 +51,8 @@ class MergedKeys:
 
     def leave_inference(self) -> None:
         """What inference mode wrote is copied outside of it, where it could not be written to."""
+        if torch.compiler.is_compiling():  # attention itself runs outside of a graph, and asks then
+            return
         entries: Tensor | None = self.entries
         if entries is None or not entries.is_inference() or torch.is_inference_mode_enabled():
             return
