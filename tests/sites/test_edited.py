@@ -10,7 +10,7 @@ from torch import nn
 
 import variator_kernels as vk
 from tests.decoders import tiny as decoders
-from tests.sites import tiny, zoo
+from tests.sites import int8_cases, tiny, zoo
 from variator_kernels.sites.find import find
 
 PLACES = {"ffn": 2, "attention_kv": 2}
@@ -26,7 +26,7 @@ def edited(model: nn.Module, name: str) -> nn.Module:
 
 
 def patched(model: nn.Module) -> nn.Module:
-    made = vk.patch(model, 1, (2,), placements=tuple(PLACES), optimize="encoder")
+    made = int8_cases.patch(model, 1, (2,), placements=tuple(PLACES), optimize="encoder")
     for parameter in vk.plugin_parameters(made):
         nn.init.normal_(parameter, 0, 0.1)
     return made
