@@ -239,3 +239,22 @@ def test_an_error_is_one_line(folder, tmp_path):
     text = run.communicate()[0]
     assert run.returncode == 1
     assert text.splitlines()[-1].startswith("error: data ") and "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("run.json", ""), ("run.json", "[]"), ("metrics.json", "{")]
+)
+def test_a_file_that_was_cut_off_is_named(folder, tmp_path, name, text):
+    arguments = command(folder, tmp_path / "output", "pretrain", "text.txt", "--max_steps", "1")
+    main(arguments)
+    (tmp_path / "output" / name).write_text(text)
+    with pytest.raises(
+        ValueError, match=rf"{name} (holds no JSON|must hold a JSON object), remove it"
+    ):
+        main(arguments)
+
+
+def test_a_broken_template_is_named(folder, tmp_path):
+    arguments = command(folder, tmp_path / "output", "adapt", "task.tsv")
+    with pytest.raises(ValueError, match=r"template must name columns: .*got '\{sentence S:'"):
+        main([*arguments, "--template", "{sentence S:"])

@@ -141,7 +141,12 @@ class Job:
             return self.texts
         if self.template is None:
             return (*self.texts, self.label)
-        parsed = string.Formatter().parse(self.template)
+        try:
+            parsed = list(string.Formatter().parse(self.template))
+        except ValueError as error:
+            raise ValueError(
+                f"template must name columns: {error}, got {self.template!r}"
+            ) from None
         fields = dict.fromkeys(name for _, name, _, _ in parsed if name is not None)
         if not fields or "" in fields:
             raise ValueError(f"template must name columns, {{sentence}}, got {self.template!r}")

@@ -36,7 +36,20 @@ def finished(
     if not (output / METRICS).is_file():
         return None
     LOG.info("%s holds this run, finished: there is nothing to do", output)
-    return json.loads((output / METRICS).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    return _read(output / METRICS)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """``ValueError``, with the file's name, for one that was cut off."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} holds no JSON, remove it or name another output: {error}"
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, remove it or name another output")
+    return found
 
 
 def goes_on_by_itself(config: Any) -> None:
@@ -75,7 +88,7 @@ def check_same(output: Path, settings: dict[str, Any], kinds: tuple[Any, ...]) -
         return
     before = {field.name: field.default for kind in kinds for field in fields(kind)}
     before = {name: before[name] for name in settings if name in before}
-    before |= json.loads((output / SETTINGS).read_text(encoding="utf-8"))
+    before |= _read(output / SETTINGS)
     for name in {**before, **settings}:
         if name != "output" and before.get(name) != settings.get(name):
             raise ValueError(
