@@ -21,7 +21,7 @@ from .ops.feed_forward import FeedForward, normalize
 from .ops.group_merge.reference import group_merge
 from .ops.groups import Groups, slots
 from .runtime.levels import use_ratio
-from .runtime.state import observe, states
+from .runtime.state import observe
 from .sites.feed_forward import describe
 from .sites.in_place import patched
 
@@ -118,12 +118,11 @@ def neurons(
         ``ratio``, ``threshold`` is not finite, ``batches`` is empty, or an FFN is more than its
         weights (replaced or hooked linear layers).
     """
-    states(model)  # refuses a model that is not patched
+    found, state = patched(model)
     if model.training:
         raise ValueError("model must be in eval mode: dropout would switch neurons off")
     if not math.isfinite(threshold):
         raise ValueError(f"threshold must be finite, got {threshold}")
-    found, state = patched(model)
     place = {layer: i for i, layer in enumerate(found.layers)}
     counts: list[Activity | None] = [None] * len(place)
 

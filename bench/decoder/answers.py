@@ -3,7 +3,7 @@
 Every stage is a folder, made once; one that was killed goes on where it was.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from variator_kernels.train.run import run
 
 from ..cases.models import Architecture
 from ..quality import originals, tasks
+from ..quality.recipe import Shortened
 from . import setup
 from .levels import Level
 
@@ -29,7 +30,7 @@ ROWS = 32
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Shortened):
     """Lengths and rates of fine-tuning and of the plugins' training."""
 
     tune_steps: int = 600
@@ -38,17 +39,12 @@ class Recipe:
     least: int = 8
     """Sentences of fewer tokens are left out of fine-tuning."""
     calibration_rows: int = 1500
-    steps: int = 600
+    adapt_steps: int = 600
     batch: int = 16
     rate: float = 1e-3
     layer_weight: float = 0.3
     logits_weight: float = 1.0
     bf16: bool = False
-
-    def lasting(self, share: float) -> "Recipe":
-        """This one in ``share`` of its steps."""
-        steps = [field.name for field in fields(self) if field.name.endswith("steps")]
-        return replace(self, **{s: max(1, round(share * getattr(self, s))) for s in steps})
 
 
 class Questions(NamedTuple):
@@ -142,8 +138,9 @@ def plugins(folder: Path, source: Path, level: Level, seed: int, recipe: Recipe)
     )  # fmt: skip
     config = DistillationConfig(
         output_dir=str(made), seed=seed, use_cpu=not torch.cuda.is_available(), report_to="none",
-        max_steps=recipe.steps, warmup_steps=recipe.steps // 20, learning_rate=recipe.rate,
-        lr_scheduler_type="linear", per_device_train_batch_size=recipe.batch,
+        max_steps=recipe.adapt_steps, warmup_steps=recipe.adapt_steps // 20,
+        learning_rate=recipe.rate, lr_scheduler_type="linear",
+        per_device_train_batch_size=recipe.batch,
         layer_weight=recipe.layer_weight, logits_weight=recipe.logits_weight, bf16=recipe.bf16,
         eval_strategy="no", save_steps=100, logging_steps=100,
     )  # fmt: skip

@@ -130,7 +130,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     if not 0 < args.share < float("inf"):
         raise ValueError(f"share must be a finite number > 0, got {args.share!r}")
     made = Recipe(bf16=machine.bf16_pays()).lasting(args.share)
-    return Recipe(2, calibration_rows=12, steps=2, bf16=made.bf16) if args.quick else made
+    return Recipe(2, calibration_rows=12, adapt_steps=2, bf16=made.bf16) if args.quick else made
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """How the plugins of this benchmark are trained: variants, and the settings of each stage."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 RATIOS = (2, 4, 8, 16, 32)
 FEW = 5000
@@ -69,8 +69,22 @@ OF_ADAPTERS = ("copy", "r=40")
 """Without adapters they are what they are compared with."""
 
 
+class Shortened:
+    """A recipe, a dataclass whose lengths are fields that end in ``_steps``."""
+
+    def lasting(self, share: float) -> Self:
+        """This one in ``share`` of its steps."""
+        made: Any = self
+        steps = {
+            field.name: max(1, round(share * getattr(self, field.name)))
+            for field in fields(made)
+            if field.name.endswith("_steps")
+        }
+        return replace(made, **steps)  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Shortened):
     """Lengths of the stages. All ratios of a variant share every step."""
 
     calibration_tokens: int = 36_000
@@ -100,15 +114,6 @@ class Recipe:
     bf16: bool = False
     attention: str = "eager"
     """While plugins train: PyTorch's fused attention has a slow backward pass on the CPU."""
-
-    def lasting(self, share: float) -> "Recipe":
-        """This one in ``share`` of its steps."""
-        steps = {
-            field.name: max(1, round(share * getattr(self, field.name)))
-            for field in fields(self)
-            if field.name.endswith("_steps")
-        }
-        return replace(self, **steps)
 
     def stage(self, step: str, rows: int, variant: Variant) -> dict[str, Any]:
         """Fields of ``DistillationConfig`` for ``"pretrain"``, ``"adapt"`` or ``"finish"``."""

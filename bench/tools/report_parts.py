@@ -8,7 +8,7 @@ from bench.decoder import table as decoder
 from bench.harness import tables
 from bench.harness.results import Row, pick
 
-from .report_speed import Machine, named
+from .report_speed import Machine, named, processor
 
 
 def of_memory(found: Machine, folder: Path) -> str:
@@ -61,12 +61,8 @@ def of_attention(found: Machine, folder: Path) -> str:
     content = found.files.get("attention")
     if content is None:
         return ""
-    here, settings = content["machine"], content["settings"]
-    table = tables.markdown(attention.COLUMNS, pick(content["rows"], status="ok"))
-    return (
-        f"{here['cpu']} (family {here['family']}, model {here['model']}), {settings['threads']} "
-        f"threads, kernels {here['kernels_isa']}:\n\n{table}"
-    )
+    rows = pick(content["rows"], status="ok")
+    return processor(content) + tables.markdown(attention.COLUMNS, rows)
 
 
 def of_decoder(found: Machine, folder: Path) -> str:

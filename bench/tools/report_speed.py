@@ -32,6 +32,15 @@ def named(found: Machine, start: str) -> dict[str, Row]:
     return {name: found.files[name] for name in sorted(found.files) if name.startswith(start)}
 
 
+def processor(content: Row) -> str:
+    """The line above a table: where a result was measured."""
+    here, settings = content["machine"], content["settings"]
+    return (
+        f"{here['cpu']} (family {here['family']}, model {here['model']}), {settings['threads']} "
+        f"threads, kernels {here['kernels_isa']}:\n\n"
+    )
+
+
 def caption(found: Machine, folder: Path) -> str:
     """Where the numbers come from."""
     content = found.files.get("speed_vs_k")
@@ -132,11 +141,7 @@ def with_placements(found: Machine, folder: Path) -> str:
         some = pick(found.rows(name), case="encoder", arm="ours", status="ok")
         if len(set(map(placements, some))) > 1:
             rows += some
-            here, settings = content["machine"], content["settings"]
-            where = (
-                f"{here['cpu']} (family {here['family']}, model {here['model']}), "
-                f"{settings['threads']} threads, kernels {here['kernels_isa']}:\n\n"
-            )
+            where = processor(content)
     return where + tables.markdown(PLACEMENTS, rows)
 
 

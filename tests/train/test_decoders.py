@@ -345,3 +345,11 @@ def test_labels_of_another_shape_are_refused(tmp_path):
     given = batch([12, 9], [4, 4]) | {"labels": torch.tensor([0, 1])}
     with pytest.raises(ValueError, match=r"labels of a decoder must be tokens.*got \[2\]"):
         made.counts(given)
+
+
+def test_a_process_without_a_complete_group_says_so(tmp_path, monkeypatch):
+    """The others would wait for its gradients."""
+    made = trainer(tmp_path, model({"attention_kv": 4}, keep_first=1), logits_weight=0.0)
+    monkeypatch.setattr(type(made.accelerator), "num_processes", property(lambda self: 2))
+    with pytest.raises(ValueError, match=r"no row of a step had a complete group.*one process"):
+        made.compute_loss(made.model, batch([3, 3], [1, 1]))

@@ -233,6 +233,12 @@ def test_refuses_what_it_cannot_train(tmp_path):
         trainer(tmp_path, label_smoothing_factor=0.1)
 
 
+def test_rows_without_labels_are_refused_where_they_count(tmp_path):
+    for name in ("logits_weight", "task_weight"):
+        with pytest.raises(ValueError, match="must have labels where task_weight or logits_weight"):
+            trainer(tmp_path / name, **{name: 1.0}).train()
+
+
 def test_unpatched_after_mixed_precision_it_is_the_original(tmp_path):
     original = tiny.model("bert", "gelu")
     made = trainer(tmp_path, vk.patch(copy.deepcopy(original)), bf16=True, max_steps=1)

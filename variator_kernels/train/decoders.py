@@ -71,7 +71,7 @@ class DecoderObjective(Objective):
             next_tokens.check_head(model, self.head)
 
     def student(self, forward: Any, batch: Batch, level: Level) -> Any:
-        _check_labels(batch)
+        _check_labels(batch)  # an evaluation counts nothing before
         return super().student(forward, batch, level)
 
     def counts(self, batch: Batch) -> Tensor:

@@ -114,8 +114,9 @@ class Variator:
                 assert merged_rotation is not None
                 rotations = rotation, merged_rotation
             groups = context.groups(x, ratio, backend)
-            places = keys, rotations, backend, config.backend
-            return attention_kv(x, weights, attention, groups, *places)
+            return attention_kv(
+                x, weights, attention, groups, keys, rotations, backend, config.backend
+            )
         attention = layer.self_attention()._replace(pack=config.pack, precision=config.precision)
         backend = fitting(config.backend, backends.resolve(config.backend, x))
         attention.check(x)
