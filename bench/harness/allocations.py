@@ -3,6 +3,7 @@
 import ctypes
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,16 +70,23 @@ def _high_water() -> int:
     return int(found.group(1)) * 1024 if found else 0
 
 
-def grown(call: Callable[[], Outputs]) -> int | None:
+def resident() -> int:
+    """Bytes that this process holds now, without what the C library has kept of freed memory."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    held: int = psutil.Process().memory_info().rss
+    return held
+
+
+def grown(call: Callable[[], object]) -> int | None:
     """Growth of the resident set to its peak during a call; None where Linux's counters are not.
 
     For a fresh process only: memory freed before, but kept by the C library, would hide growth.
     """
     try:
-        ctypes.CDLL(None).malloc_trim(0)
+        before = resident()
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present
-        before = psutil.Process().memory_info().rss
         call()
         return max(_high_water() - before, 0)
-    except (OSError, AttributeError):
+    except OSError:
         return None

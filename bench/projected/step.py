@@ -1,21 +1,26 @@
 """Time of a training step: of the small model alone, and projected, W_C built once a step.
 
 Both arms make the same forward and backward passes and an AdamW step, in turns, in one process.
-``counted`` is the part of building W_C that multiply-adds predict.
+``counted`` is the part of building W_C that multiply-adds predict. Memory is that of a process that
+trains one of them, original and optimizer included, at the peak of its second step.
 """
 
 import argparse
+import gc
+import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 import variator_kernels as vk
 
 from .. import internals
-from ..harness import machine, options, results, tables
+from ..harness import allocations, child, machine, options, results, tables
 from ..harness.clock import Wall, quartiles, ratio
 from ..harness.results import Row
 from . import __main__ as whole
@@ -34,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add("--repeats", type=options.count, default=5, help="steps of each arm; default 5")
     add("--steps", type=options.count, default=1500, help="of tiny from scratch; default 1500")
     add("--data", type=Path, default=machine.DATA, help="folder with wikitext2/")
+    add("--cell", type=json.loads, help=argparse.SUPPRESS)
     return made
 
 
@@ -57,12 +63,35 @@ def stepping(
     return step
 
 
-def measure(args: argparse.Namespace) -> list[Row]:
-    """A row for each arm."""
+def started(args: argparse.Namespace) -> tuple[Any, Text, int]:
+    """The projected model, the text, and how many batches a step has."""
     model, text = whole.original(args)
     small: Any = vk.project(model, params=args.share, start="select", importance="weight")
+    return small, text, max(1, round(args.tokens / (args.batch * text.length)))
+
+
+def memory(cell: Row) -> Row:
+    """By how much this process grows, from before the model to the peak of a step."""
+    args = argparse.Namespace(**cell | {"data": Path(cell["data"])})
+    options.set_threads(args)
+    begin = psutil.Process().memory_info().rss
+    model, text, batches = started(args)
+    projected = cell["arm"] == "projected"
+    if not projected:
+        model = vk.merge(model)
+        gc.collect()
+    with internals.collecting(model) if projected else nullcontext():
+        step = stepping(model, text, batches, args.batch, projected)
+        step()
+        held = allocations.resident() - begin
+        growth = allocations.grown(step)
+    return {"status": "ok", "peak_bytes": None if growth is None else held + growth}
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """A row for each arm."""
+    small, text, batches = started(args)
     plain = vk.merge(small)
-    batches = max(1, round(args.tokens / (args.batch * text.length)))
     tokens = batches * args.batch * text.length
     base = {"model": args.model, "share": args.share, "tokens": tokens}
     wrong = whole.agrees(small, plain, text.held_out(1))
@@ -83,7 +112,8 @@ def measure(args: argparse.Namespace) -> list[Row]:
         row |= {"over_plain": ratio(found, times["plain"])["median"]}
         row |= {"counted": cost.share / (1 - cost.share) if name == "projected" else 0.0}
         row |= {"trained": cost.trainable if name == "projected" else cost.small}
-        rows.append({**base, "status": "ok", **row})
+        cell = vars(args) | {"arm": name, "data": str(args.data)}
+        rows.append({**base, **row, **child.measured("projected.step", cell)})
     return rows
 
 
@@ -94,6 +124,7 @@ COLUMNS = [
     tables.number("over plain", lambda row: row["over_plain"], ".3f"),
     tables.number("counted", lambda row: 1 + row["counted"], ".3f"),
     tables.key("parameters", "trained"),
+    tables.mib("peak, MiB", "peak_bytes", ".0f"),
 ]
 
 
@@ -101,6 +132,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run, print, write JSON; 1 if the check failed."""
     made = parser()
     args = made.parse_args(arguments)
+    if args.cell:
+        print(json.dumps(memory(args.cell)))
+        return 0
     options.set_threads(args)
     settings = options.settings(args, "data", "model")
     name = options.named(args.model)

@@ -11,10 +11,17 @@ from pathlib import Path
 
 from bench.harness import machine, results
 from bench.harness.results import Row
-from bench.tools import report_levels, report_parts, report_speed, report_training
+from bench.tools import (
+    report_levels,
+    report_parts,
+    report_projected,
+    report_speed,
+    report_training,
+)
 from bench.tools.report_speed import Machine
 
 TABLES = report_speed.TABLES | report_parts.TABLES | report_training.TABLES | report_levels.TABLES
+TABLES |= report_projected.TABLES
 OTHERS = ("compiled", "gpu")
 """Folders of results that no block is made of."""
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)

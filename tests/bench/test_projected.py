@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.projected import __main__ as bench
-from bench.projected import step
+from bench.projected import speed, step
 from tests.train import toy
 
 
@@ -66,3 +66,45 @@ def test_time_of_a_step(given, tmp_path):
     assert [row["arm"] for row in rows] == ["plain", "projected"]
     assert all(len(row["seconds"]) == 5 and row["tokens"] == 64 for row in rows)
     assert rows[0]["over_plain"] == 1 and rows[1]["counted"] > 0
+    assert 0 < rows[0]["peak_bytes"] < rows[1]["peak_bytes"] + 2**22
+    assert {row["status"] for row in rows} == {"ok"}
+
+
+def speed_of(given: list[str]) -> list[str]:
+    """The command line of bench.projected.speed on the same model."""
+    return [*given[:2], *given[4:6], "--shares", "0.8", "--length", "16", "--tokens", "2"]
+
+
+def test_speed_beside_what_is_promised(given, tmp_path):
+    words = [*speed_of(given), "--rounds", "2", "--dtype", "fp32"]
+    assert speed.main(words) == 0
+    rows = json.loads((tmp_path / "out" / "projected_speed_model.json").read_text())["rows"]
+    assert [(row["arm"], row["share"]) for row in rows] == [("original", 1.0), ("merged", 0.8)]
+    for name in speed.PASSES:
+        assert rows[0][name]["promised"] == rows[0][name]["speedup"]["median"] == 1
+        found = rows[1][name]
+        assert found["kept"] == pytest.approx(found["speedup"]["median"] / found["promised"])
+        assert found["promised"] > 1
+
+
+def test_multiply_adds_are_those_of_the_weights_and_of_causal_attention(given, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from bench.decoder.levels import Level
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    config, run = model.config, speed.Run(model, Level())
+    prompt = torch.arange(1, 7)[None]
+    found = speed.multiply_adds(run, prompt)
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "layers" in n)
+    head = config.vocab_size * config.hidden_size
+    pairs = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    assert found["first"] == 6 * matrices + head + pairs * 21
+    assert found["next"] == matrices + head + pairs * 7
+
+
+def test_no_speed_without_its_check(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed.whole, "agrees", lambda *models: "merged logits are off by 0.1")
+    assert speed.main([*speed_of(given), "--rounds", "1", "--dtype", "fp32"]) == 1
+    rows = json.loads((tmp_path / "out" / "projected_speed_model.json").read_text())["rows"]
+    assert rows[1]["status"] == "failed" and "first" not in rows[1]
