@@ -198,7 +198,7 @@ def test_refusals():
     for name, settings, why in (
         ("big_bird", {"attention_type": "block_sparse"}, "attention is a BigBirdBlockSparseAtt"),
         ("deberta", {"talking_head": True}, "whose self.head_logits_proj is"),
-        ("roformer", {"rotary_value": True}, "whose config.rotary_value is True"),
+        ("roformer", {"rotary_value": True}, "whose self.rotary_value is True"),
     ):
         start = r"placements must be \('ffn',\)"
         with pytest.raises(ValueError, match=rf"{start} (for|where) a {name}.*{why}"):

@@ -1,11 +1,12 @@
 """The command line: runs to the end, and refuses bad data in words."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, BertModel
 
 from tests.train import toy
@@ -153,8 +154,31 @@ def test_data_that_changed_are_another_run(folder, tmp_path, caplog):
     main(arguments)
     assert "it goes on from checkpoint-1" in caplog.text
     data.write_text(data.read_text() + "w1 w2 w3 w4 w5 w6 w7 w8 w9\n")
-    with pytest.raises(ValueError, match="holds a run with sha256="):
+    with pytest.raises(ValueError, match="holds a run whose data had another content"):
         main(arguments)
+
+
+@pytest.mark.parametrize("name", ["model", "plugins"])
+def test_a_model_or_plugins_that_changed_are_another_run(folder, tmp_path, name):
+    """The same path, other weights: checkpoints of the one say nothing of the other."""
+    model, start = tmp_path / "model", tmp_path / "start"
+    shutil.copytree(folder / "model", model)
+    first = command(folder, start, "pretrain", "text.txt", "--max_steps", "1")
+    main([*first, "--model", str(model)])
+    again = command(folder, tmp_path / "output", "pretrain", "text.txt", "--max_steps", "1")
+    again += ["--model", str(model), "--plugins", str(start)]
+    main(again)
+    (tmp_path / "output" / "metrics.json").unlink()
+    main(again)  # metrics are no part of what was read
+    (file,) = (model if name == "model" else start).glob("*.safetensors")
+    tensors = load_file(file)
+    save_file({key: value + 1 for key, value in tensors.items()}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"holds a run whose {name} had another content"):
+        main(again)
+    settings = json.loads((tmp_path / "output" / "run.json").read_text())
+    del settings["sha256"][name]  # as an older version wrote it
+    (tmp_path / "output" / "run.json").write_text(json.dumps(settings))
+    main(again)
 
 
 def test_refuses_an_output_of_others(folder, tmp_path):

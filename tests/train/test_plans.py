@@ -56,12 +56,12 @@ def test_a_file_is_read_once(tmp_path, monkeypatch):
 
 def test_a_placement_may_be_dense_and_the_run_is_known_by_its_plans(tmp_path):
     (file,) = saved(tmp_path, only=plan(4, 1, 1, 1))
-    out = command(tmp_path, "--plan", file)
+    command(tmp_path, "--plan", file)
     settings, tensors = plugins(tmp_path)
     assert settings["placements"] == {"ffn": [4], "attention_kv": [4]}
     assert moved(tensors) == {"ffn.0.4"}
     saved(tmp_path, only=plan(1, 4, 1, 1))
-    with pytest.raises(ValueError, match=f"output {out} holds a run with sha256="):
+    with pytest.raises(ValueError, match="holds a run whose plans had another content"):
         command(tmp_path, "--plan", file)
 
 

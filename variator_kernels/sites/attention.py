@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..ops.int8_linear.module import StoredProduct
 from ..ops.self_attention import GlobalKeys, OfDistances, Projections, SelfAttention
 from ..ops.transforms import tracing
-from .attention_paths import AttentionPaths
+from .attention_paths import CAUSAL, AttentionPaths
+from .attention_refusals import check_without
 from .described import Described, memory_of
 from .family import ROW, Family, follow, lookup
 from .feed_forward import check_bypassed, check_norm, epsilon, probability
@@ -103,8 +104,14 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
             f"{paths.inner} must be a {paths.inner_class} where attention is compressed, got a "
             f"{inner}"
         )
+    check_without(family.name, layer, (*paths.mixes, *paths.absent))
     size = follow(layer, paths.head_size)
     o = follow(layer, paths.o)
+    _check_heads(layer, paths.heads, o.in_features // size, size)
+    if family.decoder and not getattr(layer, CAUSAL, True):
+        raise ValueError(
+            f"{CAUSAL} must be True of a decoder's attention where it is compressed, got False"
+        )
     norm = lookup(layer, paths.norm)
     window = lookup(layer, paths.window)
     stand_in = next(p for p in (*layer.parameters(), torch.empty(0)) if p.is_floating_point())
@@ -141,6 +148,7 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
     biases = [product.bias for product in products]
     if paths.qkv:
         sizes = _split(weights[0].shape[0], o.in_features)
+        _check_heads(layer, paths.key_heads, sizes[1] // size, size)
         weights = list(weights[0].split(sizes))
         biases = [None] * 3 if biases[0] is None else list(biases[0].split(sizes))
     biases = [one if more is None else more for one, more in zip(biases, beside, strict=True)]
@@ -150,6 +158,16 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
         w_o=o.weight,
         b_o=o.bias,
     )
+
+
+def _check_heads(layer: nn.Module, path: str, number: int, size: int) -> None:
+    """What ``layer`` says of its heads is what its products make."""
+    given = lookup(layer, path)
+    if given not in (None, number):
+        raise ValueError(
+            f"{path.rpartition('.')[2]} must be {number}, heads of {size}, where attention is "
+            f"compressed, got {given}"
+        )
 
 
 def _scale(layer: nn.Module, paths: AttentionPaths, size: int) -> float:
@@ -172,6 +190,8 @@ def _of_distances(layer: nn.Module, paths: AttentionPaths) -> OfDistances | None
     if not {"c2p", "p2c"} & {*kinds}:
         return None
     k, q = (lookup(layer, path) for path in (apart.k, apart.q))
+    if lookup(layer, apart.shared):
+        k = q = None
     k, q = lookup(layer, paths.k) if k is None else k, lookup(layer, paths.q) if q is None else q
     dropout = probability(layer, apart.dropout)
     return OfDistances(k if "c2p" in kinds else None, q if "p2c" in kinds else None, dropout)

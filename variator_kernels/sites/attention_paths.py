@@ -7,6 +7,9 @@ from dataclasses import dataclass, fields
 from .fields import CHOICES, check_type
 from .term_paths import DistancePaths, GlobalPaths, PlacePaths
 
+CAUSAL = "is_causal"
+"""What a decoder's sublayer calls that its queries see no later token."""
+
 
 @dataclass(frozen=True)
 class AttentionPaths:
@@ -23,6 +26,10 @@ class AttentionPaths:
     """To the size of a head."""
     o: str
     """To the last product."""
+    heads: str = ""
+    """To their number, where a sublayer goes by it and not by their size."""
+    key_heads: str = ""
+    """To the number of heads of keys, where one product for all goes by it."""
     q: str = ""
     """To the products of queries, keys and values."""
     k: str = ""
@@ -155,8 +162,17 @@ class AttentionPaths:
     def numbers(self) -> tuple[str, ...]:
         """Paths of what is no module."""
         apart = self.distances
-        of_distances = () if apart is None else (apart.kinds, apart.used)
-        numbers = [self.head_size, self.window, self.scaling, self.sliding, self.turns]
+        of_distances = () if apart is None else (apart.kinds, apart.used, apart.shared)
+        numbers = [
+            CAUSAL,
+            self.head_size,
+            self.heads,
+            self.key_heads,
+            self.window,
+            self.scaling,
+            self.sliding,
+            self.turns,
+        ]
         numbers += [] if self.global_keys is None else [self.global_keys.size]
         return (*numbers, *of_distances, *self.mixes, *self.absent)
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .family import lookup
+
 
 def check_no_weights(encoder: Any, asked: Any) -> None:
     """Attention's weights over merged keys are not those that anybody asks for."""
@@ -29,6 +31,17 @@ def check_absent(name: str, given: Any) -> None:
             f"heads nor keys from elsewhere (prefix tuning), got a {type(given).__name__}: "
             "set_ratio(model, 1), or a level without attention"
         )
+
+
+def check_without(name: str, owner: Any, paths: tuple[str, ...]) -> None:
+    """``owner``, of a model of the family ``name``, has nothing at ``paths``."""
+    for path in paths:
+        value = lookup(owner, path)
+        if value is not None and value is not False:
+            raise ValueError(
+                f"placements must be ('ffn',) for a {name} whose {path} is {value!r}: "
+                "merged keys do not know it"
+            )
 
 
 def check_no_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

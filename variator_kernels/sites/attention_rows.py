@@ -27,6 +27,8 @@ def t5(prefix: str, **own: Any) -> AttentionPaths:
         norm_kind="rms",
         eps=("variance_epsilon", "eps"),
         bypassed=("layer_norm", "dropout", inner),
+        absent=(f"{inner}.is_decoder",),
+        encoder_absent=("is_decoder",),
         table=f"block.0.layer.0.{inner}.relative_attention_bias",
         table_of=inner,
         returns=("position_bias", ""),
@@ -50,6 +52,7 @@ def _longt5(kind: str, **own: Any) -> AttentionPaths:
         scaling=f"{inner}.scaling",
         dropout=f"{inner}.dropout",
         bypassed=("layer_norm", "dropout", inner, *own.pop("bypassed", ())),
+        absent=(f"{inner}.is_decoder",),
         table=f"block.0.layer.0.{inner}.relative_attention_bias",
         table_of=inner,
         window=f"{inner}.block_len",
@@ -87,6 +90,7 @@ def bert(prefix: str, **own: Any) -> AttentionPaths:
         norm="output.LayerNorm",
         post_norm=True,
         bypassed=("self", "output", "output.LayerNorm", "output.dropout"),
+        absent=("is_cross_attention",),
     )
     return dataclasses.replace(row, **own)
 
@@ -102,6 +106,7 @@ ROFORMER = bert(
     "RoFormer",
     sines="encoder.embed_positions",
     turned="sinusoidal_pos",
+    absent=("self.rotary_value", "is_cross_attention"),
     encoder_absent=("config.rotary_value",),
 )
 # Its queries are divided by the root of the head's size before they turn.
@@ -115,11 +120,14 @@ _DISTANCES = DistancePaths(
     k="self.pos_key_proj",
     q="self.pos_query_proj",
     dropout="self.pos_dropout",
-    buckets="self.position_buckets",
-    max_distance="self.max_relative_positions",
+    shared="self.share_att_key",
+    span="self.pos_ebd_size",
+    buckets="encoder.position_buckets",
+    max_distance="encoder.max_relative_positions",
 )
 DEBERTA_V2 = bert(
     "DebertaV2",
+    heads="self.num_attention_heads",
     q="self.query_proj",
     k="self.key_proj",
     v="self.value_proj",
@@ -128,6 +136,7 @@ DEBERTA_V2 = bert(
 )
 DEBERTA = bert(
     "Deberta",
+    heads="self.num_attention_heads",
     q="",
     k="",
     v="",
@@ -140,6 +149,8 @@ DEBERTA = bert(
         _DISTANCES,
         k="self.pos_proj",
         q="self.pos_q_proj",
+        shared="",
+        span="self.max_relative_positions",
         buckets="",
         max_distance="",
         of_row=True,
@@ -155,6 +166,8 @@ LAYOUTLMV3 = bert(
             "position_ids",
             max_distance="encoder.max_rel_pos",
             used=("encoder.has_relative_attention_bias",),
+            here=("self.has_relative_attention_bias",),
+            buckets="encoder.rel_pos_bins",
         ),
         *(
             PlacePaths(
@@ -163,6 +176,8 @@ LAYOUTLMV3 = bert(
                 column,
                 max_distance="encoder.max_rel_2d_pos",
                 used=("encoder.has_relative_attention_bias", "encoder.has_spatial_attention_bias"),
+                here=("self.has_relative_attention_bias", "self.has_spatial_attention_bias"),
+                buckets="encoder.rel_2d_pos_bins",
             )
             for axis, column in (("x", 0), ("y", 3))
         ),

@@ -16,6 +16,7 @@ from ..runtime.site import Site
 from ..runtime.state import MOST_LEVELS
 from .attention import DescribedAttention, paths_of
 from .attention_refusals import check_no_mask, check_no_weights
+from .decoder_refusals import both_ways
 from .encoder import Encoder
 from .family import lookup
 from .mixins import SITE, AtSite
@@ -127,6 +128,10 @@ class Decoder(Encoder):
             )
         if kwargs.get("is_causal") is False:
             raise ValueError("is_causal must not be False where something is compressed")
+        if says := both_ways(self.config):
+            raise ValueError(
+                f"config must be a causal model's where something is compressed, got {says}"
+            )
         packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seqlens"))
         if mask is None and cache is None and isinstance(positions, Tensor) and is_plain(positions):
             # transformers takes such rows for several sequences side by side.

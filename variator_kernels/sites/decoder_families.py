@@ -73,7 +73,9 @@ DECODER_FAMILIES = (
         fused="in_gate",
         w_out="down_proj",
         act="activation_fn",
-        attention=attention.causal("Phi3", q="", k="", v="", qkv="qkv_proj", **_FOR_ALL),
+        attention=attention.causal(
+            "Phi3", q="", k="", v="", qkv="qkv_proj", key_heads="num_key_value_heads", **_FOR_ALL
+        ),
     ),
     _llama(
         "olmo2",

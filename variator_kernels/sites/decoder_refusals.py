@@ -26,6 +26,10 @@ def check_decoder(found: Found, placements: Iterable[str]) -> None:
             f"placements must not hold 'attention' for {family.name}, a decoder: its queries must "
             "stay whole; 'attention_kv' merges keys and values alone"
         )
+    if says := both_ways(found.encoder.config):
+        raise ValueError(
+            f"model must be causal, as {family.name} is taken to be, got a config with {says}"
+        )
     for number, layer in enumerate(found.attentions):
         if not getattr(layer, "is_causal", True):
             raise ValueError(
@@ -45,6 +49,15 @@ def check_decoder(found: Found, placements: Iterable[str]) -> None:
             f"placements must not hold 'attention_kv' for a {family.name} with RoPE of type "
             f"{kind!r}, which turns all keys anew when a text grows"
         )
+
+
+def both_ways(config: Any) -> str:
+    """What ``config`` has that makes queries see later tokens, or nothing."""
+    for name, usual in (("is_causal", True), ("use_bidirectional_attention", False)):
+        value = getattr(config, name, usual)
+        if value is not None and bool(value) is not usual:
+            return f"{name}={value!r}"
+    return ""
 
 
 def _rope(config: Any) -> str | None:

@@ -13,7 +13,7 @@ from ..runtime.context import Context, is_token_mask, token_mask
 from ..runtime.level import Level
 from ..runtime.packed import Packed, check_one_sequence, packed_sequences
 from ..runtime.state import State
-from .attention_refusals import UNREAD, check_absent, check_no_weights
+from .attention_refusals import UNREAD, check_absent, check_no_weights, check_without
 from .family import Family, blocks_of, follow
 from .find import replaced
 from .loading import check_loaded
@@ -112,6 +112,9 @@ class Encoder(nn.Module):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments to go on with, once what they say is in ``context``, or refused."""
         if self.variator_state.attends(context.level):
+            family = self.variator_family
+            assert family.attention is not None
+            check_without(family.name, self, family.attention.encoder_absent)
             context.position_ids = self._given("position_ids", args, kwargs)
             check_no_weights(self, self._given("output_attentions", args, kwargs))
             for name in UNREAD:

@@ -22,6 +22,13 @@ from .attention_paths import AttentionPaths
 from .family import REACH, follow, lookup
 from .plain import plain_embedding
 
+_WRONG = "{} must be {}, the rows of the table, where attention is compressed, got {}"
+
+
+def _last(path: str) -> str:
+    """The name at the end of a path."""
+    return path.rpartition(".")[2]
+
 
 class Reach(NamedTuple):
     """What a sublayer needs of the encoder that it is in: looked up when it is, for somebody may
@@ -33,9 +40,8 @@ class Reach(NamedTuple):
     table_path: str = ""
     max_distance: int = 128
     rotary_kind: str | None = None
-    buckets: int = 0
-    """Of terms of content and distance; ``furthest`` too."""
-    furthest: int = 0
+    sublayer: Any = None
+    """Where it has terms that the encoder's arguments and numbers decide."""
 
     @property
     def table(self) -> Any:
@@ -76,12 +82,16 @@ class Reach(NamedTuple):
         if not plain_embedding(table):
             weight = table(torch.arange(weight.shape[0], device=weight.device))
         own = self._maker(path)
+        if not getattr(own, "has_relative_attention_bias", True):
+            raise ValueError(
+                "has_relative_attention_bias must be True of the layer that has the table of "
+                "distances, where attention is compressed, got False"
+            )
         most = getattr(own, "relative_attention_max_distance", self.max_distance)
         buckets = getattr(own, "relative_attention_num_buckets", weight.shape[0])
         if buckets != weight.shape[0]:
             raise ValueError(
-                f"relative_attention_num_buckets must be {weight.shape[0]}, the rows of the table, "
-                f"where attention is compressed, got {buckets}"
+                _WRONG.format("relative_attention_num_buckets", weight.shape[0], buckets)
             )
         return Table(weight.to(like.device), most)
 
@@ -114,19 +124,18 @@ class Reach(NamedTuple):
     ) -> Terms:
         """The additive terms of ``attention``, a description of the sublayer, for ``x [B, n, d]``.
         ``carried``: what the paths' carrier got. ``table`` as in :meth:`distances`."""
-        vectors = None
-        if attention.of_distances is not None:
-            assert self.paths.distances is not None
-            found = follow(self.owner, self.paths.distances.vectors)
-            found = found if isinstance(found, Tensor) else found()
-            vectors = Distances(found.to(x.device), self.buckets, self.furthest)
+        vectors = None if attention.of_distances is None else self._vectors(x)
         places = []
         for place in self.paths.places:
-            if not all(lookup(self.owner, path) for path in place.used):
+            there = [lookup(self.owner, path) for path in place.used]
+            if not all(there + [lookup(self.sublayer, path) for path in place.here]):
                 continue
             where = carried[place.places].to(x.device)
             # As transformers, which gives these tables no gradient.
             weight = follow(self.owner, place.weight).detach().to(x.device).t() * attention.scale
+            buckets = lookup(self.owner, place.buckets)
+            if buckets not in (None, weight.shape[0]):
+                raise ValueError(_WRONG.format(_last(place.buckets), weight.shape[0], buckets))
             most = Table(weight, int(follow(self.owner, place.max_distance)))
             places.append(PlaceTable(most, where if where.dim() == 2 else where[..., place.column]))
         blocks = None
@@ -135,6 +144,27 @@ class Reach(NamedTuple):
             between = self._of(self.global_table, self.paths.global_keys.table, x)
             blocks = BlockTable(between, attention.global_keys.size)
         return Terms(self.distances(x, table), attention.window, tuple(places), vectors, blocks)
+
+    def _vectors(self, like: Tensor) -> Distances:
+        """What terms of content and distance read, as the encoder and the sublayer say it now."""
+        paths = self.paths.distances
+        assert paths is not None
+        found = follow(self.owner, paths.vectors)
+        found = found if isinstance(found, Tensor) else found()
+        if found is None:
+            raise ValueError(
+                f"{paths.vectors} must give the vectors of distances, which attention that is "
+                "compressed has terms of, got None"
+            )
+        found = found.to(like.device)
+        span = lookup(self.sublayer, paths.span)
+        if span is not None and 2 * span != found.shape[0]:
+            raise ValueError(
+                f"{_last(paths.span)} must be {found.shape[0] // 2}, half the number of distances "
+                f"that have a vector, where attention is compressed, got {span}"
+            )
+        numbers = (lookup(self.owner, path) or 0 for path in (paths.buckets, paths.max_distance))
+        return Distances(found, *numbers)
 
     def rotation(self, x: Tensor, positions: Tensor) -> Rotation:
         """Of ``positions [B, m]``, which need not be whole numbers."""
@@ -159,19 +189,19 @@ def reach_of(layer: nn.Module) -> Reach:
 
 def reach(encoder: Any, block: Any, number: int, paths: AttentionPaths) -> Reach:
     """What the sublayer of ``block``, the ``number``th, needs."""
-    apart, layer = paths.distances, follow(block, paths.sublayer)
+    apart = paths.distances
     found = Reach(
         encoder,
         paths,
         paths.table.format(layer=number),
         getattr(encoder.config, "relative_attention_max_distance", 128),
         lookup(block, paths.rotary_kind),
-        (lookup(layer, apart.buckets) or 0) if apart is not None else 0,
-        (lookup(layer, apart.max_distance) or 0) if apart is not None else 0,
+        follow(block, paths.sublayer) if apart is not None or paths.places else None,
     )
     _ = found.table, found.global_table, found.rotary  # they are there
     if apart is not None:
-        follow(encoder, apart.vectors)
+        for path in (apart.vectors, apart.buckets, apart.max_distance):
+            follow(encoder, path)
     for place in paths.places:
         if all(lookup(encoder, path) for path in place.used):
             follow(encoder, place.weight)

@@ -24,13 +24,17 @@ class DistancePaths:
     """To the product of the vectors that queries meet (c2p); where it is missing: the tokens'."""
     q: str
     """To the product that keys meet (p2c)."""
+    shared: str = ""
+    """To whether the tokens' products serve for the vectors too, whatever else there is."""
     dropout: str = ""
     """To the dropout of the vectors."""
+    span: str = ""
+    """To half the number of vectors, which the sublayer counts by."""
     buckets: str = ""
-    """To how many distances have a vector: half of them their own, the others logarithmically;
-    -1 or no path: each has its own."""
+    """From the encoder to how many distances have a vector: half of them their own, the others
+    logarithmically; -1 or no path: each has its own."""
     max_distance: str = ""
-    """To where the last bucket begins."""
+    """From the encoder to where the last bucket begins."""
     of_row: bool = False
     """Whether the dense sublayer multiplies the vectors of the distances in a row alone, not
     all."""
@@ -65,3 +69,7 @@ class PlacePaths:
     """To where the last bucket begins."""
     used: tuple[str, ...] = ()
     """To what must all be true where the model has it."""
+    here: tuple[str, ...] = ()
+    """The same of a sublayer; paths from it."""
+    buckets: str = ""
+    """To the number of buckets, which is the table's."""

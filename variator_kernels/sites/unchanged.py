@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.feed_forward import FeedForward, normalize, products
+from .attention_refusals import check_without
 from .families import known
 from .family import Family, follow, lookup
 from .feed_forward import describe
@@ -112,14 +113,8 @@ def check_attention(found: Found) -> None:
                 f"placements must be ('ffn',) where a {family.name}'s attention is a "
                 f"{type(inner).__name__}: family.attention says {paths.inner_class}"
             )
-        places = [(layer, name) for name in (*paths.mixes, *paths.absent)]
-        for owner, name in places + [(found.encoder, name) for name in paths.encoder_absent]:
-            value = lookup(owner, name)
-            if value is not None and value is not False:
-                raise ValueError(
-                    f"placements must be ('ffn',) for a {family.name} whose {name} is {value!r}: "
-                    "merged keys do not know it"
-                )
+        check_without(family.name, layer, (*paths.mixes, *paths.absent))
+        check_without(family.name, found.encoder, paths.encoder_absent)
         if any(hasattr(module, "distance_embedding") for module in layer.modules()):
             raise ValueError(
                 f"placements must be ('ffn',) for a {family.name} whose position_embedding_type is "

@@ -13,13 +13,18 @@ from .. import files
 from . import checkpoints
 
 SETTINGS, METRICS = "run.json", "metrics.json"
+READ = ("data", "eval_data", "model", "plugins")
+"""What a job reads files of."""
+CONTENTS = (".safetensors", ".bin", ".json")
+"""Endings of the files that say what a folder's model, or its plugins, are."""
 LOG = logging.getLogger(__name__)
 
 
 def settings_of(job: Any, fingerprint: dict[str, Any], **read: Any) -> dict[str, Any]:
     """What a run is known by: the job, the trainer's ``fingerprint``, and digests of the files that
     it reads, ``read`` among them."""
-    digests = {name: digest(getattr(job, name)) for name in ("data", "eval_data")} | read
+    names = [name for name in READ if hasattr(job, name)]
+    digests = {name: digest(getattr(job, name)) for name in names} | read
     found = {**asdict(job), **fingerprint, "sha256": digests}
     return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
@@ -66,9 +71,23 @@ def goes_on_by_itself(config: Any) -> None:
 
 
 def digest(source: str | None) -> str | None:
-    """Of a file's content; None for what is no file."""
-    path = Path(source or "")
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    """Of a file's content, or of the model or plugins in a folder; None for what is neither."""
+    path = Path(source) if source else None
+    if path is None or not path.exists():
+        return None
+    if path.is_file():
+        return _of_file(path)
+    every = sorted(p for p in path.iterdir() if p.suffix in CONTENTS and p.is_file())
+    lines = [f"{p.name} {_of_file(p)}" for p in every if p.name not in (SETTINGS, METRICS)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _of_file(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as opened:
+        while block := opened.read(2**20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def check_same(output: Path, settings: dict[str, Any], kinds: tuple[Any, ...]) -> None:
@@ -89,11 +108,22 @@ def check_same(output: Path, settings: dict[str, Any], kinds: tuple[Any, ...]) -
     before = {field.name: field.default for kind in kinds for field in fields(kind)}
     before = {name: before[name] for name in settings if name in before}
     before |= _read(output / SETTINGS)
+    _check_read(output, before.pop("sha256", {}), settings["sha256"])
     for name in {**before, **settings}:
-        if name != "output" and before.get(name) != settings.get(name):
+        if name not in ("output", "sha256") and before.get(name) != settings.get(name):
             raise ValueError(
                 f"output {output} holds a run with {name}={before.get(name)!r}, now it is "
                 f"{settings.get(name)!r}: name another folder, or the same settings"
+            )
+
+
+def _check_read(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """What the run read is what it would read; older versions did not note all of it."""
+    for name in before.keys() & now.keys():
+        if before[name] != now[name]:
+            raise ValueError(
+                f"output {output} holds a run whose {name} had another content (sha256 "
+                f"{before[name]}, now {now[name]}): name another folder, or the same files"
             )
 
 
