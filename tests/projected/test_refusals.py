@@ -40,6 +40,10 @@ def test_arguments():
     refused(model, "params must be at least 0.0", params=0.001)
     refused(model, "batches must hold at least one batch", batches=[], params=0.5)
     refused(model, "batches must have input_ids", batches=[{"x": 1}], params=0.5)
+    ids = torch.ones(2, 4, dtype=torch.long)
+    empty = {"input_ids": ids, "attention_mask": torch.zeros_like(ids)}
+    refused(model, "batches must have real tokens", batches=[empty], params=0.5)
+    refused(model, "batches must have real tokens", batches=[{"input_ids": ids[:0]}], params=0.5)
     refused(model, "batches must hold mappings", TypeError, batches=[torch.ones(2)], params=0.5)
     with pytest.raises(ValueError, match="batches must be given, start 'pca' looks at"):
         vk.project(model, params=0.5)

@@ -205,9 +205,9 @@ def test_names_of_levels(model):
     sites = states(model)[0].sites
     numbers = {"limit": 1.0, "predicted_cost": 1.0, "cost": 1.0, "loss": 0.0}
     plan = vk.Plan(sites, (2, 8), "cost", measure="flops", **numbers)
-    mixed = {"dense": 1, "plan": plan, "last": {"ffn": {-1: 4}}}
+    mixed = {"dense": 1, "last": {"ffn": {-1: 4}}, "plan": plan}
     controller, _ = controlled(
-        model, levels=mixed, profile=times(("dense", "plan", "last"), (1, 1.2, 1.4)), max_ratio=4
+        model, levels=mixed, profile=times(("dense", "last", "plan"), (1, 1.2, 1.4)), max_ratio=4
     )
     with controller.batch([controller.arrive(4, "last")]) as choice:
         assert choice.name == "last" and states(model)[0].current().ratios == (1, 4)
@@ -292,6 +292,7 @@ def test_metrics_need_their_package(model, monkeypatch):
         ({"batch_tokens": 0}, "batch_tokens must be >= 1, got 0"),
         ({"levels": ()}, "levels must name at least one"),
         ({"levels": (1, 2, 2)}, "levels must be different"),
+        ({"levels": (1, 4, 2)}, "least compressed to the most, got '2', .* behind '4'"),
         ({"levels": (1, {"ffn": 2})}, "levels must be a mapping of names"),
         ({"levels": (1, 3)}, "ratio must be 1"),
         ({"profile": times().only(("1", "2"))}, "profile must hold the levels"),

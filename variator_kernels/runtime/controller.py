@@ -108,7 +108,7 @@ class RatioController:
         self.levels = named(levels, sorted({1, *(k for s in found(model) for k in s.ratios)}))
         """The levels by their names, from the least compressed to the most."""
         self._names = tuple(self.levels)
-        self._highest = highest_ratios(model, self.levels.values())
+        self._highest = highest_ratios(model, self.levels)
         settings = Settings(
             target, checks.integer(batch_tokens, "batch_tokens", 1),
             positive(margin, "margin", most=1.0), hold=positive(hold_seconds, "hold_seconds"),

@@ -13,14 +13,26 @@ from .find_states import found
 from .plan import Plan
 
 
-def highest_ratios(model: nn.Module, levels: Iterable[Any]) -> list[int]:
+def highest_ratios(model: nn.Module, levels: Mapping[str, Any]) -> list[int]:
     """Of each level the highest ratio at any site.
 
     Raises:
-        ValueError: the model is not patched, or has no plugins for a level.
+        ValueError: the model is not patched, has no plugins for a level, or a level is less
+            compressed at every site than one in front of it.
     """
-    states = found(model)
-    return [max(max(state.check(level).ratios) for state in states) for level in levels]
+    states, every = found(model), list[list[int]]()
+    for name, level in levels.items():
+        ratios = [k for state in states for k in state.check(level).ratios]
+        for before, others in zip(levels, every, strict=False):
+            if ratios != others and all(
+                k <= other for k, other in zip(ratios, others, strict=True)
+            ):
+                raise ValueError(
+                    "levels must go from the least compressed to the most, got "
+                    f"{name!r}, which compresses less, behind {before!r}"
+                )
+        every.append(ratios)
+    return [max(ratios) for ratios in every]
 
 
 def named(levels: Any, default: Iterable[int]) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def check_same(output: Path, settings: dict[str, Any], kinds: tuple[Any, ...]) -
         if checkpoints.every(output):
             raise ValueError(f"output {output} holds another program's checkpoints: name another")
         return
-    before = {field.name: field.default for kind in kinds for field in fields(kind)}
+    before: dict[str, Any] = {f.name: f.default for kind in kinds for f in fields(kind)}
     before = {name: before[name] for name in settings if name in before}
     before |= _read(output / SETTINGS)
     _check_read(output, before.pop("sha256", {}), settings["sha256"])

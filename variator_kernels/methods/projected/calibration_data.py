@@ -32,6 +32,9 @@ def checked(batches: Iterable[Mapping[str, Any]] | None, why: str) -> list[Batch
             )
         if "input_ids" not in batch:
             raise ValueError(f"batches must have input_ids, got {sorted(batch)}")
+        mask = batch.get("attention_mask")
+        if batch["input_ids"].numel() == 0 or (isinstance(mask, Tensor) and not mask.any()):
+            raise ValueError("batches must have real tokens, got one with none (attention_mask)")
         found.append(dict(batch))
     if not found:
         raise ValueError(f"batches must hold at least one batch, {why}, got none")
