@@ -15,7 +15,7 @@ from ..ops.int8_linear.module import StoredProduct
 from ..ops.self_attention import GlobalKeys, OfDistances, Projections, SelfAttention
 from ..ops.transforms import tracing
 from .attention_paths import CAUSAL, AttentionPaths
-from .attention_refusals import check_without
+from .attention_refusals import check_heads, check_without
 from .described import Described, memory_of
 from .family import ROW, Family, follow, lookup
 from .feed_forward import check_bypassed, check_norm, epsilon, probability
@@ -107,7 +107,7 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
     check_without(family.name, layer, (*paths.mixes, *paths.absent))
     size = follow(layer, paths.head_size)
     o = follow(layer, paths.o)
-    _check_heads(layer, paths.heads, o.in_features // size, size)
+    check_heads(layer, paths.heads, o.in_features // size, size)
     if family.decoder and not getattr(layer, CAUSAL, True):
         raise ValueError(
             f"{CAUSAL} must be True of a decoder's attention where it is compressed, got False"
@@ -148,7 +148,7 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
     biases = [product.bias for product in products]
     if paths.qkv:
         sizes = _split(weights[0].shape[0], o.in_features)
-        _check_heads(layer, paths.key_heads, sizes[1] // size, size)
+        check_heads(layer, paths.key_heads, sizes[1] // size, size)
         weights = list(weights[0].split(sizes))
         biases = [None] * 3 if biases[0] is None else list(biases[0].split(sizes))
     biases = [one if more is None else more for one, more in zip(biases, beside, strict=True)]
@@ -158,16 +158,6 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
         w_o=o.weight,
         b_o=o.bias,
     )
-
-
-def _check_heads(layer: nn.Module, path: str, number: int, size: int) -> None:
-    """What ``layer`` says of its heads is what its products make."""
-    given = lookup(layer, path)
-    if given not in (None, number):
-        raise ValueError(
-            f"{path.rpartition('.')[2]} must be {number}, heads of {size}, where attention is "
-            f"compressed, got {given}"
-        )
 
 
 def _scale(layer: nn.Module, paths: AttentionPaths, size: int) -> float:

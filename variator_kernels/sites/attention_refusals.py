@@ -44,6 +44,16 @@ def check_without(name: str, owner: Any, paths: tuple[str, ...]) -> None:
             )
 
 
+def check_heads(layer: Any, path: str, number: int, size: int) -> None:
+    """What ``layer`` says of its heads is what its products make."""
+    given = lookup(layer, path)
+    if given not in (None, number):
+        raise ValueError(
+            f"{path.rpartition('.')[2]} must be {number}, heads of {size}, where attention is "
+            f"compressed, got {given}"
+        )
+
+
 def check_no_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = [*args, kwargs.get("attention_mask"), kwargs.get("mask")]
     if any(isinstance(value, Tensor) for value in given):
