@@ -163,8 +163,14 @@ class Reach(NamedTuple):
                 f"{_last(paths.span)} must be {found.shape[0] // 2}, half the number of distances "
                 f"that have a vector, where attention is compressed, got {span}"
             )
-        numbers = (lookup(self.owner, path) or 0 for path in (paths.buckets, paths.max_distance))
-        return Distances(found, *numbers)
+        buckets, most = (lookup(self.owner, p) or 0 for p in (paths.buckets, paths.max_distance))
+        if buckets > 0 and most > 0 and not 1 <= buckets // 2 < most - 1:
+            raise ValueError(
+                f"{_last(paths.buckets)} must be at least 2, and half of it below "
+                f"{_last(paths.max_distance)} - 1, where attention is compressed, got {buckets}, "
+                f"{most}"
+            )
+        return Distances(found, buckets, most)
 
     def rotation(self, x: Tensor, positions: Tensor) -> Rotation:
         """Of ``positions [B, m]``, which need not be whole numbers."""
