@@ -41,6 +41,14 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def shares(words: list[str]) -> list[float]:
+    """``ValueError`` unless each lies in (0, 1), once."""
+    found = [float(word) for word in words]
+    if not all(0 < share < 1 for share in found) or len({*found}) < len(found):
+        raise ValueError(f"shares must be different numbers in (0, 1), got {','.join(words)}")
+    return found
+
+
 def multiply_adds(run: Run, prompt: Any) -> dict[str, float]:
     """Of the prompt, and of the next token: products of weights and causal attention, which
     PyTorch's counter does not see on a CPU."""
@@ -75,12 +83,12 @@ def measure(args: argparse.Namespace) -> list[Row]:
     found = setup.whole(args.model)
     fp32 = setup.load(found, torch.float32)
     rows: list[Row] = []
-    smaller = [merged(fp32, float(share)) for share in args.shares]
+    smaller = [merged(fp32, share) for share in args.shares]
     prompt = models.tokens(1, args.length, found.config.vocab_size)
     for dtype in args.dtype:
         base = {"model": options.named(args.model), "dtype": dtype, "prompt": args.length}
         arms = [(1.0, fp32, {"arm": "original", "status": "ok"})]
-        arms += [(float(s), m, about) for s, (m, about) in zip(args.shares, smaller, strict=True)]
+        arms += [(s, m, about) for s, (m, about) in zip(args.shares, smaller, strict=True)]
         runs, taken = {}, {}
         for share, model, about in arms:
             cast = models.cast(copy.deepcopy(model), models.DTYPES[dtype])
@@ -126,7 +134,7 @@ def _columns(name: str, title: str) -> list[tables.Column]:
         tables.number(f"{title}, ms", lambda row: 1e3 * row[name]["median"], ".1f"),
         tables.number("over the original", lambda row: row[name]["speedup"]["median"]),
         tables.number("promised", lambda row: row[name]["promised"]),
-        tables.number("of that", lambda row: row[name]["kept"], ".0%"),
+        tables.number("of the promised", lambda row: row[name]["kept"], ".0%"),
     ]
 
 
@@ -148,6 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     name = options.named(args.model)
     with options.refusals(made):
         options.settle_dtypes(args)
+        args.shares = shares(args.shares)
         content = results.result("projected_speed", options.settings(args, "model"), {"name": name})
         content["rows"] = measure(args)
     table = tables.screen(f"{name}, smaller", COLUMNS, content["rows"])

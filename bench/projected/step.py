@@ -2,7 +2,8 @@
 
 Both arms make the same forward and backward passes and an AdamW step, in turns, in one process.
 ``counted`` is the part of building W_C that multiply-adds predict. Memory is that of a process that
-trains one of them, original and optimizer included, at the peak of its second step.
+trains one of them, at the peak of its second step, optimizer included: projected, it holds the
+original besides.
 """
 
 import argparse

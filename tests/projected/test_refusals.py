@@ -42,6 +42,10 @@ def test_arguments():
     refused(model, "batches must have input_ids", batches=[{"x": 1}], params=0.5)
     ids = torch.ones(2, 4, dtype=torch.long)
     empty = {"input_ids": ids, "attention_mask": torch.zeros_like(ids)}
+    square = {"input_ids": ids, "attention_mask": torch.zeros(2, 1, 4, 4)}
+    refused(model, r"attention_mask must have shape \[2, 4\]", batches=[square], params=0.5)
+    lists = [{"input_ids": [[1, 2]]}]
+    refused(model, "input_ids must be a tensor, got list", TypeError, batches=lists, params=0.5)
     refused(model, "batches must have real tokens", batches=[empty], params=0.5)
     refused(model, "batches must have real tokens", batches=[{"input_ids": ids[:0]}], params=0.5)
     refused(model, "batches must hold mappings", TypeError, batches=[torch.ones(2)], params=0.5)

@@ -17,8 +17,8 @@ def highest_ratios(model: nn.Module, levels: Mapping[str, Any]) -> list[int]:
     """Of each level the highest ratio at any site.
 
     Raises:
-        ValueError: the model is not patched, has no plugins for a level, or a level is less
-            compressed at every site than one in front of it.
+        ValueError: the model is not patched, has no plugins for a level, or a level is
+            nowhere more and somewhere less compressed than one in front of it.
     """
     states, every = found(model), list[list[int]]()
     for name, level in levels.items():

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..ops.int8_linear.module import StoredProduct
 from ..ops.self_attention import GlobalKeys, OfDistances, Projections, SelfAttention
 from ..ops.transforms import tracing
-from .attention_paths import CAUSAL, AttentionPaths
-from .attention_refusals import check_heads, check_without
+from .attention_paths import AttentionPaths
+from .attention_refusals import check_causal, check_heads, check_without
 from .described import Described, memory_of
 from .family import ROW, Family, follow, lookup
 from .feed_forward import check_bypassed, check_norm, epsilon, probability
@@ -108,10 +108,7 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
     size = follow(layer, paths.head_size)
     o = follow(layer, paths.o)
     check_heads(layer, paths.heads, o.in_features // size, size)
-    if family.decoder and not getattr(layer, CAUSAL, True):
-        raise ValueError(
-            f"{CAUSAL} must be True of a decoder's attention where it is compressed, got False"
-        )
+    check_causal(layer, paths.causal, family.decoder)
     norm = lookup(layer, paths.norm)
     window = lookup(layer, paths.window)
     stand_in = next(p for p in (*layer.parameters(), torch.empty(0)) if p.is_floating_point())

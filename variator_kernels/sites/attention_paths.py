@@ -7,9 +7,6 @@ from dataclasses import dataclass, fields
 from .fields import CHOICES, check_type
 from .term_paths import DistancePaths, GlobalPaths, PlacePaths
 
-CAUSAL = "is_causal"
-"""What a decoder's sublayer calls that its queries see no later token."""
-
 
 @dataclass(frozen=True)
 class AttentionPaths:
@@ -28,6 +25,8 @@ class AttentionPaths:
     """To the last product."""
     heads: str = ""
     """To their number, where a sublayer goes by it and not by their size."""
+    causal: str = "is_causal"
+    """To whether queries see no later token, where a module says so."""
     key_heads: str = ""
     """To the number of heads of keys, where one product for all goes by it."""
     q: str = ""
@@ -80,6 +79,8 @@ class AttentionPaths:
     """To whether the sublayer does turn, where not every one of a model does."""
     window: str = ""
     """To the number of tokens on either side, its own place included, that a query sees."""
+    window_of: str = ""
+    """From the encoder to the tokens on both sides that its masks show, where those decide."""
     local_block: str = ""
     """To the number of tokens of a block, where queries of the dense sublayer meet the keys of
     their block and of its two neighbours alone (LongT5); :mod:`~variator_kernels.flops` counts
@@ -164,7 +165,7 @@ class AttentionPaths:
         apart = self.distances
         of_distances = () if apart is None else (apart.kinds, apart.used, apart.shared)
         numbers = [
-            CAUSAL,
+            self.causal,
             self.head_size,
             self.heads,
             self.key_heads,

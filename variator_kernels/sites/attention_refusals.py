@@ -44,6 +44,16 @@ def check_without(name: str, owner: Any, paths: tuple[str, ...]) -> None:
             )
 
 
+def check_causal(layer: Any, path: str, decoder: bool) -> None:
+    """What ``layer`` says of later tokens is what its family does."""
+    given = lookup(layer, path)
+    if given is not None and bool(given) is not decoder:
+        raise ValueError(
+            f"{path.rpartition('.')[2]} must be {decoder} where the attention of "
+            f"{'a decoder' if decoder else 'an encoder'} is compressed, got {given!r}"
+        )
+
+
 def check_heads(layer: Any, path: str, number: int, size: int) -> None:
     """What ``layer`` says of its heads is what its products make."""
     given = lookup(layer, path)

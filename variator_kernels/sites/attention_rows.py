@@ -28,6 +28,7 @@ def t5(prefix: str, **own: Any) -> AttentionPaths:
         eps=("variance_epsilon", "eps"),
         bypassed=("layer_norm", "dropout", inner),
         absent=(f"{inner}.is_decoder",),
+        causal=f"{inner}.is_causal",
         encoder_absent=("is_decoder",),
         table=f"block.0.layer.0.{inner}.relative_attention_bias",
         table_of=inner,
@@ -53,6 +54,7 @@ def _longt5(kind: str, **own: Any) -> AttentionPaths:
         dropout=f"{inner}.dropout",
         bypassed=("layer_norm", "dropout", inner, *own.pop("bypassed", ())),
         absent=(f"{inner}.is_decoder",),
+        causal=f"{inner}.is_causal",
         table=f"block.0.layer.0.{inner}.relative_attention_bias",
         table_of=inner,
         window=f"{inner}.block_len",
@@ -91,6 +93,7 @@ def bert(prefix: str, **own: Any) -> AttentionPaths:
         post_norm=True,
         bypassed=("self", "output", "output.LayerNorm", "output.dropout"),
         absent=("is_cross_attention",),
+        causal="self.is_causal",
     )
     return dataclasses.replace(row, **own)
 
@@ -264,6 +267,7 @@ MODERNBERT = rotary(
     bypassed=("out_drop",),
     rotary_kind="attention_type",
     window="sliding_window",
+    window_of="config.local_attention",
 )
 
 

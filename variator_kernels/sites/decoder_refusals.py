@@ -53,11 +53,12 @@ def check_decoder(found: Found, placements: Iterable[str]) -> None:
 
 def both_ways(config: Any) -> str:
     """What ``config`` has that makes queries see later tokens, or nothing."""
-    for name, usual in (("is_causal", True), ("use_bidirectional_attention", False)):
-        value = getattr(config, name, usual)
-        if value is not None and bool(value) is not usual:
-            return f"{name}={value!r}"
-    return ""
+    if getattr(config, "is_causal", None) is False:
+        return "is_causal=False"
+    # Other configurations may hold the name too, but nothing reads it there.
+    gemma = str(getattr(config, "model_type", "")).startswith("gemma")
+    both = getattr(config, "use_bidirectional_attention", None) if gemma else None
+    return f"use_bidirectional_attention={both!r}" if both else ""
 
 
 def _rope(config: Any) -> str | None:

@@ -114,7 +114,9 @@ class Encoder(nn.Module):
         if self.variator_state.attends(context.level):
             family = self.variator_family
             assert family.attention is not None
-            check_without(family.name, self, family.attention.encoder_absent)
+            check_without(
+                family.name, self, ("config.is_decoder", *family.attention.encoder_absent)
+            )
             context.position_ids = self._given("position_ids", args, kwargs)
             check_no_weights(self, self._given("output_attentions", args, kwargs))
             for name in UNREAD:

@@ -30,6 +30,11 @@ def _last(path: str) -> str:
     return path.rpartition(".")[2]
 
 
+def _either(window: tuple[int, int]) -> tuple[int, int]:
+    """How many tokens on both sides a window may be said to have: half of an odd number is cut."""
+    return 2 * window[0], 2 * window[0] + 1
+
+
 class Reach(NamedTuple):
     """What a sublayer needs of the encoder that it is in: looked up when it is, for somebody may
     replace it."""
@@ -138,6 +143,12 @@ class Reach(NamedTuple):
                 raise ValueError(_WRONG.format(_last(place.buckets), weight.shape[0], buckets))
             most = Table(weight, int(follow(self.owner, place.max_distance)))
             places.append(PlaceTable(most, where if where.dim() == 2 else where[..., place.column]))
+        shown = lookup(self.owner, self.paths.window_of)
+        if attention.window is not None and shown not in (None, *_either(attention.window)):
+            raise ValueError(
+                f"{_last(self.paths.window_of)} must be {2 * attention.window[0]}, as layers say, "
+                f"where attention is compressed, got {shown}"
+            )
         blocks = None
         if attention.global_keys is not None:
             assert self.paths.global_keys is not None
@@ -153,22 +164,23 @@ class Reach(NamedTuple):
         found = found if isinstance(found, Tensor) else found()
         if found is None:
             raise ValueError(
-                f"{paths.vectors} must give the vectors of distances, which attention that is "
-                "compressed has terms of, got None"
+                f"{paths.vectors} must give the vectors of distances where {_last(paths.used)} of "
+                "attention that is compressed is on, got None"
             )
         found = found.to(like.device)
         span = lookup(self.sublayer, paths.span)
-        if span is not None and 2 * span != found.shape[0]:
-            raise ValueError(
-                f"{_last(paths.span)} must be {found.shape[0] // 2}, half the number of distances "
-                f"that have a vector, where attention is compressed, got {span}"
-            )
+        if span is not None:
+            if 2 * span > found.shape[0]:
+                raise ValueError(
+                    f"{_last(paths.span)} must be at most {found.shape[0] // 2}, half the vectors "
+                    f"of distances, where attention is compressed, got {span}"
+                )
+            found = found[: 2 * span]
         buckets, most = (lookup(self.owner, p) or 0 for p in (paths.buckets, paths.max_distance))
-        if buckets > 0 and most > 0 and not 1 <= buckets // 2 < most - 1:
+        if buckets == 1:
             raise ValueError(
-                f"{_last(paths.buckets)} must be at least 2, and half of it below "
-                f"{_last(paths.max_distance)} - 1, where attention is compressed, got {buckets}, "
-                f"{most}"
+                f"{_last(paths.buckets)} must be at least 2, or none, where attention is "
+                "compressed, got 1"
             )
         return Distances(found, buckets, most)
 
@@ -205,7 +217,7 @@ def reach(encoder: Any, block: Any, number: int, paths: AttentionPaths) -> Reach
         follow(block, paths.sublayer) if apart is not None or paths.places else None,
     )
     _ = found.table, found.global_table, found.rotary  # they are there
-    if apart is not None:
+    if apart is not None and lookup(found.sublayer, apart.used):
         for path in (apart.vectors, apart.buckets, apart.max_distance):
             follow(encoder, path)
     for place in paths.places:

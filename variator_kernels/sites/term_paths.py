@@ -29,7 +29,7 @@ class DistancePaths:
     dropout: str = ""
     """To the dropout of the vectors."""
     span: str = ""
-    """To half the number of vectors, which the sublayer counts by."""
+    """To how many vectors there are of distances on either side: the sublayer's part of them."""
     buckets: str = ""
     """From the encoder to how many distances have a vector: half of them their own, the others
     logarithmically; -1 or no path: each has its own."""

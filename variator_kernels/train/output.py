@@ -13,18 +13,23 @@ from .. import files
 from . import checkpoints
 
 SETTINGS, METRICS = "run.json", "metrics.json"
-READ = ("data", "eval_data", "model", "plugins")
-"""What a job reads files of."""
-CONTENTS = (".safetensors", ".bin", ".json")
-"""Endings of the files that say what a folder's model, or its plugins, are."""
+CONTENTS = (".safetensors", ".bin", ".model", ".py")
+"""Endings of the files that say what a folder's model, its tokenizer or its plugins are."""
+WORDS = ("config", "tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "modules",
+         "sentence_", "plugins")  # fmt: skip
+"""And how the names of the others begin: of JSON and text."""
 LOG = logging.getLogger(__name__)
 
 
 def settings_of(job: Any, fingerprint: dict[str, Any], **read: Any) -> dict[str, Any]:
     """What a run is known by: the job, the trainer's ``fingerprint``, and digests of the files that
     it reads, ``read`` among them."""
-    names = [name for name in READ if hasattr(job, name)]
-    digests = {name: digest(getattr(job, name)) for name in names} | read
+    digests = {name: digest(getattr(job, name)) for name in ("data", "eval_data")}
+    for name in ("model", "plugins"):
+        folder = Path(getattr(job, name, None) or "")
+        if folder.resolve() != Path(job.output).resolve():  # else a run's own end would change it
+            digests[name] = of_folder(folder)
+    digests |= read
     found = {**asdict(job), **fingerprint, "sha256": digests}
     return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
@@ -71,15 +76,22 @@ def goes_on_by_itself(config: Any) -> None:
 
 
 def digest(source: str | None) -> str | None:
-    """Of a file's content, or of the model or plugins in a folder; None for what is neither."""
-    path = Path(source) if source else None
-    if path is None or not path.exists():
+    """Of a file's content; None for what is no file."""
+    path = Path(source or "")
+    return _of_file(path) if path.is_file() else None
+
+
+def of_folder(folder: Path) -> str | None:
+    """Of the model or the plugins in it, whole, parts in folders too; None where there are none."""
+    if folder == Path() or not folder.is_dir():
         return None
-    if path.is_file():
-        return _of_file(path)
-    every = sorted(p for p in path.iterdir() if p.suffix in CONTENTS and p.is_file())
-    lines = [f"{p.name} {_of_file(p)}" for p in every if p.name not in (SETTINGS, METRICS)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    lines = []
+    for path in sorted(folder.rglob("*")):
+        own = path.relative_to(folder)
+        counts = path.suffix in CONTENTS or path.name.startswith(WORDS)
+        if counts and path.is_file() and not own.parts[0].startswith(("checkpoint-", ".")):
+            lines.append(f"{own.as_posix()} {_of_file(path)}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else None
 
 
 def _of_file(path: Path) -> str:

@@ -32,8 +32,15 @@ def checked(batches: Iterable[Mapping[str, Any]] | None, why: str) -> list[Batch
             )
         if "input_ids" not in batch:
             raise ValueError(f"batches must have input_ids, got {sorted(batch)}")
-        mask = batch.get("attention_mask")
-        if batch["input_ids"].numel() == 0 or (isinstance(mask, Tensor) and not mask.any()):
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"batches' input_ids must be a tensor, got {type(ids).__name__}")
+        if mask is not None and mask.shape != ids.shape:
+            raise ValueError(
+                f"batches' attention_mask must have shape {list(ids.shape)}, as input_ids, got "
+                f"{list(mask.shape)}"
+            )
+        if ids.numel() == 0 or (mask is not None and not mask.any()):
             raise ValueError("batches must have real tokens, got one with none (attention_mask)")
         found.append(dict(batch))
     if not found:
@@ -64,6 +71,8 @@ def masks(layout: Layout, given: Batch) -> list[Tensor | None]:
         if theirs is None and given.get("decoder_input_ids") is None:
             theirs = given["labels"] != IGNORED
         found.append(None if theirs is None else theirs != 0)
+        if theirs is not None and not (theirs != 0).any():
+            raise ValueError("batches must have real tokens, got one with none (labels)")
     return found
 
 
