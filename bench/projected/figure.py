@@ -19,11 +19,17 @@ def projected(content: Row, target: Path) -> None:
         f"nats over the original's {model['loss']:.3f}; {here['cpu']}, "
         f"{content['date']}, {commit(content)}"
     )
-    with sheet(target, 1, len(shares), (6.2 * max(len(shares), 1), 3.6), title, caption) as panels:
+    bars = {
+        share: dict.fromkeys(
+            (row["start"], row["training"], row["tokens"]) for row in pick(rows, share=share)
+        )
+        for share in shares
+    }
+    height = 1.6 + 0.32 * max(map(len, bars.values()), default=1)
+    size = (6.2 * max(len(shares), 1), height)
+    with sheet(target, 1, len(shares), size, title, caption) as panels:
         for axes, share in zip(panels[0], shares, strict=False):
-            keys = dict.fromkeys(
-                (row["start"], row["training"], row["tokens"]) for row in pick(rows, share=share)
-            )
+            keys = bars[share]
             names = []
             for place, (start, training, tokens) in enumerate(keys):
                 some = pick(rows, share=share, start=start, training=training, tokens=tokens)
@@ -34,7 +40,7 @@ def projected(content: Row, target: Path) -> None:
                 style = {"va": "center", "fontsize": 8.5, "color": INK}
                 note(axes, f"{mean(values):+.3f}", beside, (6, 0), **style)
                 after = f"{training}, {tokens / 1000:.0f}k tokens" if tokens else "untrained"
-                names.append(f"{start}\n{after}")
+                names.append(f"{start}; {after}")
             axes.set_yticks(range(len(names)), names, fontsize=8)
             axes.invert_yaxis()
             found = [row["excess"] for row in pick(rows, share=share)]
