@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add("--work", type=Path, help="where stages are kept; default build/decoder_task/<model>")
     add("--places", type=options.words, default=list(PLACES), help=f"default {','.join(PLACES)}")
     add("--ratios", type=options.ratios, default=[2, 4], help="default 2,4")
+    add("--only", type=options.words, help="of these levels some, as 'ffn/2 k=2,attention_kv k=4'")
     add("--seeds", type=options.count, default=1, help="of the plugins; default 1")
     add("--share", type=float, default=1.0, help="of the recipe's steps; default 1, the whole")
     add("--timed", type=options.count, default=8, help="batches of the dev set timed; default 8")
@@ -60,7 +61,7 @@ def measured(args: argparse.Namespace, work: Path, recipe: Recipe, console: Cons
         if (args.data / getattr(answers.TASK, split)).is_file():
             made = answers.questions(answers.examples(args.data, split, tokenizer))
             held_out[split] = made.batches(tokenizer.pad_token_id)
-    wanted = levels.every(args.places, args.ratios, [WINDOW])
+    wanted = asked(args)
     rows = []
     for level, verdict in zip(wanted, check.verdicts(dense, wanted, args.ratios), strict=True):
         arm = {"arm": "ours" if level.where else "hf-sdpa", **level._asdict()}
@@ -78,6 +79,16 @@ def measured(args: argparse.Namespace, work: Path, recipe: Recipe, console: Cons
                 raise ValueError(f"the fine-tuned model failed: {rows[0]['reason']}")
     _timed(dense, args, rows, held_out["dev"])
     return rows
+
+
+def asked(args: argparse.Namespace) -> list[Level]:
+    """The levels, the dense one first; ``ValueError`` for one that is not among them."""
+    every = levels.every(args.places, args.ratios, [WINDOW])
+    if args.only is None:
+        return every
+    names = [str(level) for level in every[1:]]
+    options.check("only", args.only, names, "some of")
+    return [every[0], *(level for level in every[1:] if str(level) in args.only)]
 
 
 def _timed(dense: Any, args: argparse.Namespace, rows: list[Row], dev: Any) -> None:
@@ -144,6 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = recipe_of(args)
         model = setup.whole(args.model)
         levels.check_places(args.places, model.config.num_hidden_layers)
+        asked(args)
         name = "quick" if args.quick else model.name
         work = args.work or machine.ROOT / "build" / "decoder_task" / name
         made_of = {"model": str(model.folder), "data": str(args.data.resolve())}

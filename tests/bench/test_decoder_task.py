@@ -50,6 +50,11 @@ def test_writes_what_is_lost(folder: Path) -> None:
     before = made.stat().st_mtime_ns
     assert task.main(arguments) == 0, "from the stages that are there"
     assert made.stat().st_mtime_ns == before
+    assert task.main([*arguments, "--only", "attention_kv k=2"]) == 0
+    content = results.read(folder / "results" / "decoder_task_sst2_model.json")
+    assert [row["where"] for row in content["rows"]] == ["", "attention_kv"]
+    with pytest.raises(SystemExit):
+        task.main([*arguments, "--only", "attention_kv k=3"])
     with pytest.raises(SystemExit):
         task.main([*arguments, "--share", "0"])
     with pytest.raises(SystemExit):
