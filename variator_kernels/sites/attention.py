@@ -107,7 +107,7 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
     check_without(family.name, layer, (*paths.mixes, *paths.absent))
     size = follow(layer, paths.head_size)
     o = follow(layer, paths.o)
-    check_heads(layer, paths.heads, o.in_features // size, size)
+    check_heads(layer, paths.heads, o.in_features, paths.head_size)
     check_causal(layer, paths.causal, family.decoder)
     norm = lookup(layer, paths.norm)
     window = lookup(layer, paths.window)
@@ -145,7 +145,7 @@ def describe_attention(layer: nn.Module, family: Family) -> SelfAttention:
     biases = [product.bias for product in products]
     if paths.qkv:
         sizes = _split(weights[0].shape[0], o.in_features)
-        check_heads(layer, paths.key_heads, sizes[1] // size, size)
+        check_heads(layer, paths.key_heads, sizes[1], paths.head_size)
         weights = list(weights[0].split(sizes))
         biases = [None] * 3 if biases[0] is None else list(biases[0].split(sizes))
     biases = [one if more is None else more for one, more in zip(biases, beside, strict=True)]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .family import lookup
+from .family import follow, lookup
 
 
 def check_no_weights(encoder: Any, asked: Any) -> None:
@@ -54,13 +54,14 @@ def check_causal(layer: Any, path: str, decoder: bool) -> None:
         )
 
 
-def check_heads(layer: Any, path: str, number: int, size: int) -> None:
-    """What ``layer`` says of its heads is what its products make."""
-    given = lookup(layer, path)
-    if given not in (None, number):
+def check_heads(layer: Any, path: str, width: int, size_path: str) -> None:
+    """The heads that ``layer`` counts, of the size at ``size_path``, make up a product's width."""
+    given, size = lookup(layer, path), follow(layer, size_path)
+    if given is not None and given * size != width:
+        name, size_name = path.rpartition(".")[2], size_path.rpartition(".")[2]
         raise ValueError(
-            f"{path.rpartition('.')[2]} must be {number}, heads of {size}, where attention is "
-            f"compressed, got {given}"
+            f"{name} times {size_name} must be {width} where attention is compressed, got {given} "
+            f"times {size}"
         )
 
 

@@ -93,6 +93,7 @@ def bert(prefix: str, **own: Any) -> AttentionPaths:
         post_norm=True,
         bypassed=("self", "output", "output.LayerNorm", "output.dropout"),
         absent=("is_cross_attention",),
+        heads="self.num_attention_heads",
         causal="self.is_causal",
     )
     return dataclasses.replace(row, **own)
@@ -130,7 +131,6 @@ _DISTANCES = DistancePaths(
 )
 DEBERTA_V2 = bert(
     "DebertaV2",
-    heads="self.num_attention_heads",
     q="self.query_proj",
     k="self.key_proj",
     v="self.value_proj",
@@ -139,7 +139,6 @@ DEBERTA_V2 = bert(
 )
 DEBERTA = bert(
     "Deberta",
-    heads="self.num_attention_heads",
     q="",
     k="",
     v="",
