@@ -92,7 +92,7 @@ def bert(prefix: str, **own: Any) -> AttentionPaths:
         norm="output.LayerNorm",
         post_norm=True,
         bypassed=("self", "output", "output.LayerNorm", "output.dropout"),
-        absent=("is_cross_attention",),
+        absent=("is_cross_attention", "self.is_decoder"),
         heads="self.num_attention_heads",
         causal="self.is_causal",
     )
@@ -110,7 +110,7 @@ ROFORMER = bert(
     "RoFormer",
     sines="encoder.embed_positions",
     turned="sinusoidal_pos",
-    absent=("self.rotary_value", "is_cross_attention"),
+    absent=("self.rotary_value", "is_cross_attention", "self.is_decoder"),
     encoder_absent=("config.rotary_value",),
 )
 # Its queries are divided by the root of the head's size before they turn.
