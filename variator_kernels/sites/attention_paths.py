@@ -24,7 +24,7 @@ class AttentionPaths:
     o: str
     """To the last product."""
     heads: str = ""
-    """To their number, where a sublayer goes by it and not by their size."""
+    """To their number; times their size it must be what the last product reads."""
     causal: str = "is_causal"
     """To whether queries see no later token, where a module says so."""
     key_heads: str = ""

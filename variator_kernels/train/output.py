@@ -130,7 +130,7 @@ def check_same(output: Path, settings: dict[str, Any], kinds: tuple[Any, ...]) -
 
 
 def _check_read(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """What the run read is what it would read; older versions did not note all of it."""
+    """What the run read is what it would read now. Older versions did not note all of it."""
     for name in before.keys() & now.keys():
         if before[name] != now[name]:
             raise ValueError(
