@@ -18,9 +18,6 @@ from ..harness.results import Row
 from . import setup
 from .levels import Level
 
-WARMUP = 256
-"""Tokens of the prompt that a memory cell runs before it measures."""
-
 
 class Run:
     """A level on a model that several share."""
@@ -125,7 +122,7 @@ def prefill_memory(cell: Row) -> Row:
         model = setup.patched(model, (level.k,), level.window or 0)
     run, ids = Run(model, level), models.tokens(1, cell["tokens"], model.config.vocab_size)
     run.begin()
-    run.first(ids[:, :WARMUP])  # packs weights, starts threads
+    run.first(ids)  # packs weights in every form that so many rows want, starts threads
     growth = allocations.grown(lambda: run.first(ids))
     packed = internals.packed_bytes(model)
     return {"status": "ok", "reason": "", "peak_bytes": growth, "packed_bytes": packed}

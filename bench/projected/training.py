@@ -42,11 +42,12 @@ def tiny(text: Text, steps: int, step: Step = lambda: None) -> Any:
 
 def fit(
     model: Any, groups: list[dict[str, Any]], text: Text, steps: int, seed: int,
-    rows: int = ROWS, teacher: Any = None, step: Step = lambda: None,
+    rows: int = ROWS, teacher: Any = None, step: Step = lambda: None, bf16: bool = False,
 ) -> None:  # fmt: skip
     """AdamW, warm-up and a linear fall; the loss is the cross-entropy, or with a teacher half of it
     and half the divergence. The same seed gives every arm the same rows. The compressed gradient is
-    clipped at 1, as ``ProjectionTrainer`` does."""
+    clipped at 1, as ``ProjectionTrainer`` does. ``bf16``: products of forward and backward under
+    autocast; parameters, W_C and the optimizer stay in fp32."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     rate = torch.optim.lr_scheduler.LambdaLR(
@@ -56,11 +57,14 @@ def fit(
     model.train()
     for _ in range(steps):
         ids = text.rows(rows, generator)
-        logs = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).log_softmax(-1)
-        loss = F.nll_loss(logs, ids[:, 1:].flatten())
-        if teacher is not None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            found = model(input_ids=ids, use_cache=False).logits
             with torch.no_grad():
-                theirs = teacher(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+                theirs = None if teacher is None else teacher(input_ids=ids, use_cache=False).logits
+        logs = found[:, :-1].flatten(0, 1).float().log_softmax(-1)
+        loss = F.nll_loss(logs, ids[:, 1:].flatten())
+        if theirs is not None:
+            theirs = theirs[:, :-1].flatten(0, 1).float()
             apart_by = F.kl_div(
                 logs, theirs.log_softmax(-1), reduction="batchmean", log_target=True
             )

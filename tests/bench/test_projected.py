@@ -41,6 +41,34 @@ def test_every_arm(given, tmp_path, monkeypatch):
     assert all(row["parameters"] <= 0.8 * content["model"]["parameters"] for row in rows)
 
 
+def test_rows_of_several_runs_add_up(given, tmp_path):
+    """Chosen starts at chosen sizes, then another start beside them; another model is refused."""
+    path, first = tmp_path / "out" / "projected_model.json", tmp_path / "first.json"
+    words = [*given, "--sizes", "24:32", "--bf16", "--seeds", "1"]
+    trained = [*words, "--starts", "select", "--trainings", "plain", "--tokens", "64"]
+    assert bench.main(trained) == 0
+    path.rename(first)
+    assert bench.main([*words, "--starts", "pca", "--add", str(first)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    named = {(row["start"], row["training"], row["bf16"]) for row in rows}
+    assert named == {("select", "none", False), ("select", "plain", True), ("pca", "none", False)}
+    assert len(rows) == 3 and {(row["hidden"], row["ffn"]) for row in rows} == {(24, 32)}
+    assert all(0 < row["share"] < 1 for row in rows)
+    content = json.loads(first.read_text())
+    content["model"]["parameters"] += 1
+    first.write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        bench.main([*words, "--starts", "pca", "--add", str(first)])
+
+
+@pytest.mark.parametrize("option, word", [("--starts", "svd"), ("--trainings", "twice")])
+def test_names_that_are_not_known(given, capsys, option, word):
+    with pytest.raises(SystemExit):
+        bench.main([*given, "--shares", "0.8", option, word])
+    assert f"{option[2:]} must be some of" in (said := capsys.readouterr().err)
+    assert f"got {word!r}" in said
+
+
 def test_no_number_without_its_check(given, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "agrees", lambda *models: "merged logits are off by 0.1")
     assert bench.main([*given, "--shares", "0.8"]) == 1

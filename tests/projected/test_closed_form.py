@@ -8,7 +8,7 @@ from torch import nn
 
 import variator_kernels as vk
 from tests.projected import cases
-from variator_kernels.methods.projected import closed_form
+from variator_kernels.methods.projected import regression
 from variator_kernels.methods.projected.composition import composition_of
 from variator_kernels.sites.layout import layout_of
 
@@ -45,7 +45,7 @@ def narrow_stream(name: str, size: int, untied: bool = True) -> nn.Module:
 def test_exact_where_the_stream_is_no_wider(name, monkeypatch):
     """Gains, cross-attention, biases and constants come out right, whatever the basis."""
     model = narrow_stream(name, 16)
-    monkeypatch.setattr(closed_form, "RIDGE", 1e-13)
+    monkeypatch.setattr(regression, "RIDGES", (1e-13,))
     given = [cases.batch(model, seed) for seed in range(6)]
     small = vk.project(model, given, hidden=16, start="pca")
     for inputs in (given[0], cases.batch(model, 9)):
@@ -73,7 +73,7 @@ def test_less_is_lost_than_by_selection(name):
 @pytest.mark.parametrize("name", ["bert", "distilbert", "llama", "t5-gated-gelu"])
 def test_ffn_alone_is_least_squares(name, monkeypatch):
     """In the first FFN, whose input nothing has changed, against PyTorch's own solver."""
-    monkeypatch.setattr(closed_form, "RIDGE", 1e-12)
+    monkeypatch.setattr(regression, "RIDGES", (1e-12,))
     model, layout = cases.model(name), layout_of(cases.model(name))
     given = [cases.batch(model, seed) for seed in range(4)]
     small = vk.project(model, given, ffn=20, start="pca")
@@ -97,18 +97,49 @@ def test_ffn_alone_is_least_squares(name, monkeypatch):
     torch.testing.assert_close(composition_of(last).p_in, truth, rtol=1e-6, atol=1e-6)
 
 
-def test_moments_are_least_squares():
+def test_moments_are_least_squares(monkeypatch):
+    monkeypatch.setattr(regression, "RIDGES", (1e-12,))
     x = torch.randn(50, 5, dtype=torch.float64)
     y = torch.randn(50, 7, dtype=torch.float64)
-    moments = closed_form.Moments([(y[:20], x[:20]), (y[20:], x[20:])])
+    moments = regression.Moments([(y[:20], x[:20]), (y[20:], x[20:])])
     found = moments.fitted(torch.randn(7, 5, dtype=torch.float64))
     truth = torch.linalg.lstsq(x, y).solution.mT
-    torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-6)
     # Without a second dimension of x, the prior decides.
     x[:, 1] = x[:, 0]
     prior = torch.zeros(7, 5, dtype=torch.float64)
     prior[:, 0] = 1.0
-    assert torch.isfinite(closed_form.Moments([(y, x)]).fitted(prior)).all()
+    assert torch.isfinite(regression.Moments([(y, x)]).fitted(prior)).all()
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0, 30.0])
+def test_the_pull_is_what_other_tokens_want(noise, monkeypatch):
+    """With little noise least squares, with much the prior: on new tokens near the best ridge."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    prior, truth = normal(6, 40), normal(6, 40) * 0.3
+    truth += prior
+    # Four pairs of 30 for 40 unknowns a row.
+
+    def drawn(count):
+        x = normal(count, 40)
+        return x @ truth.mT + noise * normal(count, 6), x
+
+    pairs = [drawn(30) for _ in range(4)]
+    y, x = drawn(20_000)
+
+    def error(ridges):
+        monkeypatch.setattr(regression, "RIDGES", ridges)
+        return float((y - x @ regression.Moments(pairs).fitted(prior, False).mT).square().mean())
+
+    tried = regression.RIDGES
+    found, every = error(tried), [error((ridge,)) for ridge in tried]
+    assert found <= 1.05 * min(every)
+    if noise:
+        assert min(every) < 0.95 * every[0]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

@@ -50,7 +50,7 @@ def smalls():
     made = {}
     for name in cases.ALL:
         model = cases.model(name)
-        made[name] = trained(vk.project(model, [cases.batch(model)], 0.8, start="pca"))
+        made[name] = trained(vk.project(model, [cases.batch(model)], 0.8, split="alike"))
     untied = cases.model("t5-gated-gelu")  # as T5 1.1's is
     untied.lm_head.weight = nn.Parameter(torch.randn_like(untied.lm_head.weight) * 0.1)
     if hasattr(untied.config, "scale_decoder_outputs"):  # transformers 5

@@ -70,7 +70,7 @@ def test_sizes_that_are_not_given_stay():
 def test_report(caplog):
     model = cases.model("llama", tie_word_embeddings=True)
     with caplog.at_level("INFO", logger="variator_kernels"):
-        small = vk.project(model, [cases.batch(model)], 0.7)
+        small = vk.project(model, [cases.batch(model)], 0.7, split="alike")
     made = small.variator_projection
     total = sum(p.numel() for p in vk.merge(small).parameters())
     assert made.parameters == total

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from ..methods.projected.importance import KINDS
-from ..methods.projected.project_model import STARTS
+from ..methods.projected.project_model import SPLITS, STARTS
 from .command import unknown_option
 from .projection_config import ProjectionConfig
 from .projection_run import ProjectionJob, run
@@ -40,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
     add("--hidden", type=int, help="or the hidden size; default: it stays")
     add("--ffn", type=int, help="and the FFNs' inner size; default: it stays")
     add("--start", default="pca", choices=STARTS, help="closed form (default) or hard pruning")
-    add("--importance", choices=KINDS, help="of dimensions; default: gated where FFNs are gated")
+    add("--split", choices=SPLITS, help="of params; default: a search for the closed form")
+    add("--importance", choices=KINDS, help="of dimensions; defaults as vk.project's")
     add("--calibrate", type=int, default=32, help="rows that the start looks at; default 32")
     add("--eval-data", help="like --data: evaluated during the run and at its end")
     add("--text", default="text", help="the column of the text")

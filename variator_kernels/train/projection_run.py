@@ -36,6 +36,7 @@ class ProjectionJob:
     params: float | None = None
     hidden: int | None = None
     ffn: int | None = None
+    split: str | None = None
     start: str = "pca"
     importance: str | None = None
     calibrate: int = 32
@@ -84,6 +85,7 @@ def run(job: ProjectionJob, config: ProjectionConfig) -> dict[str, float]:
             job.params,
             hidden=job.hidden,
             ffn=job.ffn,
+            split=job.split,
             start=job.start,
             importance=job.importance,
         )

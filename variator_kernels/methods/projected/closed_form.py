@@ -8,7 +8,6 @@ A of what writes to the stream takes up what its blocks have lost so far, where 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,23 +19,23 @@ from .assemble import Builder, Factors
 from .calibration_data import Batch
 from .constants import Constants
 from .importance import Importance
+from .neurons import survivors
+from .regression import RIDGES, Moments
 from .selection import picks
 from .sizes import Sizes
 from .streams import Streams
 
-RIDGE = 1e-4
-"""Of the mean square of what is regressed on; it pulls to what holds without any loss."""
-
 
 def closed_form(
     builder: Builder,
-    scores: Importance,
+    scores: Importance | None,
     sizes: Sizes,
     own: Sizes,
     fold: Constants,
     batches: list[Batch],
 ) -> None:
-    """Fill ``builder``. ``fold``: by how much more the original multiplies than the small model."""
+    """Fill ``builder``. ``scores``: of FFN neurons; None: those stay that the output needs most.
+    ``fold``: by how much more the original multiplies than the small model."""
     _ClosedForm(builder, scores, sizes, own, fold, batches).all()
 
 
@@ -64,36 +63,11 @@ def principal(model: Any, layout: Layout, batches: list[Batch], size: int) -> Te
     return torch.linalg.eigh(total).eigenvectors[:, -size:].flip(1)
 
 
-class Moments:
-    """Second moments of pairs ``y [T, out]``, ``x [T, in]``: what least squares needs."""
-
-    def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        self.xx: Any = 0.0
-        self.yx: Any = 0.0
-        self.count = 0
-        for y, x in pairs:
-            self.xx = self.xx + x.mT @ x
-            self.yx = self.yx + y.mT @ x
-            self.count += len(x)
-        if not bool(torch.isfinite(self.yx).all()):
-            raise FloatingPointError("the small model's hidden states on batches are not finite")
-
-    def fitted(self, prior: Tensor, rescale: bool = True) -> Tensor:
-        """``[out, in]``: M that brings ``M x`` nearest to y. The prior is what the ridge pulls to,
-        times the best number with ``rescale``."""
-        scale = (prior * self.yx).sum() / (prior * (prior @ self.xx)).sum().clamp_min(1e-30)
-        prior = prior * scale if rescale else prior
-        size = self.xx.shape[0]
-        ridge = RIDGE * self.xx.diagonal().mean().clamp_min(1e-30)
-        system = self.xx + ridge * torch.eye(size, dtype=self.xx.dtype, device=self.xx.device)
-        return prior + torch.linalg.solve(system, (self.yx - prior @ self.xx).mT).mT
-
-
 class _ClosedForm:
     def __init__(
         self,
         builder: Builder,
-        scores: Importance,
+        scores: Importance | None,
         sizes: Sizes,
         own: Sizes,
         fold: Constants,
@@ -141,7 +115,7 @@ class _ClosedForm:
         builder = self.builder
         inner = None
         if part.inner and self.sizes.ffn < self.own.ffn:
-            inner = picks(self.scores.kept_ffn(part, self.sizes.ffn), self.own.ffn)
+            inner = picks(self._neurons(streams, position, block, part), self.own.ffn)
         ffn = None if inner is None else inner.mT
         p_in = None
         if part.norm and self.layout.residual is not None:
@@ -158,6 +132,19 @@ class _ClosedForm:
         addition = self._correction(streams, position, block, part, inner)
         builder.matrix(part.writes, Factors(inner, self.back, addition))
         builder.bias(part.writes, self.back)
+
+    def _neurons(self, streams: Streams, position: int, block: Block, part: Sublayer) -> Tensor:
+        """Those that stay."""
+        if self.scores is not None:
+            return self.scores.kept_ffn(part, self.sizes.ffn)
+        weight = self.builder.originals[f"{part.writes}.weight"].double()
+        weight = weight if self.q is None else self.q.mT @ weight
+        moments: Any = 0.0
+        for reads in streams.originals(position, block, part.writes):
+            moments = moments + reads.mT @ reads
+        if not bool(torch.isfinite(moments).all()):
+            raise FloatingPointError("the model's activations on batches are not finite")
+        return survivors(moments, weight, self.sizes.ffn)
 
     def _correction(
         self, streams: Streams, position: int, block: Block, part: Sublayer, inner: Tensor | None
@@ -212,9 +199,9 @@ class _ClosedForm:
         moments = Moments(streams.outputs(position, stack))
         weight = builder.originals[f"{self.layout.head}.weight"].double()
         small = weight @ self.q
-        system = (small.mT @ small) * moments.xx
-        right = ((small.mT @ weight) * moments.yx.mT).sum(1)
-        system.diagonal().add_(RIDGE * system.diagonal().mean())
+        system = (small.mT @ small) * sum(moments.xx)
+        right = ((small.mT @ weight) * sum(moments.yx).mT).sum(1)
+        system.diagonal().add_(RIDGES[0] * system.diagonal().mean())
         found = torch.linalg.solve(system, right)
         builder.set_gain(stack.norm, found * self.fold.head / factor)
         builder.bias(self.layout.head, None)

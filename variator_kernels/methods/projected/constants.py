@@ -67,6 +67,8 @@ def measured(model: Any, layout: Layout) -> Constants:
 
 def _factor(value: Tensor, base: Tensor, what: str, of: str) -> float:
     value, base = value.double(), base.double()
+    if not bool(torch.isfinite(value).all()):
+        raise FloatingPointError(f"the model's hidden states are not finite ({what})")
     factor = float((value * base).sum() / base.square().sum())
     if not torch.allclose(value, factor * base, atol=TOLERANCE * float(value.abs().max())):
         raise ValueError(f"model must make {what} of {of} by a factor alone, it does not")

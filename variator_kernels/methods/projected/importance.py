@@ -13,19 +13,25 @@ from ...sites.residual import FFN, HIDDEN, Layout, Sublayer
 from . import calibration_data as data
 from .calibration_data import Batch
 
-ACTIVATION, WEIGHT, GATED = "activation", "weight", "gated"
-KINDS = (ACTIVATION, WEIGHT, GATED)
+ACTIVATION, WEIGHT, GATED, OUTPUT = "activation", "weight", "gated", "output"
+KINDS = (ACTIVATION, WEIGHT, GATED, OUTPUT)
 
 
-def kind_for(layout: Layout, asked: str | None) -> str:
-    """The kind of importance, by default the gated product where FFNs have one.
+def kind_for(layout: Layout, asked: str | None, fits: bool) -> str:
+    """The kind of importance. By default, where the start ``fits`` matrices, what the output loses
+    without a neuron, else the gated product where FFNs have one.
 
     Raises:
-        ValueError: it is not known, or the model has no gates.
+        ValueError: it is not known, the model has no gates, or the start fits nothing.
     """
     if asked is None:
-        return GATED if layout.gated else ACTIVATION
+        return OUTPUT if fits else GATED if layout.gated else ACTIVATION
     kind = checks.choice(asked, KINDS, "importance")
+    if kind == OUTPUT and not fits:
+        raise ValueError(
+            f"importance must be one of {', '.join(map(repr, KINDS[:-1]))} for start 'select', "
+            f"where no other neuron takes over, got {OUTPUT!r}"
+        )
     if kind == GATED and not layout.gated:
         raise ValueError(
             f"importance must be {ACTIVATION!r} or {WEIGHT!r} for a model without gated FFNs, got "

@@ -16,14 +16,16 @@ from ...sites import classes
 from ...sites.layout import layout_of
 from ...sites.residual import Layout
 from . import calibration_data as data
-from . import constants, importance, sizes
-from .assemble import Builder, copy_buffers, plain, share_alike
-from .closed_form import closed_form
+from . import sizes
+from .assemble import copy_buffers, plain, share_alike
 from .composition import WEIGHT, addition_of, composition_of, is_composed
-from .selection import select
+from .importance import WEIGHT as BY_WEIGHT
+from .importance import kind_for
+from .search import searched
 from .sizes import Sizes
+from .starts import PCA, SELECT, STARTS, started
 
-STARTS = ("select", "pca")
+SPLITS = ALIKE, SEARCH = "alike", "search"
 PROJECTION = "variator_projection"
 """The attribute of a projected model that holds its :class:`Projection`."""
 LOG = logging.getLogger(__name__)
@@ -63,6 +65,7 @@ def project(
     *,
     hidden: int | None = None,
     ffn: int | None = None,
+    split: str | None = None,
     start: str = "pca",
     importance: str | None = None,
     untie: bool | None = None,
@@ -79,17 +82,21 @@ def project(
         model: of ``transformers``, not patched; it is only read.
         batches: arguments of ``model``, with ``input_ids``: some thousand tokens of what it will be
             used on. Only ``start="select"`` with ``importance="weight"`` needs none.
-        params: the share of parameters that stay, in (0, 1]; both widths shrink alike, to multiples
-            of 64 where the share and the configuration's class leave the choice.
+        params: the share of parameters that stay, in (0, 1]; sizes are multiples of 64 where the
+            share and the configuration's class leave the choice.
         hidden, ffn: or the sizes themselves; one that is not given stays.
+        split: how ``params`` is divided between both: ``"search"``, the default of ``"pca"``, tries
+            some ways on a few thousand tokens and takes the one whose start diverges least from
+            ``model`` on other batches; ``"alike"``: both widths shrink alike.
         start: ``"pca"``: the stream in its principal components, and what each matrix reads fitted
             by least squares, layer by layer; ``"select"``: dimensions are dropped, which is hard
             pruning.
         importance: which dimensions (``"pca"``: FFN neurons) stay: the largest mean
             ``"activation"``, ``"weight"`` norm, or ``"gated"`` product in front of an FFN's last
-            matrix, the default where FFNs are gated.
-        untie: give a head that is the embedding a matrix of its own. By default so with ``"pca"``,
-            where it is fitted better alone, if the family's configuration can say so.
+            matrix, the default of ``"select"`` where FFNs are gated; or, the default of ``"pca"``,
+            those without which an FFN's ``"output"`` would lose most, the others fitted anew.
+        untie: give a head that is the embedding a matrix of its own. By default so with ``"pca"``
+            and a narrower stream, if the family's configuration can say so; a search tries both.
 
     Returns:
         The small model, in the mode of ``model``; ``small.variator_projection`` tells its sizes and
@@ -102,37 +109,41 @@ def project(
     """
     checks.choice(start, STARTS, "start")
     layout = layout_of(model)
-    kind = importance_kind(layout, importance)
-    untied = _untied(layout, untie, start)
+    kind = kind_for(layout, importance, start == PCA)
+    searches = _searches(layout, split, params, start)
+    own = sizes.sizes_of(model, layout)
+    untied = _untied(layout, untie, start == PCA and (params is not None or hidden != own.hidden))
     chosen = sizes.chosen(model, layout, params, hidden, ffn, untied)
-    if start == "select" and kind == "weight":
+    if start == SELECT and kind == BY_WEIGHT and not searches:
         given: list[data.Batch] = []
     else:
         given = data.checked(batches, f"start {start!r} looks at the model's activations")
-    own = sizes.sizes_of(model, layout)
-    made = Projection(
-        start,
-        kind,
-        chosen,
-        own,
-        sizes.parameters(model, layout, chosen, untied),
-        sizes.parameters(model, layout, own),
-        untied,
-    )
-    LOG.info("%s", made)
-    if untied:
-        LOG.warning(
-            "the head was the embedding, it is a matrix of its own now (untie=False keeps it)"
-        )
+
+    def begun(tried: Sizes, apart: bool, seen: list[data.Batch]) -> Any:
+        return started(model, layout, kind, start, tried, apart, seen)
+
     with data.evaluating(model):
-        scores = importance_of(model, layout, kind, given)
-        builder = Builder(model, layout, chosen, untied)
-        fold = _fold(model, builder)
-        if start == "select" or chosen == own:
-            select(builder, scores, chosen, own, fold)
-        else:
-            closed_form(builder, scores, chosen, own, fold, given)
-    return mark(builder.finish(), made)
+        if searches and chosen != own:
+            heads = [False, True] if untie is None and _unties(layout) else [untied]
+            alike = chosen, untied
+            assert params is not None
+            chosen, untied = searched(model, layout, params, heads, given, begun, alike)
+        made = Projection(
+            start,
+            kind,
+            chosen,
+            own,
+            sizes.parameters(model, layout, chosen, untied),
+            sizes.parameters(model, layout, own),
+            untied,
+        )
+        LOG.info("%s", made)
+        if untied:
+            LOG.warning(
+                "the head was the embedding, it is a matrix of its own now (untie=False keeps it)"
+            )
+        small = begun(chosen, untied, given)
+    return mark(small.train(model.training), made)
 
 
 def mark(small: Any, made: Projection) -> Any:
@@ -143,29 +154,29 @@ def mark(small: Any, made: Projection) -> Any:
     return small
 
 
-importance_kind, importance_of = importance.kind_for, importance.measured
+def _searches(layout: Layout, split: str | None, params: Any, start: str) -> bool:
+    """Whether ways to divide a share are tried; a model of one width has none."""
+    if split is not None and checks.choice(split, SPLITS, "split") and params is None:
+        raise ValueError(f"split must not be given with hidden and ffn, got {split!r}")
+    wanted = split == SEARCH or (split is None and start == PCA)
+    return wanted and params is not None and layout.residual is not None
 
 
-def _untied(layout: Layout, untie: bool | None, start: str) -> bool:
-    row = layout.residual
-    can = layout.tied and row is not None and row.unties
+def _unties(layout: Layout) -> bool:
+    """Whether a head that is the embedding can become a matrix of its own."""
+    return layout.tied and layout.residual is not None and layout.residual.unties
+
+
+def _untied(layout: Layout, untie: bool | None, pays: bool) -> bool:
     if untie is None:
-        return can and start == "pca"
-    if checks.flag(untie, "untie") and not can:
+        return _unties(layout) and pays
+    if checks.flag(untie, "untie") and not _unties(layout):
         raise ValueError(
             "untie must be False for a model whose head is not the embedding"
             if not layout.tied
             else f"untie must be False for a {layout.family!r}, whose configuration is always tied"
         )
     return untie
-
-
-def _fold(model: Any, builder: Builder) -> constants.Constants:
-    if builder.layout.residual is None:
-        return constants.Constants(1.0, 1.0)
-    ours = constants.measured(builder.small, builder.layout)
-    theirs = constants.measured(model, builder.layout)
-    return constants.Constants(theirs.embedding / ours.embedding, theirs.head / ours.head)
 
 
 def is_projected(model: nn.Module) -> bool:

@@ -16,16 +16,21 @@ def picks(kept: Tensor, size: int) -> Tensor:
     return torch.eye(size, dtype=torch.float64, device=kept.device)[:, kept]
 
 
-def select(builder: Builder, scores: Importance, sizes: Sizes, own: Sizes, fold: Constants) -> None:
-    """Fill ``builder``. ``fold``: by how much more the original multiplies than the small model."""
+def select(
+    builder: Builder, scores: Importance | None, sizes: Sizes, own: Sizes, fold: Constants
+) -> None:
+    """Fill ``builder``. ``scores`` may be None where nothing gets smaller. ``fold``: by how much
+    more the original multiplies than the small model."""
     layout = builder.layout
     kept = stream = None
     if layout.residual is not None and sizes.hidden < own.hidden:
+        assert scores is not None
         kept = scores.kept_hidden(sizes.hidden)
         stream = picks(kept, own.hidden)
     for part in layout.sublayers:
         inner = None
         if part.inner and sizes.ffn < own.ffn:
+            assert scores is not None
             inner = picks(scores.kept_ffn(part, sizes.ffn), own.ffn)
         ffn = None if inner is None else inner.mT
         for name in part.reads:

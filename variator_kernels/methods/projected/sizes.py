@@ -21,6 +21,12 @@ EVEN = 0.3
 """and how far apart the widths' own shares (their logarithms), before a finer grain is tried."""
 
 
+WAYS = 4
+"""To divide a share: a finer grain where there are fewer,"""
+UNEVEN = math.log(4)
+"""and how far apart the widths' own shares are at most."""
+
+
 class Sizes(NamedTuple):
     hidden: int
     ffn: int
@@ -91,7 +97,7 @@ def chosen(
         )
     accepts = functools.cache(lambda size: _refusal(model, layout, size, own.ffn) is None)
     if share is not None:
-        return _for_share(model, layout, _share(share), accepts, untied)
+        return _for_share(model, layout, checked_share(share), accepts, untied)
     wanted = Sizes(
         own.hidden if hidden is None else checks.integer(hidden, "hidden", 1, own.hidden),
         own.ffn if ffn is None else checks.integer(ffn, "ffn", 1, own.ffn),
@@ -110,7 +116,34 @@ def chosen(
     return wanted
 
 
-def _share(value: Any) -> float:
+def splits(model: Any, layout: Layout, share: float, untied: bool, most: int) -> list[Sizes]:
+    """Sizes of nearly that share, divided between both widths in different ways: at most so many,
+    the widest stream first. None where a head of its own leaves no room."""
+    own = sizes_of(model, layout)
+    whole = parameters(model, layout, own)
+    accepts = functools.cache(lambda size: _refusal(model, layout, size, own.ffn) is None)
+    found: list[Sizes] = []
+    for grain in GRAINS:
+        some = []
+        for hidden, most_ffn in _candidates(model, layout, share * whole, grain, accepts, untied):
+            for fine in GRAINS:
+                sizes = Sizes(hidden, min(own.ffn, max(1, most_ffn // fine * fine)))
+                left = parameters(model, layout, sizes, untied) / whole
+                if share - NEAR <= left <= share:
+                    some.append(sizes)
+                    break
+        # A head of its own serves a stream that gets narrower.
+        some = [s for s in some if _uneven(s, own) <= UNEVEN and not (untied and s[0] == own[0])]
+        found = max(found, some, key=len)
+        if len(found) >= WAYS:
+            break
+    found.sort(reverse=True)
+    step = max(1.0, len(found) / most)
+    return [found[int(i * step)] for i in range(min(most, len(found)))]
+
+
+def checked_share(value: Any) -> float:
+    """``params``; ``ValueError`` for what is no share."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise ValueError(f"params must be a share in (0, 1], got {value!r}")
     return float(value)
@@ -141,7 +174,11 @@ def _for_share(
         return own
     best: tuple[float, Sizes] | None = None
     for grain in GRAINS:
-        for sizes in _candidates(model, layout, share * whole, grain, accepts, untied):
+        for hidden, most in _candidates(model, layout, share * whole, grain, accepts, untied):
+            ffn = own.ffn if most >= own.ffn else _down(most, min(64, own.ffn))
+            if ffn < 1:
+                continue
+            sizes = Sizes(hidden, ffn)
             missed = share - parameters(model, layout, sizes, untied) / whole - NEAR
             uneven = 0.0 if layout.residual is None else _uneven(sizes, own)
             badness = max(0.0, missed) / NEAR + max(0.0, uneven - EVEN) / EVEN
@@ -175,18 +212,15 @@ def _candidates(
     grain: int,
     accepts: Callable[[int], bool],
     untied: bool,
-) -> Iterator[Sizes]:
-    """For every hidden size the largest FFN width, in multiples, that the budget has room for."""
+) -> Iterator[tuple[int, int]]:
+    """For every hidden size, in multiples, the largest FFN width that the budget has room for."""
     own = sizes_of(model, layout)
     steps = range(grain, own.hidden, grain)
     hiddens = [n for n in (*steps, own.hidden) if accepts(n)]
     for hidden in hiddens if layout.residual is not None else [own.hidden]:
         # Linear in the FFN's width.
         one, two = (parameters(model, layout, Sizes(hidden, n), untied) for n in (1, 2))
-        most = int(1 + (budget - one) // (two - one))
-        ffn = own.ffn if most >= own.ffn else _down(most, min(64, own.ffn))
-        if ffn >= 1:
-            yield Sizes(hidden, ffn)
+        yield hidden, int(1 + (budget - one) // (two - one))
 
 
 def _down(size: int, grain: int) -> int:

@@ -142,17 +142,19 @@ class Streams:
         """What the module ``name`` of a block reads, of real tokens: ``[T, width]`` in float64, in
         the original and in the small model, batch by batch."""
         for pair in self.pairs:
-            found = []
-            for model, small in zip(self.models, (False, True), strict=True):
-                place, reader = model.get_submodule(block.name), model.get_submodule(name)
-                got = at_input(
-                    reader,
-                    lambda pair=pair, place=place, small=small: pair.call(  # type: ignore[misc]
-                        place, block.name, small
-                    ),
-                )
-                found.append(data.tokens(first(*got), pair.masks[position]))
-            yield found[0], found[1]
+            big, small = (self._input(pair, position, block, name, who) for who in (False, True))
+            yield big, small
+
+    def originals(self, position: int, block: Block, name: str) -> Iterator[Tensor]:
+        """The same in the original alone."""
+        for pair in self.pairs:
+            yield self._input(pair, position, block, name, False)
+
+    def _input(self, pair: _Pair, position: int, block: Block, name: str, small: bool) -> Tensor:
+        model = self.models[small]
+        place, reader = model.get_submodule(block.name), model.get_submodule(name)
+        got = at_input(reader, lambda: pair.call(place, block.name, small))
+        return data.tokens(first(*got), pair.masks[position])
 
     def drifts(
         self, position: int, block: Block, part: Sublayer, later: str, q: Tensor | None
