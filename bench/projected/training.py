@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from .. import internals
@@ -15,6 +17,8 @@ from .data import Text
 
 ROWS = 8
 """Of a step."""
+TOKENS = 1024
+"""That run at a time, which bounds the memory of logits."""
 WARMUP = 0.1
 SCRATCH_RATE = 3e-3
 Step = Callable[[], None]
@@ -54,29 +58,41 @@ def fit(
         optimizer, lambda n: min((n + 1) / max(1, math.ceil(WARMUP * steps)), 1.0) * (1 - n / steps)
     )
     apart = {id(p) for p in internals.projections(model)}
+    trained = [p for group in groups for p in group["params"]]
+    projected = internals.is_projected(model)
     model.train()
-    for _ in range(steps):
-        ids = text.rows(rows, generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            found = model(input_ids=ids, use_cache=False).logits
-            with torch.no_grad():
-                theirs = None if teacher is None else teacher(input_ids=ids, use_cache=False).logits
-        logs = found[:, :-1].flatten(0, 1).float().log_softmax(-1)
-        loss = F.nll_loss(logs, ids[:, 1:].flatten())
-        if theirs is not None:
-            theirs = theirs[:, :-1].flatten(0, 1).float()
-            apart_by = F.kl_div(
-                logs, theirs.log_softmax(-1), reduction="batchmean", log_target=True
-            )
-            loss = 0.5 * loss + 0.5 * apart_by
-        loss.backward()
-        trained = [p for group in groups for p in group["params"]]
-        compressed = [p.grad for p in trained if id(p) not in apart]
-        norm = torch.nn.utils.get_total_norm(compressed)
-        for parameter in trained:
-            parameter.grad.mul_((1 / norm).clamp(max=1.0))
-        optimizer.step()
-        rate.step()
-        optimizer.zero_grad()
-        step()
+    # W_C is built once a step, and its gradient goes through the projections once.
+    with internals.collecting(model) if projected else nullcontext():
+        for _ in range(steps):
+            ids = text.rows(rows, generator)
+            for some in ids.split(max(1, TOKENS // text.length)):
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    loss = losses(model, some, teacher) * (len(some) / rows)
+                loss.backward()
+            if projected:
+                internals.send(model)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained if id(p) not in apart])
+            for parameter in trained:
+                parameter.grad.mul_((1 / norm).clamp(max=1.0))
+            optimizer.step()
+            rate.step()
+            optimizer.zero_grad()
+            step()
     model.eval()
+
+
+def losses(model: Any, ids: Tensor, teacher: Any) -> Tensor:
+    """Cross-entropy of the next tokens, or with a teacher half of it and half the divergence."""
+    logs = _logits(model, ids).log_softmax(-1)
+    loss = F.nll_loss(logs, ids[:, 1:].flatten())
+    if teacher is None:
+        return loss
+    with torch.no_grad():
+        theirs = _logits(teacher, ids).log_softmax(-1)
+    apart = F.kl_div(logs, theirs, reduction="batchmean", log_target=True)
+    return 0.5 * loss + 0.5 * apart
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    found: Tensor = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return found.flatten(0, 1).float()
