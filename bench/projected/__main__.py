@@ -44,7 +44,7 @@ STARTS: dict[str, dict[str, Any]] = {
 TRAINED = ("select", "pca")
 PLAIN, PROJECTED = "plain", "projected"
 UNTRAINED = "none"
-KEY = ("share", "start", "training", "tokens", "seed")
+KEY = ("share", "start", "hidden", "ffn", "untied", "training", "tokens", "seed", "bf16")
 """What makes a row another one."""
 SAME = 1e-3
 """How far apart the original's losses may lie on two machines, in nats."""
@@ -142,7 +142,7 @@ def measure(args: argparse.Namespace, content: Row, path: Path, say: Any) -> Non
         rows.append(row_of(base, small, held_out, dense))
         last = rows[-1]
         number = f"{last['loss']:.4f} nats" if last["status"] == "ok" else last["reason"]
-        say(" ".join(str(last[key]) for key in KEY), number)
+        say(", ".join(f"{key} {last[key]}" for key in KEY), "-", number)
         results.write(path, content | {"rows": joined(earlier, rows)})
 
     for wanted in args.sizes or args.shares:
@@ -184,6 +184,8 @@ def added(files: list[Path], content: Row) -> list[Row]:
         same = all(there.get(name) == here[name] for name in ("name", "parameters"))
         if not same or abs(there["loss"] - here["loss"]) > SAME:
             raise ValueError(f"add must hold results of {here}, {file} is of {there}")
+        if not all({*KEY} <= row.keys() and row["start"] in STARTS for row in earlier["rows"]):
+            raise ValueError(f"add must hold results of this version, {file} has older rows")
         found += earlier["rows"]
     return found
 

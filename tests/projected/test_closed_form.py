@@ -142,6 +142,15 @@ def test_the_pull_is_what_other_tokens_want(noise, monkeypatch):
         assert min(every) < 0.95 * every[0]
 
 
+def test_halves_hold_half_the_tokens_each():
+    x = torch.randn(60, 3, dtype=torch.float64)
+    for size in (1, 3, 60):
+        moments = regression.Moments([(some, some) for some in x.split(size)])
+        torch.testing.assert_close(moments.xx[0] + moments.xx[1], x.mT @ x)
+        seen = [float(half.diagonal().sum()) for half in moments.xx]
+        assert min(seen) > 0.25 * sum(seen)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_ffn_alone(name, dtype):

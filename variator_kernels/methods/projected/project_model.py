@@ -112,7 +112,8 @@ def project(
     kind = kind_for(layout, importance, start == PCA)
     searches = _searches(layout, split, params, start)
     own = sizes.sizes_of(model, layout)
-    untied = _untied(layout, untie, start == PCA and (params is not None or hidden != own.hidden))
+    narrows = params not in (None, 1) or hidden not in (None, own.hidden)
+    untied = _untied(layout, untie, start == PCA and narrows and not searches)
     chosen = sizes.chosen(model, layout, params, hidden, ffn, untied)
     if start == SELECT and kind == BY_WEIGHT and not searches:
         given: list[data.Batch] = []
@@ -155,11 +156,12 @@ def mark(small: Any, made: Projection) -> Any:
 
 
 def _searches(layout: Layout, split: str | None, params: Any, start: str) -> bool:
-    """Whether ways to divide a share are tried; a model of one width has none."""
+    """Whether ways to divide a share are tried; with one width there are none."""
     if split is not None and checks.choice(split, SPLITS, "split") and params is None:
-        raise ValueError(f"split must not be given with hidden and ffn, got {split!r}")
+        raise ValueError(f"params must be given for split to divide, got None with {split!r}")
     wanted = split == SEARCH or (split is None and start == PCA)
-    return wanted and params is not None and layout.residual is not None
+    # Without a head there are no distributions to compare.
+    return wanted and params is not None and layout.residual is not None and bool(layout.head)
 
 
 def _unties(layout: Layout) -> bool:

@@ -17,15 +17,17 @@ RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 class Moments:
     """Second moments of pairs ``y [T, out]``, ``x [T, in]``: what least squares needs.
 
-    They are kept in two halves, the first and the second half of the tokens of each pair, so that
-    what is fitted to one can be judged by the other.
+    They are kept in two halves, of half the tokens of each pair, so that what is fitted to one can
+    be judged by the other.
     """
 
     def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         self.xx: list[Any] = [0.0, 0.0]
         self.yx: list[Any] = [0.0, 0.0]
+        count = 0
         for pair in pairs:
-            middle = len(pair[0]) // 2
+            middle = (len(pair[0]) + count % 2) // 2
+            count += len(pair[0])
             for half, part in enumerate((slice(middle), slice(middle, None))):
                 y, x = (values[part] for values in pair)
                 self.xx[half] = self.xx[half] + x.mT @ x
@@ -47,7 +49,7 @@ class Moments:
         best, ridge = math.inf, RIDGES[-1]
         for smaller in reversed(RIDGES):
             error = self._held_out(prior, smaller * unit)
-            if error > best:
+            if not error < best:
                 break  # weaker pulls fit a half's own noise
             best, ridge = error, smaller
         return _solved(xx, yx, prior, ridge * unit)
@@ -63,4 +65,8 @@ class Moments:
 
 def _solved(xx: Tensor, yx: Tensor, prior: Tensor, ridge: Tensor) -> Tensor:
     system = xx + ridge * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-    return prior + torch.linalg.solve(system, (yx - prior @ xx).mT).mT
+    right = (yx - prior @ xx).mT
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed:  # so little ridge that rounding makes it indefinite
+        return prior + torch.linalg.solve(system, right).mT
+    return prior + torch.cholesky_solve(right, factor).mT
