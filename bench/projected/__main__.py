@@ -150,7 +150,7 @@ def measure(args: argparse.Namespace, content: Row, path: Path, say: Any) -> Non
             begun = time.perf_counter()
             start = started(model, batches, wanted, name)
             made = start.variator_projection
-            share = made.share if args.sizes else wanted
+            share = round(made.share, 3) if args.sizes else wanted
             base = {"model": options.named(args.model), "share": share, "start": name}
             base |= {"hidden": made.sizes.hidden, "ffn": made.sizes.ffn, "untied": made.untied}
             base |= {"training": UNTRAINED, "tokens": 0, "seed": None, "bf16": False}
