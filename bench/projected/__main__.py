@@ -186,7 +186,7 @@ def added(files: list[Path], content: Row) -> list[Row]:
             raise ValueError(f"add must hold results of {here}, {file} is of {there}")
         if not all({*KEY} <= row.keys() and row["start"] in STARTS for row in earlier["rows"]):
             raise ValueError(f"add must hold results of this version, {file} has older rows")
-        found += earlier["rows"]
+        found += [row | {"share": round(row["share"], 3)} for row in earlier["rows"]]
     return found
 
 

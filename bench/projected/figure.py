@@ -9,11 +9,16 @@ from ..harness.style import AMBER, BLUE, GREY, INK, commit, note, sheet
 COLOURS = {"none": GREY, "plain": AMBER, "projected": BLUE}
 
 
+def _near(row: Row) -> float:
+    """The share of a panel: sizes hardly ever give a round one."""
+    return round(20 * row["share"]) / 20
+
+
 def projected(content: Row, target: Path) -> None:
-    """A panel a share: a bar for each start, training and number of tokens, the mean over seeds;
-    dots are seeds."""
+    """A panel a share, to the nearest twentieth: a bar for each start, training and number of
+    tokens, the mean over seeds; dots are seeds."""
     rows, model, here = pick(content["rows"], status="ok"), content["model"], content["machine"]
-    shares = sorted({row["share"] for row in rows}, reverse=True)
+    shares = sorted({_near(row) for row in rows}, reverse=True)
     title = f"Projected Compression of {model['name']}"
     caption = (
         f"nats over the original's {model['loss']:.3f}; {here['cpu']}, "
@@ -21,7 +26,7 @@ def projected(content: Row, target: Path) -> None:
     )
     bars = {
         share: dict.fromkeys(
-            (row["start"], row["training"], row["tokens"]) for row in pick(rows, share=share)
+            (row["start"], row["training"], row["tokens"]) for row in rows if _near(row) == share
         )
         for share in shares
     }
@@ -32,8 +37,8 @@ def projected(content: Row, target: Path) -> None:
             keys = bars[share]
             names = []
             for place, (start, training, tokens) in enumerate(keys):
-                some = pick(rows, share=share, start=start, training=training, tokens=tokens)
-                values = [row["excess"] for row in some]
+                some = pick(rows, start=start, training=training, tokens=tokens)
+                values = [row["excess"] for row in some if _near(row) == share]
                 axes.barh(place, mean(values), color=COLOURS[training], height=0.66)
                 axes.plot(values, [place] * len(values), "k.", ms=4)
                 beside = max(values), place
@@ -43,7 +48,7 @@ def projected(content: Row, target: Path) -> None:
                 names.append(f"{start}; {after}")
             axes.set_yticks(range(len(names)), names, fontsize=8)
             axes.invert_yaxis()
-            found = [row["excess"] for row in pick(rows, share=share)]
+            found = [row["excess"] for row in rows if _near(row) == share]
             if min(found) > 0:
                 axes.set_xscale("log")
                 axes.set_xlim(min(found) / 2, max(found) * 4)
