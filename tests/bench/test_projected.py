@@ -41,7 +41,7 @@ def test_every_arm(given, tmp_path, monkeypatch):
     assert all(row["parameters"] <= 0.8 * content["model"]["parameters"] for row in rows)
 
 
-def test_rows_of_several_runs_add_up(given, tmp_path):
+def test_rows_of_several_runs_add_up(given, tmp_path, capsys):
     """Chosen starts at chosen sizes, then another start beside them; another model is refused."""
     path, first = tmp_path / "out" / "projected_model.json", tmp_path / "first.json"
     words = [*given, "--sizes", "24:32", "--bf16", "--seeds", "1"]
@@ -54,11 +54,15 @@ def test_rows_of_several_runs_add_up(given, tmp_path):
     assert named == {("select", "none", False), ("select", "plain", True), ("pca", "none", False)}
     assert len(rows) == 3 and {(row["hidden"], row["ffn"]) for row in rows} == {(24, 32)}
     assert all(0 < row["share"] < 1 for row in rows)
-    content = json.loads(first.read_text())
-    content["model"]["parameters"] += 1
-    first.write_text(json.dumps(content))
-    with pytest.raises(SystemExit):
-        bench.main([*words, "--starts", "pca", "--add", str(first)])
+    other = json.loads(first.read_text())
+    other["model"]["parameters"] += 1
+    old = json.loads(first.read_text())
+    old["rows"][0]["start"] = "pca, tied"
+    for content, message in ((other, "must hold results of {"), (old, "has older rows")):
+        first.write_text(json.dumps(content))
+        with pytest.raises(SystemExit):
+            bench.main([*words, "--starts", "pca", "--add", str(first)])
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option, word", [("--starts", "svd"), ("--trainings", "twice")])

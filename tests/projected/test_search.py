@@ -226,6 +226,12 @@ def test_classifiers_are_searched_too(caplog):
         assert len(ways) > 1 and min(ways.values()) > 0
 
 
+def test_batches_that_ask_for_tuples():
+    model = cases.model("t5-relu")
+    given = [cases.batch(model, seed) | {"return_dict": False} for seed in range(3)]
+    assert vk.project(model, given, SHARE).variator_projection.share <= SHARE
+
+
 def test_the_whole_model_is_no_smaller():
     model = cases.model("gemma")
     for split in ("alike", "search"):
