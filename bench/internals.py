@@ -18,6 +18,7 @@ from variator_kernels.methods.projected import is_projected
 from variator_kernels.methods.projected.composition import collecting, send
 from variator_kernels.methods.projected.cost import counted
 from variator_kernels.methods.projected.groups import additions, parameter_groups, projections
+from variator_kernels.methods.projected.sizes import Sizes
 from variator_kernels.methods.variator.config import configure
 from variator_kernels.ops import prepack, rows_linear
 from variator_kernels.ops.adapter_decompress import op as decompress_op
@@ -46,8 +47,9 @@ from variator_kernels.sites.merged_cache import MergedLayer
 
 __all__ = [
     "ControllerPolicy", "ControllerSettings", "DistanceBias", "LevelTimes", "Product",
-    "RunningBatch", "Ticket", "additions", "collecting", "counted", "describe", "is_projected",
-    "looked_up", "own_precision", "parameter_groups", "product_runs", "projections", "send",
+    "RunningBatch", "Sizes", "Ticket", "additions", "collecting", "counted", "describe",
+    "is_projected", "looked_up", "own_precision", "parameter_groups", "product_runs", "projections",
+    "send",
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import copy
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -23,14 +23,6 @@ from ..harness import allocator, machine, options, results, tables
 from ..harness.results import Row
 from . import data, training
 from .data import Text
-
-
-class Sizes(NamedTuple):
-    """Of a small model."""
-
-    hidden: int
-    ffn: int
-
 
 STARTS: dict[str, dict[str, Any]] = {
     "select": {"start": "select", "split": "search"},
@@ -76,10 +68,10 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def sizes(text: str) -> Sizes:
+def sizes(text: str) -> internals.Sizes:
     """``hidden:ffn``."""
     hidden, _, ffn = text.partition(":")
-    return Sizes(int(hidden), int(ffn))
+    return internals.Sizes(int(hidden), int(ffn))
 
 
 def original(args: argparse.Namespace) -> tuple[Any, Text]:
@@ -169,7 +161,7 @@ def measure(args: argparse.Namespace, content: Row, path: Path, say: Any) -> Non
 def started(model: Any, batches: list[Any], wanted: Any, name: str) -> Any:
     """A start by its name, at a share of the parameters or at sizes."""
     how = dict(STARTS[name])
-    if isinstance(wanted, Sizes):
+    if isinstance(wanted, internals.Sizes):
         del how["split"]
         return vk.project(model, batches, **wanted._asdict(), **how)
     return vk.project(model, batches, wanted, **how)

@@ -46,3 +46,17 @@ def project(made: nn.Module, params: float | None = 0.7, **settings):
         params = None
     settings.setdefault("start", "select")
     return vk.project(made, [batch(made)], params, **settings)
+
+
+def reads(made: nn.Module, name: str, given) -> torch.Tensor:
+    """What the module ``name`` reads on batches, of real tokens: ``[T, width]``."""
+    seen: list[torch.Tensor] = []
+    hook = made.get_submodule(name).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
+    for inputs in given:
+        output(made, inputs)
+        if "attention_mask" in inputs:
+            seen[-1] = seen[-1][inputs["attention_mask"] == 1]
+    hook.remove()
+    return torch.cat([value.flatten(0, -2) for value in seen])

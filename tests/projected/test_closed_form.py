@@ -83,16 +83,7 @@ def test_ffn_alone_is_least_squares(name, monkeypatch):
         small.get_submodule(part.writes),
     )
     kept = first.p_out.argmax(1)
-    seen = []
-    hook = model.get_submodule(part.writes).register_forward_pre_hook(
-        lambda m, a: seen.append(a[0])
-    )
-    for inputs in given:
-        cases.output(model, inputs)
-        if "attention_mask" in inputs:
-            seen[-1] = seen[-1][inputs["attention_mask"] == 1]
-    hook.remove()
-    neurons = torch.cat([value.flatten(0, -2) for value in seen])
+    neurons = cases.reads(model, part.writes, given)
     truth = torch.linalg.lstsq(neurons[:, kept], neurons).solution.mT
     torch.testing.assert_close(composition_of(last).p_in, truth, rtol=1e-6, atol=1e-6)
 

@@ -93,19 +93,13 @@ def test_less_is_lost_than_with_the_largest_activations(name):
     given = [cases.batch(model, seed) for seed in range(20)]
     layout = layout_of(model)
     part = next(part for part in layout.sublayers if part.inner)
-    last, seen = model.get_submodule(part.writes), []
-    hook = last.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    for inputs in given:
-        cases.output(model, inputs)
-        if "attention_mask" in inputs:
-            seen[-1] = seen[-1][inputs["attention_mask"] == 1]
-    hook.remove()
-    reads = torch.cat([value.flatten(0, -2) for value in seen])
+    weight = model.get_submodule(part.writes).weight.detach()
+    reads = cases.reads(model, part.writes, given)
     losses = {}
     for kind in ("output", "gated" if layout.gated else "activation"):
         small = vk.project(model, given, ffn=16, importance=kind)
         kept = composition_of(small.get_submodule(part.reads[0])).p_out.argmax(1)
-        losses[kind] = lost(reads.mT @ reads, last.weight.detach(), kept)
+        losses[kind] = lost(reads.mT @ reads, weight, kept)
     chosen, largest = losses.values()
     assert 0 < chosen < 0.95 * largest
 

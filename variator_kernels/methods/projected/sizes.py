@@ -19,8 +19,6 @@ NEAR = 0.02
 """How far below the share that is asked for the sizes' own may lie,"""
 EVEN = 0.3
 """and how far apart the widths' own shares (their logarithms), before a finer grain is tried."""
-
-
 WAYS = 4
 """To divide a share: a finer grain where there are fewer,"""
 UNEVEN = math.log(4)
@@ -97,7 +95,7 @@ def chosen(
         )
     accepts = functools.cache(lambda size: _refusal(model, layout, size, own.ffn) is None)
     if share is not None:
-        return _for_share(model, layout, checked_share(share), accepts, untied)
+        return _for_share(model, layout, _share(share), accepts, untied)
     wanted = Sizes(
         own.hidden if hidden is None else checks.integer(hidden, "hidden", 1, own.hidden),
         own.ffn if ffn is None else checks.integer(ffn, "ffn", 1, own.ffn),
@@ -142,7 +140,7 @@ def splits(model: Any, layout: Layout, share: float, untied: bool, most: int) ->
     return [found[int(i * step)] for i in range(min(most, len(found)))]
 
 
-def checked_share(value: Any) -> float:
+def _share(value: Any) -> float:
     """``params``; ``ValueError`` for what is no share."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise ValueError(f"params must be a share in (0, 1], got {value!r}")
