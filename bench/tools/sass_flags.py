@@ -10,6 +10,7 @@ from bench.tools.sass import Instruction
 from bench.tools.sass_values import (
     LANES,
     TRUE,
+    UNIFORM_PREDICATES,
     Flags,
     Run,
     State,
@@ -91,14 +92,16 @@ def logic_flags(i: Instruction) -> Run:
 def flags_to_word(i: Instruction) -> Run:
     byte = next((int(m[1]) for m in i.modifiers if re.fullmatch(r"B\d", m)), 0)
     target, before, chosen = register(i.operands[0]), word(i.operands[2]), int(i.operands[3], 16)
+    first = UNIFORM_PREDICATES if i.operands[1] == "UPR" else 0
 
     def run(s: State, mask: Flags) -> None:
         value, known = before(s)
         value = value & ~np.uint64(chosen << 8 * byte)
         for n in range(7):
             if chosen >> n & 1:
-                value = value | s.flags[n].astype(np.uint64) << np.uint64(n + 8 * byte)
-                known = known & s.sure[n]
+                bit = s.flags[first + n].astype(np.uint64)
+                value = value | bit << np.uint64(n + 8 * byte)
+                known = known & s.sure[first + n]
         s.write(target, value, known, mask)
 
     return run

@@ -118,6 +118,7 @@ OPERATIONS: dict[str, Callable[[Instruction], Run | None]] = {
     "LDC": _constant,
     "LDCU": _constant,
     "P2R": flags.flags_to_word,
+    "UP2UR": flags.flags_to_word,
     "R2P": flags.word_to_flags,
     "IABS": arithmetic.absolute,
     "SGXT": arithmetic.extend,

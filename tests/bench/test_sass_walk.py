@@ -236,3 +236,21 @@ def test_a_division_of_integers():
             mask = state.flags[int(i.guard[1:])] if i.guard else TRUE
             integer_operation(i)(state, mask)
         assert int(state.words[7][0]) == a // b
+
+
+@pytest.mark.parametrize("uniform", ["", "U"])
+def test_predicates_that_are_kept_in_a_word(uniform):
+    """The second of them decides whether the branch is taken; whether any lanes part shows that it
+    is known."""
+    text = f"""
+        MOV R1, c[0x0][0x210]
+        R2UR UR1, R1
+        {uniform}ISETP.NE.AND {uniform}P1, PT, {uniform}R1, {uniform}RZ, PT
+        {uniform}P2{uniform}R {uniform}R4, {uniform}PR, {uniform}RZ, 0x2
+        MOV R5, {uniform}R4
+        ISETP.EQ.AND P2, PT, R5, 0x2, PT
+        @P2 BRA 0x80
+        NOP
+        EXIT
+    """
+    assert count(text, 3).slots == 8 and count(text, 0).slots == 9

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import GenerationMixin, TrainerCallback
 
 from ..methods.projected import composition, cost, groups, stored
 from ..methods.projected.project_model import check_projected
@@ -37,8 +37,11 @@ class ProjectionTrainer(ResumableTrainer):
         model: projected.
         args: a :class:`ProjectionConfig`.
         train_dataset, eval_dataset: map-style, rows of dicts with ``input_ids``; batches must have
-            ``labels``.
-        teacher: the original; frozen here. None: the loss is the cross-entropy alone.
+            ``labels``, classes by number, one for each distribution that the head gives: of a row
+            (``[B]``), or of each token (``[B, n]``; -100: none). A causal language model's are the
+            tokens themselves, and each place answers for the next one.
+        teacher: the original, which goes to the device and into evaluation. None: the loss is the
+            cross-entropy alone.
         rest: as for ``transformers.Trainer``.
 
     Raises:
@@ -70,10 +73,13 @@ class ProjectionTrainer(ResumableTrainer):
             composition.composition_of(module).stays |= args.frozen_on_cpu
         self.teacher = None
         if teacher is not None and args.teacher_weight:
-            self.teacher = teacher.requires_grad_(False).eval().to(args.device)
+            self.teacher = teacher.eval().to(args.device)
         self.clip, args = args.max_grad_norm, copy.copy(args)
         args.max_grad_norm = 0.0  # the Trainer would clip before gradients are sent
-        self.shifts = not getattr(model.config, "is_encoder_decoder", False)
+        self.made_of_labels = bool(getattr(model.config, "is_encoder_decoder", False))
+        """Whether the decoder's inputs come of them."""
+        # Only a causal language model's label stands one place behind what predicts it.
+        self.shifts = isinstance(model, GenerationMixin) and not self.made_of_labels
         super().__init__(
             model,
             args,
@@ -153,9 +159,16 @@ class ProjectionTrainer(ResumableTrainer):
         return batches, self.accelerator.reduce(size.to(self.args.device), "sum")
 
     def _labels(self, batch: Mapping[str, Any]) -> Tensor:
-        if batch.get("labels") is None:
+        labels: Tensor | None = batch.get("labels")
+        if labels is None:
             raise ValueError(f"batches must have labels, got {sorted(batch)}")
-        return batch["labels"][:, 1:] if self.shifts else batch["labels"]
+        if labels.is_floating_point():
+            raise ValueError(f"labels must be integers, classes by number, got {labels.dtype}")
+        if self.shifts and labels.dim() != 2:
+            raise ValueError(
+                f"labels must be one for each token, [B, n], got {list(labels.shape)}"
+            )
+        return labels[:, 1:] if self.shifts else labels
 
     def compute_loss(
         self,
@@ -181,12 +194,17 @@ class ProjectionTrainer(ResumableTrainer):
         labels = self._labels(inputs)
         real = labels != IGNORED
         given = dict(inputs)
-        if self.shifts:  # else the decoder's inputs come of them
+        if not self.made_of_labels:
             del given["labels"]
         outputs = model(**given)
 
         def logs(logits: Tensor) -> Tensor:
             logits = logits[:, :-1] if self.shifts else logits
+            if logits.shape[:-1] != labels.shape:
+                raise ValueError(
+                    f"labels must be one for each distribution, {list(logits.shape[:-1])}, got "
+                    f"{list(labels.shape)}"
+                )
             return logits[real].float().log_softmax(-1)
 
         ours = logs(outputs.logits)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from .composition import Composition, composed, composition_of
 from .groups import additions, projections
@@ -21,6 +22,10 @@ class Cost(NamedTuple):
     frozen_bytes: int
     trained_bytes: int
     """Of trainable parameters, their gradients and two moments each."""
+    built_bytes: int
+    """Of W_C and the gradient that it collects."""
+    teacher_bytes: int
+    """Of what the teacher holds besides the frozen weights."""
     building: float
     """Multiply-adds a step: W_C, and its gradient through the projections."""
     step: float
@@ -35,10 +40,21 @@ class Cost(NamedTuple):
         return (
             f"{self.trainable:,} parameters are trained, {self.trainable / self.small:.1f} times "
             f"the {self.small:,} of the small model; they, their gradients and Adam's moments take "
-            f"{self.trained_bytes / 2**20:,.0f} MiB, frozen weights "
-            f"{self.frozen_bytes / 2**20:,.0f} MiB; building weights is {100 * self.share:.1f} % "
-            "of a step's multiply-adds"
+            f"{_mib(self.trained_bytes)}, built weights and their gradients "
+            f"{_mib(self.built_bytes)}, frozen weights {_mib(self.frozen_bytes)}"
+            f"{f' and {_mib(self.teacher_bytes)} of the teacher' if self.teacher_bytes else ''}; "
+            f"building weights is {100 * self.share:.1f} % of a step's multiply-adds"
         )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of memory that is held once, however many of ``tensors`` lie in it."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for t in tensors}.values())  # fmt: skip
 
 
 def counted(small: nn.Module, tokens: float, teacher: nn.Module | None = None) -> Cost:
@@ -49,12 +65,17 @@ def counted(small: nn.Module, tokens: float, teacher: nn.Module | None = None) -
     rest = sum(p.numel() for p in small.parameters() if id(p) not in known)
     merged = rest + sum(a.numel() for a in additions(small))
     memory = sum(4 * p.numel() * p.element_size() for p in trained)
-    frozen = sum(part.frozen.numel() * part.frozen.element_size() for part in parts)
+    built = sum(2 * a.numel() * a.element_size() for a in additions(small))
+    weights = [part.frozen for part in parts]
+    frozen = _bytes(weights)
     building = sum(map(_building, parts, additions(small)))
     step = 3.0 * tokens * _read(small)
+    besides = 0
     if teacher is not None:
         step += tokens * _read(teacher)
-    return Cost(sum(p.numel() for p in trained), merged, frozen, memory, building, step)
+        besides = _bytes([*weights, *teacher.parameters()]) - frozen
+    count = sum(p.numel() for p in trained)
+    return Cost(count, merged, frozen, memory, built, besides, building, step)
 
 
 def _building(part: Composition, addition: Any) -> float:

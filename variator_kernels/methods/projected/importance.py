@@ -119,7 +119,6 @@ def _by_activation(model: Any, layout: Layout, kind: str, batches: list[Batch]) 
                 first = model.get_submodule(part.reads[0])
                 hooks.append(first.register_forward_hook(outputs(part.writes)))
     forwards.run(batches, hooks)
-    hidden = sums.pop(HIDDEN, None)
     if not all(bool(torch.isfinite(score).all()) for score in sums.values()):
         raise FloatingPointError("the model's activations on batches are not finite")
-    return Importance(hidden, sums)
+    return Importance(sums.pop(HIDDEN, None), sums)
