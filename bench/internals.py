@@ -75,6 +75,15 @@ def ffn_sublayers(model: nn.Module) -> list[Any]:
     return find(model).layers
 
 
+def ffn_outputs(model: nn.Module) -> list[nn.Module]:
+    """The last linear layer of each FFN, patched or not."""
+    found = []
+    for layer in ffn_sublayers(model):
+        last = describe(layer).w_out
+        found += [m for m in layer.modules() if getattr(m, "weight", None) is last]
+    return found
+
+
 def norm_module(layer: nn.Module) -> Any:
     """The norm of an FFN sublayer."""
     return lookup(layer, family_of(layer).norm)

@@ -26,8 +26,7 @@ def products(case: Case) -> list[CudaLaunch]:
 def _product(
     case: Case, rows: int, columns: int, inner: int, activation: str, factor: bool = False
 ) -> CudaLaunch:
-    large = case.cuda.large_gemm_tile(rows, columns, case.processors)
-    tile = (128, 192) if large else (64, 128)
+    tile = case.cuda.gemm_tile(rows, columns, case.processors)
     bias = case.model.post_norm
     code = case.cuda.ffn_activations[activation]
     printed = nvcc.output(

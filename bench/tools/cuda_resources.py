@@ -22,7 +22,8 @@ from bench.harness.results import Row
 from variator_kernels import extension
 
 OUTPUT = ROOT / "csrc" / "cuda"
-THREADS = {"gemm_sm90_64x128": 384, "gemm_sm90_128x192": 384, "gemm_sm80_128x128": 128}
+THREADS = {"gemm_sm90_64x128": 384, "gemm_sm90_128x192": 384, "gemm_sm90_128x256": 384,
+           "gemm_sm80_128x128": 128}  # fmt: skip
 OTHER_THREADS = 256
 BOTTLENECK = 64
 
@@ -73,7 +74,8 @@ def short_name(symbol: str) -> tuple[str, str]:
     if "cutlass" in symbol:
         if "CollectiveMma" not in symbol:
             return "gemm_sm80_128x128", dtype
-        return "gemm_sm90_" + ("128x192" if "ILi192E" in symbol else "64x128"), dtype
+        large = next((n for n in (192, 256) if f"ILi{n}E" in symbol), None)
+        return "gemm_sm90_" + (f"128x{large}" if large else "64x128"), dtype
     name = re.search(r"\d+([a-z_]+_kernel)", symbol)
     if name is None:
         raise ValueError(f"not a kernel of this package: {symbol}")

@@ -40,6 +40,8 @@ int main(int count, char** given) {
     const int multiprocessors = static_cast<int>(number[2]);
     if (number[0] == 128 && number[1] == 192)
         print<128, 192>(p, multiprocessors);
+    else if (number[0] == 128 && number[1] == 256)
+        print<128, 256>(p, multiprocessors);
     else if (number[0] == 64 && number[1] == 128)
         print<64, 128>(p, multiprocessors);
     else

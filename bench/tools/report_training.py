@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from bench import calibration as of_calibration
 from bench import training_speed
 from bench.harness import tables
 from bench.harness.results import Row, pick
@@ -80,6 +81,21 @@ def calibration(found: Machine, folder: Path) -> str:
     return tables.markdown(CALIBRATION, rows)
 
 
+def unseen(found: Machine, folder: Path) -> str:
+    """Errors on text that calibration did not see, a part a model."""
+    parts = []
+    for name, content in sorted(found.files.items()):
+        if name.startswith("calibration_"):
+            settings, model = content["settings"], content["model"]["name"]
+            parts.append(
+                f"{model}; {content['machine']['cpu']}, {settings['threads']} threads, kernels "
+                f"{content['machine']['kernels_isa']}; {settings['unseen']} unseen paragraphs:"
+            )
+            made = of_calibration.lines(content["rows"], model)
+            parts.append(tables.markdown(of_calibration.COLUMNS, made))
+    return "\n\n".join(parts)
+
+
 def embeddings(found: Machine, folder: Path) -> str:
     """A row a kind of text, set of plugins and k."""
     parts = [
@@ -126,6 +142,7 @@ TABLES: dict[str, Callable[[Machine, Path], str]] = {
     "quality": quality,
     "ablation": ablation,
     "calibration": calibration,
+    "calibration-unseen": unseen,
     "embeddings": embeddings,
     "embeddings-figure": embeddings_figure,
     "methods": methods,

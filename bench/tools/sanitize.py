@@ -32,8 +32,8 @@ ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 # bottleneck of one chunk, of several, and of more shared memory than a kernel has unasked.
 SIZES = ((72, 4, 64), (264, 3, 64), (520, 4, 64), (776, 2, 64), (104, 5, 130), (1032, 6, 64),
          (40, 32, 512))  # fmt: skip
-# rows, columns, inner: a product that takes the large tile on a GPU of 132 multiprocessors
-LARGE_PRODUCT = (1024, 1536, 64)
+# rows, columns, inner: a product for each tile on a GPU of 132 multiprocessors
+PRODUCTS = ((40, 72, 64), (3456, 576, 64), (3456, 832, 64))
 
 
 def workload(backend: str, device: str = "cuda", tokens: int = 75) -> None:
@@ -64,8 +64,9 @@ def workload(backend: str, device: str = "cuda", tokens: int = 75) -> None:
             leaf.requires_grad_()  # type: ignore[union-attr]
         functional.compressed_ffn(x, plugin, ffn, mask=mask, backend=backend).sum().backward()
     if backend == "cuda":
-        rows, columns, inner = LARGE_PRODUCT
-        internals.cuda_product(random(rows, inner), random(columns, inner), random(columns), "gelu")
+        for rows, columns, inner in PRODUCTS:
+            bias = random(columns)
+            internals.cuda_product(random(rows, inner), random(columns, inner), bias, "gelu")
 
 
 def main(arguments: list[str] | None = None) -> int:

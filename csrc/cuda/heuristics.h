@@ -65,13 +65,34 @@ constexpr int64_t gradient_shares(int64_t groups, int64_t left, int64_t d, int64
     return larger(smaller(multiprocessors / larger(a_share, 1), groups / 128), 1);
 }
 
-// Whether a GEMM on Hopper takes the large tile [128, 192], which reads fewer bytes per FLOP, or
-// the small one [64, 128], which leaves fewer multiprocessors idle.
-constexpr bool large_gemm_tile(int64_t rows, int64_t columns, int64_t multiprocessors) {
-    const int64_t large = ceil_div(rows, 128) * ceil_div(columns, 192);
-    const int64_t small = ceil_div(rows, 64) * ceil_div(columns, 128);
-    // In units of a small tile's time; a large one has 3 times its FLOPs.
-    return 3 * ceil_div(large, multiprocessors) <= ceil_div(small, multiprocessors) + 1;
+// A GEMM's output tile on Hopper. Each is made by warps in groups of four, 64 of its rows a group.
+struct GemmTile {
+    int64_t rows, columns;
+};
+constexpr GemmTile gemm_tiles[] = {{64, 128}, {128, 192}, {128, 256}};
+
+// Clocks of a tile for 16 of the inner dimension: products on tensor cores, or steps of 128 bytes
+// of shared memory, a clock each. wgmma reads 32 bytes of each row of both operands there, a
+// group's own 64 rows and all columns, where TMA wrote them. Counted from machine code, never
+// measured.
+constexpr int64_t gemm_tile_clocks(GemmTile tile) {
+    const int64_t groups = tile.rows / 64;
+    const int64_t shared = (groups * (64 + tile.columns) + tile.rows + tile.columns) / 4;
+    return larger(tile.rows * tile.columns / 128, shared);
+}
+
+// Which of gemm_tiles: a large one takes fewer clocks a FLOP, a small one leaves fewer
+// multiprocessors idle in the last round.
+constexpr int gemm_tile(int64_t rows, int64_t columns, int64_t multiprocessors) {
+    int best = 0;
+    int64_t least = 0;
+    for (int i = 0; i < 3; ++i) {
+        const GemmTile tile = gemm_tiles[i];
+        const int64_t tiles = ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns);
+        const int64_t clocks = ceil_div(tiles, multiprocessors) * gemm_tile_clocks(tile);
+        if (i == 0 || clocks <= least) best = i, least = clocks;
+    }
+    return best;
 }
 
 }  // namespace variator::cuda::heuristics

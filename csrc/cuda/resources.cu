@@ -21,6 +21,7 @@ int64_t shared_bytes(const std::string& kernel, int64_t r) {
     if (kernel == "one_launch_kernel") return one_launch_shared_bytes(r);
 #if defined(VARIATOR_CUDA_SM90)
     if (kernel == "gemm_sm90_128x192") return gemm_sm90<128, 192, DType::bfloat16>().shared_bytes;
+    if (kernel == "gemm_sm90_128x256") return gemm_sm90<128, 256, DType::bfloat16>().shared_bytes;
     if (kernel == "gemm_sm90_64x128") return gemm_sm90<64, 128, DType::bfloat16>().shared_bytes;
 #endif
 #if defined(VARIATOR_CUDA_SM80)

@@ -69,18 +69,25 @@ def test_shares_of_a_weights_gradient(heuristics):
     assert heuristics.gradient_shares(0, 1, 8, 1, H200) == 1
 
 
-def test_the_large_tile_needs_enough_rows(heuristics):
-    # T5-base, 32 x 512 tokens, k = 4: 512 and 128 large tiles fill 132 multiprocessors.
-    assert heuristics.large_gemm_tile(4096, 3072, H200)
-    assert heuristics.large_gemm_tile(4096, 768, H200)
-    assert not heuristics.large_gemm_tile(1024, 768, H200)
-    assert not heuristics.large_gemm_tile(64, 768, H200)
+def test_a_products_tile(heuristics):
+    """The one whose rounds of 132 tiles take the fewest clocks: 96, 208 and 256 a tile and step."""
+    wanted = {
+        # T5-base, 32 x 512 tokens, k = 4: 3 rounds of 256, not 4 of 208; 1 of 208, not 3 of 96.
+        (4096, 3072): (128, 256), (4096, 768): (128, 192),
+        # T5-large: 128 tiles of 256 columns in one round.
+        (4096, 4096): (128, 256), (4096, 1024): (128, 256),
+        # k = 8 and 16: two rounds and one of small tiles.
+        (2048, 768): (64, 128), (1024, 768): (64, 128), (64, 768): (64, 128), (1, 8): (64, 128),
+    }  # fmt: skip
+    for (rows, columns), tile in wanted.items():
+        assert heuristics.gemm_tile(rows, columns, H200) == tile, (rows, columns)
 
 
 def test_the_sanitizer_meets_every_kernel(heuristics):
     kernels = {heuristics.resident_blocks(d) for d, _, _ in sanitize.SIZES}
     assert kernels == {0, 1, 2, 3, 4}
-    assert heuristics.large_gemm_tile(*sanitize.LARGE_PRODUCT[:2], H200)
+    tiles = [heuristics.gemm_tile(*product[:2], H200) for product in sanitize.PRODUCTS]
+    assert tiles == [(64, 128), (128, 192), (128, 256)]
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ QUIET = ("aten::detach", "aten::empty_like", "aten::fill_", "aten::promote_types
 def test_the_sanitizers_workload_runs(cuda, monkeypatch):
     """What bench.tools.sanitize puts under compute-sanitizer, shorter."""
     monkeypatch.setattr(sanitize, "SIZES", sanitize.SIZES[::4])
-    monkeypatch.setattr(sanitize, "LARGE_PRODUCT", (40, 72, 64))
+    monkeypatch.setattr(sanitize, "PRODUCTS", sanitize.PRODUCTS[:1])
     sanitize.workload("cuda", cuda, tokens=11)
 
 

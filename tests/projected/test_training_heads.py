@@ -14,7 +14,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_labels": 3, "pad_token_id": 0}  # fmt: skip
 HEADS = ("BertForSequenceClassification", "BertForMaskedLM", "BertForTokenClassification",
-         "LlamaForSequenceClassification", "LlamaForTokenClassification", "LlamaForCausalLM")  # fmt: skip
+         "LlamaForSequenceClassification", "LlamaForTokenClassification",
+         "LlamaForCausalLM")  # fmt: skip
 A_ROW = "ForSequenceClassification"
 
 

@@ -165,9 +165,7 @@ class ProjectionTrainer(ResumableTrainer):
         if labels.is_floating_point():
             raise ValueError(f"labels must be integers, classes by number, got {labels.dtype}")
         if self.shifts and labels.dim() != 2:
-            raise ValueError(
-                f"labels must be one for each token, [B, n], got {list(labels.shape)}"
-            )
+            raise ValueError(f"labels must be one for each token, [B, n], got {list(labels.shape)}")
         return labels[:, 1:] if self.shifts else labels
 
     def compute_loss(

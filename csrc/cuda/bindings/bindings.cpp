@@ -97,7 +97,11 @@ void bind_heuristics(py::module_& m) {
     m.def("gradient_pieces", &heuristics::gradient_pieces);
     m.def("gradient_tiles_a_piece", &heuristics::gradient_tiles_a_piece);
     m.def("gradient_shares", &heuristics::gradient_shares);
-    m.def("large_gemm_tile", &heuristics::large_gemm_tile);
+    m.def("gemm_tile", [](int64_t rows, int64_t columns, int64_t multiprocessors) {
+        const auto tile =
+            heuristics::gemm_tiles[heuristics::gemm_tile(rows, columns, multiprocessors)];
+        return std::make_pair(tile.rows, tile.columns);
+    });
 }
 
 }  // namespace

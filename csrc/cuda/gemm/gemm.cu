@@ -12,9 +12,11 @@ namespace {
 #if defined(VARIATOR_CUDA_SM90)
 template <DType dtype>
 GemmKernel hopper_kernel(const GemmParams& p, int multiprocessors) {
-    return heuristics::large_gemm_tile(p.rows, p.columns, multiprocessors)
-               ? gemm_sm90<128, 192, dtype>()
-               : gemm_sm90<64, 128, dtype>();
+    constexpr auto tiles = heuristics::gemm_tiles;
+    const int tile = heuristics::gemm_tile(p.rows, p.columns, multiprocessors);
+    if (tile == 0) return gemm_sm90<tiles[0].rows, tiles[0].columns, dtype>();
+    if (tile == 1) return gemm_sm90<tiles[1].rows, tiles[1].columns, dtype>();
+    return gemm_sm90<tiles[2].rows, tiles[2].columns, dtype>();
 }
 #endif
 

@@ -120,13 +120,19 @@ struct GemmSm90 {
 template <int rows, int columns>
 struct Schedule;
 
-template <>
-struct Schedule<128, 192> {
+// Two groups of warps make a tile together.
+struct Cooperative {
     using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
     using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
     using Epilogue = cutlass::epilogue::TmaWarpSpecializedCooperative;
 };
 
+template <>
+struct Schedule<128, 192> : Cooperative {};
+template <>
+struct Schedule<128, 256> : Cooperative {};
+
+// Each makes a tile of its own: one's epilogue runs beside the other's products.
 template <>
 struct Schedule<64, 128> {
     using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;

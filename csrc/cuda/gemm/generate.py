@@ -9,7 +9,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "instantiations"
 # Architecture, and the output tile [rows, columns] of a thread block.
-KERNELS = ((80, 128, 128), (90, 128, 192), (90, 64, 128))
+KERNELS = ((80, 128, 128), (90, 64, 128), (90, 128, 192), (90, 128, 256))
 DTYPES = {"bf16": "bfloat16", "f16": "float16"}
 """In a file's name, and in C++."""
 
