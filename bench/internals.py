@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from variator_kernels import FeedForward, LevelTimes, Plan, PluginWeights
+from variator_kernels import FeedForward, LevelTimes, Plan, PluginWeights, extension
 from variator_kernels.methods.projected import is_projected
 from variator_kernels.methods.projected.composition import collecting, send
 from variator_kernels.methods.projected.cost import counted
@@ -63,6 +63,18 @@ def product(arm: str, weight: nn.Parameter, rows: int) -> Callable[[Tensor], Ten
     else:
         made = rows_linear.stacked((weight,), (None,), weight.dtype, prepack.instruction_set())
     return made
+
+
+def emulation() -> Any:
+    """The emulation of the CUDA kernels, which the environment names.
+
+    Raises:
+        ValueError: it is another module.
+    """
+    cuda: Any = extension.load("cuda")
+    if not getattr(cuda, "emulated", False):
+        raise ValueError(f"the CUDA module must be the emulation: {extension.why_missing('cuda')}")
+    return cuda
 
 
 def has_tied_head(model: nn.Module) -> bool:

@@ -7,11 +7,14 @@ The sublayer is called inside a forward of its encoder. The bare op,
 turns, and their outputs must be equal before and after; otherwise there is no number, and the exit
 code is 1. Switches of levels are timed while another thread runs the model: ``switching.py``.
 
-A last row is what Python takes for the public op on a GPU: Triton's kernels of one sublayer with
-their launches stubbed, on the CPU. What a launch itself takes (Triton's binder, the driver) is not
-in it; the check is that every call reaches the same four launches.
+Last rows are what Python takes for the public op on a GPU: kernels of one sublayer with their
+launches stubbed, on the CPU; Triton's, and CUDA's in the emulation that ``make emulation`` builds.
+What a launch itself takes (Triton's binder, the driver, asking PyTorch for a stream) is not in it;
+the check is that every call reaches the same launches: four of Triton's, or one of CUDA's.
 """
 
+import argparse
+import json
 import os
 import sys
 from functools import partial
@@ -24,7 +27,7 @@ import variator_kernels as vk
 
 from . import internals, switching
 from .cases import models
-from .harness import options, results, tables
+from .harness import child, machine, options, results, tables
 from .harness.clock import Wall, quartiles
 from .harness.results import Row
 
@@ -71,31 +74,62 @@ def measure(name: str, rounds: int) -> Row:
     return row
 
 
+def _launches(backend: str) -> Row:
+    return {"case": "launches", "model": "public op, stubbed launches", "arm": backend,
+            "k": RATIO, "limit": PUBLIC_OP_LIMIT, "op": 0.0}  # fmt: skip
+
+
+def _public_op(backend: str, rounds: int) -> list[float]:
+    """Microseconds of each call."""
+    architecture = models.toy(models.architecture("t5-base"))
+    _, ffn = models.sublayer(architecture, torch.bfloat16)
+    plugin = models.plugin(architecture.config, RATIO, 64, torch.bfloat16)
+    x = models.hidden(1, TOKENS, architecture.config.hidden_size, torch.bfloat16)
+    clock = Wall()
+    clock.burst = BURST
+    call = partial(vk.functional.compressed_ffn, x, plugin, ffn, backend=backend)
+    return [1e6 * each for each in clock.interleave({"": call}, rounds)[0][""]]
+
+
 @torch.no_grad()
 def measure_launches(rounds: int) -> Row:
-    """Microseconds of the public op on Triton, launches stubbed."""
-    row: Row = {"case": "launches", "model": "public op, stubbed launches", "arm": "triton",
-                "k": RATIO, "limit": PUBLIC_OP_LIMIT, "op": 0.0}  # fmt: skip
+    """The public op on Triton, launches stubbed."""
+    row = _launches("triton")
     try:
         from .tools.triton_compiler import stubbed
     except ImportError as error:
         return {**row, "status": "skipped", "reason": str(error)}
     if os.environ.get("TRITON_INTERPRET") == "1":
         return {**row, "status": "skipped", "reason": "kernels are interpreted in this process"}
-    architecture = models.toy(models.architecture("t5-base"))
-    _, ffn = models.sublayer(architecture, torch.bfloat16)
-    plugin = models.plugin(architecture.config, RATIO, 64, torch.bfloat16)
-    x = models.hidden(1, TOKENS, architecture.config.hidden_size, torch.bfloat16)
     with stubbed("sm_90") as launched:
-        clock = Wall()
-        clock.burst = BURST
-        call = partial(vk.functional.compressed_ffn, x, plugin, ffn, backend="triton")
-        samples = clock.interleave({"": call}, rounds)[0][""]
-    calls = len(samples) * BURST
-    if launched != LAUNCHES * calls:
+        found = _public_op("triton", rounds)
+    if launched != LAUNCHES * (len(found) * BURST):
         return {**row, "status": "failed", "reason": f"other launches: {launched[:4]}"}
-    found = [1e6 * each for each in samples]
     return {**row, "status": "ok", "samples": found, **quartiles(found)}
+
+
+def measure_cuda(rounds: int) -> Row:
+    """The same on CUDA, in a process of its own that loads the emulation."""
+    built = sorted((machine.ROOT / "build" / "emulation").glob("_cuda*.so"))
+    if not built:
+        reason = "the emulation is not built: make emulation"
+        return {**_launches("cuda"), "status": "skipped", "reason": reason}
+    found = child.measured("overhead", {"rounds": rounds}, VARIATOR_CUDA_EXTENSION=str(built[0]))
+    return {**_launches("cuda"), **found}
+
+
+@torch.no_grad()
+def emulated(cell: Row) -> Row:
+    """What :func:`measure_cuda`'s process measures."""
+    torch.set_num_threads(1)
+    cuda = internals.emulation()
+    cuda.stub_launches(True)
+    before = cuda.launched()
+    found = _public_op("cuda", cell["rounds"])
+    calls = len(found) * BURST
+    if (launches := cuda.launched() - before) != calls:
+        return {"status": "failed", "reason": f"{launches} launches of {calls} calls"}
+    return {"status": "ok", "samples": found, **quartiles(found)}
 
 
 def _microseconds(name: str) -> tables.Column:
@@ -113,7 +147,11 @@ def main(arguments: list[str] | None = None) -> int:
     made = options.parser("overhead", __doc__, threads=1)
     made.add_argument("--model", type=options.words, default=list(MODELS), help="default both")
     made.add_argument("--rounds", type=options.count, default=400, help="default 400")
+    made.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
     args = made.parse_args(arguments)
+    if args.cell:
+        print(json.dumps(emulated(args.cell)))
+        return 0
     torch.set_num_threads(args.threads)
     settings = {"rounds": args.rounds, "threads": args.threads, "tokens": TOKENS}
     content = results.result("overhead", settings, {"name": ", ".join(args.model)})
@@ -121,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
         content["rows"] = [measure(name, args.rounds) for name in args.model]
         for name in args.model:
             content["rows"] += switching.measure(name, args.rounds)
-        content["rows"].append(measure_launches(args.rounds))
+        content["rows"] += [measure_launches(args.rounds), measure_cuda(args.rounds)]
     title = f"a patched sublayer beyond its op, 1 x {TOKENS} tokens, k={RATIO}; a switch"
     table = tables.screen(title, COLUMNS, content["rows"], note=_note)
     return options.finish(content, options.path_of(args, "overhead"), options.screen(), table)

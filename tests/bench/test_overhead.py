@@ -9,6 +9,7 @@ import pytest
 
 from bench import internals, overhead
 from tests.bench.conftest import one_bert, one_ffn
+from tests.emulation import BUILT
 from variator_kernels import extension
 
 KERNELS = pytest.mark.skipif(extension.load() is None, reason="the kernels are not built")
@@ -16,8 +17,8 @@ KERNELS = pytest.mark.skipif(extension.load() is None, reason="the kernels are n
 
 def run(model, folder):
     code = overhead.main(["--model", model, "--rounds", "5", "--output", str(folder)])
-    *rows, launches = json.loads((folder / "overhead.json").read_text())["rows"]
-    assert launches["case"] == "launches"
+    *rows, triton, cuda = json.loads((folder / "overhead.json").read_text())["rows"]
+    assert [row["case"] for row in (triton, cuda)] == ["launches"] * 2
     return code, rows
 
 
@@ -82,3 +83,12 @@ def test_measures_the_public_op_with_stubbed_launches():
     done = subprocess.run([sys.executable, "-c", LAUNCHES], env=env, capture_output=True, text=True,
                           timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not list(BUILT.glob("_cuda*.so")), reason="the emulation is not built")
+def test_measures_the_public_op_on_cuda(monkeypatch):
+    row = overhead.measure_cuda(5)
+    assert row["status"] == "ok" and len(row["samples"]) == 5, row
+    assert row["arm"] == "cuda" and row["q1"] <= row["median"] <= row["q3"]
+    monkeypatch.setattr(overhead.machine, "ROOT", BUILT)
+    assert overhead.measure_cuda(5)["status"] == "skipped"

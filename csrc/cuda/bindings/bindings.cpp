@@ -109,6 +109,8 @@ void bind_heuristics(py::module_& m) {
 PYBIND11_MODULE(_cuda, m) {
 #if defined(VARIATOR_EMULATION)
     m.attr("emulated") = true;
+    m.def("stub_launches", [](bool stubbed) { launched.run = !stubbed; });
+    m.def("launched", [] { return launched.count; });
 #else
     m.attr("emulated") = false;
     m.attr("architectures") = VARIATOR_CUDA_ARCHITECTURES;

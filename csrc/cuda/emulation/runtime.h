@@ -23,6 +23,18 @@ inline cudaError_t count_multiprocessors(int& count) {
     return cudaSuccess;
 }
 
+// How many launches there were, and whether they run: without, what is in front of them can be
+// timed.
+struct Launches {
+    int64_t count = 0;
+    bool run = true;
+    bool next() {
+        ++count;
+        return run;
+    }
+};
+extern Launches launched;
+
 // Runs body() as every thread of the grid. The blocks of a cooperative launch run side by side.
 cudaError_t run_grid(Grid grid, int threads, size_t shared, bool cooperative,
                      const std::function<void()>& body);
