@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.harness import results
+from tests.triton_names import ATTENTION, sublayer_kernels
 
 ROOT = Path(__file__).parents[1]
-COMMITTED = ROOT / "bench" / "results" / "compiled" / "triton.json"
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
@@ -34,7 +33,6 @@ def compile_for(archs, folder, *arguments):
 
 # T5-base at k=4 is compiled in every form of groups and for few tokens: once is enough here, the
 # committed table has it for each architecture.
-ATTENTION = ("attention_kernel", "query_gradient_kernel", "key_gradient_kernel")
 SHAPES = ("bert-base", "grouped queries")
 
 
@@ -50,9 +48,10 @@ def test_compiles_without_spills(arch, model, ratios, attentions, tmp_path):
                  "64", "--ratio", *ratios.split())  # fmt: skip
     done, rows = compile_for(arch, tmp_path, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {row["kernel"] for row in rows}
-    assert found & set(ATTENTION) == set(ATTENTION if attentions else ())
-    assert len(found - set(ATTENTION)) >= 8
+    wanted = ATTENTION if attentions else set()
+    for ratio in ratios.split():
+        wanted = wanted | sublayer_kernels(model, int(ratio))
+    assert {row["kernel"] for row in rows} == wanted
 
 
 WIDE = """
@@ -83,6 +82,7 @@ ODD = """
 import torch
 from bench.tools.triton_cases import Model, sublayer
 from bench.tools.triton_compiler import compile_call
+from tests.triton_names import SUBLAYER
 rms, layer = Model(1, 1, "relu", "rms"), Model(50, 41, "gelu_tanh", "layer", gated=True)
 for model, k, dtype, form, size in (
     (rms, 2, torch.bfloat16, "plain", (1, 1, 1)),
@@ -90,7 +90,8 @@ for model, k, dtype, form, size in (
     (layer._replace(norm="rms", d=24), 4, torch.float32, "packed", (1, 7, 8)),
     (layer, 5, torch.bfloat16, "kept", (2, 75, 130)),
 ):
-    assert len(compile_call("sm_90", sublayer(model, k, dtype, form, size=size))) >= 8
+    rows = compile_call("sm_90", sublayer(model, k, dtype, form, size=size))
+    assert SUBLAYER <= {row["kernel"] for row in rows}, rows
 """
 
 
@@ -116,45 +117,3 @@ def test_odd_sizes_wide_types_and_wide_bottlenecks():
     done = subprocess.run([sys.executable, "-c", ODD + WIDE + WIDE_BOTTLENECKS], cwd=ROOT, env=env,
                           text=True, capture_output=True, timeout=600)  # fmt: skip
     assert done.returncode == 0, done.stderr
-
-
-OTHERS = ("r=128", "r=256", "r=512", "few")
-
-
-def test_the_committed_table_is_whole_and_clean():
-    from itertools import product
-
-    from bench.tools.compile_triton import ATTENTIONS, LEFT_OUT, OTHER_SIZES
-
-    rows = json.loads(COMMITTED.read_text())["rows"]
-    limit = json.loads(COMMITTED.read_text())["settings"]["shared_limit"]
-    for row in rows:
-        assert row["spills"] == row["stack"] == 0, row
-        assert row["shared"] <= limit[row["arch"]], row
-    for arch, name, dtype in product(("sm_80", "sm_90", "gfx942"), ATTENTIONS, ("bf16", "fp16")):
-        case = f"attention {name} {dtype}"
-        found = {r["kernel"] for r in results.pick(rows, arch=arch) if case in r["cases"]}
-        wanted = set() if (arch, name) in LEFT_OUT else set(ATTENTION)
-        assert found == wanted, f"{arch} {case}: {sorted(found)}"
-    models = ("t5-base", "t5-large", "bert-base", "llama-7b")
-    for arch, model, k, dtype in product(
-        ("sm_80", "sm_90", "gfx942"), models, (2, 4, 8, 16, 32), ("bf16", "fp16")
-    ):
-        case = f"{model} k={k} {dtype}"
-        found = {r["kernel"] for r in results.pick(rows, arch=arch) if case in r["cases"]}
-        wanted = 9 if k > 8 else 8
-        assert len(found) >= wanted, f"{arch} {case}: {sorted(found)}"
-    for arch, (model, k), size in product(("sm_80", "sm_90", "gfx942"), OTHER_SIZES, OTHERS):
-        case = f"{model} k={k} bf16 {size}"
-        found = {r["kernel"] for r in results.pick(rows, arch=arch) if case in r["cases"]}
-        assert len(found) >= 8, f"{arch} {case}: {sorted(found)}"
-    # Of these, fewer.
-    for arch, attentions in (("sm_100", ATTENTIONS), ("sm_120", ATTENTIONS), ("gfx950", ())):
-        for name in attentions:
-            case = f"attention {name} bf16"
-            found = {r["kernel"] for r in results.pick(rows, arch=arch) if case in r["cases"]}
-            assert found == set(ATTENTION), f"{arch} {case}: {sorted(found)}"
-        for size in ("", " masked", " packed", " kept", " r=512", " few"):
-            case = f"t5-base k=4 bf16{size}"
-            found = {r["kernel"] for r in results.pick(rows, arch=arch) if case in r["cases"]}
-            assert len(found) >= 8, f"{arch} {case}: {sorted(found)}"

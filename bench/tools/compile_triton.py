@@ -28,7 +28,9 @@ FORMS, ALL_FORMS = ("plain", "masked", "packed", "kept"), ("t5-base", 4, "bf16")
 # Sizes that have settings of their own: wide bottlenecks, and too few tokens for the usual tiles.
 BOTTLENECKS, FEW = (64, 128, 256, 512), "few"
 OTHER_SIZES = (("t5-base", 4), ("t5-base", 16), ("bert-base", 4))
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Products of fp32 are three of the tensor cores' each: compiled for one case.
+WIDE, ALL_WIDE = "fp32", ("sm_90", "t5-base", 4)
 # These multiply no matrices.
 PLAIN_KERNELS = ("weighted_sum_kernel", "score_gradient_kernel", "row_norm_kernel")
 MATRIX_INSTRUCTION = {
@@ -36,7 +38,7 @@ MATRIX_INSTRUCTION = {
     "gfx942": "v_mfma", "gfx950": "v_mfma",
 }  # fmt: skip
 # Tiles of less than 64 rows, by the settings: mma.sync multiplies them.
-SMALL = (("sm_100", "large heads"),)
+SMALL = (("sm_100", "large heads"), ("sm_90", "fp32 r=256"), ("sm_90", "fp32 r=512"))
 # Scalar registers spill there, into lanes of vector registers.
 LEFT_OUT = (("gfx942", "grouped queries"), ("gfx950", "grouped queries"))
 
@@ -74,6 +76,8 @@ def table(
 
     for arch, dtype in itertools.product(archs, dtypes):
         for name, k in itertools.product(models, ratios):
+            if dtype == WIDE and (arch, name, k) != ALL_WIDE:
+                continue
             for form in FORMS if (name, k, dtype) == ALL_FORMS else FORMS[:1]:
                 case = f"{name} k={k} {dtype}" + (f" {form}" if form != "plain" else "")
                 add(arch, case, sublayer(MODELS[name], k, DTYPES[dtype], form))
@@ -84,7 +88,7 @@ def table(
                 case = f"{name} k={k} {dtype} {word}"
                 add(arch, case, sublayer(MODELS[name], k, DTYPES[dtype], size=size))
         for name in attentions:
-            if (arch, name) in LEFT_OUT:
+            if (arch, name) in LEFT_OUT or dtype == WIDE:
                 continue
             add(arch, f"attention {name} {dtype}", attention(ATTENTIONS[name], DTYPES[dtype]))
     return list(rows.values())
@@ -140,7 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ratio", nargs="+", type=int, default=list(RATIOS))
     parser.add_argument("--attention", nargs="*", choices=ATTENTIONS, default=list(ATTENTIONS))
     parser.add_argument("--bottleneck", nargs="+", type=int, default=list(BOTTLENECKS))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES),
+                        help="fp32 is compiled for {} {} k={} alone".format(*ALL_WIDE))  # fmt: skip
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"a folder (default {OUTPUT})")
     parser.add_argument("--add", action="store_true", help="keep the file's rows of other cases")
     chosen = parser.parse_args(arguments)
