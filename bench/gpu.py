@@ -9,7 +9,7 @@ from rich.table import Table
 
 from variator_kernels import backends
 
-from .cases import kernels, models
+from .cases import Case, attention, kernels, models, products
 from .cases.sublayer import LAUNCHES, Sublayer
 from .harness import tables
 from .harness.clock import Eager, Graph
@@ -19,11 +19,13 @@ from .harness.runner import run
 EAGER = ("hf", "reference", "ours")
 ALL = ("hf", "hf-compiled", "reference", "reference-compiled", "ours")
 BACKWARD = ("reference", "ours")
+ATTENTION = (attention.SDPA, attention.REFERENCE, attention.OURS)
 RATIOS = (2, 4, 8, 16, 32)
 
 
 class Job(NamedTuple):
-    """One table of the report: arms of one sublayer at one size, or each kernel alone."""
+    """One table of the report: arms of one sublayer at one size, or each kernel alone, attention
+    over merged keys, or the FFN's products."""
 
     name: str
     model: str
@@ -54,6 +56,15 @@ JOBS = (
     Job("backward", "t5-base", 32, 512, (2, 8, 16, 32), BACKWARD),
     Job("kernels", "t5-base", 32, 512),
     Job("kernels", "t5-base", 1, 512),
+    # BERT's sublayer is no case there: its norm is behind it.
+    Job("kernels", "t5-large", 32, 512),
+    Job("kernels", "llama-7b", 8, 2048),
+    Job("attention", "t5-base", 32, 512, (4, 1), ATTENTION),
+    Job("attention", "bert-base", 32, 512, (4, 1), ATTENTION),
+    Job("attention", "t5-base", 8, 2048, (4,), ATTENTION),
+    Job("attention", "bert-base", 8, 2048, (4,), ATTENTION),
+    Job("products", "t5-base", 32, 512, (4,), products.ARMS),
+    Job("products", "llama-7b", 8, 2048, (4,), products.ARMS),
     Job("target", "t5-large", 32, 512, (4,), ALL),
     Job("target", "llama-7b", 8, 2048, (4,), ALL),
     Job("target", "bert-base", 32, 512, (4,), ALL),
@@ -98,25 +109,44 @@ def measure(
 ) -> list[Row]:
     """A row an arm and ratio; one without a green check has no number.
 
-    ``dry`` takes toy sizes and leaves the compilers out.
+    ``dry`` takes toy sizes and leaves the compilers out. An arm that is not available failed; of
+    products it is skipped, because chips differ in what they multiply.
     """
+    clocks, strict = [clock, Eager(clock.device)], job.name != "products"
+    made = (
+        run(case, clocks, rounds, ceilings=ceilings, strict=strict)
+        for case in cases(job, clock.device, dry)
+    )
+    return [row for rows in made for row in rows]
+
+
+def cases(job: Job, device: str, dry: bool) -> list[Case]:
+    """What a job measures."""
     found = usable()
+    backend = "triton" if "triton" in found else "reference"
     model = models.Architecture(job.model, models.SUBLAYERS[job.model](), None)
-    arms = (*job.arms, *(("cuda",) if "cuda" in found else ()))
-    if "cuda" in found and job.name in ("small", "curve"):  # where the choice turns over
-        arms = (*arms, *LAUNCHES)
+    arms = job.arms
     if dry:
         model, job = models.toy(model), job._replace(batch=1, length=16, ratios=job.ratios[:1])
         arms = tuple(arm for arm in arms if not arm.endswith("-compiled"))
-    layer = Sublayer(model, "bf16", job.batch, job.length, device=clock.device,
-                     kernels="triton" if "triton" in found else "reference")  # fmt: skip
-    if job.name != "kernels":
-        cases = [layer.case(arms, job.ratios, job.name)]
-    else:
+    size = (job.batch, job.length)
+    if job.name == "products":
+        return [c for k in job.ratios for c in products.cases(model, *size, k, device, arms)]
+    if job.name == "attention":
+        terms = next(terms for terms, name in attention.MODELS.items() if name == job.model)
+        if backend == "reference" and not dry:  # it has an arm
+            arms = tuple(arm for arm in arms if arm != attention.OURS)
+        works = (attention.Work(terms, "bf16", *size, k, device, backend) for k in job.ratios)
+        return [attention.case(work, job.name, "bf16", arms) for work in works]
+    layer = Sublayer(model, "bf16", *size, device=device, kernels=backend)
+    if job.name == "kernels":
         names = {name: name for name in found}
-        cases = [case for k in job.ratios for case in kernels.cases(layer, k, names, kernels.NAMES)]
-    clocks = [clock, Eager(clock.device)]
-    return [row for case in cases for row in run(case, clocks, rounds, ceilings=ceilings)]
+        return [c for k in job.ratios for c in kernels.cases(layer, k, names, kernels.NAMES)]
+    if "cuda" in found:
+        arms = (*arms, "cuda")
+        if job.name in ("small", "curve"):  # where the choice turns over
+            arms = (*arms, *LAUNCHES)
+    return [layer.case(arms, job.ratios, job.name)]
 
 
 def measured(row: Row, arm: str) -> float | None:

@@ -13,13 +13,14 @@ import torch
 from _pytest.mark.expression import Expression
 
 from bench import gpu, plot
-from bench.cases import sublayer
+from bench.cases import attention, products, sublayer
 from bench.harness import checks
 from bench.harness.clock import Graph
 from bench.tools import sanitize
 from bench.tools.gpu_report import __main__ as gpu_report
 from bench.tools.gpu_report import session, steps
 from tests.ops.cases import CUDA, TRITON
+from variator_kernels import backends
 
 
 def test_dry_run(tmp_path, monkeypatch, capsys):
@@ -31,11 +32,17 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     assert gpu_report.main(["--dry-run", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "gpu_report.json").read_text())
     assert report["dry_run"] and report["machine"]["gpu"] is None and not report["not_measured"]
-    assert {row["status"] for row in report["rows"]} == {"ok"}
+    # What this processor cannot multiply is no failure.
+    assert all(r["status"] == "ok" or r["case"].startswith("products") for r in report["rows"])
+    assert not any(row["status"] == "failed" for row in report["rows"])
     measured = {(row["case"], row["model"], row["arm"]) for row in report["rows"]}
     assert ("curve", "t5-base", "ours") in measured and ("sizes", "llama-7b", "hf") in measured
+    arms = {(case, arm) for case, _, arm in measured}
+    assert {("attention", arm) for arm in gpu.ATTENTION} <= arms
+    assert {(f"products {way}", arm) for way in ("in", "out") for arm in products.ARMS} <= arms
     assert report["kernels"]
-    ours = [r for r in report["rows"] if r["arm"] == "ours" and r["direction"] == "forward"]
+    whole = [r for r in report["rows"] if (r["scope"], r["direction"]) == ("sublayer", "forward")]
+    ours = [row for row in whole if row["arm"] == "ours"]
     assert all(row["over_floor"] > 0 and row["speedup"]["reference"] for row in ours)
     assert (tmp_path / "gpu_report.png").stat().st_size > 10_000
     assert "proven.json" not in capsys.readouterr().out
@@ -82,6 +89,56 @@ def test_a_wrong_kernel_gets_no_number(monkeypatch):
     reference, ours = gpu.measure(job, Graph("cpu"), CEILINGS, 1, dry=True)
     assert ours["status"] == "failed" and "median" not in ours and "speedup" not in ours
     assert reference["status"] == "ok"
+
+
+def test_attention_is_ours_on_triton_or_has_no_row(monkeypatch):
+    """On a GPU, where the reference has a row of its own."""
+    asked = []
+    monkeypatch.setattr(attention.Work, "call", lambda work, arm: asked.append(work.backend))
+    job = gpu.Job("attention", "bert-base", 1, 8, (4, 1), gpu.ATTENTION)
+    for usable, arms in ((("triton", "cuda"), gpu.ATTENTION), ((), gpu.ATTENTION[:-1])):
+        monkeypatch.setattr(gpu, "usable", lambda usable=usable: usable)
+        found = gpu.cases(job, "cpu", dry=False)
+        assert [tuple(arm.key.arm for arm in case.arms) for case in found] == [arms, arms]
+        for case in found:
+            case.arms[-1].build()
+    assert asked == ["triton", "triton", "reference", "reference"]
+    assert {case.name for case in found} == {"attention"}
+
+
+def test_attention_without_its_kernel_is_a_failure(monkeypatch):
+    monkeypatch.setattr(gpu, "usable", lambda: ("triton",))
+    why_not = backends.Status("triton", False, "no GPU")
+    monkeypatch.setattr("variator_kernels.backends.status", lambda: [why_not])
+    job = gpu.Job("attention", "t5-base", 1, 8, (4,), (attention.SDPA, attention.OURS))
+    (_, ours) = gpu.measure(job, Graph("cpu"), CEILINGS, 1, dry=True)
+    assert (ours["status"], ours["reason"]) == ("failed", "no GPU")
+
+
+def test_products_are_the_ffns_of_merged_rows():
+    job = next(job for job in gpu.JOBS if (job.name, job.model) == ("products", "llama-7b"))
+    shapes = []
+    for case in gpu.cases(job._replace(batch=1, length=8), "cpu", dry=True):
+        assert [arm.key.arm for arm in case.arms] == list(products.ARMS)
+        (exact,) = case.truth(case.arms[0].key).exact
+        shapes.append((case.name, tuple(exact.shape), case.arms[0].tokens))
+        assert case.truth(case.arms[0].key).relative == checks.QUANTISED
+    # Of a toy's 32 x 48, 16 tokens at k=4.
+    assert shapes == [("products in", (4, 48), 4), ("products out", (4, 32), 4)]
+
+
+def test_a_product_that_the_device_lacks_is_skipped_and_a_wrong_one_fails(monkeypatch):
+    def lacking(*_):
+        raise RuntimeError("needs compute capability 8.9\nand more")
+
+    job = next(job for job in gpu.JOBS if job.name == "products")
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **__: lacking())
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: 2 * (a.int() @ b.int()))
+    rows = gpu.measure(job, Graph("cpu"), CEILINGS, 1, dry=True)
+    found = {row["arm"]: (row["status"], row["reason"].split(",")[0]) for row in rows}
+    assert found["linear"][0] == "ok" and found["int8"][0] == "failed"
+    assert found["fp8"] == ("skipped", "RuntimeError: needs compute capability 8.9")
+    assert not any("median" in row for row in rows if row["arm"] != "linear")
 
 
 JOBS = [gpu.Job("kernels", "t5-base", 1, i) for i in range(5)]

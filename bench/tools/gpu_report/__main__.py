@@ -125,8 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
     picture = plot.draw(report, path)
     print(f"written: {path} {picture} ({report['seconds']} s)")
     failed = [step["step"] for step in report["steps"] if step["code"] and step["required"]]
-    failed += [row["arm"] for row in report["rows"] if row["status"] != "ok"]
-    failed += [row["case"] for row in report["kernels"] if row["status"] != "ok"]
+    failed += [row["arm"] for row in report["rows"] if row["status"] == "failed"]
+    failed += [row["case"] for row in report["kernels"] if row["status"] == "failed"]
     late, lost = _late_and_lost(report["not_measured"])
     if late:  # the next run, with --skip-preparation, has time for them
         print("no time was left for", *late)
