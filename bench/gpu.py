@@ -3,12 +3,14 @@
 ``python -m bench.tools.gpu_report`` runs all of it unattended.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from rich.table import Table
 
 from variator_kernels import backends
 
+from . import predictions
 from .cases import Case, attention, kernels, models, products
 from .cases.sublayer import LAUNCHES, Sublayer
 from .harness import tables
@@ -72,8 +74,12 @@ JOBS = (
 )
 
 
+ALONE = "alone"
+
+
 class Target(NamedTuple):
-    """A bound on a ratio within one case: ``of`` against an arm, or over the floor."""
+    """A bound on a ratio within one case: ``of`` against an arm, or over the floor; of a kernel
+    alone, its floor or predicted bound over its time."""
 
     what: str
     case: str
@@ -81,6 +87,8 @@ class Target(NamedTuple):
     limit: float
     at_least: bool = True
     of: str = "ours"
+    least: int = 0
+    """Tokens: with fewer a launch takes longer than the bytes of a kernel alone."""
 
 
 TARGETS = (
@@ -96,6 +104,9 @@ TARGETS = (
            of="cuda"),
     Target("CUDA, time over the floor", "target", "floor", 1.25, False, "cuda"),
     Target("CUDA, one launch against several", "small", "cuda-launches", 1.5, of="cuda"),
+    *(Target("merge and decompress alone: at least 85 % of the copy bandwidth or of their "
+             "predicted bound", kernel, ALONE, 0.85, of=backend, least=2**14)
+      for kernel in ("group_merge", "adapter_decompress") for backend in ("triton", "cuda")),
 )  # fmt: skip
 
 
@@ -149,23 +160,37 @@ def cases(job: Job, device: str, dry: bool) -> list[Case]:
     return [layer.case(arms, job.ratios, job.name)]
 
 
-def measured(row: Row, arm: str) -> float | None:
-    """The ratio that a target speaks of, in one row of its own arm."""
+def measured(row: Row, arm: str, share: float | None = None) -> float | None:
+    """The ratio that a target speaks of, in one row of its own arm; ``share``: of the predicted
+    bound over the time."""
     if arm in ("floor", "memory"):
         return row.get("over_floor" if arm == "floor" else "memory_of_reference")
+    if arm == ALONE:
+        shares = [share, 1 / row["over_floor"] if "over_floor" in row else None]
+        return max((found for found in shares if found is not None), default=None)
     found = row.get("speedup", {}).get(arm)
     return found["median"] if found else None
 
 
-def verdicts(rows: list[Row]) -> list[Row]:
-    """A row a target and case; ``value`` is None where nothing was measured."""
-    made = []
+def verdicts(
+    rows: list[Row], alone: Iterable[Row] = (), predicted: Iterable[Row] = ()
+) -> list[Row]:
+    """A row a target and case; ``value`` is None where nothing was measured.
+
+    ``alone`` are the rows of single kernels, ``predicted`` those of :func:`predictions.compared`.
+    """
+    made, shares = [], {predictions.key(row): row["share"] for row in predicted}
     for target in TARGETS:
-        for row in (r for r in rows if r["case"] == target.case and r["arm"] == target.of):
-            value, met = measured(row, target.arm), None
+        for row in alone if target.arm == ALONE else rows:
+            few = row["batch"] * row["length"] < target.least
+            if few or (row["case"], row["arm"]) != (target.case, target.of):
+                continue
+            value, met = measured(row, target.arm, shares.get(predictions.key(row))), None
             if value is not None:
                 met = value >= target.limit if target.at_least else value <= target.limit
             where = f"{row['model']}, {row['batch']} x {row['length']}, k={row['k']}"
+            if target.arm == ALONE:
+                where += f", {row['case']} on {row['arm']}"
             made.append({**target._asdict(), "where": where, "value": value, "met": met})
     return made
 
@@ -177,6 +202,12 @@ def shown(report: Row) -> list[Table]:
         title = (row["case"], row["model"], row["batch"], row["length"])
         groups.setdefault(title, []).append(row)
     made = [tables.timed("{}, {}, {} x {}".format(*title), rows) for title, rows in groups.items()]
+    predicted = report.get("predictions", [])
+    if predicted:
+        name = "single kernels and their predicted bounds"
+        made.append(
+            tables.screen(name, predictions.COLUMNS, predicted, note=lambda row: row["note"])
+        )
     signs = {True: ">=", False: "<="}
     words = {None: "not measured", True: "met", False: "MISSED"}
     columns = [
@@ -186,4 +217,5 @@ def shown(report: Row) -> list[Table]:
         tables.number("measured", lambda row: row["value"]),
         tables.Column("", lambda row: words[row["met"]]),
     ]
-    return [*made, tables.screen("targets", columns, verdicts(report["rows"]))]
+    found = verdicts(report["rows"], report["kernels"], predicted)
+    return [*made, tables.screen("targets", columns, found)]
