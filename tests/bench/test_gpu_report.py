@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -13,14 +14,13 @@ import torch
 from _pytest.mark.expression import Expression
 
 from bench import gpu, plot
-from bench.cases import attention, products, sublayer
+from bench.cases import products, sublayer
 from bench.harness import checks
 from bench.harness.clock import Graph
 from bench.tools import sanitize
 from bench.tools.gpu_report import __main__ as gpu_report
 from bench.tools.gpu_report import session, steps
 from tests.ops.cases import CUDA, TRITON
-from variator_kernels import backends
 
 
 def test_dry_run(tmp_path, monkeypatch, capsys):
@@ -40,30 +40,12 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     arms = {(case, arm) for case, _, arm in measured}
     assert {("attention", arm) for arm in gpu.ATTENTION} <= arms
     assert {(f"products {way}", arm) for way in ("in", "out") for arm in products.ARMS} <= arms
-    assert report["kernels"]
+    assert report["kernels"] and report["predictions"] == []
     whole = [r for r in report["rows"] if (r["scope"], r["direction"]) == ("sublayer", "forward")]
     ours = [row for row in whole if row["arm"] == "ours"]
     assert all(row["over_floor"] > 0 and row["speedup"]["reference"] for row in ours)
     assert (tmp_path / "gpu_report.png").stat().st_size > 10_000
     assert "proven.json" not in capsys.readouterr().out
-
-
-def test_a_proof_names_its_backend():
-    report = {
-        "rows": [{"arm": "hf"}, {"arm": "ours"}],
-        "machine": {"arch": "sm_90", "gpu": "some GPU", "cuda": "13.0"},
-        "versions": {"torch": "2.13.0"},
-        "commit": "0123abc",
-    }
-    proofs = [json.loads(proof) for proof in gpu_report._proofs(report)]
-    assert [(row["backend"], row["arch"], row["commit"]) for row in proofs] == [
-        ("triton", "sm_90", "0123abc")
-    ]
-    report["rows"].append({"arm": "cuda"})
-    assert [json.loads(proof)["backend"] for proof in gpu_report._proofs(report)] == [
-        "cuda",
-        "triton",
-    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -89,56 +71,6 @@ def test_a_wrong_kernel_gets_no_number(monkeypatch):
     reference, ours = gpu.measure(job, Graph("cpu"), CEILINGS, 1, dry=True)
     assert ours["status"] == "failed" and "median" not in ours and "speedup" not in ours
     assert reference["status"] == "ok"
-
-
-def test_attention_is_ours_on_triton_or_has_no_row(monkeypatch):
-    """On a GPU, where the reference has a row of its own."""
-    asked = []
-    monkeypatch.setattr(attention.Work, "call", lambda work, arm: asked.append(work.backend))
-    job = gpu.Job("attention", "bert-base", 1, 8, (4, 1), gpu.ATTENTION)
-    for usable, arms in ((("triton", "cuda"), gpu.ATTENTION), ((), gpu.ATTENTION[:-1])):
-        monkeypatch.setattr(gpu, "usable", lambda usable=usable: usable)
-        found = gpu.cases(job, "cpu", dry=False)
-        assert [tuple(arm.key.arm for arm in case.arms) for case in found] == [arms, arms]
-        for case in found:
-            case.arms[-1].build()
-    assert asked == ["triton", "triton", "reference", "reference"]
-    assert {case.name for case in found} == {"attention"}
-
-
-def test_attention_without_its_kernel_is_a_failure(monkeypatch):
-    monkeypatch.setattr(gpu, "usable", lambda: ("triton",))
-    why_not = backends.Status("triton", False, "no GPU")
-    monkeypatch.setattr("variator_kernels.backends.status", lambda: [why_not])
-    job = gpu.Job("attention", "t5-base", 1, 8, (4,), (attention.SDPA, attention.OURS))
-    (_, ours) = gpu.measure(job, Graph("cpu"), CEILINGS, 1, dry=True)
-    assert (ours["status"], ours["reason"]) == ("failed", "no GPU")
-
-
-def test_products_are_the_ffns_of_merged_rows():
-    job = next(job for job in gpu.JOBS if (job.name, job.model) == ("products", "llama-7b"))
-    shapes = []
-    for case in gpu.cases(job._replace(batch=1, length=8), "cpu", dry=True):
-        assert [arm.key.arm for arm in case.arms] == list(products.ARMS)
-        (exact,) = case.truth(case.arms[0].key).exact
-        shapes.append((case.name, tuple(exact.shape), case.arms[0].tokens))
-        assert case.truth(case.arms[0].key).relative == checks.QUANTISED
-    # Of a toy's 32 x 48, 16 tokens at k=4.
-    assert shapes == [("products in", (4, 48), 4), ("products out", (4, 32), 4)]
-
-
-def test_a_product_that_the_device_lacks_is_skipped_and_a_wrong_one_fails(monkeypatch):
-    def lacking(*_):
-        raise RuntimeError("needs compute capability 8.9\nand more")
-
-    job = next(job for job in gpu.JOBS if job.name == "products")
-    monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **__: lacking())
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: 2 * (a.int() @ b.int()))
-    rows = gpu.measure(job, Graph("cpu"), CEILINGS, 1, dry=True)
-    found = {row["arm"]: (row["status"], row["reason"].split(",")[0]) for row in rows}
-    assert found["linear"][0] == "ok" and found["int8"][0] == "failed"
-    assert found["fp8"] == ("skipped", "RuntimeError: needs compute capability 8.9")
-    assert not any("median" in row for row in rows if row["arm"] != "linear")
 
 
 JOBS = [gpu.Job("kernels", "t5-base", 1, i) for i in range(5)]
@@ -172,6 +104,58 @@ def test_no_time_left(tmp_path):
     jobs = [job for job in gpu.JOBS if job.compiles]
     for outcome in session.outcomes(jobs, "cpu", 1, time.monotonic(), dry=True):
         assert outcome["not_measured"][0]["reason"] == "the time was up"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"), [("began", session.UNFINISHED), ("", "the time was up")]
+)
+def test_only_a_job_that_never_began_came_too_late(tmp_path, line, reason):
+    """Job 0 hangs, as it begins or before."""
+    write = f"open(path, 'a').write('{{\"{line}\": true}}\\n')" if line else "pass"
+    code = f"import sys, time; path = sys.argv[1]; {write}; time.sleep(1000)"
+
+    def hanging(first, path):
+        return [sys.executable, "-c", code, str(path)]
+
+    until = time.monotonic() + (3 if line else 0.5)  # long enough to start a process
+    found = list(session.followed(JOBS[:2], hanging, tmp_path, until))
+    reasons = [outcome["not_measured"][0]["reason"] for outcome in found]
+    assert reasons == [reason, "the time was up"]
+
+
+def test_the_measuring_process_says_what_began(tmp_path, monkeypatch):
+    """It is given the machine's clock, so that its start counts."""
+    asked = []
+
+    def outcomes(jobs, device, rounds, until, begin):
+        asked.append((jobs, device, rounds, until))
+        begin()
+        yield {"rows": [1]}
+        yield {"not_measured": [2]}
+
+    monkeypatch.setattr(session, "outcomes", outcomes)
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    monkeypatch.setattr(session, "followed", lambda jobs, process, *_: process(3, tmp_path / "out"))
+    command = gpu_report.measured(False, 7, 1000.0)
+    session.main(command[command.index("bench.tools.gpu_report.session") + 1 :])
+    assert asked == [(gpu.JOBS[3:], "cuda", 7, 1000.0 + gpu_report.MEASURE_END)]
+    lines = (tmp_path / "out").read_text().splitlines()
+    assert list(map(json.loads, lines)) == [
+        {"began": True}, {"rows": [1]}, {"not_measured": [2]}
+    ]  # fmt: skip
+
+
+def test_no_job_begins_that_would_end_too_late(monkeypatch):
+    """Going by those before it, and one that does not begin does not say so."""
+    begun = []
+    monkeypatch.setattr(gpu, "measure", lambda *_: time.sleep(0.6) or [])
+    monkeypatch.setattr(Graph, "ceilings", lambda self: {})
+    until = time.monotonic() + 1
+    found = list(
+        session.outcomes(JOBS[:3], "cpu", 1, until, dry=True, begin=lambda: begun.append(1))
+    )
+    assert [("not_measured" in outcome) for outcome in found] == [False, True, True]
+    assert len(begun) == 1
 
 
 def test_after_a_broken_context_another_process_goes_on(monkeypatch):
@@ -242,15 +226,6 @@ def test_every_process_of_tests_has_tests():
         assert any(selected(lambda word, i=i, **_: word in i.split("::", 1)[1]) for i in names), (
             f"{path} {chosen}"
         )
-
-
-def test_what_came_too_late_is_told_and_is_no_failure():
-    late = session.unmeasured(gpu.JOBS[-1], session.TIME_UP)["not_measured"]
-    lost = session.unmeasured(gpu.JOBS[0], "its process ended with code -6")["not_measured"]
-    assert gpu_report._late_and_lost([*late, *lost]) == (
-        ["target llama-7b 8 x 2048"],
-        ["target t5-base 32 x 512"],
-    )
 
 
 def test_a_report_without_measurements_is_drawn(tmp_path):
