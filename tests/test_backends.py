@@ -7,6 +7,8 @@ import types
 import pytest
 import torch
 
+from bench.internals import state
+from tests.sites import tiny
 from variator_kernels import backends, cuda_support, extension
 
 
@@ -78,6 +80,70 @@ def test_auto_goes_on_where_a_proven_backend_cannot_run(monkeypatch):
     monkeypatch.setattr(backends, "_PROVEN", rows)
     assert backends.resolve("auto", x) == "triton"
     assert "'auto' picks it there" in status_of("cuda").detail
+
+
+SM_90 = [
+    {"backend": "triton", "arch": "sm_90"},
+    {"backend": "cuda", "arch": "sm_90", "from_tokens": 1024},
+    {"backend": "triton", "arch": "sm_90", "from_tokens": 4096},
+]
+OF_ANOTHER = {"backend": "cuda", "arch": "sm_80", "from_tokens": 8}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "order"),
+    [(0, "triton cuda"), (1023, "triton cuda"), (1024, "cuda triton"), (4095, "cuda triton"),
+     (4096, "triton cuda"), (10**6, "triton cuda")],
+)  # fmt: skip
+def test_auto_picks_by_the_number_of_tokens(monkeypatch, tokens, order):
+    x = on_a_gpu(monkeypatch)
+    cuda_kernels_for(monkeypatch, "90a-real")
+    monkeypatch.setattr(backends, "_PROVEN", [OF_ANOTHER, *SM_90])
+    x.shape, x.numel = torch.Size([1, tokens, 768]), lambda: tokens * 768
+    assert backends._proven_for(x) == order.split()
+    assert backends.resolve("auto", x) == order.split()[0]
+    assert backends.proven_on("triton") == ["sm_90"]
+
+
+def test_below_every_proven_size_the_file_order_holds(monkeypatch):
+    x = on_a_gpu(monkeypatch)
+    x.shape, x.numel = torch.Size([1, 5, 8]), lambda: 40
+    monkeypatch.setattr(backends, "_PROVEN", [SM_90[2], SM_90[1]])
+    assert backends._proven_for(x) == ["triton", "cuda"]
+
+
+def test_without_proofs_no_size_is_looked_at(monkeypatch):
+    x = on_a_gpu(monkeypatch)  # it has neither a shape nor a number of elements
+    for proven in ([], [{"backend": "triton", "arch": "sm_90"}]):
+        monkeypatch.setattr(backends, "_PROVEN", proven)
+        assert backends.resolve("auto", x) == ("triton" if proven else "reference")
+        assert backends.sizes_reached(x) == len(proven)
+
+
+def test_a_choice_by_tokens_compiles_whole(monkeypatch):
+    """Rows as on a GPU, the tensor on the CPU: one graph for each side of a threshold."""
+    monkeypatch.setattr(backends, "_why_not_cpu", lambda x: "as on a GPU")
+    monkeypatch.setattr(backends, "_why_not", lambda name, x, double: None)
+    monkeypatch.setattr(backends, "_proven_for", lambda x: backends._in_order(SM_90, x))
+    compiled = torch.compile(
+        lambda x: x + {"triton": 1, "cuda": 2}[backends.resolve("auto", x)],
+        backend="eager", fullgraph=True, dynamic=True,
+    )  # fmt: skip
+    for tokens, added in ((8, 1), (2048, 2), (2000, 2), (5000, 1), (9, 1)):
+        assert compiled(torch.zeros(2, tokens // 2, 3))[0, 0, 0] == added, tokens
+
+
+def test_a_plugin_chooses_anew_for_another_number_of_tokens(monkeypatch):
+    """It keeps what it chose from call to call."""
+    model = tiny.patched(ratio=2)
+    plugin, layer = model.encoder.block[0].layer[-1].plugins["2"], tiny.layers(model)[0]
+    config, asked = state(model).method.config, []
+    monkeypatch.setattr(backends, "_PROVEN", SM_90)
+    monkeypatch.setattr(backends, "resolve", lambda name, x: asked.append(len(x[0])) or "reference")
+    ffn = layer.feed_forward()
+    for tokens in (8, 9, 1024, 1025, 4096, 9):
+        plugin.prepared.of(plugin, ffn, torch.zeros(1, tokens, 24), config)
+    assert asked == [8, 1024, 4096, 9]
 
 
 def test_an_explicit_choice_says_why_it_cannot_run(monkeypatch):

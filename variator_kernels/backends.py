@@ -55,9 +55,10 @@ def _why_no_triton(version: str | None) -> str | None:
 _TRITON = _triton_version()
 _WHY_NO_TRITON = _why_no_triton(_TRITON)
 _INTERPRETER = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
-# A row is a backend on a GPU architecture: its tests and its report passed there. Of two that are
-# proven on one architecture, the faster stands first.
 _NO_CPU_KERNELS = extension.load() is None
+# A row is a backend on a GPU architecture: its tests and its report passed there. From how many
+# tokens on it is the fastest of those proven there says `from_tokens`, 0 if it is not given; of
+# rows with one number the faster stands first. A backend has a row for each range that it wins.
 _PROVEN: list[dict] = json.loads(Path(__file__).with_name("proven.json").read_text())
 
 
@@ -82,7 +83,7 @@ _check_required()
 
 def proven_on(backend: str) -> list[str]:
     """The GPU architectures on which a backend's tests and report passed, as committed."""
-    return [row["arch"] for row in _PROVEN if row["backend"] == backend]
+    return list(dict.fromkeys(row["arch"] for row in _PROVEN if row["backend"] == backend))
 
 
 def status() -> list[Status]:
@@ -177,7 +178,32 @@ def _proven_for(x: torch.Tensor) -> list[str]:
         return []
     properties = torch.cuda.get_device_properties(x.device)
     arch = f"sm_{properties.major}{properties.minor}"
-    return [row["backend"] for row in _PROVEN if row["arch"] == arch]
+    return _in_order([row for row in _PROVEN if row["arch"] == arch], x)
+
+
+def _in_order(rows: list[dict], x: torch.Tensor) -> list[str]:
+    """The rows' backends: first that of the greatest size that ``x`` reaches."""
+    reached = _reached(rows, x)
+    first = [max(reached, key=_from_tokens)] if reached else []  # of equals the first
+    return list(dict.fromkeys([row["backend"] for row in [*first, *rows]]))
+
+
+def sizes_reached(x: torch.Tensor) -> int:
+    """What of the number of tokens of ``x`` decides about ``"auto"``: with this number, the device
+    and the dtype as they were, it takes the same backend."""
+    return len(_reached(_PROVEN, x)) if _PROVEN else 0
+
+
+def _reached(rows: list[dict], x: torch.Tensor) -> list[dict]:
+    """The rows that hold from the tokens of ``x`` on, or from fewer."""
+    if not any(map(_from_tokens, rows)):
+        return rows[:]  # sizes are not looked at: a compiler would make a graph for each side
+    tokens = x.numel() // max(x.shape[-1], 1)
+    return [row for row in rows if _from_tokens(row) <= tokens]
+
+
+def _from_tokens(row: dict) -> int:
+    return int(row.get("from_tokens", 0))
 
 
 def _why_not_cpu(x: torch.Tensor) -> str | None:

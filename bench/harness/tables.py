@@ -129,7 +129,7 @@ def over_ffn(row: Row) -> dict[str, float] | None:
 def timed(title: str, rows: list[Row]) -> Table:
     """The rows of a case as the runner gives them."""
     names = {name for row in rows for name in row.get("speedup", {})}
-    over = next((name for name in (*DENSE, "reference") if name in names), None)
+    over = next((name for name in (*DENSE, "reference", "linear") if name in names), None)
     several = any(placements(row) not in ("", "ffn") for row in rows)
 
     def arm(row: Row) -> str:

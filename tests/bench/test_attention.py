@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench import attention
+from bench.cases import attention as cases
 from bench.harness import results
 from bench.tools import report_parts, report_speed
 
@@ -16,7 +17,7 @@ def test_writes_times_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert attention.main([*arguments, "--output", str(tmp_path)]) == 0
     content = results.read(tmp_path / "attention.json")
     found = [(row["case"], row["k"], row["arm"]) for row in content["rows"]]
-    assert found == [(t, k, a) for t in attention.TERMS for k in (1, 3) for a in attention.ARMS]
+    assert found == [(t, k, a) for t in attention.TERMS for k in (1, 3) for a in cases.ARMS]
     for row in content["rows"]:
         assert row["status"] == "ok" and row["speedup"]["hf-sdpa"]["median"] > 0, row
         assert row["error"] <= row["allowed"]
@@ -29,13 +30,13 @@ def test_writes_times_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("terms", attention.TERMS)
 def test_a_wrong_arm_has_no_number(terms, tmp_path: Path, monkeypatch, capsys) -> None:
-    right = attention.grouped_attention
+    right = cases.grouped_attention
 
     def wrong(*inputs: torch.Tensor, **options: object) -> torch.Tensor:
         out = right(*inputs, **options)
-        return out if "backend" in options else out + 1e-3
+        return out if options["backend"] == "reference" else out + 1e-3
 
-    monkeypatch.setattr(attention, "grouped_attention", wrong)
+    monkeypatch.setattr(cases, "grouped_attention", wrong)
     monkeypatch.setattr(attention, "in_child", lambda cell: {"grown_bytes": 0, "largest_bytes": 0})
     monkeypatch.setattr(attention, "TERMS", (terms,))
     assert attention.main(["--quick", "--dtype", "fp32", "--output", str(tmp_path)]) == 1

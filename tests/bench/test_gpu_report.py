@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import torch
 from _pytest.mark.expression import Expression
 
 from bench import gpu, plot
-from bench.cases import sublayer
+from bench.cases import products, sublayer
 from bench.harness import checks
 from bench.harness.clock import Graph
 from bench.tools import sanitize
@@ -31,32 +32,20 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     assert gpu_report.main(["--dry-run", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "gpu_report.json").read_text())
     assert report["dry_run"] and report["machine"]["gpu"] is None and not report["not_measured"]
-    assert {row["status"] for row in report["rows"]} == {"ok"}
+    # What this processor cannot multiply is no failure.
+    assert all(r["status"] == "ok" or r["case"].startswith("products") for r in report["rows"])
+    assert not any(row["status"] == "failed" for row in report["rows"])
     measured = {(row["case"], row["model"], row["arm"]) for row in report["rows"]}
     assert ("curve", "t5-base", "ours") in measured and ("sizes", "llama-7b", "hf") in measured
-    assert report["kernels"]
-    ours = [r for r in report["rows"] if r["arm"] == "ours" and r["direction"] == "forward"]
+    arms = {(case, arm) for case, _, arm in measured}
+    assert {("attention", arm) for arm in gpu.ATTENTION} <= arms
+    assert {(f"products {way}", arm) for way in ("in", "out") for arm in products.ARMS} <= arms
+    assert report["kernels"] and report["predictions"] == []
+    whole = [r for r in report["rows"] if (r["scope"], r["direction"]) == ("sublayer", "forward")]
+    ours = [row for row in whole if row["arm"] == "ours"]
     assert all(row["over_floor"] > 0 and row["speedup"]["reference"] for row in ours)
     assert (tmp_path / "gpu_report.png").stat().st_size > 10_000
     assert "proven.json" not in capsys.readouterr().out
-
-
-def test_a_proof_names_its_backend():
-    report = {
-        "rows": [{"arm": "hf"}, {"arm": "ours"}],
-        "machine": {"arch": "sm_90", "gpu": "some GPU", "cuda": "13.0"},
-        "versions": {"torch": "2.13.0"},
-        "commit": "0123abc",
-    }
-    proofs = [json.loads(proof) for proof in gpu_report._proofs(report)]
-    assert [(row["backend"], row["arch"], row["commit"]) for row in proofs] == [
-        ("triton", "sm_90", "0123abc")
-    ]
-    report["rows"].append({"arm": "cuda"})
-    assert [json.loads(proof)["backend"] for proof in gpu_report._proofs(report)] == [
-        "cuda",
-        "triton",
-    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -115,6 +104,58 @@ def test_no_time_left(tmp_path):
     jobs = [job for job in gpu.JOBS if job.compiles]
     for outcome in session.outcomes(jobs, "cpu", 1, time.monotonic(), dry=True):
         assert outcome["not_measured"][0]["reason"] == "the time was up"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"), [("began", session.UNFINISHED), ("", "the time was up")]
+)
+def test_only_a_job_that_never_began_came_too_late(tmp_path, line, reason):
+    """Job 0 hangs, as it begins or before."""
+    write = f"open(path, 'a').write('{{\"{line}\": true}}\\n')" if line else "pass"
+    code = f"import sys, time; path = sys.argv[1]; {write}; time.sleep(1000)"
+
+    def hanging(first, path):
+        return [sys.executable, "-c", code, str(path)]
+
+    until = time.monotonic() + (3 if line else 0.5)  # long enough to start a process
+    found = list(session.followed(JOBS[:2], hanging, tmp_path, until))
+    reasons = [outcome["not_measured"][0]["reason"] for outcome in found]
+    assert reasons == [reason, "the time was up"]
+
+
+def test_the_measuring_process_says_what_began(tmp_path, monkeypatch):
+    """It is given the machine's clock, so that its start counts."""
+    asked = []
+
+    def outcomes(jobs, device, rounds, until, begin):
+        asked.append((jobs, device, rounds, until))
+        begin()
+        yield {"rows": [1]}
+        yield {"not_measured": [2]}
+
+    monkeypatch.setattr(session, "outcomes", outcomes)
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    monkeypatch.setattr(session, "followed", lambda jobs, process, *_: process(3, tmp_path / "out"))
+    command = gpu_report.measured(False, 7, 1000.0)
+    session.main(command[command.index("bench.tools.gpu_report.session") + 1 :])
+    assert asked == [(gpu.JOBS[3:], "cuda", 7, 1000.0 + gpu_report.MEASURE_END)]
+    lines = (tmp_path / "out").read_text().splitlines()
+    assert list(map(json.loads, lines)) == [
+        {"began": True}, {"rows": [1]}, {"not_measured": [2]}
+    ]  # fmt: skip
+
+
+def test_no_job_begins_that_would_end_too_late(monkeypatch):
+    """Going by those before it, and one that does not begin does not say so."""
+    begun = []
+    monkeypatch.setattr(gpu, "measure", lambda *_: time.sleep(0.6) or [])
+    monkeypatch.setattr(Graph, "ceilings", lambda self: {})
+    until = time.monotonic() + 1
+    found = list(
+        session.outcomes(JOBS[:3], "cpu", 1, until, dry=True, begin=lambda: begun.append(1))
+    )
+    assert [("not_measured" in outcome) for outcome in found] == [False, True, True]
+    assert len(begun) == 1
 
 
 def test_after_a_broken_context_another_process_goes_on(monkeypatch):
@@ -185,15 +226,6 @@ def test_every_process_of_tests_has_tests():
         assert any(selected(lambda word, i=i, **_: word in i.split("::", 1)[1]) for i in names), (
             f"{path} {chosen}"
         )
-
-
-def test_what_came_too_late_is_told_and_is_no_failure():
-    late = session.unmeasured(gpu.JOBS[-1], session.TIME_UP)["not_measured"]
-    lost = session.unmeasured(gpu.JOBS[0], "its process ended with code -6")["not_measured"]
-    assert gpu_report._late_and_lost([*late, *lost]) == (
-        ["target llama-7b 8 x 2048"],
-        ["target t5-base 32 x 512"],
-    )
 
 
 def test_a_report_without_measurements_is_drawn(tmp_path):

@@ -7,7 +7,6 @@ the same way at toy sizes without a GPU, on Triton's interpreter or else plain P
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import machine, options, results
-from bench.tools.gpu_report.steps import CACHE, TIME_UP, prepare
+from bench.tools.gpu_report.steps import CACHE, prepare
 
 # Seconds after the start: tests end, no job starts that would end later, the last is stopped.
 TESTS_END, MEASURE_END, END = 270, 500, 520
@@ -51,8 +50,9 @@ def measured(dry: bool, rounds: int, began: float) -> Iterator[dict[str, Any]]:
         return session.outcomes(JOBS, "cpu", rounds=1, until=began + MEASURE_END, dry=True)
 
     def process(first: int, path: Path) -> list[str]:
-        left = MEASURE_END - (time.monotonic() - began)
-        options = ["--first", str(first), "--seconds", str(left), "--rounds", str(rounds)]
+        # The clock is the machine's: what the process takes to start counts.
+        until = str(began + MEASURE_END)
+        options = ["--first", str(first), "--until", until, "--rounds", str(rounds)]
         return [
             sys.executable,
             "-m",
@@ -87,7 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
         shutil.rmtree(CACHE, ignore_errors=True)
         os.environ["TRITON_CACHE_DIR"] = str(CACHE / "triton")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE / "inductor")
-    from bench import gpu, plot
+    from bench import gpu, plot, predictions
+    from bench.tools.gpu_report.conclusion import concluded
     from variator_kernels import backends
 
     report: dict[str, Any] = {
@@ -119,53 +120,13 @@ def main(arguments: list[str] | None = None) -> int:
         for part in ("rows", "kernels", "not_measured"):
             report[part] += outcome.get(part, [])
         write()
-    report["verdicts"] = gpu.verdicts(report["rows"])
+    report["predictions"] = predictions.compared(report["kernels"], report["machine"]["gpu"])
+    report["verdicts"] = gpu.verdicts(report["rows"], report["kernels"], report["predictions"])
     write()
     options.screen().print(*gpu.shown(report))
     picture = plot.draw(report, path)
     print(f"written: {path} {picture} ({report['seconds']} s)")
-    failed = [step["step"] for step in report["steps"] if step["code"] and step["required"]]
-    failed += [row["arm"] for row in report["rows"] if row["status"] != "ok"]
-    failed += [row["case"] for row in report["kernels"] if row["status"] != "ok"]
-    late, lost = _late_and_lost(report["not_measured"])
-    if late:  # the next run, with --skip-preparation, has time for them
-        print("no time was left for", *late)
-    if failed or lost or not report["rows"]:
-        print(f"incomplete: {failed}, {len(lost)} cases not measured")
-        return 1
-    if chosen.skip_preparation and not dry:
-        print("measured; 'auto' picks it only after a report with its tests")
-    elif not dry:
-        for step in (step for step in report["steps"] if step["code"]):
-            print(f"without {step['step']}:", *step["output"].strip().splitlines()[-1:])
-        print(
-            "all green; to let 'auto' pick it, add to proven.json (the faster first):",
-            *_proofs(report),
-            sep="\n",
-        )
-    return 0
-
-
-def _late_and_lost(not_measured: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
-    """The cases that came too late, and those that went wrong."""
-    made: tuple[list[str], list[str]] = ([], [])
-    for job in not_measured:
-        case = f"{job['name']} {job['model']} {job['batch']} x {job['length']}"
-        made[job["reason"] != TIME_UP].append(case)
-    return made
-
-
-def _proofs(report: dict[str, Any]) -> list[str]:
-    """The row of proven.json for each backend that was measured."""
-    arms = {row["arm"] for row in report["rows"]}
-    machine = {name: report["machine"][name] for name in ("arch", "gpu")}
-    return [
-        json.dumps(
-            {"backend": backend, **machine, **report["versions"], "commit": report["commit"]}
-        )
-        for backend, arm in (("cuda", "cuda"), ("triton", "ours"))
-        if arm in arms
-    ]
+    return concluded(report, not chosen.skip_preparation)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ from .steps import TIME_UP, stop
 Outcome = dict[str, Any]
 # Seconds that a job may take, without and with compilers; that one with them is taken to need.
 LIMITS, COMPILING = (120.0, 200.0), 75.0
+# Of a job that began in time and did not end: it hung, or took longer than it was taken to.
+UNFINISHED = "it was still running at the report's end"
+BEGAN = "began"
 
 
 def unmeasured(job: Job, reason: str) -> Outcome:
@@ -33,23 +36,25 @@ def unmeasured(job: Job, reason: str) -> Outcome:
 
 
 def outcomes(
-    jobs: Sequence[Job], device: str, rounds: int, until: float, dry: bool = False
-) -> Iterator[Outcome]:
+    jobs: Sequence[Job], device: str, rounds: int, until: float, dry: bool = False,
+    begin: Callable[[], None] = lambda: None,
+) -> Iterator[Outcome]:  # fmt: skip
     """What each job gave: ``rows``, ``kernels`` or ``not_measured``; the first has ``ceilings``.
 
     No job starts that would not end by ``until`` (``time.monotonic``), going by those before it,
     and none after one that broke the device's context.
-    ``dry`` takes toy sizes and leaves the compilers out.
+    ``dry`` takes toy sizes and leaves the compilers out; ``begin`` is called before each job.
     """
     clock = Graph(device)
-    ceilings, slowest = clock.ceilings(), COMPILING
+    ceilings, slowest = clock.ceilings(), [0.0, COMPILING]  # without and with compilers
     extra: Outcome = {"ceilings": ceilings}
     for job in jobs:
         print(f"{job.name} {job.model} {job.batch} x {job.length}", flush=True)
         began = time.monotonic()
-        if began + (slowest if job.compiles else 0) > until:
+        if began + slowest[job.compiles] > until:
             yield {**unmeasured(job, TIME_UP), **extra}
             continue
+        begin()
         try:
             part = "kernels" if job.name == "kernels" else "rows"
             outcome: Outcome = {part: gpu.measure(job, clock, ceilings, rounds, dry)}
@@ -58,8 +63,7 @@ def outcomes(
         yield {**outcome, **extra}
         if not clock.works():
             return
-        if job.compiles:
-            slowest = max(slowest, time.monotonic() - began)
+        slowest[job.compiles] = max(slowest[job.compiles], time.monotonic() - began)
         extra = {}
 
 
@@ -70,7 +74,8 @@ def followed(
     until: float,
     limits: tuple[float, float] = LIMITS,
 ) -> Iterator[Outcome]:
-    """The outcomes that ``command(first job, file)`` writes to the file, a line each.
+    """The outcomes that ``command(first job, file)`` writes to the file, a line each; a line
+    before it says that a job began.
 
     A process that dies, or takes longer for a job than ``limits`` (without and with compilers),
     costs that job. One that ends in peace is followed by another for what it left.
@@ -84,14 +89,17 @@ def followed(
         first, why, path = done, "", folder / f"outcomes-{done}.jsonl"
         path.write_text("")
         process = subprocess.Popen(command(first, path), start_new_session=True)
-        last = time.monotonic()
+        last, read, running = time.monotonic(), 0, False
         try:
             while True:
                 ended = process.poll() is not None  # asked first: what is written then is all
                 lines = path.read_text().split("\n")[:-1]  # without one that is still being written
-                for line in lines[done - first :]:
-                    yield json.loads(line)
-                    done, last = done + 1, time.monotonic()
+                for line in lines[read:]:
+                    outcome = json.loads(line)
+                    read, running = read + 1, BEGAN in outcome
+                    if not running:
+                        yield outcome
+                        done, last = done + 1, time.monotonic()
                 if ended:
                     break
                 now, limit = time.monotonic(), limits[jobs[min(done, len(jobs) - 1)].compiles]
@@ -102,6 +110,8 @@ def followed(
         finally:
             stop(process)  # and what it started
         if done < len(jobs) and (process.returncode or done == first):
+            if why == TIME_UP and running:
+                why = UNFINISHED
             why = why or f"its process ended with code {process.returncode}"
             yield unmeasured(jobs[done], why)
             done += 1
@@ -124,18 +134,25 @@ def warm(name: str) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--first", type=int, default=0, help="the first of the jobs (gpu.JOBS)")
-    parser.add_argument("--seconds", type=float, default=1e9, help="no job that would take longer")
+    parser.add_argument("--until", type=float, default=float("inf"), help="no job that would end "
+                        "behind this reading of time.monotonic()")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--output", type=Path, help="a file, which gets a JSON line a job")
     parser.add_argument("--warm", choices=models.SUBLAYERS, help="only compile this model's arms")
     chosen = parser.parse_args(arguments)
     if chosen.warm:
         return warm(chosen.warm)
-    until = time.monotonic() + chosen.seconds
     with chosen.output.open("a") as file:
-        for outcome in outcomes(JOBS[chosen.first :], "cuda", chosen.rounds, until):
-            file.write(json.dumps(outcome) + "\n")
+
+        def write(line: Outcome) -> None:
+            file.write(json.dumps(line) + "\n")
             file.flush()
+
+        jobs = JOBS[chosen.first :]
+        for outcome in outcomes(
+            jobs, "cuda", chosen.rounds, chosen.until, begin=lambda: write({BEGAN: True})
+        ):
+            write(outcome)
     os._exit(0)  # a broken context could make an orderly end fail
 
 

@@ -71,7 +71,8 @@ class Prepared:
             weights = plugin.weights()
             sublayer = sublayer._replace(pack=pack, precision=precision)
             return weights, sublayer, _checked(weights, sublayer, x, backend)
-        asked = (x.shape[2:], x.dtype, x.device, backend, pack, precision)
+        tokens = backends.sizes_reached(x)
+        asked = (x.shape[2:], tokens, x.dtype, x.device, backend, pack, precision)
         kept = self._kept
         if kept is None or not kept.holds(plugin, sublayer, asked):
             check_present(plugin)
