@@ -162,7 +162,10 @@ def compressed_ffn(
     read, found = given, {}
     if planned is not None and planned.as_given:
         found = addresses(given)
-        if any(place % 16 for place in found.values()):
+        bits = 0
+        for place in found.values():
+            bits |= place
+        if bits % 16:
             key = key, "copied"  # what is read lies otherwise
             planned = None if known is None else known.plans.get(key)
     if planned is None or not planned.as_given:
@@ -181,15 +184,18 @@ def compressed_ffn(
         planned = _plan(read, launched, r, ffn, plugin.activation, as_given)
         if known is not None:
             known.keep(key, planned)
-    y = read.x.new_empty(x.shape)
-    merged = y.new_empty(launched.total, d)
-    projected = y.new_empty(*x.shape[:-1], r, dtype=torch.float32)
-    u, inner = torch.empty_like(merged), y.new_empty(launched.total, f)
-    gated = partial = None
-    if planned.splits > 0:
-        partial = projected.new_empty(planned.splits, launched.total, d)
-    elif ffn.w_gate is not None:
-        gated = torch.empty_like(inner)
+    y, count = read.x.new_empty(x.shape), launched.total
+    # What lies between the kernels, in one allocation a type, which takes longer than a kernel's
+    # arguments. d and f are multiples of 8, so that all but the last start at 16 bytes; and so does
+    # that, behind parts of d.
+    gate = ffn.w_gate is not None and planned.splits == 0
+    halves = y.new_empty(count * (2 * d + f * (1 + gate)))
+    floats = y.new_empty(
+        planned.splits * count * d + x.numel() // max(d, 1) * r, dtype=torch.float32
+    )
+    merged, partial = halves.data_ptr(), floats.data_ptr()
+    u = merged + 2 * count * d
+    inner = u + 2 * count * d
     planned.kernel.run(
         target(x),
         **found,
@@ -198,12 +204,12 @@ def compressed_ffn(
         owned=address(launched.owned),
         mask=address(launched.mask),
         kept=address(launched.kept),
-        merged=merged.data_ptr(),
-        projected=projected.data_ptr(),
-        inner=inner.data_ptr(),
-        gated=address(gated),
-        partial=address(partial),
-        u=u.data_ptr(),
+        merged=merged,
+        projected=partial + 4 * planned.splits * count * d,
+        inner=inner,
+        gated=inner + 2 * count * f if gate else 0,
+        partial=partial if planned.splits else 0,
+        u=u,
         y=y.data_ptr(),
     )
     return normalize_real(y, ffn.any_norm, groups) if ffn.post_norm else y

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..arguments import flat
 from ..cuda_arguments import (
-    address,
     aligned,
     aligned_rows,
     as_vector,
@@ -87,7 +86,8 @@ def as_read(x: Tensor, plugin: PluginWeights, ffn: FeedForward, dtype: torch.dty
 
 
 def addresses(read: Read) -> dict[str, int]:
-    found = dict(zip(Read._fields, map(address, read), strict=True))
+    places = [0 if tensor is None else tensor.data_ptr() for tensor in read]
+    found = dict(zip(Read._fields, places, strict=True))
     if read.w1h is read.w1u:
         found["w1h"] += read.x.shape[-1] * read.w1h.element_size()
     return found
