@@ -133,6 +133,8 @@ def test_outputs_of_each_kind_of_model():
     base = tiny.model("bert", "gelu")
     words = transformers.BertForMaskedLM(base.config).eval()  # a vocabulary a token: too much
     assert sensitivity.output_of(words, words.bert)(given).shape[-1] == base.config.hidden_size
+    around = torch.nn.ModuleDict({"encoder": base})  # a SentenceTransformer, for one
+    assert sensitivity.output_of(around, base)(given).shape == (*ids.shape, base.config.hidden_size)
     seq2seq = transformers.T5ForConditionalGeneration(tiny.model("t5", "relu").config).eval()
     hidden = sensitivity.output_of(seq2seq, seq2seq.encoder)(given)
     assert hidden.shape[:2] == ids.shape
