@@ -68,6 +68,38 @@ def _section(part: str, made: list[dict[str, Any]]) -> str:
     return f"## {HEADINGS[part]}\n\n{tables.markdown(COLUMNS, some)}\n" if some else ""
 
 
+LAYER = [
+    *(tables.key(name, name) for name in ("model", "size", "k")),
+    *map(_microseconds, ("merge", "products", "decompress", "all", "H100")),
+]
+
+
+def layers(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a sublayer on CUDA, in several launches: the sum of its kernels' bounds."""
+    found: dict[Any, dict[str, Any]] = {}
+    for row in made:
+        if (row["part"], row["backend"]) != ("forward", "cuda"):
+            continue
+        where = {name: row[name] for name in ("model", "size", "k")}
+        layer = found.setdefault((row["model"], row["k"]), where)
+        kernel = "products" if row["kernel"].startswith("gemm") else row["kernel"].split("_")[0]
+        for name, time in ((kernel, "bound"), ("all", "bound"), ("H100", "H100")):
+            layer[name] = layer.get(name, 0.0) + row[time]
+    whole = [layer for layer in found.values() if "products" in layer]
+    place = {name: n for n, name in enumerate(MODELS)}
+    return sorted(whole, key=lambda row: (place[row["model"]], row["k"]))
+
+
+def _of_layers(made: list[dict[str, Any]]) -> str:
+    if not (whole := layers(made)):
+        return ""
+    text = (
+        "## A layer\n\nCUDA's four or five launches, one after the other, without gaps between them. "
+        "An H100's\nsum is the last column.\n\n"
+    )
+    return f"{text}{tables.markdown(LAYER, whole)}\n"
+
+
 def markdown(made: list[dict[str, Any]]) -> str:
     """The page: what the numbers are and are not, and the tables."""
     of = CHIPS["H200"]
@@ -91,15 +123,16 @@ rate, and the products that are cuBLAS's or PyTorch's. That HGMMA takes its oper
 instruction and shares 128 bytes a clock with TMA is an assumption. Only cases that were walked are
 listed.
 
-By hand, for T5-base at k = 4: CUTLASS's first product has 32 x 16 tiles [128, 192], 4 a
-multiprocessor. Their 4·2·128·192·768 FLOPs take 20.1 µs. Of 192 steps along the inner dimension
-each takes 2·(64 + 192) rows of 32 bytes from shared memory by HGMMA and 128 + 192 into it by TMA:
-39,936 steps of 128 bytes, 21.8 µs. With 128 groups a block of one launch has a tile [64, 64] of
+By hand, for T5-base at k = 4: CUTLASS's first product has 32 x 12 tiles [128, 256], 3 a
+multiprocessor. Their 3·2·128·256·768 FLOPs take 20.1 µs. Of 144 steps along the inner dimension
+each takes 2·(64 + 256) rows of 32 bytes from shared memory by HGMMA and 128 + 256 into it by TMA:
+36,864 steps of 128 bytes, 20.1 µs. With 128 groups a block of one launch has a tile [64, 64] of
 the first product and a fifth of the sum of one of the second: 2·64·64·(768 + 640) FLOPs, 11.5 of
 the 18.4 million that are counted; several launches have 12 tiles [64, 128] in the second product,
 2·64·128·3072 FLOPs each, so 120 multiprocessors have nothing to do for 6.7 µs and more.
 """
-    return "\n".join([text, *filter(None, (_section(part, made) for part in PARTS))])
+    parts = [_of_layers(made), *(_section(part, made) for part in PARTS)]
+    return "\n".join([text, *filter(None, parts)])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -99,6 +99,21 @@ def test_what_the_cuda_kernels_were_redesigned_for(kernel, k, most):
     assert row["bound"] <= most and row["by"] != "issue"
 
 
+def test_layers_are_sums_of_their_kernels():
+    rows = json.loads(predict_gpu.FIGURES.read_text())["rows"]
+    found = {(row["model"], row["k"]): row for row in predict_gpu.layers(rows)}
+    layer = found["t5-base", 4]
+    assert layer["all"] <= 85 and layer["all"] < layer["H100"]
+    assert layer["all"] == pytest.approx(layer["merge"] + layer["products"] + layer["decompress"])
+    for name, model in MODELS.items():
+        for k in (2, 4, 8, 16):
+            mine = [r for r in rows if (r["part"], r["backend"]) == ("forward", "cuda")]
+            mine = [r for r in mine if (r["model"], r["k"]) == (name, k)]
+            assert len(mine) == 4 + model.gated
+            assert found[name, k]["all"] == pytest.approx(sum(row["bound"] for row in mine))
+    assert predict_gpu.layers([row for row in rows if "gemm" not in row["kernel"]]) == []
+
+
 @pytest.mark.parametrize("model", ["t5-base", "bert-base"])
 def test_launches_of_a_backward_pass(model):
     """Parameters as large as their structs, and every gradient's bytes once."""
