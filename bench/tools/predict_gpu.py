@@ -94,8 +94,8 @@ def _of_layers(made: list[dict[str, Any]]) -> str:
     if not (whole := layers(made)):
         return ""
     text = (
-        "## A layer\n\nCUDA's four or five launches, one after the other, without gaps between them. "
-        "An H100's\nsum is the last column.\n\n"
+        "## A layer\n\nCUDA's four or five launches, one after the other, without gaps between "
+        "them. An H100's\nsum is the last column.\n\n"
     )
     return f"{text}{tables.markdown(LAYER, whole)}\n"
 
