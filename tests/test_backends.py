@@ -10,6 +10,7 @@ import torch
 from bench.internals import state
 from tests.sites import tiny
 from variator_kernels import backends, cuda_support, extension
+from variator_kernels.ops import grouped_attention
 
 
 def status_of(name):
@@ -80,6 +81,20 @@ def test_auto_goes_on_where_a_proven_backend_cannot_run(monkeypatch):
     monkeypatch.setattr(backends, "_PROVEN", rows)
     assert backends.resolve("auto", x) == "triton"
     assert "'auto' picks it there" in status_of("cuda").detail
+
+
+@pytest.mark.parametrize(
+    ("proofs", "chosen"),
+    [(["cuda"], "reference"), (["cuda", "triton"], "triton"), (["triton"], "triton")],
+)
+def test_an_op_without_cuda_kernels_takes_the_next_proven_backend(monkeypatch, proofs, chosen):
+    x = on_a_gpu(monkeypatch)
+    cuda_kernels_for(monkeypatch, "90a-real")
+    rows = [{"backend": backend, "arch": "sm_90"} for backend in proofs]
+    monkeypatch.setattr(backends, "_PROVEN", rows)
+    x.shape, x.requires_grad = torch.Size([1, 8, 2, 16]), False
+    monkeypatch.setattr(grouped_attention, "fitting", lambda asked, chosen: chosen)
+    assert grouped_attention._backend("auto", x, None, 0.0) == chosen
 
 
 SM_90 = [

@@ -126,8 +126,11 @@ def _cuda_status() -> Status:
     return Status("cuda", usable, f"{detail} ({_experience('cuda')})")
 
 
-def resolve(backend: str, x: torch.Tensor, *, double: bool = False) -> str:
-    """The backend that runs an op on ``x``; ``double``: its Triton kernels know float64.
+def resolve(
+    backend: str, x: torch.Tensor, *, double: bool = False, among: tuple[str, ...] = BACKENDS
+) -> str:
+    """The backend that runs an op on ``x``; ``double``: its Triton kernels know float64;
+    ``among``: those that it has kernels for.
 
     ``"auto"`` takes the fastest that is proven on the device and falls back to the reference;
     an explicit choice that cannot run raises ``ValueError`` and says why.
@@ -138,7 +141,7 @@ def resolve(backend: str, x: torch.Tensor, *, double: bool = False) -> str:
         if _why_not_cpu(x) is None:
             return "cpu"
         for proven in _proven_for(x):
-            if _why_not(proven, x, double) is None:
+            if proven in among and _why_not(proven, x, double) is None:
                 return proven
         # Of a weight, `patch` asks before the model is where it will run.
         on_cpu = x.device.type == "cpu" and not isinstance(x, torch.nn.Parameter)

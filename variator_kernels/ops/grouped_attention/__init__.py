@@ -121,7 +121,7 @@ def lacks(
 
 
 def _backend(asked: str, queries: Tensor, relative: DistanceBias | None, dropout_p: float) -> str:
-    chosen = fitting(asked, backends.resolve(asked, queries, double=True))
+    chosen = fitting(asked, backends.resolve(asked, queries, double=True, among=_KERNELS))
     if chosen == "reference":
         return chosen
     why = lacks(chosen, queries, relative, dropout_p)
