@@ -38,7 +38,6 @@ large."""
 LARGE = 3.0
 TARGETS = {(64, 2): 0.45, (64, 4): 0.60, (500, 2): 0.33, (500, 4): 0.46}
 """Of MiniLM as it ships, first token kept: the error at most, by paragraphs and ratio."""
-HARM = 1.01
 in_child = partial(child.measured, "calibration")
 
 
@@ -100,11 +99,9 @@ def measure(cell: Row) -> Row:
     )
     model = models.encoder(architecture, torch.float32)
     ids = _ids(model, seen, words, cell["kept"])
+    exact = [_states(model, batch) for batch in unseen]
     vk.patch(model, 1, cell["ratios"], keep_first=int(cell["kept"] != "none"), keep=ids or None)
-    exact = [_states(model, batch, 1) for batch in unseen]
-    same = all(
-        torch.equal(_states(model, b, 1), e) for b, e in zip(unseen[:1], exact[:1], strict=True)
-    )
+    same = all(torch.equal(_states(model, b), e) for b, e in zip(unseen, exact, strict=True))
     levels: list[tuple[int, int | None, Any]] = []
     for k in cell["ratios"]:
         levels.append((k, None, internals.state(model).everywhere(k)))
@@ -123,7 +120,8 @@ def measure(cell: Row) -> Row:
     grown = allocations.grown(work)
     after = [error(model, unseen, exact, level) for _, _, level in levels]
     own = {(row.ratio, row.layer): row for row in found[0].rows}
-    harmless = all(row.after <= row.before * (1 + 1e-9) for row in found[0].rows if not row.layer)
+    whole = (row for row in found[0].rows if row.layer is None)
+    harmless = all(row.after <= row.before * (1 + 1e-9) for row in whole)
     rows = [
         {"k": k, "layer": layer, "before": b, "after": a, "held_out": own[k, layer].after}
         for (k, layer, _), b, a in zip(levels, before, after, strict=True)
@@ -137,18 +135,18 @@ def measure(cell: Row) -> Row:
             "ids": ids, "multiply_adds_left": left}  # fmt: skip
 
 
-def _states(model: nn.Module, batch: dict[str, Tensor], level: Any) -> Tensor:
+def _states(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The last hidden states of real tokens, as the model stands."""
     encoder: Any = getattr(model, "base_model", model)
-    with vk.use_ratio(model, level):
-        out = encoder(**batch).last_hidden_state
-    return out[batch["attention_mask"].bool()]  # type: ignore[no-any-return]
+    return encoder(**batch).last_hidden_state[batch["attention_mask"].bool()]  # type: ignore[no-any-return]
 
 
 def error(model: nn.Module, batches: Batches, exact: list[Tensor], level: Any) -> float:
     """The relative squared error of the last hidden state at a level."""
     squared = total = 0.0
     for batch, dense in zip(batches, exact, strict=True):
-        squared += float((_states(model, batch, level) - dense).double().square().sum())
+        with vk.use_ratio(model, level):
+            squared += float((_states(model, batch) - dense).double().square().sum())
         total += float(dense.double().square().sum())
     return squared / total
 

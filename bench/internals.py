@@ -267,6 +267,18 @@ def launched(call: Callable[..., Any], groups: int) -> Callable[..., Any]:
     return run
 
 
+@contextmanager
+def buffers_apart() -> Iterator[None]:
+    """Each buffer between two CUDA kernels in an allocation of its own."""
+    from variator_kernels.ops.compressed_ffn import cuda
+
+    before, cuda.BUFFERS_APART = cuda.BUFFERS_APART, True
+    try:
+        yield
+    finally:
+        cuda.BUFFERS_APART = before
+
+
 def one_launch_groups(d: int, f: int, products: int, processors: int) -> int:
     """Up to how many groups a sublayer of the CUDA kernels is one launch."""
     from variator_kernels.ops.compressed_ffn import cuda

@@ -120,6 +120,14 @@ def test_auto_picks_by_the_number_of_tokens(monkeypatch, tokens, order):
     assert backends.proven_on("triton") == ["sm_90"]
 
 
+def test_a_weight_has_no_number_of_tokens(monkeypatch):
+    """``patch`` and ``describe`` ask with one."""
+    on_a_gpu(monkeypatch)
+    for shape in ((3072, 768), (8,), ()):
+        weight = torch.nn.Parameter(torch.empty(shape))
+        assert backends._in_order(SM_90, weight) == ["triton", "cuda"]
+
+
 def test_below_every_proven_size_the_file_order_holds(monkeypatch):
     x = on_a_gpu(monkeypatch)
     x.shape, x.numel = torch.Size([1, 5, 8]), lambda: 40

@@ -130,7 +130,7 @@ def resolve(
     backend: str, x: torch.Tensor, *, double: bool = False, among: tuple[str, ...] = BACKENDS
 ) -> str:
     """The backend that runs an op on ``x``; ``double``: its Triton kernels know float64;
-    ``among``: those that it has kernels for.
+    ``among``: those that the op has kernels for.
 
     ``"auto"`` takes the fastest that is proven on the device and falls back to the reference;
     an explicit choice that cannot run raises ``ValueError`` and says why.
@@ -201,6 +201,8 @@ def _reached(rows: list[dict], x: torch.Tensor) -> list[dict]:
     """The rows that hold from the tokens of ``x`` on, or from fewer."""
     if not any(map(_from_tokens, rows)):
         return rows[:]  # sizes are not looked at: a compiler would make a graph for each side
+    if isinstance(x, torch.nn.Parameter) or len(x.shape) < 2:
+        return []  # a weight has no tokens; the file's order holds
     tokens = x.numel() // max(x.shape[-1], 1)
     return [row for row in rows if _from_tokens(row) <= tokens]
 

@@ -25,13 +25,16 @@ NAMES = (
 )  # fmt: skip
 
 
+OF = {"cpu": NAMES[:6], "triton": NAMES[:4], "cuda": (*NAMES[:4], *NAMES[6:])}
+"""Those of each backend."""
+
+
 class Kernel(NamedTuple):
     """By backend, and in plain PyTorch of any dtype."""
 
     call: Callable[[str], Outputs]
     plain: Callable[[torch.dtype], Outputs]
     work: Work
-    backends: tuple[str, ...] = ("cpu", "triton", "cuda")
 
 
 def cases(layer: Sublayer, k: int, arms: Mapping[str, str], names: Iterable[str]) -> list[Case]:
@@ -49,7 +52,7 @@ def cases(layer: Sublayer, k: int, arms: Mapping[str, str], names: Iterable[str]
         case = Case(name, "kernel", "forward", layer.model.name, *sizes, measure)
         for arm, backend in arms.items():
             isa = backend not in ("triton", "cuda")
-            if (backend if not isa else "cpu") in kernel.backends:
+            if name in OF["cpu" if isa else backend]:
                 build = partial(_call, kernel, backend, isa)
                 tokens = layer.batch * layer.length
                 case.arms.append(Arm(Key(arm, k), build, tokens, work=(kernel.work,)))
@@ -162,13 +165,13 @@ def kernels(layer: Sublayer, k: int) -> dict[str, Kernel]:
                     2 * (2 * tokens + 3 * groups) * d * r)),
         Kernel(lambda b: (sublayer(b, x.dtype)[0],),
                lambda t: (sublayer("reference", t)[0],),
-               Work(3 * x.numel() * item, 2 * macs), ("cpu",)),
+               Work(3 * x.numel() * item, 2 * macs)),
         Kernel(lambda b: gradients(*graph(b)),
                lambda t: gradients(*sublayer("reference", t, grad=True)),
-               Work(3 * x.numel() * item, 2 * macs), ("cpu",)),
+               Work(3 * x.numel() * item, 2 * macs)),
         Kernel(lambda b: (internals.cuda_product(flat, ffn.w_in, None, ffn.activation),),
-               lambda t: linear(flat, ffn.w_in, ffn.activation, t), product, ("cuda",)),
+               lambda t: linear(flat, ffn.w_in, ffn.activation, t), product),
         Kernel(lambda b: (internals.cuda_product(inner, ffn.w_out, None, "none"),),
-               lambda t: linear(inner, ffn.w_out, "none", t), product, ("cuda",)),
+               lambda t: linear(inner, ffn.w_out, "none", t), product),
     )  # fmt: skip
     return dict(zip(NAMES, made, strict=True))

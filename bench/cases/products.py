@@ -7,6 +7,7 @@ passes of their own, and by the product itself in fp8. ``bench/products.py`` has
 
 from collections.abc import Callable, Iterable
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from . import Arm, Call, Case, Key, models
 PLAIN, INT8, FP8 = "linear", "int8", "fp8"
 ARMS = (PLAIN, INT8, FP8)
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+FAULTS: Any = getattr(torch, "AcceleratorError", ())
+"""Of the device itself, an illegal address for one; PyTorch before 2.8 does not tell them apart."""
 Matrices = tuple[Tensor, Tensor]
 """``a [rows, in]`` and ``weight [out, in]``, both in bf16."""
 
@@ -56,9 +59,11 @@ def _call(arm: str, matrices: Callable[[], Matrices]) -> Call:
     multiply = BUILD[arm](*matrices())
     try:
         multiply()
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, FAULTS):
         raise
     except (RuntimeError, ValueError) as error:  # what the device has no kernel for
+        if arm == PLAIN:
+            raise
         raise Unavailable(first_line(error)) from error
     return lambda: (multiply(),)
 

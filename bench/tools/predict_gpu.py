@@ -81,7 +81,7 @@ def layers(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if (row["part"], row["backend"]) != ("forward", "cuda"):
             continue
         where = {name: row[name] for name in ("model", "size", "k")}
-        layer = found.setdefault((row["model"], row["k"]), where)
+        layer = found.setdefault(tuple(where.values()), where)
         kernel = "products" if row["kernel"].startswith("gemm") else row["kernel"].split("_")[0]
         for name, time in ((kernel, "bound"), ("all", "bound"), ("H100", "H100")):
             layer[name] = layer.get(name, 0.0) + row[time]

@@ -55,7 +55,7 @@ def workload(backend: str, device: str = "cuda", tokens: int = 75) -> None:
             sublayer = internals.launched(
                 partial(functional.compressed_ffn, backend=backend), groups
             )
-            with torch.no_grad():
+            with torch.no_grad(), internals.buffers_apart():
                 for where in (None, mask):
                     sublayer(x, plugin, ffn, mask=where)
                 sublayer(x.view(-1, d), plugin, ffn, cu_seqlens=offsets)

@@ -66,10 +66,11 @@ constexpr int64_t gradient_shares(int64_t groups, int64_t left, int64_t d, int64
 }
 
 // A GEMM's output tile on Hopper. Each is made by warps in groups of four, 64 of its rows a group.
+// Blocks of a cluster lie below one another: where rows end they may have nothing to do.
 struct GemmTile {
-    int64_t rows, columns;
+    int64_t rows, columns, cluster;
 };
-constexpr GemmTile gemm_tiles[] = {{64, 128}, {128, 192}, {128, 256}};
+constexpr GemmTile gemm_tiles[] = {{64, 128, 1}, {128, 192, 2}, {128, 256, 2}};
 
 // Clocks of a tile for 16 of the inner dimension: products on tensor cores, or steps of 128 bytes
 // of shared memory, a clock each. wgmma reads 32 bytes of each row of both operands there, a
@@ -88,7 +89,8 @@ constexpr int gemm_tile(int64_t rows, int64_t columns, int64_t multiprocessors) 
     int64_t least = 0;
     for (int i = 0; i < 3; ++i) {
         const GemmTile tile = gemm_tiles[i];
-        const int64_t tiles = ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns);
+        const int64_t down = ceil_div(rows, tile.rows * tile.cluster) * tile.cluster;
+        const int64_t tiles = down * ceil_div(columns, tile.columns);
         const int64_t clocks = ceil_div(tiles, multiprocessors) * gemm_tile_clocks(tile);
         if (i == 0 || clocks <= least) best = i, least = clocks;
     }

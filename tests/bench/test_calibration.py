@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+import variator_kernels as vk
 from bench import calibration
 from tests.bench.test_plans import data, folder  # noqa: F401  (fixtures)
 from tests.sites import tiny
@@ -39,6 +40,40 @@ def test_a_row_a_case(folder, data, tmp_path, monkeypatch):  # noqa: F811
     ratios = [error["after"] / error["before"] for error in first if error["k"] == 2]
     assert shown[2]["worst"] == pytest.approx(max(ratios))
     assert content["rows"][4]["errors"] != first, "the second pass did something"
+
+
+@pytest.mark.parametrize("fault", ["a dense level", "a worse ratio", "a worse first layer"])
+def test_the_check_can_fail(folder, data, monkeypatch, fault):  # noqa: F811
+    args = calibration.parser().parse_args(
+        ["--model", str(folder), "--data", str(data), "--kept", "first", *SMALL]
+    )
+    cell = calibration.cells(args)[0]
+    real = vk.calibrate
+
+    def calibrate(model, batches, *levels):
+        table = real(model, batches, *levels, passes=0)
+        worse = {"a worse ratio": None, "a worse first layer": 0}.get(fault, -1)
+        rows = [row._replace(after=2 * row.before) if row.layer == worse else row
+                for row in table.rows]  # fmt: skip
+        return table._replace(rows=tuple(rows))
+
+    patch = vk.patch
+
+    def patched(model, *settings, **more):
+        if fault == "a dense level":
+            with torch.no_grad():
+                model.encoder.layer[0].output.dense.bias[0] += 1
+        return patch(model, *settings, **more)
+
+    monkeypatch.setattr(vk, "calibrate", calibrate)
+    monkeypatch.setattr(vk, "patch", patched)
+    found = calibration.measure(cell)
+    wanted = {
+        "a dense level": "ratio 1 is not the dense model",
+        "a worse ratio": "a ratio ends worse",
+    }
+    assert found["reason"] == wanted.get(fault, "")
+    assert found["status"] == ("failed" if fault in wanted else "ok")
 
 
 def test_targets_are_minilms(folder, data):  # noqa: F811

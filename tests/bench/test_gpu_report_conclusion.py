@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import gpu
+from bench.cases.kernels import OF
 from bench.tools.gpu_report import conclusion, session
 from variator_kernels import backends
 
@@ -27,7 +28,8 @@ def whole_report(names=("triton", "cuda")):
         for k in job.ratios:
             times = SECONDS.get(job.batch * job.length, (1, 1))
             if job.name == "kernels":
-                kernels += [row("group_merge", name, job, k, scope="kernel") for name in names]
+                kernels += [row(kernel, name, job, k, scope="kernel")
+                            for name in names for kernel in OF[name]]  # fmt: skip
             elif job.name in ("attention", "products"):
                 rows.append(row(job.name, "ours", job, k, scope="kernel"))
             else:
@@ -150,3 +152,13 @@ def test_what_came_too_late_is_told_and_is_no_failure():
         ["target llama-7b 8 x 2048"],
         ["target t5-base 32 x 512"] * 2,
     )
+
+
+def test_every_kernel_of_a_backend_is_wanted():
+    report = whole_report()
+    assert conclusion.missing(report, "cuda") == conclusion.missing(report, "triton") == []
+    lost = [r for r in report["kernels"] if r["case"] == "adapter_decompress_backward"]
+    report["kernels"] = [r for r in report["kernels"] if r not in lost or r["arm"] == "triton"]
+    found = conclusion.missing(report, "cuda")
+    assert found and all(name.startswith("kernels adapter_decompress_backward") for name in found)
+    assert conclusion.missing(report, "triton") == []

@@ -76,6 +76,8 @@ def test_a_products_tile(heuristics):
         (4096, 3072): (128, 256), (4096, 768): (128, 192),
         # T5-large: 128 tiles of 256 columns in one round.
         (4096, 4096): (128, 256), (4096, 1024): (128, 256),
+        # 11 tiles of 128 rows are 12 in clusters of two: 144 of 256 columns, two rounds.
+        (1408, 3072): (64, 128),
         # k = 8 and 16: two rounds and one of small tiles.
         (2048, 768): (64, 128), (1024, 768): (64, 128), (64, 768): (64, 128), (1, 8): (64, 128),
     }  # fmt: skip

@@ -76,10 +76,10 @@ class ProjectionTrainer(ResumableTrainer):
             self.teacher = teacher.eval().to(args.device)
         self.clip, args = args.max_grad_norm, copy.copy(args)
         args.max_grad_norm = 0.0  # the Trainer would clip before gradients are sent
-        self.made_of_labels = bool(getattr(model.config, "is_encoder_decoder", False))
-        """Whether the decoder's inputs come of them."""
+        self.decoder_reads_labels = bool(getattr(model.config, "is_encoder_decoder", False))
+        """Whether its inputs are made of them."""
         # Only a causal language model's label stands one place behind what predicts it.
-        self.shifts = isinstance(model, GenerationMixin) and not self.made_of_labels
+        self.shifts = isinstance(model, GenerationMixin) and not self.decoder_reads_labels
         super().__init__(
             model,
             args,
@@ -192,7 +192,7 @@ class ProjectionTrainer(ResumableTrainer):
         labels = self._labels(inputs)
         real = labels != IGNORED
         given = dict(inputs)
-        if not self.made_of_labels:
+        if not self.decoder_reads_labels:
             del given["labels"]
         outputs = model(**given)
 

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from bench import gpu
+from bench.cases import kernels
 
 from .steps import TIME_UP
 
@@ -71,19 +72,27 @@ def measured(report: Report) -> list[str]:
 def missing(report: Report, backend: str) -> list[str]:
     """What a proof of a backend needs and the report does not have."""
     parts = [(row["case"], ARMS[backend], row) for row in report["rows"]]
-    parts += [("kernels", backend, row) for row in report["kernels"]]
+    parts += [(f"kernels {row['case']}", backend, row) for row in report["kernels"]]
     found = {
         (name, row["model"], row["batch"], row["length"], row["k"])
         for name, arm, row in parts
         if row["arm"] == arm and row["status"] == "ok"
     }
-    return [
-        f"{job.name} {job.model} {job.batch} x {job.length} k={k}"
+    wanted = [
+        (name, job.model, job.batch, job.length, k)
         for job in gpu.JOBS
         if job.name in NEEDED
+        for name in _names(job, backend)
         for k in job.ratios
-        if (job.name, job.model, job.batch, job.length, k) not in found
     ]
+    return ["{} {} {} x {} k={}".format(*each) for each in wanted if each not in found]
+
+
+def _names(job: gpu.Job, backend: str) -> list[str]:
+    """The tables of a job that a backend has rows in."""
+    if job.name != "kernels":
+        return [job.name]
+    return [f"kernels {kernel}" for kernel in kernels.OF[backend]]
 
 
 def proofs(report: Report, backends: list[str]) -> list[str]:

@@ -35,6 +35,9 @@ from ..known import Known
 from .cuda_read import Read, addresses, as_read, read_as_given
 from .layered import normalize_real
 
+# Whether each buffer between two kernels is an allocation of its own, as a sanitizer wants it: in
+# a shared one, writing beyond the end of a buffer is no error.
+BUFFERS_APART = False
 # Up to as many groups the layer is one launch; None: as `one_launch_groups` says.
 ONE_LAUNCH_GROUPS: int | None = None
 
@@ -152,6 +155,21 @@ def _dtype(x: Tensor, ffn: FeedForward) -> torch.dtype:
     return dtype
 
 
+def _workspace(like: Tensor, sizes: tuple[int, ...]) -> tuple[list[int], list[Tensor]]:
+    """Addresses of buffers of so many elements, 0 for none, and what holds them: one allocation,
+    which takes longer than a kernel's arguments do. All but the last are whole multiples of 16
+    bytes, so that each begins at one."""
+    if BUFFERS_APART:
+        parts = [like.new_empty(size) for size in sizes]
+        return [part.data_ptr() if part.numel() else 0 for part in parts], parts
+    whole = like.new_empty(sum(sizes))
+    place, item, found = whole.data_ptr(), whole.element_size(), []
+    for size in sizes:
+        found.append(place if size else 0)
+        place += item * size
+    return found, [whole]
+
+
 def compressed_ffn(
     x: Tensor, plugin: PluginWeights, ffn: FeedForward, groups: Groups, known: Known | None = None
 ) -> Tensor:
@@ -185,17 +203,12 @@ def compressed_ffn(
         if known is not None:
             known.keep(key, planned)
     y, count = read.x.new_empty(x.shape), launched.total
-    # What lies between the kernels, in one allocation a type, which takes longer than a kernel's
-    # arguments. d and f are multiples of 8, so that all but the last start at 16 bytes; and so does
-    # that, behind parts of d.
     gate = ffn.w_gate is not None and planned.splits == 0
-    halves = y.new_empty(count * (2 * d + f * (1 + gate)))
-    floats = y.new_empty(
-        planned.splits * count * d + x.numel() // max(d, 1) * r, dtype=torch.float32
-    )
-    merged, partial = halves.data_ptr(), floats.data_ptr()
-    u = merged + 2 * count * d
-    inner = u + 2 * count * d
+    sizes = count * d, count * d, count * f, gate * count * f
+    (merged, u, inner, gated), between = _workspace(y, sizes)
+    wide = y.new_empty(0, dtype=torch.float32)
+    tokens = y.numel() // max(d, 1)
+    (partial, projected), sums = _workspace(wide, (planned.splits * count * d, tokens * r))
     planned.kernel.run(
         target(x),
         **found,
@@ -205,11 +218,12 @@ def compressed_ffn(
         mask=address(launched.mask),
         kept=address(launched.kept),
         merged=merged,
-        projected=partial + 4 * planned.splits * count * d,
+        projected=projected,
         inner=inner,
-        gated=inner + 2 * count * f if gate else 0,
-        partial=partial if planned.splits else 0,
+        gated=gated,
+        partial=partial,
         u=u,
         y=y.data_ptr(),
     )
+    del between, sums  # not before the launches
     return normalize_real(y, ffn.any_norm, groups) if ffn.post_norm else y
