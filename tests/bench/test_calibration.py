@@ -81,6 +81,7 @@ def test_targets_are_minilms(folder, data):  # noqa: F811
            "multiply_adds_left": {"2": 0.7},
            "errors": [{"k": 2, "layer": None, "before": 1.0, "after": 0.5}]}  # fmt: skip
     assert calibration.lines([row], "minilm")[0]["limit"] == 0.45
+    assert calibration.lines([{**row, "paragraphs": 320}], "minilm")[0]["limit"] == 0.33
     assert calibration.lines([row], "other")[0]["limit"] is None
     assert calibration.lines([{**row, "again": True}], "minilm")[0]["limit"] is None
 
