@@ -72,7 +72,7 @@ def _perplexity(kind: str, context: str) -> Column:
         found = row.get("perplexity", {}).get(kind, {}).get(context, {})
         return found.get("over_dense")
 
-    return number(f"perplexity over dense, {kind}, {context} tokens", read)
+    return number(f"perplexity over dense, {kind}, {context} tokens", read, ".3f")
 
 
 def _over(heading: str, name: str) -> Column:
