@@ -87,7 +87,7 @@ def test_the_first_product_of_a_gated_sublayer_is_one(figures):
 def test_every_predicted_launch_of_a_kernel_alone_has_its_case():
     """Of the committed figures: what has none is no kernel of those cases."""
     rows, of, before = json.loads(predictions.FIGURES.read_text())["rows"], {}, None
-    for row in rows:
+    for row in (row for row in rows if row["part"] != "attention"):
         before = predictions.case_of(row["kernel"], before)
         of.setdefault(before, set()).add(row["kernel"])
     assert of.pop(None) <= {"linear_kernel", "row_norm_kernel", "one_launch_kernel"}
