@@ -254,3 +254,16 @@ def test_predicates_that_are_kept_in_a_word(uniform):
         EXIT
     """
     assert count(text, 3).slots == 8 and count(text, 0).slots == 9
+
+
+def test_what_a_warp_reduces_is_unknown():
+    text = """
+        REDUX.OR UR4, R2
+        MOV R1, UR4
+        ISETP.NE.AND P0, PT, R1, RZ, PT
+        @P0 BRA 0x60
+        FADD R2, R2, R2
+        FADD R2, R2, R2
+        EXIT
+    """
+    assert count(text).slots == 7  # both ways
