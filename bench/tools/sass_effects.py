@@ -32,8 +32,8 @@ def _names(text: str) -> frozenset[str]:
 # Their results are unknown; nothing else happens but access to memory.
 UNKNOWN = _names(
     "FADD FMUL FFMA FMNMX FSEL FSETP FRND FCHK MUFU F2F F2FP HADD2 HMUL2 HFMA2 HMNMX2 HSETP2 HMMA "
-    "HGMMA SHFL LD LDG LDL LDS LDSM LDGSTS ST STG STL STS STSM ATOM ATOMG ATOMS RED REDG REDUX VOTE "
-    "VOTEU"
+    "HGMMA SHFL LD LDG LDL LDS LDSM LDGSTS ST STG STL STS STSM ATOM ATOMG ATOMS RED REDG REDUX "
+    "VOTE VOTEU"
 )
 # These wait, order or mark.
 SILENT = _names(
