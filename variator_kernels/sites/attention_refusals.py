@@ -20,7 +20,7 @@ def check_no_weights(encoder: Any, asked: Any) -> None:
         )
 
 
-UNREAD = ("head_mask", "past_key_values")
+UNREAD = ("head_mask", "past_key_values", "cache")
 """Arguments of an encoder that change what its attention gives."""
 
 

@@ -21,6 +21,8 @@ from .encoder import Encoder
 from .family import lookup
 from .mixins import SITE, AtSite
 
+CACHE = ("past_key_values", "cache")
+"""What the argument is called: before transformers 5.24, and since."""
 PREFILLED = "variator_prefilled"
 """Attribute of a cache: its last forward was one of several tokens a row."""
 
@@ -79,7 +81,7 @@ class Decoder(Encoder):
         self, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         level, cut = context.level, self._compressed(context.level)
-        cache = self._given("past_key_values", args, kwargs)
+        cache = self._given_cache(args, kwargs)
         if "crop" in getattr(cache, "__dict__", ()) and not cache.get_seq_length():
             del cache.crop  # it was emptied since: nothing of a prompt is left in it
         if cache is not None and (cut.schemes or _holds_merged(cache)):
@@ -143,6 +145,10 @@ class Decoder(Encoder):
                 "sequence as a row"
             )
 
+    def _given_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = (self._given(name, args, kwargs) for name in CACHE)
+        return next((cache for cache in given if cache is not None), None)
+
     def _with(
         self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -152,11 +158,12 @@ class Decoder(Encoder):
         return args, {**kwargs, name: value}
 
     def _done(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = getattr(output, "past_key_values", None)
+        given = (getattr(output, name, None) for name in CACHE)
+        cache = next((found for found in given if found is not None), None)
         if cache is None and isinstance(output, tuple):
             cache = next((part for part in output if hasattr(part, "get_seq_length")), None)
         if cache is None:
-            cache = self._given("past_key_values", args, kwargs)
+            cache = self._given_cache(args, kwargs)
         if not hasattr(cache, "layers"):
             return
         n = self._length(args, kwargs)
@@ -241,7 +248,7 @@ class CausalAttentionLayer(AtSite):
         if turned is None:
             turned = args[0]  # where it is not given by name, it comes first
         scheme = Scheme(ratio, state.kept.window, state.kept.first)
-        given = kwargs.get("past_key_values")
+        given = next((kwargs[name] for name in CACHE if kwargs.get(name) is not None), None)
         store = None
         if given is not None:
             store = _merged_cache().merged_layer(given, self.layer_idx, scheme)
