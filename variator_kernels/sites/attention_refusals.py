@@ -20,7 +20,9 @@ def check_no_weights(encoder: Any, asked: Any) -> None:
         )
 
 
-UNREAD = ("head_mask", "past_key_values", "cache")
+CACHE = ("past_key_values", "cache")
+"""What the argument is called: before transformers 5.24, and since."""
+UNREAD = ("head_mask", *CACHE)
 """Arguments of an encoder that change what its attention gives."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,16 +16,19 @@ from ..runtime.level import Level
 from ..runtime.site import Site
 from ..runtime.state import MOST_LEVELS
 from .attention import DescribedAttention, paths_of
-from .attention_refusals import check_no_mask, check_no_weights
+from .attention_refusals import CACHE, check_no_mask, check_no_weights
 from .decoder_refusals import both_ways
 from .encoder import Encoder
 from .family import lookup
 from .mixins import SITE, AtSite
 
-CACHE = ("past_key_values", "cache")
-"""What the argument is called: before transformers 5.24, and since."""
 PREFILLED = "variator_prefilled"
 """Attribute of a cache: its last forward was one of several tokens a row."""
+
+
+def _cache(read: Callable[[str], Any]) -> Any:
+    """The cache, by whichever of its names it is given; None: by neither."""
+    return next((found for name in CACHE if (found := read(name)) is not None), None)
 
 
 class Decoder(Encoder):
@@ -81,6 +85,11 @@ class Decoder(Encoder):
         self, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         level, cut = context.level, self._compressed(context.level)
+        if cut.schemes and not any(name in self.variator_positions for name in CACHE):
+            raise ValueError(
+                f"{type(self).__name__}.forward must take its cache as one of {CACHE} where keys "
+                "are merged: this version of transformers calls it otherwise"
+            )
         cache = self._given_cache(args, kwargs)
         if "crop" in getattr(cache, "__dict__", ()) and not cache.get_seq_length():
             del cache.crop  # it was emptied since: nothing of a prompt is left in it
@@ -146,8 +155,7 @@ class Decoder(Encoder):
             )
 
     def _given_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = (self._given(name, args, kwargs) for name in CACHE)
-        return next((cache for cache in given if cache is not None), None)
+        return _cache(lambda name: self._given(name, args, kwargs))
 
     def _with(
         self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -158,8 +166,7 @@ class Decoder(Encoder):
         return args, {**kwargs, name: value}
 
     def _done(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = (getattr(output, name, None) for name in CACHE)
-        cache = next((found for found in given if found is not None), None)
+        cache = _cache(lambda name: getattr(output, name, None))
         if cache is None and isinstance(output, tuple):
             cache = next((part for part in output if hasattr(part, "get_seq_length")), None)
         if cache is None:
@@ -248,7 +255,7 @@ class CausalAttentionLayer(AtSite):
         if turned is None:
             turned = args[0]  # where it is not given by name, it comes first
         scheme = Scheme(ratio, state.kept.window, state.kept.first)
-        given = next((kwargs[name] for name in CACHE if kwargs.get(name) is not None), None)
+        given = _cache(kwargs.get)
         store = None
         if given is not None:
             store = _merged_cache().merged_layer(given, self.layer_idx, scheme)
