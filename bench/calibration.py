@@ -27,8 +27,8 @@ from .cases import models
 from .harness import allocations, child, machine, options, results, tables
 from .harness.results import Row
 from .quality import text
+from .quality.errors import Batches, error, states
 
-Batches = list[dict[str, Tensor]]
 FIRST = "first"
 KEPT = ("none", FIRST, "first, separator", "first, largest")
 """Tokens that stay whole; "largest": ids whose FFN outputs are far above the others'."""
@@ -90,7 +90,7 @@ def measure(cell: Row) -> Row:
     long = [line for line in text.training(data) if len(line.split()) >= text.LEAST_WORDS]
     if len(long) < count:
         raise ValueError(f"paragraphs must be at most {len(long)}, got {count}")
-    # Neighbours of one article stay together: what is held out shall be other articles.
+    # In their order: of the runs that are held out, most articles are in no other.
     chosen = [long[i * len(long) // count] for i in range(count)]
     parts = chosen, text.held_out(data)[: cell["unseen"]]
     seen, unseen = (
@@ -99,9 +99,9 @@ def measure(cell: Row) -> Row:
     )
     model = models.encoder(architecture, torch.float32)
     ids = _ids(model, seen, words, cell["kept"])
-    exact = [_states(model, batch) for batch in unseen]
+    exact = [states(model, batch) for batch in unseen]
     vk.patch(model, 1, cell["ratios"], keep_first=int(cell["kept"] != "none"), keep=ids or None)
-    same = all(torch.equal(_states(model, b), e) for b, e in zip(unseen, exact, strict=True))
+    same = all(torch.equal(states(model, b), e) for b, e in zip(unseen, exact, strict=True))
     levels: list[tuple[int, int | None, Any]] = []
     for k in cell["ratios"]:
         levels.append((k, None, internals.state(model).everywhere(k)))
@@ -133,22 +133,6 @@ def measure(cell: Row) -> Row:
         status["reason"] = "ratio 1 is not the dense model" if not same else "a ratio ends worse"
     return {**status, "errors": rows, "tokens": tokens, "seconds": found[1], "bytes": grown,
             "ids": ids, "multiply_adds_left": left}  # fmt: skip
-
-
-def _states(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The last hidden states of real tokens, as the model stands."""
-    encoder: Any = getattr(model, "base_model", model)
-    return encoder(**batch).last_hidden_state[batch["attention_mask"].bool()]  # type: ignore[no-any-return]
-
-
-def error(model: nn.Module, batches: Batches, exact: list[Tensor], level: Any) -> float:
-    """The relative squared error of the last hidden state at a level."""
-    squared = total = 0.0
-    for batch, dense in zip(batches, exact, strict=True):
-        with vk.use_ratio(model, level):
-            squared += float((_states(model, batch) - dense).double().square().sum())
-        total += float(dense.double().square().sum())
-    return squared / total
 
 
 def _left(model: nn.Module, batches: Batches, ids: list[int], k: int) -> float:

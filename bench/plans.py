@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 import variator_kernels as vk
 
@@ -24,8 +24,8 @@ from .harness import machine, options, results, tables
 from .harness.results import Row
 from .neurons import tokenized
 from .quality import originals, tasks, text
+from .quality.errors import Batches, error
 
-Batches = list[dict[str, Tensor]]
 LEAST_TOKENS = 16
 """Of a sentence that plugins are calibrated and plans chosen on: in shorter ones no group of 8 and
 few of 4 are full."""
@@ -118,20 +118,9 @@ def plugged(case: Case, args: argparse.Namespace) -> None:
     vk.calibrate(case.model, case.calibration)
 
 
-@torch.no_grad()
 def loss(model: nn.Module, batches: Batches, level: Any) -> float:
     """The relative squared error of the last hidden state at a level, in plain PyTorch."""
-    encoder: Any = getattr(model, "base_model", model)
-    squared = total = 0.0
-    for batch in batches:
-        real = batch["attention_mask"].bool()
-        with vk.use_ratio(model, 1):
-            dense = encoder(**batch).last_hidden_state[real].double()
-        with vk.use_ratio(model, level):
-            got = encoder(**batch).last_hidden_state[real].double()
-        squared += float((got - dense).square().sum())
-        total += float(dense.square().sum())
-    return squared / total
+    return error(model, batches, None, level)
 
 
 def accuracies(case: Case, level: Any) -> Row:
