@@ -66,7 +66,8 @@ def host_code() -> Any:
 
 
 class CudaLaunch(NamedTuple):
-    """A launch: of ``csrc/cuda/<file>.cu`` the kernel whose symbol contains ``symbol``."""
+    """A launch: of ``csrc/cuda/<file>.cu`` the kernel whose symbol contains ``symbol``; CUTLASS's
+    of bf16 by the names of ``make cuda-table``."""
 
     kernel: str
     file: str

@@ -35,10 +35,10 @@ def _product(
     line, _, parameters = printed.partition(b"\n")
     *grid, threads = map(int, line.split())
     moved = 2 * (rows * inner + columns * inner + rows * columns * (1 + factor) + columns * bias)
-    name = "x".join(map(str, tile))
+    name = f"gemm_sm90_{tile[0]}x{tile[1]}"
     return CudaLaunch(
-        f"gemm_sm90_{name}: {columns} x {inner}", f"gemm/instantiations/gemm_sm90_{name}_bf16",
-        "cutlass", (grid[0], grid[1], grid[2]), parameters, moved, threads,
+        f"{name}: {columns} x {inner}", "gemm/gemm_sm90", name, (grid[0], grid[1], grid[2]),
+        parameters, moved, threads,
     )  # fmt: skip
 
 

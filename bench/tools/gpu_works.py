@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bench.tools import cuda_products, nvcc, sass
+from bench.tools import cuda_products, cuda_resources, nvcc, sass
 from bench.tools.cuda_cases import Case, CudaLaunch
 from bench.tools.gpu_bounds import Chip, Work
 from bench.tools.sass_walk import Launch, walk
@@ -62,9 +62,15 @@ def compiled(file: str) -> tuple[dict[str, list[sass.Instruction]], dict[str, by
     return sass.kernels(sass.disassembled(made)), sass.jump_tables(made)
 
 
+def _is_of(launch: CudaLaunch, symbol: str) -> bool:
+    if "cutlass" in symbol:
+        return cuda_resources.short_name(symbol) == (launch.symbol, "bf16")
+    return launch.symbol in symbol
+
+
 def _of_cuda(launch: CudaLaunch) -> Work:
     kernels, tables = compiled(launch.file)
-    (symbol,) = (name for name in kernels if launch.symbol in name)
+    (symbol,) = (name for name in kernels if _is_of(launch, name))
     alignment = CUTLASS if launch.file.startswith("gemm") else 8
     constants = bank(launch.threads, launch.grid, launch.arguments, alignment)
     jumps = tables.get(symbol, b"")

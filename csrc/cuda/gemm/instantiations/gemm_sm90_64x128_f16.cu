@@ -1,5 +1,0 @@
-// Written by gemm/generate.py.
-#include "gemm/gemm_sm90.cuh"
-
-template variator::cuda::GemmKernel
-variator::cuda::gemm_sm90<64, 128, variator::cuda::DType::float16>();
