@@ -1,13 +1,19 @@
 """DistillationTrainer: what it trains, what it keeps, what it reports."""
 
 import copy
+import importlib.util
 
 import pytest
 import torch
 
 import variator_kernels as vk
 from tests.sites import tiny
-from variator_kernels.train import DistillationConfig, DistillationTrainer, checkpoints
+from variator_kernels.train import (
+    DistillationConfig,
+    DistillationTrainer,
+    ProjectionConfig,
+    checkpoints,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 ROWS = [
@@ -231,6 +237,16 @@ def test_refuses_what_it_cannot_train(tmp_path):
         trainer(tmp_path, layer_weight=-1)
     with pytest.raises(ValueError, match="label_smoothing_factor must be 0"):
         trainer(tmp_path, label_smoothing_factor=0.1)
+
+
+@pytest.mark.parametrize("config", [DistillationConfig, ProjectionConfig])
+def test_without_accelerate_this_packages_extra_is_named(monkeypatch, tmp_path, config):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *of: None if name == "accelerate" else there(name)
+    )
+    with pytest.raises(ImportError, match=r"variator-kernels\[train\]"):
+        config(output_dir=str(tmp_path), use_cpu=True, report_to="none")
 
 
 def test_rows_without_labels_are_refused_where_they_count(tmp_path):

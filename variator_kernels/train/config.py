@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,15 @@ SCHEDULE = (
 
 def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+def require_accelerate() -> None:
+    """``ImportError`` without it: what ``transformers`` says names an extra of its own."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise ImportError(
+            "training needs the package accelerate: pip install 'variator-kernels[train]', or "
+            "pip install accelerate"
+        )
 
 
 @dataclass
@@ -96,6 +106,7 @@ class DistillationConfig(TrainingArguments):
     group_by_length: bool = option(True, "put rows of similar length into one step")
 
     def __post_init__(self) -> None:
+        require_accelerate()
         for name in ("task_weight", "layer_weight", "logits_weight", "embedding_weight"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..methods.projected import groups
-from .config import SCHEDULE, option
+from .config import SCHEDULE, option, require_accelerate
 
 
 @dataclass
@@ -45,6 +45,7 @@ class ProjectionConfig(TrainingArguments):
     group_by_length: bool = option(False, "put rows of similar length into one step")
 
     def __post_init__(self) -> None:
+        require_accelerate()
         if not 0 < self.projection_rate < math.inf:
             raise ValueError(
                 f"projection_rate must be a finite number > 0, got {self.projection_rate!r}"
