@@ -36,7 +36,7 @@ def measured(
 ) -> list[Row]:  # fmt: skip
     """The rows of a dtype and length of prompts; perplexities come with the first."""
     dense = setup.load(model, models.DTYPES[dtype])
-    wanted = levels.every(args.places, args.ratios, args.windows)
+    wanted = levels.every(args.places, args.ratios, args.windows, args.only)
     head: Row = {"case": "decoder", "dtype": dtype, "length": length}
     verdicts = check.verdicts(dense, wanted, args.ratios)
     rows: dict[Level, Row] = {}
@@ -54,7 +54,7 @@ def measured(
     runs |= {
         level: timing.Run(twins[window], level, args.tokens) for level, window in windows.items()
     }
-    kinds = {perplexity.UNTRAINED: runs}
+    kinds = {levels.UNTRAINED: runs if args.untrained else {Level(): runs[Level()]}}
     first = (dtype, length) == (args.dtype[0], args.lengths[0])
     if first:
         kinds |= perplexity.trained(dense, args.plugins, good)
@@ -87,13 +87,22 @@ def parser() -> argparse.ArgumentParser:
     add("--places", type=options.words, help=f"default {','.join(PLACES)}")
     add("--ratios", type=options.ratios, help="default 2,4")
     add("--windows", type=numbers, help="of plain keys; default 64,128")
+    add("--only", type=options.words, help="of these levels some, as 'ffn/2 k=2,ffn k=4'")
     add("--tokens", type=options.count, help="decoded behind a prompt; default 128")
     add("--batches", type=numbers, help="of decoding; default 1,8")
     add("--peak", type=options.count, help="tokens of the prompt of peak memory; default 4096")
     add("--contexts", type=numbers, help="tokens of a sequence of perplexity; default 512")
     add("--sequences", type=options.count, help="of perplexity; default 100")
-    add("--plugins", type=Path, nargs="+", default=[], metavar="FOLDER",
-        help="trained plugins, for perplexity beside untrained ones")  # fmt: skip
+    add(
+        "--plugins",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="trained plugins, for perplexity; of several the first that is for a level",
+    )
+    add("--untrained", action=argparse.BooleanOptionalAction, default=True,
+        help="perplexity of untrained plugins beside them (default)")  # fmt: skip
     add("--data", type=Path, default=machine.DATA, help="folder with wikitext2/")
     add("--dtype", type=options.words, help="default fp32, and bf16 if the processor has it")
     add("--rounds", type=options.count, help="of timing; default 5")
@@ -122,6 +131,7 @@ def settle(args: argparse.Namespace) -> models.Architecture:
     perplexity.check_folders(args.plugins)
     model = setup.architecture(args.model)
     levels.check_places(args.places, model.config.num_hidden_layers)
+    levels.every(args.places, args.ratios, args.windows, args.only)
     options.settle_dtypes(args)
     longest = (max(args.lengths) + args.tokens, args.peak, *args.contexts)
     return models.reaching(model, max(longest))
@@ -149,7 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.path_of(args, args.name)
     for dtype in args.dtype:
         for length in args.lengths:
-            content["rows"] += measured(model, tokens, args, dtype, length, console)
+            with options.refusals(made):
+                content["rows"] += measured(model, tokens, args, dtype, length, console)
             results.write(path, content)
     shown = tables.screen("a decoder with plugins", table.columns(content), content["rows"])
     return options.finish(content, path, console, shown, draw=plot.draw)

@@ -3,6 +3,11 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from ..harness import options
+
+UNTRAINED = "untrained"
+"""What plugins at their initial values are called, beside folders of trained ones."""
+
 
 class Level(NamedTuple):
     """What is compressed: ``where`` in words, as ``attention_kv+ffn/2``; nothing is dense.
@@ -33,14 +38,20 @@ class Level(NamedTuple):
         return kept or 1
 
 
-def every(places: Iterable[str], ratios: Iterable[int], windows: Iterable[int]) -> list[Level]:
-    """The dense one, then all combinations; windows only where they matter."""
-    made = [Level()]
+def every(
+    places: Iterable[str], ratios: Iterable[int], windows: Iterable[int],
+    only: list[str] | None = None,
+) -> list[Level]:  # fmt: skip
+    """The dense one, then all combinations, or ``only`` those of these names; windows only where
+    they matter. ``ValueError`` for a name that none has."""
+    made = []
     for k in ratios:
         for where in places:
             own = windows if "attention_kv" in where else (None,)
             made += [Level(where, k, window) for window in own]
-    return made
+    if only is not None:
+        options.check("only", only, list(map(str, made)), "some of")
+    return [Level(), *(level for level in made if only is None or str(level) in only)]
 
 
 def check_places(places: Iterable[str], layers: int) -> None:

@@ -13,15 +13,15 @@ from torch import Tensor
 
 import variator_kernels as vk
 
+from .. import internals
 from ..harness.results import Row
 from . import setup
-from .levels import Level
+from .levels import UNTRAINED, Level
 from .timing import Run
 
 LAST = 64
 """Tokens of a sequence that are predicted; those before are the prompt."""
 BATCH = 8
-UNTRAINED = "untrained"
 
 
 @torch.no_grad()
@@ -87,15 +87,18 @@ def check_folders(folders: list[Path]) -> None:
 
 
 def trained(dense: Any, folders: list[Path], wanted: list[Level]) -> dict[str, dict[Level, Run]]:
-    """By folder, the levels that its plugins are for, perhaps under another window than theirs.
+    """By folder, the levels that its plugins are for, perhaps under another window than theirs;
+    a level goes to the first folder that is for it.
 
     Raises:
-        ValueError: there are none, or the plugins are another model's.
+        ValueError: a folder is left without one, or the plugins are another model's.
     """
     made: dict[str, dict[Level, Run]] = {}
+    left = [level for level in wanted if level.where]
     for folder in folders:
         twins: dict[int | None, Any] = {}
-        for level in filter(lambda level: level.where, wanted):
+        mine = {}
+        for level in left:
             if level.window not in twins:
                 twins[level.window] = setup.with_plugins(dense, folder, level.window)
             run = Run(twins[level.window], level)
@@ -103,7 +106,13 @@ def trained(dense: Any, folders: list[Path], wanted: list[Level]) -> dict[str, d
                 run.begin()
             except ValueError:
                 continue  # plugins of other ratios or placements
-            made.setdefault(folder.name, {})[level] = run
-        if folder.name not in made:
-            raise ValueError(f"plugins {folder} are for none of {', '.join(map(str, wanted))}")
+            if internals.runs_trained_plugins(run.model):
+                mine[level] = run
+        if not mine:
+            raise ValueError(
+                f"plugins {folder} are for none of {', '.join(map(str, wanted))} that the folders "
+                "before are not for"
+            )
+        made[folder.name] = mine
+        left = [level for level in left if level not in mine]
     return made

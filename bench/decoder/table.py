@@ -2,6 +2,7 @@
 
 from ..harness.results import Row
 from ..harness.tables import Column, key, mib, number
+from .levels import UNTRAINED
 
 TARGETS = {("ffn/2", 2): 1.0}
 """Points that a level may lose, at most, on the dev set."""
@@ -30,7 +31,9 @@ def columns(content: Row) -> list[Column]:
         mib(f"prefill of {settings['peak']}, MiB", "peak_bytes", ".0f"),
     ]
     kinds = dict.fromkeys(kind for row in content["rows"] for kind in row.get("perplexity", ()))
-    made += [_perplexity(kind, str(n)) for kind in kinds for n in settings["contexts"]]
+    named = [kind for kind in kinds if kind != UNTRAINED]
+    for heading, of in ((UNTRAINED, [UNTRAINED]), (" or ".join(named), named)):
+        made += [_perplexity(heading, of, str(n)) for n in settings["contexts"] if kinds and of]
     return made
 
 
@@ -67,12 +70,15 @@ def _milliseconds(heading: str, name: str) -> Column:
     return number(heading, lambda row: row[name]["median"] * 1e3, ".1f")
 
 
-def _perplexity(kind: str, context: str) -> Column:
-    def read(row: Row) -> float | None:
-        found = row.get("perplexity", {}).get(kind, {}).get(context, {})
-        return found.get("over_dense")
+def _perplexity(heading: str, kinds: list[str], context: str) -> Column:
+    """Of the kind of plugins that a level has; there is at most one of those that were trained."""
 
-    return number(f"perplexity over dense, {kind}, {context} tokens", read, ".3f")
+    def read(row: Row) -> float | None:
+        found = row.get("perplexity", {})
+        mine: Row = next((found[kind] for kind in kinds if kind in found), {})
+        return mine.get(context, {}).get("over_dense")
+
+    return number(f"perplexity over dense, {heading}, {context} tokens", read, ".3f")
 
 
 def _over(heading: str, name: str) -> Column:

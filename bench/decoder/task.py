@@ -83,12 +83,7 @@ def measured(args: argparse.Namespace, work: Path, recipe: Recipe, console: Cons
 
 def asked(args: argparse.Namespace) -> list[Level]:
     """The levels, the dense one first; ``ValueError`` for one that is not among them."""
-    every = levels.every(args.places, args.ratios, [WINDOW])
-    if args.only is None:
-        return every
-    names = [str(level) for level in every[1:]]
-    options.check("only", args.only, names, "some of")
-    return [every[0], *(level for level in every[1:] if str(level) in args.only)]
+    return levels.every(args.places, args.ratios, [WINDOW], args.only)
 
 
 def _timed(dense: Any, args: argparse.Namespace, rows: list[Row], dev: Any) -> None:

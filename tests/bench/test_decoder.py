@@ -13,7 +13,7 @@ from transformers import DynamicCache
 import variator_kernels as vk
 from bench import internals
 from bench.decoder import __main__ as command
-from bench.decoder import check, levels, perplexity, setup, timing
+from bench.decoder import check, levels, perplexity, setup, table, timing
 from bench.decoder.levels import Level
 from bench.harness import child, results
 from bench.tools import report, smollm2
@@ -91,6 +91,42 @@ def test_trained_plugins_stand_beside_untrained_ones(run, dense, tmp_path: Path)
     assert {level for level, found in kinds.items() if "plugins" in found} == {("attention_kv", 4)}
     found = kinds["attention_kv", 4]
     assert found["plugins"]["112"]["over_dense"] != found["untrained"]["112"]["over_dense"]
+
+
+def test_each_level_takes_the_first_folder_that_is_for_it(run, dense, tmp_path: Path) -> None:
+    folders = []
+    for name, layers in (("upper", {2: 2, 3: 2}), ("all", dict.fromkeys(range(4), 2))):
+        made = vk.patch(dense, {"ffn": layers}, (2,))
+        with torch.no_grad():
+            for layer in layers:
+                plugin = internals.ffn_sublayers(made)[layer].plugins["2"]
+                plugin.adapter.w2.fill_(0.01)
+        folders.append(str(tmp_path / name))
+        vk.save_plugins(made, folders[-1])
+        vk.unpatch(made)
+    arguments = ("--places", "ffn/2,ffn", "--ratios", "2", "--no-untrained", "--plugins", *folders)
+    code, _ = run(*arguments)
+    assert code == 0
+    content = results.read(tmp_path / "results" / "here" / "decoder.json")
+    kinds = {row["where"]: [*row["perplexity"]] for row in content["rows"]}
+    assert kinds == {"": ["untrained"], "ffn/2": ["upper"], "ffn": ["all"]}
+    headings = [column.heading for column in table.columns(content)]
+    assert "perplexity over dense, upper or all, 112 tokens" in headings
+    shown = [column for column in table.columns(content) if "upper or all" in column.heading]
+    assert [bool(shown[0].cell(row)) for row in content["rows"]] == [False, True, True]
+    with pytest.raises(SystemExit):  # the first is for both levels, nothing is left
+        run(*arguments[:-2], folders[1], folders[0])
+
+
+def test_only_some_levels(run) -> None:
+    code, rows = run("--only", "ffn k=4")
+    assert code == 0 and list(rows) == ["", "ffn"]
+
+
+def test_only_levels_that_there_are(run, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        run("--only", "ffn k=3")
+    assert "ffn k=3" in capsys.readouterr().err
 
 
 def test_a_wrong_level_has_no_number(run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +306,7 @@ def test_what_cannot_be_measured(
     assert text in capsys.readouterr().err
 
 
-def test_plugins_that_cannot_be_shown(dense, run, tiny_llama: str, tmp_path: Path) -> None:
+def test_plugins_that_cannot_be_shown(dense, run, tmp_path: Path, capsys) -> None:
     vk.save_plugins(vk.patch(dense, {"ffn": 8}, (8,)), tmp_path / "of eight")
     for name in ("one", "other"):
         (tmp_path / name / "same").mkdir(parents=True)
@@ -278,8 +314,9 @@ def test_plugins_that_cannot_be_shown(dense, run, tiny_llama: str, tmp_path: Pat
     same = [str(tmp_path / name / "same") for name in ("one", "other")]
     with pytest.raises(SystemExit):
         run("--plugins", *same)
-    with pytest.raises(ValueError, match=r"of eight are for none of hf-sdpa, attention_kv\+ffn/2"):
+    with pytest.raises(SystemExit):
         run("--plugins", str(tmp_path / "of eight"))
+    assert "of eight are for none of hf-sdpa, attention_kv+ffn/2" in capsys.readouterr().err
     assert not list((tmp_path / "results" / "here").glob("*.json"))
 
 

@@ -150,6 +150,22 @@ def test_warns_once_while_untrained():
         tiny.encode(both.eval(), ids, mask)
 
 
+def test_warns_of_layers_that_nobody_trained_beside_those_that_somebody_did():
+    """Plugins of some layers in a file, then a level that runs others."""
+    model = vk.patch_t5(tiny.model(), 1, (4,))
+    with torch.no_grad():
+        tiny.layers(model)[1].plugins["4"].adapter.w2.fill_(0.1)
+    ids, mask = tiny.batch(9)
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vk.set_ratio(model, {"ffn": {1: 4}})
+        tiny.encode(model, ids, mask)
+    vk.set_ratio(model, 4)
+    with pytest.warns(UserWarning, match=r"\(ffn of ratio 4 in 1 of 2 layers, first layer 0\)"):
+        tiny.encode(model, ids, mask)
+
+
 @pytest.mark.parametrize("act", ["relu", "gated-gelu"])
 def test_fp16_with_fp32_wo(act):
     model = tiny.model("t5", act).half()

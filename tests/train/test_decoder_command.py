@@ -63,6 +63,12 @@ def test_pretrains_on_text_and_goes_on_where_it_stopped(folder, tmp_path):
     assert model.generate(ids, max_new_tokens=5, do_sample=False).shape == (1, 41)
 
 
+def test_calibrates_what_the_level_runs_alone(folder, tmp_path, caplog):
+    command(folder, tmp_path, "pretrain", "text.txt", "--calibrate", "12")
+    rows = [line.split() for line in caplog.text.splitlines() if " ffn " in line]
+    assert {row[2] for row in rows} == {"1"}
+
+
 @pytest.mark.slow
 def test_two_processes_end_with_the_plugins_of_one(folder, tmp_path):
     """As encoders': parameters may differ by 1 % of what training moved them."""

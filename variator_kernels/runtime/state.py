@@ -109,8 +109,8 @@ class State:
         self.layers = layers
         self.level = Level((1,) * len(sites))
         self.kept = Kept()
-        self.trained: set[tuple[str, int]] = set()
-        """Placements and ratios."""
+        self.trained: set[tuple[int, ...]] = set()
+        """Ratios, one a site, of which no plugin has its initial values."""
         self.warned = False
         self._begin()
 

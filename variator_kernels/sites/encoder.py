@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from typing import Any
 
 import torch
@@ -172,28 +173,29 @@ _UNTRAINED = {
 def _warn_if_untrained(encoder: Encoder, ratios: tuple[int, ...]) -> None:
     """Once per model: plugins that run still have their initial values."""
     state = encoder.variator_state
-    used = {
-        (site.placement, ratio)
-        for site, ratio in zip(state.sites, ratios, strict=True)
-        if ratio > 1
-    }
-    unknown = used - state.trained
-    if not unknown:
+    if ratios in state.trained:
         return
+    every: Counter[tuple[str, int]] = Counter()
+    initial: dict[tuple[str, int], list[int]] = {}
     for layer in encoder.modules():
         if SITE not in vars(layer):
             continue
         site, number = vars(layer)[SITE]
         key = site.placement, ratios[number]
-        if key in unknown and state.method.is_trained(layer, key[1]):
-            state.trained.add(key)
-            unknown.discard(key)
-    if not unknown:
+        if key[1] > 1:
+            every[key] += 1
+            if not state.method.is_trained(layer, key[1]):
+                initial.setdefault(key, []).append(site.layer)
+    if not initial:
+        state.trained.add(ratios)
         return
     state.warned = True
-    names = ", ".join(f"{placement} of ratio {ratio}" for placement, ratio in sorted(unknown))
+    names = []
+    for key, layers in sorted(initial.items()):
+        some = f" in {len(layers)} of {every[key]} layers, first layer {layers[0]}"
+        names.append(f"{key[0]} of ratio {key[1]}{some if len(layers) < every[key] else ''}")
     warnings.warn(
-        f"plugins are untrained ({names}): {_UNTRAINED[min(unknown)[0]]}. Train them or "
+        f"plugins are untrained ({', '.join(names)}): {_UNTRAINED[min(initial)[0]]}. Train them or "
         "load_plugins()",
         UserWarning,
         stacklevel=4,

@@ -68,7 +68,8 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
     if (found := checkpoints.last(output)) is not None:
         LOG.info("%s holds this run: it goes on from %s", output, found.name)
     elif job.calibrate:
-        table = calibrate(model, batches(train.spread(job.calibrate), pad))
+        only = None if job.level is None else [states(model)[0].level]
+        table = calibrate(model, batches(train.spread(job.calibrate), pad), only)
         LOG.info("the last hidden state's error before and after calibration:\n%s", table)
     one_level = job.level is not None or bool(job.levels)
     config.sample_ratios = not one_level and len(states(model)[0].ratios) > 1
