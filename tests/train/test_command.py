@@ -58,13 +58,15 @@ def test_spliced_rows_train_and_leave_the_evaluation_alone(folder, tmp_path):
     assert all(a != b for a, b in zip(*trained, strict=True)) and len(trained[0]) == 3
 
 
-def test_calibrates_before_the_first_step(folder, tmp_path, caplog):
+def test_calibrates_before_the_first_step(folder, tmp_path, capsys):
     more = ["--max_steps", "2", "--learning_rate", "0", "--eval-data", str(folder / "text.txt")]
     losses = []
     for count in ("0", "40"):
         main(command(folder, tmp_path / count, "pretrain", "text.txt", *more, "--calibrate", count))
         losses.append(json.loads((tmp_path / count / "metrics.json").read_text())["eval_loss"])
-        assert ("error before  after" in caplog.text) == (count == "40"), "its table is shown"
+        shown = capsys.readouterr()
+        assert ("error before  after" in shown.out) == (count == "40"), "its table is shown"
+        assert ("site/s" in shown.err) == (count == "40"), "and how far it is"
     assert losses[1] < 0.8 * losses[0]
 
 

@@ -69,8 +69,10 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
         LOG.info("%s holds this run: it goes on from %s", output, found.name)
     elif job.calibrate:
         only = None if job.level is None else [states(model)[0].level]
-        table = calibrate(model, batches(train.spread(job.calibrate), pad), only)
-        LOG.info("the last hidden state's error before and after calibration:\n%s", table)
+        bar = config.should_log and not config.disable_tqdm  # which prints the table, too
+        table = calibrate(model, batches(train.spread(job.calibrate), pad), only, progress=bar)
+        if not bar:
+            LOG.info("the last hidden state's error before and after calibration:\n%s", table)
     one_level = job.level is not None or bool(job.levels)
     config.sample_ratios = not one_level and len(states(model)[0].ratios) > 1
     config.output_dir = str(output)
