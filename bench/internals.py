@@ -44,7 +44,6 @@ from variator_kernels.sites.feed_forward import describe, family_of
 from variator_kernels.sites.find import find
 from variator_kernels.sites.layout import layout_of
 from variator_kernels.sites.merged_cache import MergedLayer
-from variator_kernels.sites.mixins import SITE
 
 __all__ = [
     "ControllerPolicy", "ControllerSettings", "DistanceBias", "LevelTimes", "Product",
@@ -347,11 +346,9 @@ def level(model: nn.Module) -> tuple[int, ...]:
 
 
 def runs_trained_plugins(model: nn.Module) -> bool:
-    """Whether no plugin of the level that holds here has its initial values."""
-    found, ratios = state(model), level(model)
-    layers = [(layer, vars(layer)[SITE][1]) for layer in model.modules() if SITE in vars(layer)]
-    used = [(layer, ratios[n]) for layer, n in layers if ratios[n] > 1]
-    return all(found.method.is_trained(layer, k) for layer, k in used)
+    """Whether none of the plugins of the level that holds here is untrained, by their file."""
+    found = state(model)
+    return bool(found.plugins_of(found.current()) <= found.fitted)
 
 
 def plan_of(model: nn.Module, ratios: Iterable[int]) -> Plan:

@@ -106,7 +106,17 @@ def gather(
                 if tensor.is_meta:
                     raise ValueError(NO_VALUES.format(name))
                 tensors[name] = tensor.detach().cpu().contiguous()
-    return settings, tensors
+    return settings._replace(untrained=_untrained(state, tensors)), tensors
+
+
+def _untrained(state: State, tensors: dict[str, Tensor]) -> dict[str, dict[str, list[int]]]:
+    """As :class:`Settings` has it."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for number, site in state.own_sites:
+        for k in state.method.placements[site.placement]:
+            if (number, k) not in state.fitted and stored.is_initial(tensors, site, k):
+                found.setdefault(site.placement, {}).setdefault(str(k), []).append(site.layer)
+    return found
 
 
 def write(settings: Settings, tensors: dict[str, Tensor], folder: str | os.PathLike[str]) -> None:
@@ -196,12 +206,16 @@ def _fill(
     sharding.reshard(model)
     state: State = vars(found.encoder)[STATE]
     check_in_place(found, state)
+    own = [site for _, site in state.own_sites]
     with torch.no_grad():
-        for _, site in state.own_sites:
+        for number, site in state.own_sites:
             for k in settings.placements.get(site.placement, ()):
                 for field in FIELDS[site.placement]:
                     parameter = found.at(site).plugins[str(k)].get_parameter(field)
                     sharding.fill(parameter, tensors[key(site, k, field)])
+                left = stored.untrained(settings, tensors, own, site.placement, k)
+                (state.fitted.discard if site.layer in left else state.fitted.add)((number, k))
     state.kept = kept
-    state.trained.clear()
+    state.told.clear()
+    state.looked_at = None
     state.warned = False

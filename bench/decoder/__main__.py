@@ -32,11 +32,15 @@ in_child = partial(child.measured, "decoder")
 
 def measured(
     model: models.Architecture, tokens: Tensor, args: argparse.Namespace, dtype: str, length: int,
-    console: Console,
+    console: Console, command: argparse.ArgumentParser,
 ) -> list[Row]:  # fmt: skip
-    """The rows of a dtype and length of prompts; perplexities come with the first."""
+    """The rows of a dtype and length of prompts; perplexities come with the first. Folders that are
+    for no level end ``command``."""
     dense = setup.load(model, models.DTYPES[dtype])
     wanted = levels.every(args.places, args.ratios, args.windows, args.only)
+    first = (dtype, length) == (args.dtype[0], args.lengths[0])
+    with options.refusals(command):
+        trained = perplexity.trained(dense, args.plugins if first else [], wanted)
     head: Row = {"case": "decoder", "dtype": dtype, "length": length}
     verdicts = check.verdicts(dense, wanted, args.ratios)
     rows: dict[Level, Row] = {}
@@ -55,19 +59,23 @@ def measured(
         level: timing.Run(twins[window], level, args.tokens) for level, window in windows.items()
     }
     kinds = {levels.UNTRAINED: runs if args.untrained else {Level(): runs[Level()]}}
-    first = (dtype, length) == (args.dtype[0], args.lengths[0])
-    if first:
-        kinds |= perplexity.trained(dense, args.plugins, good)
+    for name, found in trained.items():
+        kinds[name] = {level: run for level, run in found.items() if level in good}
     with tables.progress(console) as bar:
-        bar.start(f"{dtype}, {length} tokens", len(runs) * args.rounds * (1 + len(args.batches)))
-        timing.timed(runs, rows, tokens[None, :length], args, bar.step)
+        prompt = tokens[None, :length]
+        timing.counted(runs, rows, prompt)
+        if args.times:
+            calls = len(runs) * args.rounds * (1 + len(args.batches))
+            bar.start(f"{dtype}, {length} tokens", calls)
+            timing.timed(runs, rows, prompt, args, bar.step)
         if first:
             batches = -(-args.sequences // perplexity.BATCH) * len(args.contexts)
             bar.start("perplexity", sum(map(len, kinds.values())) * batches)
             perplexity.measure(kinds, rows, tokens, args, partial(bar.step, ""))
-        del runs, kinds, twins, dense
-        bar.start(f"memory of {args.peak} tokens", len(good))
-        for level in good:
+        del runs, kinds, trained, twins, dense
+        peaks = good if args.times else []
+        bar.start(f"memory of {args.peak} tokens", len(peaks))
+        for level in peaks:
             cell = {"level": list(level), "dtype": dtype, "tokens": args.peak}
             rows[level] |= in_child(cell | {"model": args.model, "threads": args.threads})
             bar.step(str(level))
@@ -87,7 +95,8 @@ def parser() -> argparse.ArgumentParser:
     add("--places", type=options.words, help=f"default {','.join(PLACES)}")
     add("--ratios", type=options.ratios, help="default 2,4")
     add("--windows", type=numbers, help="of plain keys; default 64,128")
-    add("--only", type=options.words, help="of these levels some, as 'ffn/2 k=2,ffn k=4'")
+    add("--only", type=options.words,
+        help="of these levels some, as 'ffn/2 k=2,attention_kv k=4 w=64'")  # fmt: skip
     add("--tokens", type=options.count, help="decoded behind a prompt; default 128")
     add("--batches", type=numbers, help="of decoding; default 1,8")
     add("--peak", type=options.count, help="tokens of the prompt of peak memory; default 4096")
@@ -103,6 +112,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--untrained", action=argparse.BooleanOptionalAction, default=True,
         help="perplexity of untrained plugins beside them (default)")  # fmt: skip
+    add("--times", action=argparse.BooleanOptionalAction, default=True,
+        help="time and peak memory (default); without them the machine may be busy")  # fmt: skip
     add("--data", type=Path, default=machine.DATA, help="folder with wikitext2/")
     add("--dtype", type=options.words, help="default fp32, and bf16 if the processor has it")
     add("--rounds", type=options.count, help="of timing; default 5")
@@ -159,8 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.path_of(args, args.name)
     for dtype in args.dtype:
         for length in args.lengths:
-            with options.refusals(made):
-                content["rows"] += measured(model, tokens, args, dtype, length, console)
+            content["rows"] += measured(model, tokens, args, dtype, length, console, made)
             results.write(path, content)
     shown = tables.screen("a decoder with plugins", table.columns(content), content["rows"])
     return options.finish(content, path, console, shown, draw=plot.draw)

@@ -50,6 +50,8 @@ def every(
             own = windows if "attention_kv" in where else (None,)
             made += [Level(where, k, window) for window in own]
     if only is not None:
+        if not only:
+            raise ValueError("only must name at least one level, got none")
         options.check("only", only, list(map(str, made)), "some of")
     return [Level(), *(level for level in made if only is None or str(level) in only)]
 

@@ -87,18 +87,16 @@ def check_folders(folders: list[Path]) -> None:
 
 
 def trained(dense: Any, folders: list[Path], wanted: list[Level]) -> dict[str, dict[Level, Run]]:
-    """By folder, the levels that its plugins are for, perhaps under another window than theirs;
-    a level goes to the first folder that is for it.
+    """By folder, the levels that its plugins are for, perhaps under another window than theirs.
 
     Raises:
-        ValueError: a folder is left without one, or the plugins are another model's.
+        ValueError: a folder is for none, or its plugins are another model's.
     """
     made: dict[str, dict[Level, Run]] = {}
-    left = [level for level in wanted if level.where]
+    compressed = [level for level in wanted if level.where]
     for folder in folders:
         twins: dict[int | None, Any] = {}
-        mine = {}
-        for level in left:
+        for level in compressed:
             if level.window not in twins:
                 twins[level.window] = setup.with_plugins(dense, folder, level.window)
             run = Run(twins[level.window], level)
@@ -107,12 +105,9 @@ def trained(dense: Any, folders: list[Path], wanted: list[Level]) -> dict[str, d
             except ValueError:
                 continue  # plugins of other ratios or placements
             if internals.runs_trained_plugins(run.model):
-                mine[level] = run
-        if not mine:
+                made.setdefault(folder.name, {})[level] = run
+        if folder.name not in made:
             raise ValueError(
-                f"plugins {folder} are for none of {', '.join(map(str, wanted))} that the folders "
-                "before are not for"
+                f"plugins {folder} are trained for none of {', '.join(map(str, compressed))}"
             )
-        made[folder.name] = mine
-        left = [level for level in left if level not in mine]
     return made

@@ -1,5 +1,7 @@
 """The table on the screen and in the documentation."""
 
+from collections.abc import Iterable
+
 from ..harness.results import Row
 from ..harness.tables import Column, key, mib, number
 from .levels import UNTRAINED
@@ -11,30 +13,43 @@ TARGETS = {("ffn/2", 2): 1.0}
 def columns(content: Row) -> list[Column]:
     """Of the tables on the screen and in the documentation."""
     settings = content["settings"]
+    bound = number("cost bound", lambda row: row["bound"])
     made = [
         Column("compressed", lambda row: row["where"] or "nothing, HF SDPA", True),
         key("dtype", "dtype"),
         key("prompt", "length"),
         Column("k", lambda row: str(row["k"]) if row["where"] else "", True),
         key("window", "window"),
+    ]
+    if settings.get("times", True):
+        made += _times(settings, bound)
+    else:
+        made += [bound, mib("prompt's cache, MiB", "prompt_bytes")]
+        made.append(number("of HF", lambda row: row["prompt_share"], ".0%"))
+    of: dict[str, Iterable[str]] = {UNTRAINED: [UNTRAINED], **_trained(content["rows"])}
+    if not any(UNTRAINED in row.get("perplexity", ()) and row["where"] for row in content["rows"]):
+        del of[UNTRAINED]
+    for heading, kinds in of.items():
+        made += [_perplexity(heading, list(kinds), str(n)) for n in settings["contexts"]]
+    return made
+
+
+def _times(settings: Row, bound: Column) -> list[Column]:
+    made = [
         number("first token, s", lambda row: row["first"]["median"]),
         _over("over HF", "first"),
-        number("cost bound", lambda row: row["bound"]),
+        bound,
     ]
     for size in settings["batches"]:
         name = f"batch {size}"
         made.append(_milliseconds(f"ms a token, {name}", name))
         made.append(_over("over HF", name))
-    made += [
+    return [
+        *made,
         mib("cache, MiB", "cache_bytes"),
         number("of HF", lambda row: row["cache_share"], ".0%"),
         mib(f"prefill of {settings['peak']}, MiB", "peak_bytes", ".0f"),
     ]
-    kinds = dict.fromkeys(kind for row in content["rows"] for kind in row.get("perplexity", ()))
-    named = [kind for kind in kinds if kind != UNTRAINED]
-    for heading, of in ((UNTRAINED, [UNTRAINED]), (" or ".join(named), named)):
-        made += [_perplexity(heading, of, str(n)) for n in settings["contexts"] if kinds and of]
-    return made
 
 
 def task_columns(content: Row) -> list[Column]:
@@ -70,15 +85,27 @@ def _milliseconds(heading: str, name: str) -> Column:
     return number(heading, lambda row: row[name]["median"] * 1e3, ".1f")
 
 
+def _trained(rows: list[Row]) -> dict[str, Iterable[str]]:
+    """The kinds of plugins that were trained, under one heading."""
+    every = dict.fromkeys(kind for row in rows for kind in row.get("perplexity", ()))
+    every.pop(UNTRAINED, None)
+    return {} if not every else {next(iter(every)) if len(every) == 1 else "trained": every}
+
+
 def _perplexity(heading: str, kinds: list[str], context: str) -> Column:
-    """Of the kind of plugins that a level has; there is at most one of those that were trained."""
+    """Of each kind of plugins that a level has, with its name where there are several."""
 
-    def read(row: Row) -> float | None:
+    def cell(row: Row) -> str:
         found = row.get("perplexity", {})
-        mine: Row = next((found[kind] for kind in kinds if kind in found), {})
-        return mine.get(context, {}).get("over_dense")
+        if not row["where"]:
+            return format(found[UNTRAINED][context]["over_dense"], ".3f") if found else ""
+        return ", ".join(
+            f"{found[kind][context]['over_dense']:.3f}" + f" ({kind})" * (len(kinds) > 1)
+            for kind in kinds
+            if kind in found
+        )
 
-    return number(f"perplexity over dense, {heading}, {context} tokens", read, ".3f")
+    return Column(f"perplexity over dense, {heading}, {context} tokens", cell)
 
 
 def _over(heading: str, name: str) -> Column:

@@ -154,6 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
         name = "quick" if args.quick else model.name
         work = args.work or machine.ROOT / "build" / "decoder_task" / name
         made_of = {"model": str(model.folder), "data": str(args.data.resolve())}
+        made_of["calibrated"] = "the level's plugins"
         stages.claim(work, asdict(recipe) | made_of | {"prompt": answers.PROMPT})
     settings = options.settings(args, "data", "model", "work") | asdict(recipe)
     content, console = options.begin("decoder_task", settings, model)

@@ -62,9 +62,20 @@ class Run:
             self.cache = None  # or the caches of all levels were there at once
 
 
+def counted(runs: dict[Level, Run], rows: dict[Level, Row], prompt: Tensor) -> None:
+    """What needs no clock: the bytes of a prompt's cache, and the bound of multiply-adds."""
+    for level, run in runs.items():
+        run.begin()
+        run.prefilled = run.first(prompt)  # warms up, too
+        row = rows[level]
+        row["prompt_bytes"] = nbytes(run.prefilled[1])
+        row["prompt_share"] = row["prompt_bytes"] / rows[Level()]["prompt_bytes"]
+        row["bound"] = run.bound(prompt.shape[1]) if level.where else None
+
+
 def timed(runs: dict[Level, Run], rows: dict[Level, Row], prompt: Tensor,
           args: argparse.Namespace, step: Any) -> None:  # fmt: skip
-    """First token, next tokens by batch, and the cache's bytes."""
+    """First token, next tokens by batch, and the cache's bytes; behind :func:`counted`."""
 
     def measure(name: str, calls: dict[Level, Any], before: Any, share: int = 1) -> None:
         seconds, _ = Wall().interleave(calls, args.rounds, partial(step, name), before=before)
@@ -75,14 +86,8 @@ def timed(runs: dict[Level, Run], rows: dict[Level, Row], prompt: Tensor,
             if name == "batch 1":
                 rows[level]["cache_bytes"] = nbytes(run.cache)
 
-    for level, run in runs.items():
-        run.begin()
-        run.prefilled = run.first(prompt)  # warms up, too
-        rows[level]["prompt_bytes"] = nbytes(run.prefilled[1])
     firsts = {level: partial(run.first, prompt) for level, run in runs.items()}
     measure("first", firsts, lambda level: runs[level].begin())
-    for level, run in runs.items():
-        rows[level]["bound"] = run.bound(prompt.shape[1]) if level.where else None
     for size in args.batches:
         calls = {level: partial(run.continuation, size) for level, run in runs.items()}
         measure(

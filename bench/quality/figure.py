@@ -109,6 +109,11 @@ def decoder(content: Row, target: Path) -> None:
             lambda row: 1 / row["first"]["speedup"]["median"],
         ),
     ]
+    if not settings.get("times", True):
+        panels = [
+            ("the prompt's cache, of HF", lambda row: row["prompt_share"]),
+            ("multiply-adds of the prompt, of HF", lambda row: 1 / (row["bound"] or 1)),
+        ]
     with sheet(target, 1, 2, (11, 4.6), title, caption) as (line,):
         for axes, (label, x) in zip(line, panels, strict=True):
             for row in rows:

@@ -37,7 +37,7 @@ def _product(
     moved = 2 * (rows * inner + columns * inner + rows * columns * (1 + factor) + columns * bias)
     name = f"gemm_sm90_{tile[0]}x{tile[1]}"
     return CudaLaunch(
-        f"{name}: {columns} x {inner}", "gemm/gemm_sm90", name, (grid[0], grid[1], grid[2]),
+        f"{name}: {columns} x {inner}", f"gemm/{name}", name, (grid[0], grid[1], grid[2]),
         parameters, moved, threads,
     )  # fmt: skip
 

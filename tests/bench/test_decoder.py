@@ -93,7 +93,8 @@ def test_trained_plugins_stand_beside_untrained_ones(run, dense, tmp_path: Path)
     assert found["plugins"]["112"]["over_dense"] != found["untrained"]["112"]["over_dense"]
 
 
-def test_each_level_takes_the_first_folder_that_is_for_it(run, dense, tmp_path: Path) -> None:
+def test_folders_serve_levels_that_they_were_trained_for(run, dense, tmp_path: Path) -> None:
+    """One of the upper layers has plugins in the others, which nobody trained."""
     folders = []
     for name, layers in (("upper", {2: 2, 3: 2}), ("all", dict.fromkeys(range(4), 2))):
         made = vk.patch(dense, {"ffn": layers}, (2,))
@@ -109,13 +110,26 @@ def test_each_level_takes_the_first_folder_that_is_for_it(run, dense, tmp_path: 
     assert code == 0
     content = results.read(tmp_path / "results" / "here" / "decoder.json")
     kinds = {row["where"]: [*row["perplexity"]] for row in content["rows"]}
-    assert kinds == {"": ["untrained"], "ffn/2": ["upper"], "ffn": ["all"]}
-    headings = [column.heading for column in table.columns(content)]
-    assert "perplexity over dense, upper or all, 112 tokens" in headings
-    shown = [column for column in table.columns(content) if "upper or all" in column.heading]
-    assert [bool(shown[0].cell(row)) for row in content["rows"]] == [False, True, True]
-    with pytest.raises(SystemExit):  # the first is for both levels, nothing is left
-        run(*arguments[:-2], folders[1], folders[0])
+    assert kinds == {"": ["untrained"], "ffn/2": ["upper", "all"], "ffn": ["all"]}
+    (column,) = (c for c in table.columns(content) if c.heading.startswith("perplexity"))
+    assert column.heading == "perplexity over dense, trained, 112 tokens"
+    dense_cell, both, one = map(column.cell, content["rows"])
+    assert dense_cell == "1.000" and one.endswith(" (all)")
+    assert " (upper), " in both and both.endswith(" (all)")
+
+
+def test_perplexity_without_times(run, tmp_path: Path) -> None:
+    code, rows = run("--no-times", "--places", f"{BOTH},ffn")
+    assert code == 0
+    assert rows[BOTH]["perplexity"]["untrained"]["112"]["over_dense"] != 1
+    assert rows["ffn"]["prompt_share"] == 1 != rows[BOTH]["prompt_share"]
+    for row in rows.values():
+        assert not {"first", "batch 1", "peak_bytes"} & set(row)
+    content = results.read(tmp_path / "results" / "here" / "decoder.json")
+    cells = {c.heading: c.cell(content["rows"][1]) for c in table.columns(content)}
+    assert cells["of HF"].endswith("%") and float(cells["cost bound"]) > 0
+    assert "first token, s" not in cells
+    assert (tmp_path / "results" / "here" / "decoder.png").stat().st_size > 10_000
 
 
 def test_only_some_levels(run) -> None:
@@ -123,13 +137,23 @@ def test_only_some_levels(run) -> None:
     assert code == 0 and list(rows) == ["", "ffn"]
 
 
-def test_only_levels_that_there_are(run, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(("only", "message"), [("ffn k=3", "ffn k=3"), (",", "at least one level")])
+def test_only_levels_that_there_are(run, capsys, only: str, message: str) -> None:
     with pytest.raises(SystemExit):
-        run("--only", "ffn k=3")
-    assert "ffn k=3" in capsys.readouterr().err
+        run("--only", only)
+    assert message in capsys.readouterr().err
 
 
-def test_a_wrong_level_has_no_number(run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_level_has_no_number(
+    run, dense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor with plugins for it, beside which the others are measured."""
+    made = vk.patch(dense, {"ffn": 4}, (4,))
+    with torch.no_grad():
+        for parameter in vk.plugin_parameters(made):
+            parameter.fill_(0.01)
+    vk.save_plugins(made, tmp_path / "plugins")
+    vk.unpatch(made)
     real = setup.patched
 
     def wrong(dense, ratios, window, backend="auto"):
@@ -143,8 +167,8 @@ def test_a_wrong_level_has_no_number(run, monkeypatch: pytest.MonkeyPatch) -> No
         return made
 
     monkeypatch.setattr(setup, "patched", wrong)
-    code, rows = run("--places", f"{BOTH},ffn")
-    assert code == 1 and rows[""]["status"] == "ok"
+    code, rows = run("--places", f"{BOTH},ffn", "--plugins", str(tmp_path / "plugins"))
+    assert code == 1 and rows[""]["status"] == "ok" and "perplexity" in rows[""]
     for where in (BOTH, "ffn"):
         assert rows[where]["status"] == "failed" and "allowed" in rows[where]["reason"]
         assert "first" not in rows[where] and "cache_bytes" not in rows[where]
@@ -316,7 +340,7 @@ def test_plugins_that_cannot_be_shown(dense, run, tmp_path: Path, capsys) -> Non
         run("--plugins", *same)
     with pytest.raises(SystemExit):
         run("--plugins", str(tmp_path / "of eight"))
-    assert "of eight are for none of hf-sdpa, attention_kv+ffn/2" in capsys.readouterr().err
+    assert "of eight are trained for none of attention_kv+ffn/2" in capsys.readouterr().err
     assert not list((tmp_path / "results" / "here").glob("*.json"))
 
 

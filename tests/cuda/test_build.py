@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).parents[2] / "csrc" / "cuda"
+TILES = re.compile(r"gemm_tiles\[\] = \{(.*)\};")
 CMAKE = shutil.which("cmake")
 
 
@@ -94,3 +95,17 @@ def test_what_each_file_is_compiled_for(tmp_path):
             assert codes == [both[0], "sm_90a", *both[1:]], name
     gemms = {name.split("_")[1] for name in found if name.startswith("gemm_")}
     assert gemms == {"sm80", "sm90"} and {"merge", "decompress", "backward"} <= set(found)
+
+
+def test_every_tile_has_a_file_with_both_types():
+    """A tile that none instantiates would be missing when the module is loaded, on a GPU."""
+    tiles = re.findall(r"\{(\d+), (\d+)", TILES.search((CSRC / "heuristics.h").read_text())[1])
+    found = {file.name: file.read_text() for file in (CSRC / "gemm").glob("*.cu")} | {"gemm.cu": ""}
+    wanted = [("80", "128", "128"), *(("90", *tile) for tile in tiles)]
+    assert len(wanted) == 4 and found.keys() == {"gemm.cu"} | {
+        f"gemm_sm{arch}_{rows}x{columns}.cu" for arch, rows, columns in wanted
+    }
+    for arch, rows, columns in wanted:
+        text = found[f"gemm_sm{arch}_{rows}x{columns}.cu"]
+        for dtype in ("bfloat16", "float16"):
+            assert f"gemm_sm{arch}<{rows}, {columns}, DType::{dtype}>();" in text

@@ -1,7 +1,5 @@
 """A whole patched encoder: mask, padding, precision, compiled and eager."""
 
-import warnings
-
 import pytest
 import torch
 import transformers
@@ -127,43 +125,6 @@ def test_a_block_called_alone_uses_the_models_ratio():
     with vk.use_ratio(model, 1):
         assert torch.equal(layer(x), x + layer.DenseReluDense(layer.layer_norm(x)))
         assert not torch.equal(layer(x), compressed)
-
-
-def test_warns_once_while_untrained():
-    model = vk.patch_t5(tiny.model())
-    ids, mask = tiny.batch(9)
-    model.train()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tiny.encode(model, ids, mask)
-    model.eval()
-    with pytest.warns(UserWarning, match=r"untrained \(ffn of ratio 4\): each .* FFN output"):
-        tiny.encode(model, ids, mask)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tiny.encode(model, ids, mask)
-        tiny.encode(tiny.patched(), ids, mask)
-        dense = vk.patch_t5(tiny.model(), ratio=1)
-        tiny.encode(dense, ids, mask)
-    both = vk.patch_t5(tiny.model(), {"ffn": 4, "attention_kv": 2})
-    with pytest.warns(UserWarning, match=r"\(attention_kv of ratio 2, ffn of ratio 4\)"):
-        tiny.encode(both.eval(), ids, mask)
-
-
-def test_warns_of_layers_that_nobody_trained_beside_those_that_somebody_did():
-    """Plugins of some layers in a file, then a level that runs others."""
-    model = vk.patch_t5(tiny.model(), 1, (4,))
-    with torch.no_grad():
-        tiny.layers(model)[1].plugins["4"].adapter.w2.fill_(0.1)
-    ids, mask = tiny.batch(9)
-    model.eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        vk.set_ratio(model, {"ffn": {1: 4}})
-        tiny.encode(model, ids, mask)
-    vk.set_ratio(model, 4)
-    with pytest.warns(UserWarning, match=r"\(ffn of ratio 4 in 1 of 2 layers, first layer 0\)"):
-        tiny.encode(model, ids, mask)
 
 
 @pytest.mark.parametrize("act", ["relu", "gated-gelu"])

@@ -109,10 +109,20 @@ class State:
         self.layers = layers
         self.level = Level((1,) * len(sites))
         self.kept = Kept()
-        self.trained: set[tuple[int, ...]] = set()
-        """Ratios, one a site, of which no plugin has its initial values."""
         self.warned = False
+        """Nobody is to be told that plugins are untrained."""
+        self._forget()
         self._begin()
+
+    def _forget(self) -> None:
+        """Nothing is known of the plugins' values."""
+        self.fitted: set[tuple[int, int]] = set()
+        """Sites, by number, and ratios whose plugins have the values that they should: they were
+        trained or calibrated, which may leave initial ones, or have others than they start with."""
+        self.told: set[tuple[int, int]] = set()
+        """Those of which it was said that they are untrained."""
+        self.looked_at: Level | None = None
+        """The last level of which nothing was left to say."""
 
     def _begin(self) -> None:
         """What no copy takes over."""
@@ -125,7 +135,8 @@ class State:
         return {k: value for k, value in vars(self).items() if k not in _OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({"layers": 0} | state)  # of an older version
+        self._forget()  # which a state of an older version does not have, nor its layers
+        vars(self).update({"layers": 0} | state)
         self._begin()
 
     @property
@@ -138,6 +149,10 @@ class State:
     def own_sites(self) -> list[tuple[int, Site]]:
         """Every site of a module of its own, with its number: a shared one is there once."""
         return [(i, self.sites[i]) for i, owner in enumerate(self.owners) if i == owner]
+
+    def plugins_of(self, level: Level) -> set[tuple[int, int]]:
+        """Those that run there: the number of a module's first site, and the ratio."""
+        return {(own, k) for own, k in zip(self.owners, level.ratios, strict=True) if k > 1}
 
     def attends(self, level: Level) -> bool:
         """Whether some attention is compressed there."""

@@ -59,7 +59,7 @@ class Encoder(nn.Module):
         if packed is not None:
             _pack(context, packed, tokens)
         if not (self.training or state.warned or torch.compiler.is_compiling() or tracing()):
-            _warn_if_untrained(self, level.ratios)
+            _warn_if_untrained(self, level)
         outer = local.context
         local.context = context
         try:
@@ -170,33 +170,40 @@ _UNTRAINED = {
 """What a placement does while its plugins are untrained."""
 
 
-def _warn_if_untrained(encoder: Encoder, ratios: tuple[int, ...]) -> None:
-    """Once per model: plugins that run still have their initial values."""
+def _warn_if_untrained(encoder: Encoder, level: Level) -> None:
+    """Once for each plugin that runs with its initial values, if nothing says that it should."""
     state = encoder.variator_state
-    if ratios in state.trained:
+    if level is state.looked_at:
         return
+    unknown = state.plugins_of(level) - state.fitted - state.told
+    if unknown:
+        modules = {
+            vars(layer)[SITE][1]: layer for layer in encoder.modules() if SITE in vars(layer)
+        }
+        found = {(n, k) for n, k in unknown if state.method.is_trained(modules[n], k)}
+        state.fitted |= found
+        unknown -= found
+    if unknown:
+        state.told |= unknown
+        _warn_of(state, level, unknown)
+    state.looked_at = level
+
+
+def _warn_of(state: State, level: Level, untrained: set[tuple[int, int]]) -> None:
     every: Counter[tuple[str, int]] = Counter()
     initial: dict[tuple[str, int], list[int]] = {}
-    for layer in encoder.modules():
-        if SITE not in vars(layer):
-            continue
-        site, number = vars(layer)[SITE]
-        key = site.placement, ratios[number]
-        if key[1] > 1:
-            every[key] += 1
-            if not state.method.is_trained(layer, key[1]):
-                initial.setdefault(key, []).append(site.layer)
-    if not initial:
-        state.trained.add(ratios)
-        return
-    state.warned = True
+    for site, own, k in zip(state.sites, state.owners, level.ratios, strict=True):
+        every[site.placement, k] += 1
+        if (own, k) in untrained:
+            initial.setdefault((site.placement, k), []).append(site.layer)
     names = []
-    for key, layers in sorted(initial.items()):
-        some = f" in {len(layers)} of {every[key]} layers, first layer {layers[0]}"
-        names.append(f"{key[0]} of ratio {key[1]}{some if len(layers) < every[key] else ''}")
+    for (placement, k), layers in sorted(initial.items()):
+        some = f" in layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+        whole = len(layers) == every[placement, k]
+        names.append(f"{placement} of ratio {k}{'' if whole else some}")
     warnings.warn(
         f"plugins are untrained ({', '.join(names)}): {_UNTRAINED[min(initial)[0]]}. Train them or "
         "load_plugins()",
         UserWarning,
-        stacklevel=4,
+        stacklevel=5,
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_accelerate_available
 
 STEPS = ("pretrain", "adapt")
 STEP_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -49,11 +49,11 @@ def option(default: Any, text: str) -> Any:
 
 
 def require_accelerate() -> None:
-    """``ImportError`` without it: what ``transformers`` says names an extra of its own."""
-    if importlib.util.find_spec("accelerate") is None:
+    """``ImportError`` without a recent one: ``transformers`` would name an extra of its own."""
+    if not is_accelerate_available():
         raise ImportError(
-            "training needs the package accelerate: pip install 'variator-kernels[train]', or "
-            "pip install accelerate"
+            "training needs a recent version of the package accelerate: "
+            "pip install -U 'variator-kernels[train]', or pip install -U accelerate"
         )
 
 

@@ -68,7 +68,8 @@ def run(job: Job, config: DistillationConfig) -> dict[str, float]:
     if (found := checkpoints.last(output)) is not None:
         LOG.info("%s holds this run: it goes on from %s", output, found.name)
     elif job.calibrate:
-        only = None if job.level is None else [states(model)[0].level]
+        one = job.level is not None or len(job.levels) == 1
+        only = [states(model)[0].level] if one else None
         bar = config.should_log and not config.disable_tqdm  # which prints the table, too
         table = calibrate(model, batches(train.spread(job.calibrate), pad), only, progress=bar)
         if not bar:

@@ -38,6 +38,7 @@ from ...sites.loading import ATTACHED
 from ...sites.mixins import SITE
 from ...sites.reach import reach_of
 from ...sites.wrappers import check_present
+from . import stored
 from .config import VariatorConfig
 from .plugin import KeyValuePlugin, Plugin
 
@@ -166,10 +167,14 @@ class Variator:
 
     def is_trained(self, layer: Any, ratio: int) -> bool:
         """Whether a plugin differs from the one it starts as, or nobody can tell."""
-        return any(
-            weight.is_meta or type(weight) is not nn.Parameter or bool(weight.any())
-            for name, weight in layer.plugins[str(ratio)].named_parameters()
-            if name in ("adapter.w2", "merge.weight")
+        parameters = layer.plugins[str(ratio)].named_parameters()
+        decisive = [weight for name, weight in parameters if name in stored.ZERO_AT_FIRST]
+        return not decisive or any(
+            weight.is_meta
+            or type(weight) is not nn.Parameter
+            or not weight.numel()  # another process has it
+            or bool(weight.any())
+            for weight in decisive
         )
 
 

@@ -21,6 +21,9 @@ _WHOLE = (*_MERGE, "adapter.w1", "adapter.b1", "adapter.w2", "adapter.b2")
 FIELDS = {"ffn": _WHOLE, "attention": _WHOLE, "attention_kv": _MERGE}
 """The tensors of a plugin, by placement."""
 
+ZERO_AT_FIRST = ("adapter.w2", "merge.weight")
+"""The tensors that tell a plugin of initial values."""
+
 
 class Settings(NamedTuple):
     """What ``plugins.json`` holds.
@@ -46,6 +49,9 @@ class Settings(NamedTuple):
     window: int = 64
     base: dict[str, list[float]] = {}  # noqa: RUF012 (nobody writes into it)
     """Sampled values of the frozen weights by layer (sites/base_weights.py)."""
+    untrained: dict[str, dict[str, list[int]]] | None = None
+    """By placement and ratio, the layers whose plugins nobody trained or calibrated; None: the
+    file does not say."""
 
     @property
     def kept(self) -> Kept:
@@ -118,6 +124,7 @@ def read_settings(given: Any) -> Settings:
     if not isinstance(settings.keep, list | tuple):
         raise ValueError(f"keep must be a list of token ids, got {settings.keep!r}")
     _check_base(settings.base)
+    _check_untrained(settings.untrained)
     ids = [_integer(token, "keep") for token in settings.keep]
     if len(set(ids)) < len(ids):
         raise ValueError(f"keep must name each token id once, got {ids}")
@@ -131,6 +138,14 @@ def _check_base(base: Any) -> None:
             type(x) in (int, float) and math.isfinite(x) for x in row
         ):
             raise ValueError(f"base must hold lists of finite numbers, got {row!r}")
+
+
+def _check_untrained(given: Any) -> None:
+    ratios = given.values() if isinstance(given, dict) else [] if given is None else [None]
+    for by_ratio in ratios:
+        for layers in by_ratio.values() if isinstance(by_ratio, dict) else [None]:
+            if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
+                raise ValueError(f"untrained must hold lists of layers by ratio, got {by_ratio!r}")
 
 
 def _first(given: Mapping[str, Any]) -> Settings:
@@ -200,6 +215,24 @@ def _checked(settings: Settings) -> Settings:
 def key(site: Site, ratio: int, field: str) -> str:
     """The name of a tensor in the file."""
     return f"{site.placement}.{site.layer}.{ratio}.{field}"
+
+
+def is_initial(tensors: Mapping[str, Tensor], site: Site, ratio: int) -> bool:
+    """Whether a plugin in a file has the values that it starts with."""
+    fields = [field for field in FIELDS[site.placement] if field in ZERO_AT_FIRST]
+    return not any(bool(tensors[key(site, ratio, field)].any()) for field in fields)
+
+
+def untrained(settings: Settings, tensors: Mapping[str, Tensor], sites: list[Site],
+              place: str, ratio: int) -> set[int]:  # fmt: skip
+    """The layers of ``sites``, of modules of their own, whose plugins nobody trained. A file that
+    does not say may be of calibration, which leaves initial values where none are better: one
+    plugin of others speaks for all of its placement and ratio."""
+    if settings.untrained is not None:
+        return set(settings.untrained.get(place, {}).get(str(ratio), ()))
+    own = [site for site in sites if site.placement == place]
+    initial = {site.layer for site in own if is_initial(tensors, site, ratio)}
+    return initial if len(initial) == len(own) else set()
 
 
 def first_key(layer: int, ratio: int, field: str) -> str:

@@ -112,6 +112,8 @@ class Run(HiddenStates):
             ratios = {k for k in level.ratios if k > 1}
             k = ratios.pop() if len(ratios) == 1 else None
             made += [*mine, Row(k, None, start, end, None, "")]
+        numbers = {site: number for number, site in self.state.own_sites}
+        self.state.fitted |= {(numbers[site], self.ratio(level, site)) for level, site in rows}
         return Calibration(tuple(made))
 
     def _plugin(self, level: Level, site: Site) -> Any:

@@ -1,5 +1,4 @@
-// The FFN's GEMMs for every architecture but Hopper. Both types in one file: most of its time goes
-// into reading CUTLASS's headers.
+// Both types in one file: reading CUTLASS's headers takes most of its time.
 #include "gemm/gemm_sm80.cuh"
 
 namespace variator::cuda {
