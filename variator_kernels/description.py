@@ -188,13 +188,16 @@ def _named(state: State, placement: str, ratio: int) -> str:
 
 
 def _trained(state: State, found: Found, placement: str, ratio: int) -> str:
-    """Whether the plugins of a ratio differ from those that it starts with."""
-    own = [site for _, site in state.own_sites if site.placement == placement]
-    layers: list[Any] = [found.at(site) for site in own]
-    parameters = [p for layer in layers for p in layer.plugins[str(ratio)].parameters()]
+    """Whether the plugins of a ratio were calibrated, or differ from those that it starts with."""
+    layers: list[tuple[int, Any]] = [
+        (n, found.at(site)) for n, site in state.own_sites if site.placement == placement
+    ]
+    parameters = [p for _, layer in layers for p in layer.plugins[str(ratio)].parameters()]
     if any(p.is_meta or type(p) is not nn.Parameter for p in parameters):
         return "not known: not all values are here"
-    trained = sum(state.method.is_trained(layer, ratio) for layer in layers)
+    trained = sum(
+        (n, ratio) in state.fitted or state.method.is_trained(layer, ratio) for n, layer in layers
+    )
     if trained in (0, len(layers)):
         return "yes" if trained else "no"
     return f"{trained} of {len(layers)} sites"

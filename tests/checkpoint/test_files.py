@@ -63,6 +63,7 @@ def test_settings_say_what_they_are_for(folder):
         "keep_last": 0,
         "keep": [],
         "window": 64,
+        "untrained": {},
     }
 
 

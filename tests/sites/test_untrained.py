@@ -8,7 +8,7 @@ import torch
 
 import variator_kernels as vk
 from tests.sites import tiny
-from variator_kernels import checkpoint
+from variator_kernels import checkpoint, description
 
 
 def test_warns_once_while_untrained():
@@ -83,6 +83,7 @@ def test_calibrated_plugins_that_kept_their_initial_values_are_no_untrained_ones
     loaded = tiny.model().eval()
     vk.load_plugins(loaded, tmp_path)
     silent(loaded, *batch)
+    assert dict(description.lines(loaded))["trained, k=4"] == "yes"
     vk.save_plugins(loaded, tmp_path / "again")
     assert json.loads((tmp_path / "again" / "plugins.json").read_text())["untrained"] == {}
 
