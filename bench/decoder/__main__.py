@@ -58,7 +58,8 @@ def measured(
     runs |= {
         level: timing.Run(twins[window], level, args.tokens) for level, window in windows.items()
     }
-    kinds = {levels.UNTRAINED: runs if args.untrained else {Level(): runs[Level()]}}
+    served = set() if args.untrained else {level for found in trained.values() for level in found}
+    kinds = {levels.UNTRAINED: {level: run for level, run in runs.items() if level not in served}}
     for name, found in trained.items():
         kinds[name] = {level: run for level, run in found.items() if level in good}
     with tables.progress(console) as bar:
@@ -110,8 +111,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="trained plugins, for perplexity; of several the first that is for a level",
     )
-    add("--untrained", action=argparse.BooleanOptionalAction, default=True,
-        help="perplexity of untrained plugins beside them (default)")  # fmt: skip
+    add(
+        "--untrained",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="perplexity of untrained plugins where there are trained ones, too (default)",
+    )
     add("--times", action=argparse.BooleanOptionalAction, default=True,
         help="time and peak memory (default); without them the machine may be busy")  # fmt: skip
     add("--data", type=Path, default=machine.DATA, help="folder with wikitext2/")

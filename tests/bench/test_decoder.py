@@ -105,16 +105,18 @@ def test_folders_serve_levels_that_they_were_trained_for(run, dense, tmp_path: P
         folders.append(str(tmp_path / name))
         vk.save_plugins(made, folders[-1])
         vk.unpatch(made)
-    arguments = ("--places", "ffn/2,ffn", "--ratios", "2", "--no-untrained", "--plugins", *folders)
-    code, _ = run(*arguments)
+    arguments = ("--places", "ffn/2,ffn,attention_kv", "--ratios", "2", "--no-untrained")
+    code, _ = run(*arguments, "--plugins", *folders)
     assert code == 0
     content = results.read(tmp_path / "results" / "here" / "decoder.json")
     kinds = {row["where"]: [*row["perplexity"]] for row in content["rows"]}
-    assert kinds == {"": ["untrained"], "ffn/2": ["upper", "all"], "ffn": ["all"]}
-    (column,) = (c for c in table.columns(content) if c.heading.startswith("perplexity"))
+    found = {"": ["untrained"], "ffn/2": ["upper", "all"], "ffn": ["all"]}
+    assert kinds == found | {"attention_kv": ["untrained"]}
+    initial, column = (c for c in table.columns(content) if c.heading.startswith("perplexity"))
+    assert [bool(initial.cell(row)) for row in content["rows"]] == [True, False, False, True]
     assert column.heading == "perplexity over dense, trained, 112 tokens"
-    dense_cell, both, one = map(column.cell, content["rows"])
-    assert dense_cell == "1.000" and one.endswith(" (all)")
+    dense_cell, both, one, none = map(column.cell, content["rows"])
+    assert dense_cell == "1.000" and one.endswith(" (all)") and none == ""
     assert " (upper), " in both and both.endswith(" (all)")
 
 
