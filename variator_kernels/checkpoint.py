@@ -206,16 +206,15 @@ def _fill(
     sharding.reshard(model)
     state: State = vars(found.encoder)[STATE]
     check_in_place(found, state)
-    own = [site for _, site in state.own_sites]
+    left = stored.untrained(settings, tensors, [site for _, site in state.own_sites])
     with torch.no_grad():
         for number, site in state.own_sites:
             for k in settings.placements.get(site.placement, ()):
                 for field in FIELDS[site.placement]:
                     parameter = found.at(site).plugins[str(k)].get_parameter(field)
                     sharding.fill(parameter, tensors[key(site, k, field)])
-                left = stored.untrained(settings, tensors, own, site.placement, k)
-                (state.fitted.discard if site.layer in left else state.fitted.add)((number, k))
+                (state.fitted.discard if (site, k) in left else state.fitted.add)((number, k))
+                state.quiet.discard((number, k))
     state.kept = kept
-    state.told.clear()
     state.looked_at = None
     state.warned = False

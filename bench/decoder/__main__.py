@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="FOLDER",
-        help="trained plugins, for perplexity; of several the first that is for a level",
+        help="trained plugins, for the perplexity of every level that they were trained for",
     )
     add(
         "--untrained",

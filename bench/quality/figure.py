@@ -96,6 +96,7 @@ def decoder(content: Row, target: Path) -> None:
     """
     rows = [row for row in content["rows"] if row.get("perplexity") and row["status"] == "ok"]
     settings, context = content["settings"], str(content["settings"]["contexts"][0])
+    several = len(settings["plugins"]) > 1
     title = f"{content['model']['name']}: perplexity behind a compressed prompt"
     caption = (
         f"{content['machine']['cpu']}, {settings['threads']} threads; {settings['sequences']} "
@@ -123,6 +124,7 @@ def decoder(content: Row, target: Path) -> None:
                     mfc = "white" if kind == "untrained" else colour
                     axes.plot(*place, "o", color=colour, mfc=mfc)
                     name = f"{row['k']}, {row['window']}" if row["window"] else f"{row['k']}"
+                    name += f" ({kind})" * (several and kind != "untrained")
                     note(axes, name if row["where"] else "dense", place)
             for where in dict.fromkeys(row["where"] for row in rows if row["where"]):
                 axes.plot([], [], "o", color=PLACES.get(where, GREY), label=where)

@@ -28,8 +28,18 @@ DAMAGE = [
     (lambda f: (f / "plugins.safetensors").write_bytes(b"12345678"), ValueError, "is damaged"),
     (edit_settings(format=3, written_by="0.9.0"), ValueError, "has format 3.*kernels 0.9.0"),
     (edit_settings(extra=1, written_by="0.9.0"), ValueError, r"fields \['extra'\].*kernels 0.9.0"),
-    (edit_settings(untrained={"ffn": [0]}), ValueError, "untrained must hold lists of layers"),
-    (edit_settings(untrained={"ffn": {"4": [0.5]}}), ValueError, "untrained must hold lists"),
+    *(
+        (edit_settings(untrained=given), ValueError, "untrained must hold lists of layers")
+        for given in (
+            [],
+            {"ffn": [0]},
+            {"ffn": {"4": [0.5]}},
+            {"ffn": {"4": [2]}},
+            {"ffn": {"04": [0]}},
+            {"ffn": {"9": [0]}},
+            {"attention": {"4": [0]}},
+        )
+    ),
     (edit_settings(method="other"), ValueError, "method must be 'variator', got 'other'"),
     (edit_settings(placements={"ffn": [0]}), ValueError, "ratios must be >= 2, got 0"),
     (edit_settings(placements={"head": [2]}), ValueError, "placements must be of"),

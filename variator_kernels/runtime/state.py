@@ -117,10 +117,10 @@ class State:
     def _forget(self) -> None:
         """Nothing is known of the plugins' values."""
         self.fitted: set[tuple[int, int]] = set()
-        """Sites, by number, and ratios whose plugins have the values that they should: they were
-        trained or calibrated, which may leave initial ones, or have others than they start with."""
-        self.told: set[tuple[int, int]] = set()
-        """Those of which it was said that they are untrained."""
+        """Sites, by number, and ratios whose plugins calibration fitted or a file calls trained:
+        they may have the values that they start with."""
+        self.quiet: set[tuple[int, int]] = set()
+        """Those of which there is nothing (more) to say in this process."""
         self.looked_at: Level | None = None
         """The last level of which nothing was left to say."""
 
@@ -135,8 +135,11 @@ class State:
         return {k: value for k, value in vars(self).items() if k not in _OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._forget()  # which a state of an older version does not have, nor its layers
-        vars(self).update({"layers": 0} | state)
+        self._forget()
+        if "fitted" not in state:  # of an older version, which said something once a model
+            state = {"layers": 0} | state | {"warned": False}
+            state.pop("trained", None)
+        vars(self).update(state)
         self._begin()
 
     @property

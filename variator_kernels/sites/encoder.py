@@ -175,17 +175,22 @@ def _warn_if_untrained(encoder: Encoder, level: Level) -> None:
     state = encoder.variator_state
     if level is state.looked_at:
         return
-    unknown = state.plugins_of(level) - state.fitted - state.told
+    unknown = state.plugins_of(level) - state.fitted - state.quiet
     if unknown:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return  # no value can be read there
+        # Layers may have been taken away, or stand in another encoder under other numbers.
         modules = {
             vars(layer)[SITE][1]: layer for layer in encoder.modules() if SITE in vars(layer)
         }
-        found = {(n, k) for n, k in unknown if state.method.is_trained(modules[n], k)}
-        state.fitted |= found
-        unknown -= found
-    if unknown:
-        state.told |= unknown
-        _warn_of(state, level, unknown)
+        initial = {
+            (n, k)
+            for n, k in unknown
+            if n in modules and not state.method.is_trained(modules[n], k)
+        }
+        state.quiet |= unknown
+        if initial:
+            _warn_of(state, level, initial)
     state.looked_at = level
 
 

@@ -81,7 +81,7 @@ class DistillationTrainer(ResumableTrainer):
         self.objective = kind(model, args, self.pooler)
         self.plugin_state = state
         self.whole = self.learned = False
-        self._claim()
+        self._keep_quiet()
         model.requires_grad_(False)
         self.trained = level_parameters(model, self.levels.values())
         for parameter in self.trained:
@@ -275,14 +275,14 @@ class DistillationTrainer(ResumableTrainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Plugins", revision=self.args.hub_revision)
 
-    def _claim(self) -> None:
+    def _keep_quiet(self) -> None:
         """That the plugins trained here are untrained at first is no news."""
         for level in self.levels.values():
-            self.plugin_state.fitted |= self.plugin_state.plugins_of(level)
+            self.plugin_state.quiet |= self.plugin_state.plugins_of(level)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_plugins(self.model, resume_from_checkpoint)
-        self._claim()
+        self._keep_quiet()
 
     def _load_best_model(self) -> None:
         load_plugins(self.model, str(self.state.best_model_checkpoint))

@@ -167,14 +167,13 @@ class Variator:
 
     def is_trained(self, layer: Any, ratio: int) -> bool:
         """Whether a plugin differs from the one it starts as, or nobody can tell."""
-        parameters = layer.plugins[str(ratio)].named_parameters()
-        decisive = [weight for name, weight in parameters if name in stored.ZERO_AT_FIRST]
-        return not decisive or any(
+        return any(
             weight.is_meta
             or type(weight) is not nn.Parameter
             or not weight.numel()  # another process has it
             or bool(weight.any())
-            for weight in decisive
+            for name, weight in layer.plugins[str(ratio)].named_parameters()
+            if name in stored.ZERO_AT_FIRST
         )
 
 

@@ -21,8 +21,8 @@ _WHOLE = (*_MERGE, "adapter.w1", "adapter.b1", "adapter.w2", "adapter.b2")
 FIELDS = {"ffn": _WHOLE, "attention": _WHOLE, "attention_kv": _MERGE}
 """The tensors of a plugin, by placement."""
 
-ZERO_AT_FIRST = ("adapter.w2", "merge.weight")
-"""The tensors that tell a plugin of initial values."""
+ZERO_AT_FIRST = (*_MERGE, "adapter.b1", "adapter.w2", "adapter.b2")
+"""The tensors that tell a plugin of initial values: all but ``w1``, which is random."""
 
 
 class Settings(NamedTuple):
@@ -124,11 +124,12 @@ def read_settings(given: Any) -> Settings:
     if not isinstance(settings.keep, list | tuple):
         raise ValueError(f"keep must be a list of token ids, got {settings.keep!r}")
     _check_base(settings.base)
-    _check_untrained(settings.untrained)
     ids = [_integer(token, "keep") for token in settings.keep]
     if len(set(ids)) < len(ids):
         raise ValueError(f"keep must name each token id once, got {ids}")
-    return _checked(settings._replace(keep=tuple(sorted(ids))))
+    settings = _checked(settings._replace(keep=tuple(sorted(ids))))
+    _check_untrained(settings)
+    return settings
 
 
 def _check_base(base: Any) -> None:
@@ -140,12 +141,20 @@ def _check_base(base: Any) -> None:
             raise ValueError(f"base must hold lists of finite numbers, got {row!r}")
 
 
-def _check_untrained(given: Any) -> None:
-    ratios = given.values() if isinstance(given, dict) else [] if given is None else [None]
-    for by_ratio in ratios:
-        for layers in by_ratio.values() if isinstance(by_ratio, dict) else [None]:
-            if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
-                raise ValueError(f"untrained must hold lists of layers by ratio, got {by_ratio!r}")
+def _check_untrained(settings: Settings) -> None:
+    given: Any = settings.untrained
+    if given is None:
+        return
+    for place, by_ratio in given.items() if isinstance(given, dict) else [("", given)]:
+        ratios = set(map(str, settings.placements.get(place, ())))
+        known = isinstance(by_ratio, dict) and set(by_ratio) <= ratios
+        for layers in by_ratio.values() if known else [None]:
+            if not isinstance(layers, list) or any(
+                type(layer) is not int or not 0 <= layer < settings.layers for layer in layers
+            ):
+                raise ValueError(
+                    f"untrained must hold lists of layers by placement and ratio, got {given!r}"
+                )
 
 
 def _first(given: Mapping[str, Any]) -> Settings:
@@ -223,16 +232,24 @@ def is_initial(tensors: Mapping[str, Tensor], site: Site, ratio: int) -> bool:
     return not any(bool(tensors[key(site, ratio, field)].any()) for field in fields)
 
 
-def untrained(settings: Settings, tensors: Mapping[str, Tensor], sites: list[Site],
-              place: str, ratio: int) -> set[int]:  # fmt: skip
-    """The layers of ``sites``, of modules of their own, whose plugins nobody trained. A file that
-    does not say may be of calibration, which leaves initial values where none are better: one
-    plugin of others speaks for all of its placement and ratio."""
-    if settings.untrained is not None:
-        return set(settings.untrained.get(place, {}).get(str(ratio), ()))
-    own = [site for site in sites if site.placement == place]
-    initial = {site.layer for site in own if is_initial(tensors, site, ratio)}
-    return initial if len(initial) == len(own) else set()
+def untrained(
+    settings: Settings, tensors: Mapping[str, Tensor], sites: Iterable[Site]
+) -> set[tuple[Site, int]]:
+    """Of ``sites``, of modules of their own, the plugins that nobody trained, with their ratios.
+
+    A file that does not say may be of calibration, which leaves initial values where none are
+    better: one plugin of others speaks for all of its placement and ratio.
+    """
+    found: set[tuple[Site, int]] = set()
+    for place, ratios in settings.placements.items():
+        own = [site for site in sites if site.placement == place]
+        for k in ratios:
+            if settings.untrained is not None:
+                named = settings.untrained.get(place, {}).get(str(k), ())
+                found |= {(site, k) for site in own if site.layer in named}
+            elif all(is_initial(tensors, site, k) for site in own):
+                found |= {(site, k) for site in own}
+    return found
 
 
 def first_key(layer: int, ratio: int, field: str) -> str:

@@ -59,7 +59,7 @@ def calibrate(
         ratios: which plugins; by default all, of each ratio behind those of the same one. A plan or
             a mapping, as :func:`set_ratio` takes it, stands for the plugins that it runs, and each
             is fitted behind the others of that level. No plugin may be named twice.
-        merge, adapter: which parts; the other keeps its values.
+        merge, adapter: which parts, at least one; the other keeps its values.
         passes: of gradient descent at each site, over all tokens; 0: the closed form alone, which
             takes half the time. FFNs that pass no gradient (some quantised ones) have none.
         progress: show a bar, and print the table.
@@ -77,6 +77,8 @@ def calibrate(
     """
     found, state = patched_encoder(model, "calibrate")
     passes = checks.integer(passes, "passes")
+    if not merge and not adapter:
+        raise ValueError("merge and adapter must not both be False: nothing would be fitted")
     wanted = _levels(state, state.ratios if ratios is None else ratios)
     on_cpu = backends.resolve(state.method.config.backend, found.like(0)) == "cpu"
     given = chunks(batches, inspect.signature(found.encoder.forward).parameters, found.pads_to)

@@ -65,6 +65,8 @@ class Run(HiddenStates):
         super().__init__(found, state, blocks, given, levels)
         self.backend, self.output = backend, output
         self.sensitivities: dict[Site, Sensitivity] | None = None
+        self.fitted: set[tuple[Site, int]] = set()
+        """Plugins for which there was something to fit to, by site and ratio."""
 
     def all(self, merge: bool, adapter: bool, passes: int, progress: bool) -> Calibration:
         own = [
@@ -113,7 +115,7 @@ class Run(HiddenStates):
             k = ratios.pop() if len(ratios) == 1 else None
             made += [*mine, Row(k, None, start, end, None, "")]
         numbers = {site: number for number, site in self.state.own_sites}
-        self.state.fitted |= {(numbers[site], self.ratio(level, site)) for level, site in rows}
+        self.state.fitted |= {(numbers[site], k) for site, k in self.fitted}
         return Calibration(tuple(made))
 
     def _plugin(self, level: Level, site: Site) -> Any:
@@ -160,6 +162,7 @@ class Run(HiddenStates):
         sample = self._sample(k)
         chunks = [partial(chunk, j) for j, c in enumerate(self.chunks) if not c.held_out]
         fit_key_values(plugin, fitted, sample, chunks, root, passes)
+        self.fitted.add((site, k))
         return Row(k, site.layer, *self._search(site, level, plugin, before), site.placement)
 
     def _sample(self, k: int) -> list[tuple[Tensor, Tensor, Groups, Tensor, bool]]:
@@ -199,6 +202,7 @@ class Run(HiddenStates):
             fit = SiteFit(sample, lambda: map(make, range(len(self.chunks))))
             other = [] if received is None or not merge else [received.scores(self._sample(k))]
             fit.fit(plugin, merge, adapter, other)
+            self.fitted.add((site, k))
             if passes and differentiable(fit.ffn, sample[0].groups, self.x[0].shape[-1]):
                 self._descend(site, level, sublayer, fit, wanted, passes, merge, adapter)
         return Row(k, site.layer, *self._search(site, level, plugin, before), site.placement)
