@@ -97,6 +97,21 @@ def test_summarise(chatting, tmp_path, monkeypatch, capsys, trained):
     assert capsys.readouterr().out.split() == shown.split() and shown.strip()
 
 
+def test_plugins_of_smollm2():
+    folder = EXAMPLES / "smollm2"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 1 << 20
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=576, intermediate_size=64, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=64,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    vk.load_plugins(model, folder)
+    text = vk.describe(model)
+    assert "ratios        2, 4" in text and "first 4, last 0" in text
+    assert "trained, k=2  yes" in text and "trained, k=4  yes" in text
+
+
 def test_smaller(chatting, tmp_path, monkeypatch, capsys):
     """It writes the small model, and says what this says with half of its keys."""
     folder, model, tokenizer = chatting

@@ -123,12 +123,15 @@ def decoder(content: Row, target: Path) -> None:
                     place = x(row), found[context]["over_dense"]
                     mfc = "white" if kind == "untrained" else colour
                     axes.plot(*place, "o", color=colour, mfc=mfc)
-                    name = f"{row['k']}, {row['window']}" if row["window"] else f"{row['k']}"
-                    name += f" ({kind})" * (several and kind != "untrained")
-                    note(axes, name if row["where"] else "dense", place)
+                name = f"{row['k']}, {row['window']}" if row["window"] else f"{row['k']}"
+                trained = [kind for kind in row["perplexity"] if kind != "untrained"]
+                name += f" ({', '.join(trained)})" * (several and bool(trained))
+                note(axes, name if row["where"] else "dense", place)
             for where in dict.fromkeys(row["where"] for row in rows if row["where"]):
                 axes.plot([], [], "o", color=PLACES.get(where, GREY), label=where)
             axes.set(xlabel=label, ylabel="perplexity over the dense model's", yscale="log")
+            for kind in ("major", "minor"):
+                getattr(axes.yaxis, f"set_{kind}_formatter")("{x:g}")
             axes.grid()
         if any(row["where"] for row in rows):
             line[0].legend(fontsize=7)
