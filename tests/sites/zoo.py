@@ -54,7 +54,15 @@ OWN = {
     "albert": {"embedding_size": 16, "num_hidden_layers": 3, "num_hidden_groups": 2},
     "rembert": {"input_embedding_size": 16, "output_embedding_size": 16},
     "roformer": {"embedding_size": 16},
-    "roc_bert": {"enable_pronunciation": False, "enable_shape": False},
+    # It makes these tables in any case, by default of 13 million numbers, which copies carry.
+    "roc_bert": {
+        "enable_pronunciation": False,
+        "pronunciation_vocab_size": 8,
+        "pronunciation_embed_dim": 8,
+        "enable_shape": False,
+        "shape_vocab_size": 8,
+        "shape_embed_dim": 8,
+    },
     "markuplm": {"max_depth": 4, "xpath_unit_hidden_size": 8},
     "layoutlmv3": {"visual_embed": False, "coordinate_size": 4, "shape_size": 4},
     "lilt": {"channel_shrink_ratio": 2},
