@@ -103,20 +103,10 @@ def parser() -> argparse.ArgumentParser:
     add("--peak", type=options.count, help="tokens of the prompt of peak memory; default 4096")
     add("--contexts", type=numbers, help="tokens of a sequence of perplexity; default 512")
     add("--sequences", type=options.count, help="of perplexity; default 100")
-    add(
-        "--plugins",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FOLDER",
-        help="trained plugins, for the perplexity of every level that they were trained for",
-    )
-    add(
-        "--untrained",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="perplexity of untrained plugins where there are trained ones, too (default)",
-    )
+    add("--plugins", type=Path, nargs="+", default=[], metavar="FOLDER",
+        help="trained plugins, for the perplexity of the levels they were trained for")  # fmt: skip
+    add("--untrained", action=argparse.BooleanOptionalAction, default=True,
+        help="perplexity of untrained plugins beside trained ones, too (default)")  # fmt: skip
     add("--times", action=argparse.BooleanOptionalAction, default=True,
         help="time and peak memory (default); without them the machine may be busy")  # fmt: skip
     add("--data", type=Path, default=machine.DATA, help="folder with wikitext2/")

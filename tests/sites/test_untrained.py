@@ -62,7 +62,7 @@ def test_warns_of_layers_that_nobody_trained_beside_those_that_somebody_did(tmp_
         tiny.encode(loaded, *batch)
 
 
-def test_layers_that_are_one_module_are_named_each():
+def test_layers_that_are_one_module_count_each():
     model = tiny.model("bert", "gelu")
     model.encoder.layer[1] = model.encoder.layer[0]
     vk.patch(model, 4).eval()
@@ -131,7 +131,7 @@ def test_layers_that_went_away_break_no_forward(change):
         tiny.encode(model, *tiny.batch(9))
 
 
-def test_what_a_look_cannot_tell_is_in_no_file(tmp_path):
+def test_what_a_look_cannot_tell_is_in_no_file():
     """As with parameters that are sharded: the look sees other types than a file is made of."""
     model, batch = vk.patch_t5(tiny.model(), 4, (4,)).eval(), tiny.batch(9)
     method = tiny.encoder(model).variator_state.method

@@ -13,7 +13,7 @@ struct GemmKernel {
     int shared_bytes;
 };
 
-// Instantiated one tile a file, which compile side by side.
+// Instantiated in a file a tile; the files compile side by side.
 template <int rows, int columns, DType dtype>
 GemmKernel gemm_sm80();
 template <int rows, int columns, DType dtype>
